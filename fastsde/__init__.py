@@ -1,0 +1,20 @@
+"""fastsde: fast sampling and training of score-based generative models on the variance-preserving SDE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# In a source checkout `fastsde.kernels` and `fastsde.benchmarks` are the folders beside this package.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
+    __path__.append(str(_checkout))
+
+from . import noise, solvers  # noqa: E402
+from .reference import NonFiniteError  # noqa: E402
+from .sampler import Sampler, sample  # noqa: E402
+from .sde import VPSDE  # noqa: E402
+from .solvers import StepTable  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "noise", "sample", "solvers"]

@@ -1,0 +1,1 @@
+"""Drop-in stand-ins for the functions of other code bases."""

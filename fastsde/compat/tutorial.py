@@ -1,0 +1,115 @@
+"""The two functions of the well-known tutorial on score-based generative models, for its own networks untouched.
+
+Its swiss-roll network is an ``nn.Sequential`` fed with ``cat((x, t), -1)``, x ``[B, 2]``; its MNIST network is a module
+called as ``network(x [B, 784], t [B, 1])``. With torch's own generator both functions draw in the tutorial's order and
+return its numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engines.network import device_of, dtype_of
+from ..reference import Model, dsm_loss, perturb
+from ..sampler import sample
+from ..sde import VPSDE
+from ..solvers import euler_maruyama
+from ..validation import check_int, check_tensor
+
+__all__ = ["adapt", "calc_loss", "generate_samples"]
+
+T_MIN = 1e-4
+TIME_POINTS = 1000
+_MNIST_DIM = 28 * 28
+
+
+def adapt(score_network: nn.Module | Model) -> Model:
+    """The tutorial's network as this package calls one: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``."""
+    if isinstance(score_network, nn.Sequential):
+        return _Adapted(score_network, concatenate=True)
+    return _Adapted(score_network, concatenate=False)
+
+
+class _Adapted(nn.Module):
+    def __init__(self, score_network: Any, concatenate: bool) -> None:
+        super().__init__()
+        self.score_network, self.concatenate = score_network, concatenate
+        self.training = getattr(score_network, "training", True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t[:, None]
+        result: Tensor = self.score_network(torch.cat((x, t), dim=-1)) if self.concatenate else self.score_network(x, t)
+        return result
+
+
+def _data_dim(score_network: nn.Module | Model) -> int:
+    if isinstance(score_network, nn.Sequential):
+        widths = [layer.out_features for layer in score_network.modules() if isinstance(layer, nn.Linear)]
+        if widths:
+            return widths[-1]
+        raise ValueError("data_dim must be given for a Sequential without Linear layers")
+    return _MNIST_DIM
+
+
+def generate_samples(
+    score_network: nn.Module | Model,
+    nsamples: int,
+    *,
+    noise: str = "contract",
+    data_dim: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """The tutorial's sampler: Euler-Maruyama over 1000 time points from 1 to 0.
+
+    Args:
+        score_network: the tutorial's network.
+        nsamples: how many samples.
+        noise: "contract" for this package's noise, a function of ``seed``; "torch" for torch's generator in the
+            tutorial's order: ``randn((nsamples, d))``, then one ``randn_like(x)`` a step after the network's call.
+        data_dim: d; by default the width of the last Linear of a Sequential, and 784 for any other network.
+        options: more arguments of `fastsde.sample`, such as seed, backend or progress.
+
+    Returns:
+        The samples ``[nsamples, d]``.
+
+    Raises:
+        ValueError, TypeError: as `fastsde.sample` does.
+    """
+    check_int("nsamples", nsamples, 0)
+    if noise not in ("contract", "torch"):
+        raise ValueError(f"noise must be 'contract' or 'torch', got {noise!r}")
+    shape = (nsamples, _data_dim(score_network) if data_dim is None else check_int("data_dim", data_dim, 1))
+    if noise == "torch":
+        options["x_init"] = torch.randn(shape, device=device_of(score_network), dtype=dtype_of(score_network))
+        options["noise"] = lambda row, x: torch.randn_like(x)
+    # The tutorial's own fp32 time points: fp32 and float64 ones differ in their last bit.
+    table = euler_maruyama(VPSDE(), torch.linspace(1, 0, TIME_POINTS))
+    result: Tensor = sample(adapt(score_network), shape, solver=table, **options)
+    return result
+
+
+def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
+    """The tutorial's loss: denoising score matching with lambda = sigma^2 at one uniform time a sample.
+
+    Draws ``rand((B, 1))`` for the times, then ``randn_like(x)``, from torch's generator.
+
+    Args:
+        score_network: the tutorial's network.
+        x: data ``[B, d]``.
+
+    Returns:
+        The loss, a scalar with a graph to the network's weights.
+
+    Raises:
+        ValueError, TypeError: for an x that is not a floating-point tensor ``[B, d]``.
+    """
+    check_tensor("x", x, floating=True)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [B, d], got {list(x.shape)}")
+    t = (torch.rand((len(x), 1), dtype=x.dtype, device=x.device) * (1 - T_MIN) + T_MIN)[:, 0]
+    z = torch.randn_like(x)
+    x_t, _ = perturb(x, None, 0, VPSDE(), t=t, z=z)
+    return dsm_loss(adapt(score_network)(x_t, t), x, t, None, 0, VPSDE(), z=z)

@@ -1,0 +1,134 @@
+"""Training data: the swiss roll, MNIST, and scikit-learn's digits for use offline.
+
+Images are kept as uint8 and mapped to floats batch by batch, x_0 = scale * pixel + shift. This package's range is
+[-1, 1]; the tutorial's is [0, 1] (``pixel_range=(0, 1)``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["DATASETS", "Dataset", "digits", "load", "mnist", "swiss_roll"]
+
+DATASETS = ("swiss-roll", "digits", "mnist")
+DEFAULT_ROOT = Path("data")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training data ``x`` ``[N, *shape]``, uint8 or float, of which a network sees scale * x + shift."""
+
+    name: str
+    x: Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(self.x.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data on a device."""
+        return replace(self, x=self.x.to(device))
+
+
+def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
+    """The tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)``, divided by 10. fp32 ``[n, 2]``."""
+    from sklearn.datasets import make_swiss_roll
+
+    points, _ = make_swiss_roll(n, noise=noise, random_state=seed)
+    return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32))
+
+
+def _images(name: str, pixels: Tensor, pixel_range: tuple[float, float]) -> Dataset:
+    low, high = pixel_range
+    if not low < high:
+        raise ValueError(f"pixel_range must be (low, high) with low < high, got {pixel_range}")
+    return Dataset(name, pixels, scale=(high - low) / 255, shift=float(low))
+
+
+def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8, scaled bilinearly to 28x28. uint8 ``[1797, 1, 28, 28]``.
+
+    The 20x20 digit stands in a margin of 4 pixels, as MNIST's do.
+    """
+    from sklearn.datasets import load_digits
+
+    small = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] * (255 / 16)
+    large = F.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
+    return _images("digits", F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8), pixel_range)
+
+
+def mnist(
+    root: str | Path = DEFAULT_ROOT, train: bool = True, pixel_range: tuple[float, float] = (-1.0, 1.0)
+) -> Dataset:
+    """MNIST through torchvision, downloaded to ``root`` where it is not there. uint8 ``[N, 1, 28, 28]``.
+
+    Raises:
+        FileNotFoundError: naming the folder, where the files are neither there nor to be downloaded.
+    """
+    return _images("mnist", mnist_files(root, train)[0], pixel_range)
+
+
+def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
+    """MNIST's pixels uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]``. Raises as `mnist` does."""
+    from torchvision.datasets import MNIST
+
+    folder = Path(root) / "MNIST" / "raw"
+    try:
+        # Asking for a download checks for files of the full set and writes the folder, so try without first.
+        files = MNIST(str(root), train=train)
+    except RuntimeError:
+        try:
+            files = MNIST(str(root), train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f"MNIST is not in {folder} and could not be downloaded ({error}). Put train-images-idx3-ubyte, "
+                f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (or their .gz) there, "
+                f"name another folder with --data (root=), or train on the data set 'digits', which needs no network"
+            ) from error
+    return files.data[:, None], files.targets
+
+
+def load(
+    name: str,
+    *,
+    size: int | None = None,
+    root: str | Path = DEFAULT_ROOT,
+    pixel_range: tuple[float, float] = (-1.0, 1.0),
+    seed: int = 0,
+) -> Dataset:
+    """A training set by name: "swiss-roll", "digits" or "mnist".
+
+    Args:
+        size: how many points of the swiss roll (by default 1000), or how many images from the start of the set.
+        root: the folder of MNIST.
+        pixel_range: what black and white become.
+        seed: of the swiss roll's points.
+
+    Raises:
+        ValueError: for an unknown name, or a size that is not positive or larger than the set.
+        FileNotFoundError: for MNIST that is not to be had.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if name == "swiss-roll":
+        return swiss_roll(1000 if size is None else size, seed=seed)
+    if name == "digits":
+        dataset = digits(pixel_range)
+    elif name == "mnist":
+        dataset = mnist(root, pixel_range=pixel_range)
+    else:
+        raise ValueError(f"data set must be one of {', '.join(DATASETS)}, got {name!r}")
+    if size is not None and size > len(dataset):
+        raise ValueError(f"size must be at most {len(dataset)} for {name}, got {size}")
+    return replace(dataset, x=dataset.x[:size])

@@ -1,0 +1,61 @@
+"""A multilayer perceptron that takes t as one more input: the swiss-roll network of the tutorial, in general."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ACTIVATIONS", "MLP"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    activation.__name__: activation for activation in (nn.LogSigmoid, nn.SiLU, nn.ReLU, nn.Tanh, nn.GELU, nn.Softplus)
+}
+
+
+class MLP(nn.Module):
+    """Linear layers and activations on the concatenation of x, flattened, and t.
+
+    ``net`` is a plain ``nn.Sequential``, laid out as the tutorial's own network.
+
+    Args:
+        shape: the shape of one sample, or its length.
+        hidden: the widths of the hidden layers.
+        activation: the name of an activation: LogSigmoid, SiLU, ReLU, Tanh, GELU or Softplus.
+    """
+
+    def __init__(
+        self, shape: int | Sequence[int] = 2, hidden: Sequence[int] = (64, 64, 64), activation: str = "LogSigmoid"
+    ) -> None:
+        super().__init__()
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.hidden, self.activation = tuple(hidden), activation
+        if any(width < 1 for width in (*self.shape, *self.hidden)):
+            raise ValueError(f"shape and hidden must be positive, got shape={self.shape} and hidden={self.hidden}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        data_dim = math.prod(self.shape)
+        layers: list[nn.Module] = []
+        width = data_dim + 1
+        for next_width in self.hidden:
+            layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
+            width = next_width
+        self.net = nn.Sequential(*layers, nn.Linear(width, data_dim))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `fastsde.models.from_config` builds this architecture from."""
+        return {
+            "architecture": "MLP",
+            "shape": list(self.shape),
+            "hidden": list(self.hidden),
+            "activation": self.activation,
+        }
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
+        result: Tensor = self.net(torch.cat((x.flatten(1), t[:, None]), dim=1))
+        return result.reshape(x.shape)

@@ -1,0 +1,99 @@
+"""The tutorial's U-Net for images, general in channels and image size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["UNet"]
+
+
+class UNet(nn.Module):
+    """3x3 convolutions with LogSigmoid; t enters as one more constant channel.
+
+    The encoder convolves at ``channels[0]``, ``channels[1]``, ... with a 2x2 max-pool before each but the first, which
+    rounds odd sizes up (28, 14, 7, 4, 2). The decoder doubles the size back by 3x3 stride-2 transposed convolutions,
+    each after the first fed with the skip of its size concatenated behind the signal. A 3x3 convolution, LogSigmoid
+    and a last 3x3 convolution return to the image's channels. 2,361,409 parameters by default.
+
+    Args:
+        image_channels: channels of the images.
+        image_size: their height and width, or one number for both.
+        channels: channels of the encoder's levels, at least two.
+
+    Raises:
+        ValueError: for sizes that are not positive, or fewer than two levels.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 1,
+        image_size: int | Sequence[int] = 28,
+        channels: Sequence[int] = (32, 64, 128, 256, 256),
+    ) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_channels, self.image_size, self.channels = image_channels, (height, width), tuple(channels)
+        if len(self.channels) < 2 or min(self.channels) < 1:
+            raise ValueError(f"channels must be at least two positive numbers, got {self.channels}")
+        if min(image_channels, height, width) < 1:
+            raise ValueError(
+                f"image_channels and image_size must be positive, got {image_channels} and {(height, width)}"
+            )
+        sizes = [(height, width)]
+        for _ in self.channels[1:]:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+
+        inputs = (image_channels + 1, *self.channels[:-1])
+        self.encoder = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, self.channels, strict=True))
+        self.decoder = nn.ModuleList()
+        signal = self.channels[-1]
+        for level in range(len(self.channels) - 2, -1, -1):
+            output = self.channels[level]
+            even = (1 - sizes[level][0] % 2, 1 - sizes[level][1] % 2)
+            self.decoder.append(nn.ConvTranspose2d(signal, output, 3, stride=2, padding=1, output_padding=even))
+            signal = output + self.channels[level]
+        self.head = nn.ModuleList(
+            (
+                nn.Conv2d(signal, self.channels[0], 3, padding=1),
+                nn.Conv2d(self.channels[0], image_channels, 3, padding=1),
+            )
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `fastsde.models.from_config` builds this architecture from."""
+        return {
+            "architecture": "UNet",
+            "image_channels": self.image_channels,
+            "image_size": list(self.image_size),
+            "channels": list(self.channels),
+        }
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return (self.image_channels, *self.image_size)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``."""
+        plane = t[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        signal = torch.cat((x, plane), dim=1)
+        skips: list[Tensor] = []
+        for level, convolution in enumerate(self.encoder):
+            if level:
+                skips.append(signal)
+                height, width = signal.shape[2:]
+                signal = F.max_pool2d(signal, 2, padding=(height % 2, width % 2))
+            signal = F.logsigmoid(convolution(signal))
+        for level, convolution in enumerate(self.decoder):
+            if level:
+                signal = torch.cat((signal, skips.pop()), dim=1)
+            signal = F.logsigmoid(convolution(signal))
+        signal = F.logsigmoid(self.head[0](torch.cat((signal, skips.pop()), dim=1)))
+        result: Tensor = self.head[1](signal)
+        return result

@@ -1,0 +1,188 @@
+"""The noise contract: every random number is a pure function of (seed, sample, step, element).
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") under a key ``(seed, offset)`` of two
+64-bit words, laid out as PyTorch's stateless generator lays it out, so that a sample depends neither on the device nor
+on the batch it was drawn in:
+
+- block j of a key: counter words ((offset + j) lo, (offset + j) hi, 0, 0), key words (seed lo, seed hi);
+- the key of sample i is ``fold_in((seed, 0), i)``;
+- a draw for step k in stream s adds ``((s << 28) | k) << 32`` to the offset; all sums wrap at 2^64;
+- element e, the flat index within the sample, is lane ``e % 4`` of block ``e // 4``.
+
+Keys are int64 tensors that hold the bits of uint64 values. Integers are exact everywhere; normals of different
+backends agree to 4e-6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "STREAM_DATA_ORDER",
+    "STREAM_SAMPLING",
+    "STREAM_TRAINING_NOISE",
+    "STREAM_TRAINING_TIME",
+    "bits",
+    "fold_in",
+    "normal",
+    "sample_keys",
+    "uniform",
+]
+
+STREAM_SAMPLING = 0
+STREAM_TRAINING_NOISE = 1
+STREAM_TRAINING_TIME = 2
+STREAM_DATA_ORDER = 3
+
+_MASK32 = 0xFFFFFFFF
+_ROUNDS = 10
+# Multipliers and Weyl increments of Philox4x32 (Salmon et al. 2011, table 2 and section 3.3).
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+
+_STEP_BITS, _STREAM_BITS = 28, 4
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of ``value`` mod 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _uint64(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} must be in [0, 2^64), got {value}")
+    return value
+
+
+def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: the four words, int64 tensors in [0, 2^32), of each 64-bit ``counter`` under ``seed``.
+
+    ``seed`` and ``counter`` are int64 tensors that broadcast. Products of two 32-bit words wrap at 2^64 in int64 just
+    as they do in uint64, so that only the shift down needs a mask.
+    """
+    key_0, key_1 = seed & _MASK32, seed >> 32 & _MASK32
+    word_0, word_1 = counter & _MASK32, counter >> 32 & _MASK32
+    word_2, word_3 = torch.zeros_like(word_0), torch.zeros_like(word_0)
+    for _ in range(_ROUNDS):
+        product_0, product_1 = word_0 * _MULTIPLIER_0, word_2 * _MULTIPLIER_1
+        word_0 = (product_1 >> 32).bitwise_and_(_MASK32).bitwise_xor_(word_1).bitwise_xor_(key_0)
+        word_2 = (product_0 >> 32).bitwise_and_(_MASK32).bitwise_xor_(word_3).bitwise_xor_(key_1)
+        word_1, word_3 = product_1.bitwise_and_(_MASK32), product_0.bitwise_and_(_MASK32)
+        key_0, key_1 = key_0 + _WEYL_0 & _MASK32, key_1 + _WEYL_1 & _MASK32
+    return word_0, word_1, word_2, word_3
+
+
+def fold_in(key: Tensor | tuple[int, int], data: Tensor | int) -> Tensor:
+    """A new key: the words of block ``data`` of ``key``, as ``(w0 | w1 << 32, w2 | w3 << 32)``.
+
+    Args:
+        key: int64 ``[..., 2]``, or a pair of ints (seed, offset) in [0, 2^64).
+        data: an int in [0, 2^64), or an int64 tensor that broadcasts over the batch of ``key``.
+
+    Returns:
+        int64 ``[..., 2]``.
+    """
+    if not isinstance(key, Tensor):
+        seed, offset = key
+        device = data.device if isinstance(data, Tensor) else "cpu"
+        key = torch.tensor([_signed(_uint64("seed", seed)), _signed(_uint64("offset", offset))], device=device)
+    if not isinstance(data, Tensor):
+        data = torch.tensor(_signed(_uint64("data", data)), device=key.device)
+    word_0, word_1, word_2, word_3 = _philox(key[..., 0], key[..., 1] + data)
+    return torch.stack((word_0 | word_1 << 32, word_2 | word_3 << 32), dim=-1)
+
+
+def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
+    """The keys of samples ``first_sample`` to ``first_sample + n - 1``: int64 ``[n, 2]``.
+
+    Args:
+        seed: an int in [0, 2^64).
+        n: how many, at least 0.
+        first_sample: the global index of the first, in [0, 2^64).
+        device: where the keys are made.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n must be an int, got {type(n).__name__}")
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    first = _signed(_uint64("first_sample", first_sample))
+    return fold_in((seed, 0), torch.arange(n, device=device) + first)
+
+
+def _check_keys(keys: Tensor) -> None:
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"keys must be a tensor, got {type(keys).__name__}")
+    if keys.dtype != torch.int64:
+        raise TypeError(f"keys must be int64 (the bits of uint64 values), got {keys.dtype}")
+    if keys.ndim != 2 or keys.shape[1] != 2:
+        raise ValueError(f"keys must have shape [n, 2], got {list(keys.shape)}")
+
+
+def _draw_offset(step: int | Tensor, stream: int, device: torch.device) -> int | Tensor:
+    """What a draw adds to the offset of its key: an int, or ``[R, 1, 1]`` for a tensor of R steps."""
+    if not 0 <= stream < 2**_STREAM_BITS:
+        raise ValueError(f"stream must be in [0, {2**_STREAM_BITS}), got {stream}")
+    if isinstance(step, Tensor):
+        if step.ndim != 1 or step.dtype != torch.int64:
+            raise ValueError(f"step must be an int or an int64 tensor [R], got {step.dtype} {list(step.shape)}")
+        return ((step.to(device) | stream << _STEP_BITS) << 32)[:, None, None]
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int or an int64 tensor [R], got {type(step).__name__}")
+    if not 0 <= step < 2**_STEP_BITS:
+        raise ValueError(f"step must be in [0, 2^{_STEP_BITS}), got {step}")
+    return _signed((stream << _STEP_BITS | step) << 32)
+
+
+def _blocks(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int) -> tuple[Tensor, ...]:
+    """The four words of every block of a draw, each ``[n, blocks]``, or ``[R, n, blocks]`` for R steps."""
+    _check_keys(keys)
+    block = torch.arange(-(-math.prod(shape) // 4), device=keys.device)
+    counter = keys[:, 1, None] + block + _draw_offset(step, stream, keys.device)
+    return _philox(keys[:, 0, None], counter)
+
+
+def _elements(lanes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """The elements of a draw from its four lanes ``[..., blocks]``: ``[..., *shape]``."""
+    flat = torch.stack(tuple(lanes), dim=-1).flatten(-2)
+    return flat[..., : math.prod(shape)].reshape(*flat.shape[:-1], *shape)
+
+
+def bits(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
+    """The raw 32-bit words of a draw, as int64 values in [0, 2^32). Arguments and shape as for `normal`."""
+    return _elements(_blocks(keys, step, shape, stream), shape)
+
+
+def uniform(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
+    """fp32 uniforms on [0, 1), multiples of 2^-24. Arguments and shape as for `normal`."""
+    return (bits(keys, step, shape, stream) & 0xFFFFFF).float() * 2.0**-24
+
+
+def normal(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
+    """fp32 standard normals, by the Box-Muller transform.
+
+    Args:
+        keys: int64 ``[n, 2]``, one key a sample.
+        step: the step in [0, 2^28), or an int64 tensor of R of them (not range-checked, to spare a synchronisation).
+        shape: the shape of one sample.
+        stream: in [0, 16); 0 sampling, 1 training noise, 2 training time, 3 data order.
+
+    Returns:
+        ``[n, *shape]``, or ``[R, n, *shape]`` for R steps, on the device of ``keys``.
+    """
+    words = _blocks(keys, step, shape, stream)
+    lanes: list[Tensor] = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        # u and v are fp32 by contract: rounding them otherwise moves a normal near r = 0 by more than 4e-6.
+        u = radius_word.float().mul_(2.0**-32).add_(2.0**-33)
+        v = angle_word.float().mul_(2.0**-32).add_(2.0**-33)
+        # The transform itself is rounded once, from float64, so that this is the value others are compared with.
+        radius = u.double().log_().mul_(-2.0).sqrt_()
+        angle = v.double().mul_(2.0 * math.pi)
+        lanes += [(radius * torch.cos(angle)).float(), (radius * torch.sin(angle)).float()]
+    return _elements(lanes, shape)

@@ -1,0 +1,303 @@
+"""The truth: training and sampling of the VP-SDE in plain PyTorch. Read this file first.
+
+Every fast path of the package is checked against these functions. They draw their noise from the contract in
+`fastsde.noise`, take any solver as a table (`fastsde.solvers`), and run on any device in fp32 or float64. Arguments are
+trusted here; `fastsde.ops` and `fastsde.sample` check them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import noise
+from .sde import VPSDE, match_dims
+from .solvers import StepTable
+
+__all__ = [
+    "WEIGHTINGS",
+    "Draws",
+    "NonFiniteError",
+    "dsm_loss",
+    "ema_update",
+    "perturb",
+    "sample",
+    "solver_step",
+    "train_step",
+    "training_draws",
+]
+
+Model = Callable[..., Tensor]
+NoiseFunction = Callable[[int, Tensor], Tensor]
+RowHook = Callable[[int, float, Tensor], None]
+
+WEIGHTINGS = ("sigma2", "likelihood", "target")
+
+
+class NonFiniteError(RuntimeError):
+    """The network returned NaN or infinity; the message tells the row and the time."""
+
+
+def check_finite(f: Tensor, row: int, time: float) -> None:
+    """Raises `NonFiniteError` where the network's output ``f`` in a row is not finite."""
+    if not torch.isfinite(f).all():
+        raise NonFiniteError(f"the network returned NaN or infinity in row {row}, at time {time:g}")
+
+
+def _given(keys: Tensor | None) -> Tensor:
+    if keys is None:
+        raise TypeError("keys must be given where noise is to be drawn, got None")
+    return keys
+
+
+# Sampling -----------------------------------------------------------------------------------------------------------
+
+
+def solver_step(
+    x: Tensor,
+    f: Tensor,
+    table: StepTable,
+    row: int,
+    *,
+    history: Tensor | None = None,
+    z: Tensor | None = None,
+    keys: Tensor | None = None,
+    f_uncond: Tensor | None = None,
+    guidance: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One row of a table: x' = a x + b f + e D + c H + d z, with D = clamp(p x + q f).
+
+    Args:
+        x: the state ``[B, *shape]``.
+        f: the network's output at ``table.time[row]``, shaped like ``x``.
+        history: H, the D of the previous row; needed where c is not zero.
+        z: this row's noise; drawn from ``keys`` where it is not given, needed where d is not zero.
+        keys: int64 ``[B, 2]``.
+        f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
+
+    Returns:
+        x' and D, both shaped like ``x``.
+    """
+    if f_uncond is not None and guidance is not None:
+        f = f_uncond + guidance * (f - f_uncond)
+    k = table.row(row)
+    data = k["p"] * x + k["q"] * f
+    if table.clip is not None:
+        data = data.clamp(-table.clip, table.clip)
+    x_next = k["a"] * x + k["b"] * f + k["e"] * data
+    if k["c"] != 0 and history is not None:
+        x_next = x_next + k["c"] * history
+    if k["d"] != 0:
+        if z is None:
+            z = noise.normal(_given(keys), row + 1, x.shape[1:]).to(x)
+        x_next = x_next + k["d"] * z
+    return x_next, data
+
+
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    table: StepTable,
+    keys: Tensor,
+    *,
+    x_init: Tensor | None = None,
+    noise_function: NoiseFunction | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    after_row: RowHook | None = None,
+) -> Tensor:
+    """A whole trajectory: one network call and one `solver_step` a row, from the prior to the sample.
+
+    Args:
+        model: called as ``model(x, t, **model_kwargs)`` with t ``[B]``.
+        shape: ``(B, *shape)``.
+        keys: int64 ``[B, 2]``, one key a sample.
+        x_init: the initial state, instead of the draw of step 0.
+        noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
+        guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022).
+        dtype: of the state.
+        after_row: called as ``after_row(row, time, x)`` with the state after each row.
+
+    Raises:
+        NonFiniteError: where the network returns NaN or infinity.
+    """
+    x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
+    history = None
+    for row in range(len(table)):
+        time = float(table.time[row])
+        t = torch.full((len(x),), time, dtype=dtype, device=x.device)
+        f = model(x, t, **(model_kwargs or {}))
+        f_uncond = None if guidance is None else model(x, t, **(uncond_kwargs or {}))
+        check_finite(f if f_uncond is None else f_uncond + f, row, time)
+        z = noise_function(row, x) if noise_function is not None and table.d[row] != 0 else None
+        x, history = solver_step(
+            x, f, table, row, history=history, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance
+        )
+        if after_row is not None:
+            after_row(row, time, x)
+    return x
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """The random part of a training step: rows of the data ``[B]``, times ``[B]`` and noise ``[B, *shape]``."""
+
+    rows: Tensor
+    t: Tensor
+    z: Tensor
+
+
+def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int], t_min: float = 1e-4) -> Draws:
+    """Draws of one step, or with a leading axis of R for an int64 tensor of R steps.
+
+    Position i of the global batch has key ``keys[i]``. Rows of a data set of ``n`` come from stream 3, with
+    replacement; times, uniform on [t_min, 1], from stream 2; noise from stream 1.
+    """
+    rows = (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
+    t = t_min + (1 - t_min) * noise.uniform(keys, step, (), noise.STREAM_TRAINING_TIME)
+    return Draws(rows, t, noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE))
+
+
+def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """scale x_0 + shift in floating point, of the rows ``index`` where given."""
+    x_0 = x_0 if index is None else x_0[index]
+    x_0 = x_0 if x_0.is_floating_point() else x_0.float()
+    return x_0 if (scale, shift) == (1.0, 0.0) else scale * x_0 + shift
+
+
+def perturb(
+    x_0: Tensor,
+    keys: Tensor | None,
+    step: int,
+    sde: VPSDE,
+    *,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    t: Tensor | None = None,
+    z: Tensor | None = None,
+    t_min: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """Posterior noising: x_t = alpha(t) x_0 + sigma(t) z.
+
+    Args:
+        x_0: the data, uint8 or float ``[B, *shape]``, or ``[N, *shape]`` where an index is given.
+        keys: int64 ``[B, 2]``; may be None where ``t`` and ``z`` are given.
+        step: the training iteration.
+        index: int64 ``[B]``, which rows of ``x_0`` to take.
+        scale, shift: x_0 is replaced by scale x_0 + shift.
+        t: times ``[B]``; drawn uniformly from [t_min, 1] where not given.
+        z: noise ``[B, *shape]``; drawn where not given.
+
+    Returns:
+        x_t ``[B, *shape]`` and t ``[B]``.
+    """
+    x_0 = load_batch(x_0, index, scale, shift)
+    if t is None:
+        t = t_min + (1 - t_min) * noise.uniform(_given(keys), step, (), noise.STREAM_TRAINING_TIME)
+    if z is None:
+        z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
+    mean, sigma = sde.marginal_prob(x_0, t)
+    return mean + sigma * z, t
+
+
+def dsm_loss(
+    f: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    keys: Tensor | None,
+    step: int,
+    sde: VPSDE,
+    *,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    z: Tensor | None = None,
+    prediction: str = "score",
+    weighting: str = "sigma2",
+) -> Tensor:
+    """Denoising score matching: the mean of lambda(t) |score - grad log p(x_t | x_0)|^2 (Song et al. 2021, eq. 7).
+
+    The residual is written in z, where it is smooth down to t = 0: sigma (score - grad log p) = sigma score + z.
+
+    Args:
+        f: the network's output at the x_t of `perturb`, ``[B, *shape]``.
+        x_0, keys, step, index, scale, shift, z: as for `perturb`.
+        t: ``[B]``.
+        prediction: what ``f`` is: "score", "eps", "x0" or "v" (v = alpha eps - sigma x_0).
+        weighting: "sigma2", lambda = sigma^2, whatever the prediction; "likelihood", lambda = beta (Song et al. 2021,
+            "Maximum likelihood training of score-based diffusion models", eq. 7); "target", the plain squared error of
+            f on its own target.
+
+    Returns:
+        The loss, a scalar.
+    """
+    x_0 = load_batch(x_0, index, scale, shift)
+    if z is None:
+        z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
+    alpha, sigma, beta = (match_dims(value, f) for value in (sde.alpha(t), sde.sigma(t), sde.beta(t)))
+    # The error on the network's own target, and the factor that makes it a residual in z.
+    error, factor = {
+        "score": lambda: (f + z / sigma, sigma),
+        "eps": lambda: (f - z, torch.ones_like(sigma)),
+        "x0": lambda: (f - x_0, alpha / sigma),
+        "v": lambda: (f - (alpha * z - sigma * x_0), alpha),
+    }[prediction]()
+    if weighting == "sigma2":
+        error = error * factor
+    elif weighting == "likelihood":
+        error = error * (factor * beta.sqrt() / sigma)
+    return error.square().mean()
+
+
+def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the weights of ``ema`` towards those of ``model``: ema = decay ema + (1 - decay) model."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+
+
+def train_step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    data: Tensor,
+    keys: Tensor | None,
+    step: int,
+    sde: VPSDE,
+    *,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    prediction: str = "score",
+    weighting: str = "sigma2",
+    t_min: float = 1e-4,
+    autocast: torch.dtype | None = None,
+    draws: Draws | None = None,
+) -> Tensor:
+    """One step of training on a batch drawn from ``data`` ``[N, *shape]``.
+
+    Args:
+        autocast: the dtype that the network runs in, by ``torch.autocast``, or None.
+        draws: the `training_draws` of this step, where they were made ahead.
+        data, keys, step, scale, shift, prediction, weighting, t_min: as for `perturb` and `dsm_loss`.
+
+    Returns:
+        The loss before the step, a scalar.
+    """
+    if draws is None:
+        draws = training_draws(_given(keys), step, len(data), data.shape[1:], t_min)
+    rows, t, z = draws
+    x_0 = load_batch(data, rows, scale, shift)
+    x_t, _ = perturb(x_0, None, step, sde, t=t, z=z)
+    with torch.autocast(x_t.device.type, dtype=autocast, enabled=autocast is not None):
+        f = model(x_t, t)
+    loss = dsm_loss(f.to(x_t.dtype), x_0, t, None, step, sde, z=z, prediction=prediction, weighting=weighting)
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+    return loss.detach()

@@ -1,0 +1,321 @@
+"""`sample`, the one call that replaces a sampling loop, and `Sampler`, which is built once and called many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import engines, noise, solvers
+from .engines.network import Network, device_of, dtype_of
+from .reference import Model, NoiseFunction, RowHook
+from .sde import VPSDE
+from .solvers import StepTable
+from .validation import check_int, check_keys, check_kwargs, check_number, check_shape, check_tensor
+
+__all__ = ["Sampler", "sample"]
+
+_NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": "score", "clip": None}
+
+
+class Sampler:
+    """Samples from a score network, any number of times.
+
+    Args:
+        model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``. It stays as
+            it is, in training or evaluation mode.
+        sample_shape: the shape of one sample.
+        sde: the SDE.
+        solver: "euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m", or a
+            `StepTable`.
+        steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
+        t_end: the time that the trajectory ends at, in [0, 1).
+        prediction: what the network predicts: "score", "eps", "x0" or "v".
+        clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
+        dtype: what the network runs in, by default the dtype of its weights. The state is fp32, or float64 where
+            ``dtype`` is.
+        device: by default the network's own.
+        guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
+        backend: "auto", "reference" or "eager"; "auto" takes the fastest that can run.
+        compile: run the network through ``torch.compile``.
+        max_batch: the most samples that run at once; more are split, with the same result.
+
+    A `StepTable` fixes steps, t_end, prediction and clip itself: they must then be left at their defaults.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sample_shape: Sequence[int],
+        *,
+        sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
+        solver: str | StepTable = "euler_maruyama",
+        steps: int = 999,
+        t_end: float = 0.0,
+        prediction: str = "score",
+        clip: float | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        guidance: float | None = None,
+        backend: str = "auto",
+        compile: bool = False,
+        max_batch: int | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
+        if not isinstance(sde, VPSDE):
+            raise TypeError(f"sde must be a VPSDE, got {type(sde).__name__}")
+        self.sample_shape = check_shape("sample_shape", sample_shape)
+        self.table = _make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
+        self.guidance = None if guidance is None else check_number("guidance", guidance)
+        self.max_batch = None if max_batch is None else check_int("max_batch", max_batch, 1)
+        self.device = _make_device(device, model)
+        dtype = dtype_of(model) if dtype is None else dtype
+        if dtype not in _NETWORK_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {dtype}")
+        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.backend = engines.choose(backend, self.device, self.state_dtype, compile)
+        self._network = Network(model, dtype, self.state_dtype, compile)
+
+    def __call__(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        keys: Tensor | Sequence[int] | None = None,
+        x_init: Tensor | None = None,
+        noise: NoiseFunction | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        trajectory: int | None = None,
+        callback: RowHook | None = None,
+        progress: bool = False,
+    ) -> Any:
+        """Draws ``n`` samples. Arguments and result as for `sample`."""
+        check_int("n", n, 0)
+        if trajectory is not None:
+            check_int("trajectory", trajectory, 1)
+        for name, function in (("noise", noise), ("callback", callback)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if (self.guidance is None) != (uncond_kwargs is None):
+            raise ValueError("guidance and uncond_kwargs go together: give both or neither")
+        shape = (n, *self.sample_shape)
+        keys = _make_keys(keys, n, seed, first_sample, self.device)
+        if x_init is not None:
+            check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True, finite=True)
+        kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
+        uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
+
+        x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
+        rows = len(self.table)
+        saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
+        batch = self.max_batch or max(n, 1)
+        self._network.refresh()
+        with torch.no_grad(), tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
+            for first in range(0, n, batch):
+                part = slice(first, first + batch)
+                states = None if saved is None else saved[:, part]
+                x[part] = self._run(keys[part], x_init, noise, kwargs, uncond, part, states, trajectory, callback, bar)
+        return x if saved is None else (x, saved)
+
+    def _run(
+        self,
+        keys: Tensor,
+        x_init: Tensor | None,
+        noise_function: NoiseFunction | None,
+        kwargs: dict[str, Any],
+        uncond: dict[str, Any] | None,
+        part: slice,
+        states: Tensor | None,
+        every: int | None,
+        callback: RowHook | None,
+        bar: tqdm[Any],
+    ) -> Tensor:
+        """One part of the batch, from keys to samples; fills its part of the trajectory."""
+        shape = (len(keys), *self.sample_shape)
+        x_init = noise.normal(keys, 0, self.sample_shape) if x_init is None else x_init[part]
+        x_init = x_init.to(self.state_dtype)
+        if states is not None:
+            states[0] = x_init
+
+        def after_row(row: int, time: float, x: Tensor) -> None:
+            if states is not None and every is not None and (row + 1) % every == 0:
+                states[(row + 1) // every] = x
+            if callback is not None:
+                callback(row, time, x)
+            bar.update()
+
+        return engines.get(self.backend)(
+            self._network,
+            shape,
+            self.table,
+            keys,
+            x_init=x_init,
+            noise_function=None if noise_function is None else _checked_noise(noise_function),
+            model_kwargs=_slice(kwargs, part),
+            guidance=self.guidance,
+            uncond_kwargs=None if uncond is None else _slice(uncond, part),
+            dtype=self.state_dtype,
+            after_row=after_row,
+        )
+
+
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
+    solver: str | StepTable = "euler_maruyama",
+    steps: int = 999,
+    t_end: float = 0.0,
+    prediction: str = "score",
+    seed: int = 0,
+    first_sample: int = 0,
+    keys: Tensor | Sequence[int] | None = None,
+    x_init: Tensor | None = None,
+    noise: NoiseFunction | None = None,
+    clip: float | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    compile: bool = False,
+    max_batch: int | None = None,
+    trajectory: int | None = None,
+    callback: RowHook | None = None,
+    progress: bool = False,
+) -> Any:
+    """Draws samples from a score network by the reverse VP-SDE.
+
+    The same seed gives the same samples, however the batch is split, on any device and backend up to rounding.
+
+    Args:
+        model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``.
+        shape: ``(B, *shape)``, the batch first.
+        seed: in [0, 2^64).
+        first_sample: the global index of the first sample: drawing 10 with first_sample = 90 gives the last ten of
+            drawing 100.
+        keys: one key a sample, int64 ``[B, 2]``, or one seed a sample, ``[B]``; sample i is then the one that
+            ``sample(model, (1, ...), seed=keys[i])`` draws.
+        x_init: the initial state ``[B, *shape]`` instead of a draw from the prior.
+        noise: ``(row, x) -> z`` instead of the noise contract, called after the network, for rows that have noise. The
+            prior still comes from the contract, unless ``x_init`` is given.
+        model_kwargs: more arguments of the network: tensors with the batch first, or plain scalars.
+        uncond_kwargs: the same for the unconditional call of classifier-free guidance.
+        trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows.
+        callback: called as ``callback(row, time, x)`` after each row, with the state of the part of the batch that
+            runs.
+        progress: show a progress bar on stderr.
+        sde, solver, steps, t_end, prediction, clip, dtype, device, guidance, backend, compile, max_batch: as for
+            `Sampler`.
+
+    Returns:
+        The samples ``[B, *shape]``, fp32 (float64 where ``dtype`` is); with ``trajectory`` a pair of them and the
+        states ``[steps // m + 1, B, *shape]``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+        NonFiniteError: where the network returns NaN or infinity, with the row and the time.
+    """
+    shape = check_shape("shape", shape)
+    if not shape:
+        raise ValueError("shape must have the batch first, got ()")
+    if device is None and device_of(model) is None:
+        device = next((value.device for value in (x_init, keys) if isinstance(value, Tensor)), None)
+    sampler = Sampler(
+        model,
+        shape[1:],
+        sde=sde,
+        solver=solver,
+        steps=steps,
+        t_end=t_end,
+        prediction=prediction,
+        clip=clip,
+        dtype=dtype,
+        device=device,
+        guidance=guidance,
+        backend=backend,
+        compile=compile,
+        max_batch=max_batch,
+    )
+    return sampler(
+        shape[0],
+        seed=seed,
+        first_sample=first_sample,
+        keys=keys,
+        x_init=x_init,
+        noise=noise,
+        model_kwargs=model_kwargs,
+        uncond_kwargs=uncond_kwargs,
+        trajectory=trajectory,
+        callback=callback,
+        progress=progress,
+    )
+
+
+def _make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any) -> StepTable:
+    if isinstance(solver, str):
+        return solvers.build(solver, sde, steps, **options)
+    if not isinstance(solver, StepTable):
+        raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
+    for name, default in _TABLE_DEFAULTS.items():
+        if options[name] != default:
+            raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
+    if steps not in (999, len(solver)):
+        raise ValueError(f"the StepTable given as solver has {len(solver)} rows, got steps={steps}")
+    return solver
+
+
+def _make_device(device: torch.device | str | None, model: Model) -> torch.device:
+    own = device_of(model)
+    if device is None:
+        return own or torch.device("cpu")
+    try:
+        # A tensor resolves "cuda" to the current device's index, so that later comparisons hold.
+        asked = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    if own is not None and own != asked:
+        raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
+    return asked
+
+
+def _make_keys(
+    keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device
+) -> Tensor:
+    if keys is None:
+        check_int("seed", seed, 0, 2**64)
+        check_int("first_sample", first_sample, 0, 2**64)
+        return noise.sample_keys(seed, n, first_sample, device=device)
+    if seed != 0 or first_sample != 0:
+        raise ValueError(f"keys replace seed and first_sample: got seed={seed} and first_sample={first_sample} too")
+    if isinstance(keys, Tensor) and keys.ndim == 2:
+        return check_keys(keys, n, device)
+    seeds = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+    if len(seeds) != n:
+        raise ValueError(f"keys must have one key or seed for each of the {n} samples, got {len(seeds)}")
+    rows = [noise.fold_in((check_int(f"keys[{i}]", value, 0, 2**64), 0), 0) for i, value in enumerate(seeds)]
+    return (torch.stack(rows) if rows else torch.empty(0, 2, dtype=torch.int64)).to(device)
+
+
+def _slice(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
+    return {name: value[part] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+
+def _checked_noise(function: Callable[[int, Tensor], Tensor]) -> NoiseFunction:
+    def checked(row: int, x: Tensor) -> Tensor:
+        z = function(row, x)
+        return check_tensor(f"the result of noise in row {row}", z, shape=x.shape, device=x.device).to(x.dtype)
+
+    return checked

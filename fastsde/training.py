@@ -1,0 +1,391 @@
+"""The training loop: a run is a function of its `TrainConfig`, and resumes to the very same weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoints, models, noise
+from .checkpoints import Checkpoint
+from .data import DEFAULT_ROOT, Dataset, load
+from .files import atomic_path
+from .reference import WEIGHTINGS, Draws, NonFiniteError, ema_update, train_step, training_draws
+from .sde import VPSDE
+from .solvers import PREDICTIONS
+
+__all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_config", "tutorial_config"]
+
+LR_SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("fp32", "bf16")
+CHECKPOINT_NAME, LOG_NAME, LOCK_NAME = "checkpoint.safetensors", "log.jsonl", ".lock"
+# Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
+_DRAW_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that a run is a function of, beside the library versions and the device.
+
+    Args:
+        data: the data set: "swiss-roll", "digits" or "mnist" (or a name of your own, with a `Dataset` of your own).
+        data_size: how many points or images, or None for the usual (`fastsde.data.load`).
+        pixel_range: what black and white become.
+        model: the architecture, as `fastsde.models.from_config` takes it.
+        prediction: what the network learns: "score", "eps", "x0" or "v".
+        weighting: of the loss (`fastsde.reference.dsm_loss`).
+        steps, batch_size: how many steps, on how many samples each.
+        lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps and then stays, or falls to zero along
+            a half cosine at the last step (``lr_schedule`` "constant" or "cosine").
+        ema_decay: decay of the average of the weights that is sampled from; 0 keeps none. It starts lower, at
+            (1 + step) / (10 + step), so that the first weights are forgotten.
+        t_min: training times are uniform on [t_min, 1].
+        precision: "fp32", or "bf16" for the network under autocast.
+        compile: whether the network runs through ``torch.compile``.
+        seed: in [0, 2^63), of the weights, the data order, the times and the noise.
+        checkpoint_every, log_every: steps between checkpoints and between log lines.
+        sde: the SDE.
+    """
+
+    data: str
+    model: dict[str, Any]
+    data_size: int | None = None
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    prediction: str = "eps"
+    weighting: str = "sigma2"
+    steps: int = 100_000
+    batch_size: int = 256
+    lr: float = 1e-3
+    lr_schedule: str = "cosine"
+    lr_warmup: int = 0
+    ema_decay: float = 0.999
+    t_min: float = 1e-4
+    precision: str = "fp32"
+    compile: bool = False
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 100
+    sde: VPSDE = field(default_factory=VPSDE)
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("prediction", PREDICTIONS),
+            ("weighting", WEIGHTINGS),
+            ("lr_schedule", LR_SCHEDULES),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, low in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("lr_warmup", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 < self.t_min < 1:
+            raise ValueError(f"t_min must be in (0, 1), got {self.t_min}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        if step < self.lr_warmup:
+            return self.lr * (step + 1) / self.lr_warmup
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = (step - self.lr_warmup) / max(1, self.steps - self.lr_warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def ema_decay_at(self, step: int) -> float:
+        """The decay of the moving average in a step."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
+        values = {**values, "sde": VPSDE(**values["sde"]), "pixel_range": tuple(values["pixel_range"])}
+        return cls(**values)
+
+
+_MLP = {"architecture": "MLP", "shape": [2], "hidden": [64, 64, 64], "activation": "LogSigmoid"}
+_UNET = {"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "channels": [32, 64, 128, 256, 256]}
+
+
+def default_config(data: str) -> TrainConfig:
+    """This package's recipe for a data set, chosen for the quality of the samples.
+
+    Raises:
+        ValueError: for an unknown data set.
+    """
+    if data == "swiss-roll":
+        return TrainConfig(data, _MLP, steps=120_000, batch_size=256, lr=1e-3, ema_decay=0.9995)
+    if data in ("digits", "mnist"):
+        return TrainConfig(
+            data,
+            _UNET,
+            prediction="v",
+            weighting="target",
+            steps=375_000,
+            batch_size=64,
+            lr=1e-3,
+            lr_warmup=500,
+            ema_decay=0.999,
+        )
+    raise ValueError(f"data must be one of swiss-roll, digits, mnist, got {data!r}")
+
+
+def tutorial_config(data: str) -> TrainConfig:
+    """The tutorial's recipe: its network, its exact objective (score, lambda = sigma^2), Adam at 3e-4, no EMA."""
+    config = replace(
+        default_config(data),
+        prediction="score",
+        weighting="sigma2",
+        lr=3e-4,
+        lr_schedule="constant",
+        lr_warmup=0,
+        ema_decay=0.0,
+        pixel_range=(0.0, 1.0),
+    )
+    return replace(config, steps=600_000) if data == "swiss-roll" else config
+
+
+class Trainer:
+    """Trains a score network and keeps the run in a folder.
+
+    The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
+    a run resumes from, and ``log.jsonl``. Both are written whole or not at all.
+
+    Args:
+        config: the run.
+        directory: its folder.
+        device: where to train.
+        dataset: the training data; by default loaded by ``config.data``.
+        data_root: the folder of MNIST.
+        resume: go on from the folder's checkpoint, or start where there is none. Otherwise a folder that has a
+            checkpoint is refused.
+
+    Raises:
+        FileExistsError: for a folder with a checkpoint and no ``resume``.
+        ValueError: for a checkpoint of another config.
+        RuntimeError: where another process trains in the folder (raised by `train`).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        directory: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dataset: Dataset | None = None,
+        data_root: str | Path = DEFAULT_ROOT,
+        resume: bool = False,
+    ) -> None:
+        self.config, self.directory, self.device = config, Path(directory), torch.device(device)
+        checkpoint = self.directory / CHECKPOINT_NAME
+        if checkpoint.exists() and not resume:
+            raise FileExistsError(f"{self.directory} already holds a run: resume it, or choose another folder")
+        if dataset is None:
+            dataset = load(
+                config.data, size=config.data_size, root=data_root, pixel_range=config.pixel_range, seed=config.seed
+            )
+        self.dataset = dataset.to(self.device)
+        self.model = _initial_model(config).to(self.device)
+        if self.model.shape != dataset.shape:
+            raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {dataset.shape}")
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.step = 0
+        self.losses: list[float] = []
+        if checkpoint.exists():
+            self._restore(*checkpoints.read(checkpoint))
+
+    @property
+    def sampling_model(self) -> nn.Module:
+        """The network to sample from: the moving average, where there is one."""
+        model: nn.Module = self.model if self.ema is None else self.ema
+        return model
+
+    def checkpoint(self) -> Checkpoint:
+        """What the run has come to, to sample from."""
+        return Checkpoint(
+            model=self.sampling_model,
+            sde=self.config.sde,
+            prediction=self.config.prediction,
+            data=self.config.data,
+            value_range=None if self.dataset.x.is_floating_point() else self.config.pixel_range,
+            record={
+                "config": asdict(self.config),
+                "step": self.step,
+                "loss": self.losses[-1] if self.losses else None,
+                "torch": torch.__version__,
+                "device": self.device.type,
+            },
+        )
+
+    def train(self, progress: bool = True) -> Checkpoint:
+        """Runs to ``config.steps`` and returns the result; the folder's checkpoint is then that of the last step.
+
+        Interrupted by Ctrl-C it saves a checkpoint first.
+
+        Raises:
+            NonFiniteError: where the loss becomes NaN or infinity; the last checkpoint stays.
+        """
+        with _locked(self.directory):
+            self._truncate_log()
+            bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
+            try:
+                with bar:
+                    self._run(bar)
+            except KeyboardInterrupt:
+                self._save()
+                raise
+        return self.checkpoint()
+
+    def _run(self, bar: tqdm[Any]) -> None:
+        config = self.config
+        network = torch.compile(self.model) if config.compile else self.model
+        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        losses: list[Tensor] = []
+        started = time.perf_counter()
+        for draws in self._draws():
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate(self.step)
+            loss = train_step(
+                network,
+                self.optimizer,
+                self.dataset.x,
+                None,
+                self.step,
+                config.sde,
+                scale=self.dataset.scale,
+                shift=self.dataset.shift,
+                prediction=config.prediction,
+                weighting=config.weighting,
+                autocast=autocast,
+                draws=draws,
+            )
+            if self.ema is not None:
+                ema_update(self.ema, self.model, config.ema_decay_at(self.step))
+            losses.append(loss)
+            self.step += 1
+            last = self.step == config.steps
+            if self.step % config.log_every == 0 or last:
+                now = time.perf_counter()
+                self._log(bar, losses, len(losses) / (now - started))
+                losses, started = [], now
+            if self.step % config.checkpoint_every == 0 or last:
+                self._save()
+
+    def _draws(self) -> Iterator[Draws]:
+        """The random numbers of each step from the present one on, drawn for several steps at once."""
+        config = self.config
+        keys = noise.sample_keys(config.seed, config.batch_size, device=self.device)
+        ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(self.dataset.shape))))
+        for first in range(self.step, config.steps, ahead):
+            steps = torch.arange(first, min(first + ahead, config.steps), device=self.device)
+            block = training_draws(keys, steps, len(self.dataset), self.dataset.shape, config.t_min)
+            for k in range(len(steps)):
+                yield Draws(*(values[k] for values in block))
+
+    def _log(self, bar: tqdm[Any], losses: list[Tensor], steps_per_second: float) -> None:
+        loss = float(torch.stack(losses).double().mean())
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss is {loss} within the {len(losses)} steps before step {self.step}; try a lower lr"
+            )
+        self.losses.append(loss)
+        line = {
+            "step": self.step,
+            "loss": loss,
+            "lr": self.config.learning_rate(self.step - 1),
+            "steps_per_s": round(steps_per_second, 3),
+        }
+        with (self.directory / LOG_NAME).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.update(self.step - bar.n)
+        bar.set_postfix(loss=f"{loss:.4f}")
+
+    def _truncate_log(self) -> None:
+        """Drops the log lines of steps that the checkpoint has not, and a last line that was cut short."""
+        log = self.directory / LOG_NAME
+        if not log.exists():
+            return
+        kept: list[str] = []
+        for line in log.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        with atomic_path(log) as temporary:
+            temporary.write_text("".join(kept))
+
+    def _save(self) -> None:
+        tensors = {f"model.{name}": value for name, value in self.sampling_model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors.update({f"adam.{kind}.{name}": value for kind, value in state.items()})
+            if self.ema is not None:
+                tensors[f"weights.{name}"] = parameter
+        metadata = self.checkpoint().describe()
+        checkpoints.write(self.directory / CHECKPOINT_NAME, tensors, {**metadata, "losses": self.losses[-1:]})
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        record = metadata.get("record", {})
+        if "config" not in record:
+            raise ValueError(f"{self.directory / CHECKPOINT_NAME} is not a training checkpoint: it cannot be resumed")
+        saved = TrainConfig.from_dict(record["config"])
+        for name in (each.name for each in fields(TrainConfig)):
+            had, has = getattr(saved, name), getattr(self.config, name)
+            # A run with a constant learning rate may be taken further; a cosine depends on where it ends.
+            may_grow = name == "steps" and saved.lr_schedule == "constant" and has >= record["step"]
+            if had != has and not may_grow and name not in ("checkpoint_every", "log_every"):
+                raise ValueError(f"the run in {self.directory} has {name}={had!r}, got {has!r}: resume it as it was")
+        self.step, self.losses = record["step"], list(metadata["losses"])
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"weights.{name}" if self.ema is not None else f"model.{name}"])
+                self.optimizer.state[parameter] = {
+                    kind: tensors[f"adam.{kind}.{name}"].to(self.device) for kind in ("step", "exp_avg", "exp_avg_sq")
+                }
+        if self.ema is not None:
+            self.ema.load_state_dict(
+                {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+            )
+
+
+def _initial_model(config: TrainConfig) -> Any:
+    """The network with the initial weights of the config's seed; torch's own random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return models.from_config(config.model)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the folder against other processes; the lock goes with the process, however it ends."""
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {directory}") from None
+        for stale in directory.glob(f".{Path(CHECKPOINT_NAME).stem}-*.tmp*"):
+            stale.unlink(missing_ok=True)
+        yield

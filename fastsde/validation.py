@@ -1,0 +1,85 @@
+"""Checks of arguments. Each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_int", "check_keys", "check_kwargs", "check_number", "check_shape", "check_tensor"]
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An int of at least ``low`` and below ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value >= high):
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high})"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return value
+
+
+def check_number(name: str, value: object) -> float:
+    """A finite int or float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def check_shape(name: str, shape: object) -> tuple[int, ...]:
+    """A sequence of ints of at least 0."""
+    if isinstance(shape, (int, str)) or not isinstance(shape, Sequence):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(shape).__name__}")
+    return tuple(check_int(f"{name}[{i}]", size, 0) for i, size in enumerate(shape))
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+    floating: bool = False,
+    finite: bool = False,
+) -> Tensor:
+    """A tensor of a shape, on a device, floating-point and finite, as far as these are asked for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be floating-point, got {value.dtype}")
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    if finite and not torch.isfinite(value).all():
+        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(value)).sum())} values of NaN or infinity")
+    return value
+
+
+def check_keys(keys: object, n: int, device: torch.device) -> Tensor:
+    """Keys int64 ``[n, 2]`` of n samples (uint64 is taken too)."""
+    tensor = check_tensor("keys", keys, shape=(n, 2), device=device)
+    if tensor.dtype == torch.uint64:
+        tensor = tensor.view(torch.int64)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"keys must be int64 (the bits of uint64 values), got {tensor.dtype}")
+    return tensor
+
+
+def check_kwargs(name: str, kwargs: object, n: int, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a network: tensors ``[n, ...]`` on the device, and plain scalars."""
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"{name} must be a mapping of names to tensors, got {type(kwargs).__name__}")
+    for key, value in kwargs.items():
+        argument = f"{name}[{key!r}]"
+        if value is None or isinstance(value, (bool, int, float, str)):
+            continue
+        tensor = check_tensor(argument, value, device=device)
+        if tensor.ndim == 0 or len(tensor) != n:
+            raise ValueError(f"{argument} must have the batch of {n} first, got shape {list(tensor.shape)}")
+    return dict(kwargs)
