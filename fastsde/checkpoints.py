@@ -26,6 +26,7 @@ from .sde import VPSDE
 __all__ = ["SHIPPED", "Checkpoint", "load", "read", "save", "write"]
 
 FORMAT = 1
+RUN_CHECKPOINT = "checkpoint.safetensors"
 SHIPPED = {"swiss-roll": "swiss_roll.safetensors", "mnist": "mnist.safetensors"}
 _METADATA_KEY = "fastsde"
 
@@ -83,7 +84,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no checkpoint {path} (shipped models: {', '.join(SHIPPED)})")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
@@ -104,13 +105,17 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.fl
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """A checkpoint from a file, or a shipped one by name ("swiss-roll" or "mnist"); weights become fp32.
+    """A checkpoint from a file or the folder of a training run, or a shipped one by name; weights become fp32.
+
+    The names are "swiss-roll" and "mnist"; a file of such a name is reached as "./mnist".
 
     Raises:
         FileNotFoundError, ValueError: as `read` does.
     """
     shipped = SHIPPED.get(str(path))
     if shipped is None:
+        path = Path(path)
+        path = path / RUN_CHECKPOINT if path.is_dir() else path
         return _parse(path, *read(path), device)
     with resources.as_file(resources.files("fastsde") / "assets" / shipped) as asset:
         return _parse(asset, *read(asset), device)

@@ -33,6 +33,7 @@ __all__ = [
     "euler_maruyama",
     "exponential_euler_maruyama",
     "heun",
+    "score_form",
 ]
 
 PREDICTIONS = ("score", "eps", "x0", "v")
@@ -162,8 +163,12 @@ def _eps_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Te
     }[prediction]
 
 
-def _score_form(sde: VPSDE, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(r, s) with score = r x + s f at each time."""
+def score_form(sde: VPSDE, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(r, s) with score = r x + s f at each time, for the network's output f.
+
+    Raises:
+        ValueError: at t = 0 for a network that predicts no score.
+    """
     if prediction == "score":
         return torch.zeros_like(time), torch.ones_like(time)
     sigma = sde.sigma(time)
@@ -193,7 +198,7 @@ def euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str 
     times = _continuous_times(times, prediction)
     time, step = times[:-1], -times.diff()
     rate = sde.beta(time) * step
-    r, s = _score_form(sde, time, prediction)
+    r, s = score_form(sde, time, prediction)
     zero = torch.zeros_like(time)
     data = _data_form(sde.alpha(time), sde.sigma(time), prediction)
     return _table(time, 1 + rate / 2 + rate * r, rate * s, rate.sqrt(), zero, zero, data, None)
@@ -207,7 +212,7 @@ def exponential_euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], pred
     times = _continuous_times(times, prediction)
     time, integral = times[:-1], -sde.integral_beta(times).diff()
     growth = torch.expm1(integral / 2)
-    r, s = _score_form(sde, time, prediction)
+    r, s = score_form(sde, time, prediction)
     zero = torch.zeros_like(time)
     data = _data_form(sde.alpha(time), sde.sigma(time), prediction)
     return _table(
@@ -238,13 +243,13 @@ def heun(
         here, there = times[k : k + 1], times[k + 1 : k + 2]
         half = (here - there) / 2
         # The slope in backward time is slope_x x + slope_f f.
-        r, s = _score_form(sde, here, prediction)
+        r, s = score_form(sde, here, prediction)
         slope_x, slope_f = sde.beta(here) / 2 * (1 + r), sde.beta(here) / 2 * s
         euler = (here, 1 + 2 * half * slope_x, 2 * half * slope_f, 0.0, 1 + half * slope_x, half * slope_f)
         rows.append([float(value) for value in euler])
         if euler_final and k == intervals - 1:
             break
-        r, s = _score_form(sde, there, prediction)
+        r, s = score_form(sde, there, prediction)
         slope_x, slope_f = sde.beta(there) / 2 * (1 + r), sde.beta(there) / 2 * s
         rows.append([float(value) for value in (there, half * slope_x, half * slope_f, 1.0, 0.0, 0.0)])
     time, a, b, c, p, q = torch.tensor(rows, dtype=torch.float64).unbind(1)

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoints, models, noise
-from .checkpoints import Checkpoint
+from .checkpoints import RUN_CHECKPOINT, Checkpoint
 from .data import DEFAULT_ROOT, Dataset, load
 from .files import atomic_path
 from .reference import WEIGHTINGS, Draws, NonFiniteError, ema_update, train_step, training_draws
 from .sde import VPSDE
 from .solvers import PREDICTIONS
 
-__all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_config", "tutorial_config"]
+__all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_config", "saved_config", "tutorial_config"]
 
 LR_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
-CHECKPOINT_NAME, LOG_NAME, LOCK_NAME = "checkpoint.safetensors", "log.jsonl", ".lock"
+LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
 # Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
 _DRAW_ELEMENTS = 1 << 17
 
@@ -195,7 +195,7 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.directory, self.device = config, Path(directory), torch.device(device)
-        checkpoint = self.directory / CHECKPOINT_NAME
+        checkpoint = self.directory / RUN_CHECKPOINT
         if checkpoint.exists() and not resume:
             raise FileExistsError(f"{self.directory} already holds a run: resume it, or choose another folder")
         if dataset is None:
@@ -342,13 +342,11 @@ class Trainer:
             if self.ema is not None:
                 tensors[f"weights.{name}"] = parameter
         metadata = self.checkpoint().describe()
-        checkpoints.write(self.directory / CHECKPOINT_NAME, tensors, {**metadata, "losses": self.losses[-1:]})
+        checkpoints.write(self.directory / RUN_CHECKPOINT, tensors, {**metadata, "losses": self.losses[-1:]})
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        record = metadata.get("record", {})
-        if "config" not in record:
-            raise ValueError(f"{self.directory / CHECKPOINT_NAME} is not a training checkpoint: it cannot be resumed")
-        saved = TrainConfig.from_dict(record["config"])
+        record = metadata["record"]
+        saved = _config_of(metadata, self.directory / RUN_CHECKPOINT)
         for name in (each.name for each in fields(TrainConfig)):
             had, has = getattr(saved, name), getattr(self.config, name)
             # A run with a constant learning rate may be taken further; a cosine depends on where it ends.
@@ -366,6 +364,21 @@ class Trainer:
             self.ema.load_state_dict(
                 {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
             )
+
+
+def saved_config(checkpoint: str | Path) -> TrainConfig:
+    """The config of the run that wrote a checkpoint.
+
+    Raises:
+        ValueError: for a checkpoint that no run can resume from.
+    """
+    return _config_of(checkpoints.read(checkpoint)[1], checkpoint)
+
+
+def _config_of(metadata: dict[str, Any], path: str | Path) -> TrainConfig:
+    if "losses" not in metadata:
+        raise ValueError(f"{path} has a network, but not what training needs to resume")
+    return TrainConfig.from_dict(metadata["record"]["config"])
 
 
 def _initial_model(config: TrainConfig) -> Any:
@@ -386,6 +399,6 @@ def _locked(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another process is training in {directory}") from None
-        for stale in directory.glob(f".{Path(CHECKPOINT_NAME).stem}-*.tmp*"):
+        for stale in directory.glob(f".{Path(RUN_CHECKPOINT).stem}-*.tmp*"):
             stale.unlink(missing_ok=True)
         yield

@@ -1,0 +1,5 @@
+"""``python -m fastsde``: the command line."""
+
+from .cli import main
+
+main()

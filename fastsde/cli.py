@@ -1,0 +1,283 @@
+"""The ``fastsde`` command. Results go to stdout, all else to stderr; exit codes: 0, 1 for errors, 2 for wrong usage."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import __version__, checkpoints, data, engines, solvers, training
+from .checkpoints import Checkpoint
+from .files import atomic_path
+from .reference import WEIGHTINGS
+from .sampler import Sampler
+
+__all__ = ["main"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FRAMES = 60
+_PICTURES, _ARRAYS = (".png", ".jpg", ".jpeg", ".webp"), (".safetensors", ".npz")
+
+
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns the errors that a user can mend into one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+def _suffix(*allowed: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """A callback that refuses paths of other suffixes before any work is done."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() not in allowed:
+            raise click.BadParameter(f"{path} must end in {' or '.join(allowed)}")
+        return path
+
+    return check
+
+
+_path = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fastsde")
+def main() -> None:
+    """Sample and train score-based generative models on the variance-preserving SDE."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 1000 points, 20 images]")
+@click.option("--solver", type=click.Choice(solvers.SOLVERS), default="euler_maruyama", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
+@click.option("--t-end", type=float, default=0.0, show_default=True, help="Time that the trajectory ends at.")
+@click.option("--clip", type=float, help="Bound of the predicted data; for ddpm, ddim and dpm_solver_pp_2m.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="What the network runs in.  [default: float32]")
+@click.option("--backend", type=click.Choice(engines.BACKENDS), default="auto", show_default=True)
+@click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
+@click.option("--max-batch", type=click.IntRange(1), help="The most samples that run at once.")
+@click.option("--out", type=_path, callback=_suffix(*_PICTURES), help="Picture of the samples.  [default: MODEL.png]")
+@click.option("--save", type=_path, callback=_suffix(*_ARRAYS), help="The samples as .safetensors or .npz.")
+@click.option("--animate", type=_path, callback=_suffix(".gif"), help="The way from noise to data as a GIF.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@_reports_errors
+def sample(
+    model: str,
+    n: int | None,
+    out: Path | None,
+    save: Path | None,
+    animate: Path | None,
+    seed: int,
+    first_sample: int,
+    quiet: bool,
+    dtype: str | None,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Draw samples from MODEL: swiss-roll, mnist, a checkpoint file, or the folder of a training run.
+
+    Prints the files that it writes.
+    """
+    checkpoint = checkpoints.load(model, device=_device(device))
+    images = len(checkpoint.shape) == 3
+    if out is None and save is None and animate is None:
+        out = Path(f"{Path(model).stem if model not in checkpoints.SHIPPED else model}.png")
+    if (out or animate) and not images and checkpoint.shape != (2,):
+        raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+    sampler = Sampler(
+        checkpoint.model,
+        checkpoint.shape,
+        sde=checkpoint.sde,
+        prediction=checkpoint.prediction,
+        dtype=None if dtype is None else DTYPES[dtype],
+        **options,
+    )
+    n = n or (20 if images else 1000)
+    every = max(1, len(sampler.table) // _FRAMES) if animate else None
+    result = sampler(n, seed=seed, first_sample=first_sample, trajectory=every, progress=not quiet)
+    x, states = result if animate else (result, None)
+    if save:
+        _save_samples(save, x)
+        click.echo(save)
+    if out:
+        _picture(checkpoint, x, out)
+        click.echo(out)
+    if animate and every and states is not None:
+        times = [*sampler.table.time.tolist(), options["t_end"]][::every]
+        _animation(checkpoint, torch.cat((states, x[None])), [*times, options["t_end"]], animate)
+        click.echo(animate)
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+
+
+def _save_samples(path: Path, x: Tensor) -> None:
+    x = x.cpu().contiguous()
+    with atomic_path(path) as temporary:
+        if path.suffix.lower() == ".npz":
+            np.savez_compressed(temporary, samples=x.numpy())
+        else:
+            save_file({"samples": x}, temporary)
+
+
+def _columns(n: int) -> int | None:
+    return 10 if 10 < n <= 100 else None
+
+
+def _picture(checkpoint: Checkpoint, x: Tensor, path: Path) -> None:
+    from . import plotting
+
+    if checkpoint.shape == (2,):
+        fresh = data.swiss_roll(len(x), seed=1).x if checkpoint.data == "swiss-roll" else None
+        picture = plotting.scatter(x, fresh)
+    else:
+        picture = plotting.image_grid(x, checkpoint.value_range or (-1.0, 1.0), _columns(len(x)), scale=3)
+    plotting.save_image(picture, path)
+
+
+def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], path: Path) -> None:
+    from . import plotting
+
+    def score(x: Tensor, t: float) -> Tensor:
+        # Near t = 0 the score grows without bound, so that the last frames show the field of a small time.
+        t = max(t, training.TrainConfig.t_min)
+        r, s = solvers.score_form(checkpoint.sde, torch.tensor([t], dtype=torch.float64), checkpoint.prediction)
+        with torch.no_grad():
+            f: Tensor = checkpoint.model(x, torch.full((len(x),), t, device=x.device))
+        return float(r) * x + float(s) * f
+
+    if checkpoint.shape == (2,):
+        frames = plotting.animate_points(states.float(), times, score)
+    else:
+        frames = plotting.animate_images(states, checkpoint.value_range or (-1.0, 1.0), _columns(states.shape[1]))
+    plotting.save_gif(frames, path)
+
+
+@main.command()
+@click.argument("dataset", type=click.Choice(data.DATASETS))
+@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; start where there is none.")
+@click.option("--recipe", type=click.Choice(("default", "tutorial")), default="default", show_default=True)
+@click.option("--data", "data_root", type=click.Path(path_type=Path), default=data.DEFAULT_ROOT, show_default=True)
+@click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or first images of the set.")
+@click.option("--steps", type=click.IntRange(1))
+@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--lr", type=float)
+@click.option("--lr-schedule", type=click.Choice(training.LR_SCHEDULES))
+@click.option("--lr-warmup", type=click.IntRange(0))
+@click.option("--ema-decay", type=float)
+@click.option("--prediction", type=click.Choice(solvers.PREDICTIONS))
+@click.option("--weighting", type=click.Choice(WEIGHTINGS))
+@click.option("--precision", type=click.Choice(training.PRECISIONS), help="bf16 runs the network under autocast.")
+@click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
+@click.option("--seed", type=click.IntRange(0))
+@click.option("--checkpoint-every", type=click.IntRange(1))
+@click.option("--log-every", type=click.IntRange(1))
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@_reports_errors
+def train(
+    dataset: str,
+    directory: Path | None,
+    resume: bool,
+    recipe: str,
+    data_root: Path,
+    device: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train a score network on DATASET and keep the run in a folder.
+
+    Options that are not given come from the recipe, or on --resume from the run. Prints the checkpoint's path.
+    """
+    directory = directory or Path("runs") / dataset
+    checkpoint = directory / checkpoints.RUN_CHECKPOINT
+    on_device = _device(device)
+    if resume and checkpoint.exists():
+        config = training.saved_config(checkpoint)
+        if config.data != dataset:
+            raise ValueError(f"the run in {directory} trains on {config.data}, not on {dataset}")
+    else:
+        config = (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
+        if on_device.type == "cuda" and config.model["architecture"] == "UNet":
+            config = replace(config, precision="bf16")
+    config = replace(config, **{name: value for name, value in options.items() if value is not None})
+    trainer = training.Trainer(config, directory, device=on_device, data_root=data_root, resume=resume)
+    trainer.train(progress=not quiet)
+    click.echo(checkpoint)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=_path, callback=_suffix(".safetensors"))
+@click.option("--dtype", type=click.Choice(("float32", "float16", "bfloat16")), default="float32", show_default=True)
+@_reports_errors
+def export(model: str, out: Path, dtype: str) -> None:
+    """Write the network of MODEL, a checkpoint or a run, without what only training needs. Prints the file's path."""
+    checkpoints.save(out, checkpoints.load(model), DTYPES[dtype])
+    click.echo(out)
+
+
+@main.command()
+def info() -> None:
+    """Show versions, devices, shipped models, and which backends can run here and why others cannot."""
+    rows = [("fastsde", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    for package in ("triton", "torchvision", "safetensors", "diffusers", "torchsde"):
+        found = importlib.util.find_spec(package) is not None
+        rows.append((package, metadata.version(package) if found else "not installed"))
+    rows.append(
+        ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    )
+    devices = [torch.device("cpu")]
+    if not torch.cuda.is_available():
+        rows.append(("cuda", f"not available (torch is built for {torch.version.cuda or 'the CPU only'})"))
+    for index in range(torch.cuda.device_count()):
+        devices.append(torch.device("cuda", index))
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{torch.cuda.get_device_name(index)}, capability {torch.cuda.get_device_capability(index)}",
+            )
+        )
+    for device in devices:
+        for backend in engines.BACKENDS[1:]:
+            reason = engines.unavailable_reason(backend, device)
+            rows.append((f"{backend} on {device}", "yes" if reason is None else f"no: {reason}"))
+    for name in checkpoints.SHIPPED:
+        record = checkpoints.load(name).record
+        rows.append((f"model {name}", f"{record['step']:,} steps, loss {record['loss']:.4f}"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
