@@ -34,7 +34,8 @@ def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
     if data is not None:
         panels.insert(0, ("data", _points("data", data), _DATA_COLOUR))
     limits = _limits(np.concatenate([points for _, points, _ in panels]))
-    figure = Figure(figsize=(4.5 * len(panels), 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(panels), 4.8), dpi=120)
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.93, bottom=0.06, wspace=0.12)
     for axes, (title, points, colour) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_points(axes, points, colour, limits)
         axes.set_title(f"{len(points):,} {title}")
@@ -137,7 +138,8 @@ def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[floa
 
 
 def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score: ScoreFunction | None) -> Image.Image:
-    figure = Figure(figsize=(4.5, 4.5), dpi=90, layout="constrained")
+    figure = Figure(figsize=(4.5, 4.8), dpi=90)
+    figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.06)
     axes = figure.subplots()
     if score is not None:
         ticks = torch.linspace(*limits, 19)[1:-1]

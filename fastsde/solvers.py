@@ -179,12 +179,25 @@ def score_form(sde: VPSDE, time: Tensor, prediction: str) -> tuple[Tensor, Tenso
 
 
 def _table(
-    time: Tensor, a: Tensor, b: Tensor, d: Tensor, e: Tensor, c: Tensor, pq: tuple[Tensor, Tensor], clip: float | None
+    time: Tensor,
+    *,
+    a: Tensor,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    d: Tensor | None = None,
+    e: Tensor | None = None,
+    data: tuple[Tensor, Tensor],
+    clip: float | None = None,
 ) -> StepTable:
-    """A table in its cheapest form: without clip D is affine in x and f, and e D is folded into a x + b f."""
-    p, q = pq
+    """A table in its cheapest form: without clip D = p x + q f is affine, and e D is folded into a x + b f.
+
+    ``data`` is (p, q); columns that are not given are zero.
+    """
+    zero = torch.zeros_like(time)
+    b, c, d, e = (zero if column is None else column for column in (b, c, d, e))
+    p, q = data
     if clip is None:
-        a, b, e = a + e * p, b + e * q, torch.zeros_like(e)
+        a, b, e = a + e * p, b + e * q, zero
     return StepTable(time=time, a=a, b=b, c=c, d=d, e=e, p=p, q=q, clip=clip)
 
 
@@ -199,9 +212,8 @@ def euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str 
     time, step = times[:-1], -times.diff()
     rate = sde.beta(time) * step
     r, s = score_form(sde, time, prediction)
-    zero = torch.zeros_like(time)
     data = _data_form(sde.alpha(time), sde.sigma(time), prediction)
-    return _table(time, 1 + rate / 2 + rate * r, rate * s, rate.sqrt(), zero, zero, data, None)
+    return _table(time, a=1 + rate / 2 + rate * r, b=rate * s, d=rate.sqrt(), data=data)
 
 
 def exponential_euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
@@ -213,11 +225,9 @@ def exponential_euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], pred
     time, integral = times[:-1], -sde.integral_beta(times).diff()
     growth = torch.expm1(integral / 2)
     r, s = score_form(sde, time, prediction)
-    zero = torch.zeros_like(time)
     data = _data_form(sde.alpha(time), sde.sigma(time), prediction)
-    return _table(
-        time, 1 + growth + 2 * growth * r, 2 * growth * s, torch.expm1(integral).sqrt(), zero, zero, data, None
-    )
+    noise = torch.expm1(integral).sqrt()
+    return _table(time, a=1 + growth + 2 * growth * r, b=2 * growth * s, d=noise, data=data)
 
 
 def heun(
@@ -253,8 +263,7 @@ def heun(
         slope_x, slope_f = sde.beta(there) / 2 * (1 + r), sde.beta(there) / 2 * s
         rows.append([float(value) for value in (there, half * slope_x, half * slope_f, 1.0, 0.0, 0.0)])
     time, a, b, c, p, q = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    zero = torch.zeros_like(time)
-    return _table(time, a, b, zero, zero, c, (p, q), None)
+    return _table(time, a=a, b=b, c=c, data=(p, q))
 
 
 def ddpm(
@@ -277,15 +286,12 @@ def ddpm(
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     ratio = before[0] / after[0]
     variance = before[1] ** 2 - ratio**2 * after[1] ** 2
-    zero = torch.zeros_like(time)
     return _table(
         time,
         a=ratio * after[1] ** 2 / before[1] ** 2,
-        b=zero,
         d=variance.sqrt() * after[1] / before[1],
         e=after[0] * variance / before[1] ** 2,
-        c=zero,
-        pq=_data_form(*before, prediction),
+        data=_data_form(*before, prediction),
         clip=clip,
     )
 
@@ -310,9 +316,8 @@ def ddim(
     noise = eta * posterior
     direction = (after[1] ** 2 - noise**2).clamp(min=0).sqrt()
     r, s = _eps_form(*before, prediction)
-    zero = torch.zeros_like(time)
     data = _data_form(*before, prediction)
-    return _table(time, direction * r, direction * s, noise, after[0], zero, data, clip)
+    return _table(time, a=direction * r, b=direction * s, d=noise, e=after[0], data=data, clip=clip)
 
 
 def dpm_solver_pp_2m(
@@ -340,15 +345,13 @@ def dpm_solver_pp_2m(
     previous[1:] = h[1:] / (2 * h[:-1])
     if lower_order_final or sigma[-1] == 0:
         previous[-1] = 0
-    zero = torch.zeros_like(h)
     return _table(
         time,
         a=sigma[1:] / sigma[:-1] * (decay if stochastic else 1),
-        b=zero,
-        d=sigma[1:] * torch.sqrt(-torch.expm1(-2 * h)) if stochastic else zero,
-        e=gain * (1 + previous),
         c=-gain * previous,
-        pq=_data_form(alpha[:-1], sigma[:-1], prediction),
+        d=sigma[1:] * torch.sqrt(-torch.expm1(-2 * h)) if stochastic else None,
+        e=gain * (1 + previous),
+        data=_data_form(alpha[:-1], sigma[:-1], prediction),
         clip=clip,
     )
 

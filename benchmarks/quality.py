@@ -1,0 +1,163 @@
+"""How good the samples of the shipped models are: ``python -m fastsde.benchmarks.quality swiss-roll|mnist``.
+
+The swiss roll is judged by the mean sliced 1-Wasserstein distance to fresh data; MNIST by a small CNN trained here on
+the real digits: how sure it is of the samples, how they spread over the classes, and the Frechet distance between its
+features of samples and of test digits.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastsde
+from fastsde import checkpoints, data
+from fastsde.files import atomic_path
+
+RESULTS = Path(__file__).parent / "results"
+DIRECTIONS = 256
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = DIRECTIONS) -> float:
+    """Mean 1-Wasserstein distance of two equally large sets of points ``[n, 2]`` over evenly spread directions."""
+    angles = torch.arange(directions, dtype=torch.float64) * (torch.pi / directions)
+    axes = torch.stack((angles.cos(), angles.sin()))
+    projected = [(points.double() @ axes).sort(dim=0).values for points in (a, b)]
+    return float((projected[0] - projected[1]).abs().mean())
+
+
+def swiss_roll_distance(model: str = "swiss-roll", n: int = 10_000, seed: int = 0) -> dict[str, float]:
+    """The distance of samples to fresh data, and for scale that of two fresh sets of data."""
+    checkpoint = checkpoints.load(model)
+    x = fastsde.sample(checkpoint.model, (n, 2), sde=checkpoint.sde, prediction=checkpoint.prediction, seed=seed)
+    fresh, other = (data.swiss_roll(n, seed=1_000_001 + 2 * seed + i).x for i in range(2))
+    return {"samples_to_data": sliced_wasserstein(x, fresh), "data_to_data": sliced_wasserstein(fresh, other)}
+
+
+class Classifier(nn.Module):
+    """A small CNN for 28x28 digits. Its 128 penultimate features serve the Frechet distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, 128), nn.ReLU()),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.body(x))
+        return result
+
+
+def train_classifier(root: str, epochs: int = 8, seed: int = 0) -> tuple[Classifier, float, Tensor]:
+    """The classifier, its accuracy on the test digits, and those digits ``[N, 1, 28, 28]`` in [-1, 1]."""
+    torch.manual_seed(seed)
+    (train, labels), (test, test_labels) = (data.mnist_files(root, train=which) for which in (True, False))
+    train, test = (x.float() / 127.5 - 1 for x in (train, test))
+    model = Classifier()
+    steps = epochs * -(-len(train) // 128)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for _ in range(epochs):
+        for index in torch.randperm(len(train)).split(128):
+            shift = torch.randint(-2, 3, (2,)).tolist()  # digits of any small shift are digits
+            loss = F.cross_entropy(model(train[index].roll(shift, (2, 3))), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = float((model(test).argmax(1) == test_labels).double().mean())
+    return model, accuracy, test
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two sets of features ``[n, d]`` (Heusel et al. 2017)."""
+    from scipy.linalg import sqrtm
+
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (x.mean(0), np.cov(x, rowvar=False)) for x in (a.double().numpy(), b.double().numpy())
+    )
+    # A little on the diagonal keeps the root real where features are constant.
+    jitter = 1e-6 * np.eye(len(cov_a))
+    root = sqrtm((cov_a + jitter) @ (cov_b + jitter)).real
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
+
+
+def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, Any]:
+    """What the classifier makes of samples ``[n, 1, 28, 28]`` in [-1, 1]."""
+    with torch.no_grad():
+        probability, label = classifier(x).softmax(1).max(1)
+        features, test_features = classifier.body(x), classifier.body(test)
+        shares = label.bincount(minlength=10).double() / len(x)
+        sure_of_test = float((classifier(test).softmax(1).max(1).values > 0.9).double().mean())
+        half = len(test) // 2
+        return {
+            "share_above_0.9": float((probability > 0.9).double().mean()),
+            "share_above_0.9_of_test_digits": sure_of_test,
+            "class_shares": [round(share, 4) for share in shares.tolist()],
+            "frechet_distance": frechet_distance(features, test_features),
+            "frechet_distance_of_test_halves": frechet_distance(test_features[:half], test_features[half:]),
+        }
+
+
+@click.command()
+@click.argument("subject", type=click.Choice(("swiss-roll", "mnist")))
+@click.option("--model", help="A checkpoint instead of the shipped model.")
+@click.option("--data", "root", default="data", show_default=True, help="The folder of MNIST.")
+@click.option("-n", type=int, help="How many samples.  [default: 10,000 points, 1,000 digits]")
+@click.option("--solver", default="euler_maruyama", show_default=True)
+@click.option("--steps", default=999, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The JSON file.  [default: results/quality-SUBJECT.json]")
+def main(
+    subject: str, model: str | None, root: str, n: int | None, solver: str, steps: int, seed: int, out: Path | None
+) -> None:
+    """Judge the samples of a model and keep the figures as JSON."""
+    started = time.time()
+    checkpoint = checkpoints.load(model or subject)
+    result: dict[str, Any]
+    if subject == "swiss-roll":
+        n = n or 10_000
+        result = swiss_roll_distance(model or subject, n, seed)
+        solver, steps = "euler_maruyama", 999
+    else:
+        n = n or 1000
+        classifier, accuracy, test = train_classifier(root)
+        options = {"sde": checkpoint.sde, "prediction": checkpoint.prediction, "max_batch": 100, "progress": True}
+        x = fastsde.sample(checkpoint.model, (n, *checkpoint.shape), solver=solver, steps=steps, seed=seed, **options)
+        low, high = checkpoint.value_range or (-1.0, 1.0)
+        result = {"classifier_accuracy": accuracy}
+        result |= judge_digits(classifier, test, ((x - low) / (high - low) * 2 - 1).clamp(-1, 1))
+    result = {
+        "subject": subject,
+        "n": n,
+        "solver": solver,
+        "steps": steps,
+        "seed": seed,
+        **result,
+        "trained_steps": checkpoint.record["step"],
+        "seconds": round(time.time() - started, 1),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    with atomic_path(out or RESULTS / f"quality-{subject}.json") as temporary:
+        temporary.write_text(text)
+    click.echo(text, nl=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The command line as a user calls it: in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import fastsde
+from fastsde import checkpoints
+from fastsde.checkpoints import Checkpoint
+from fastsde.models import MLP, UNet
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastsde", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def small_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    checkpoints.save(path, Checkpoint(UNet(1, 8, (4, 8)), prediction="v", value_range=(-1.0, 1.0)))
+    return path
+
+
+def test_sample_draws_the_shipped_swiss_roll(tmp_path: Path) -> None:
+    names = ("roll.png", "roll.npz", "roll.gif")
+    result = run(
+        "sample", "swiss-roll", "-n", 50, "--steps", 30, "--seed", 3, "--quiet",
+        "--out", names[0], "--save", names[1], "--animate", names[2], cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert sorted(result.stdout.split()) == sorted(names)
+    model = checkpoints.load("swiss-roll")
+    expected = fastsde.sample(model.model, (50, 2), prediction=model.prediction, steps=30, seed=3)
+    np.testing.assert_allclose(np.load(tmp_path / "roll.npz")["samples"], expected.numpy(), atol=1e-5)
+    with Image.open(tmp_path / "roll.png") as picture, Image.open(tmp_path / "roll.gif") as gif:
+        assert picture.width > picture.height  # data and samples side by side
+        assert gif.n_frames == 32  # 31 states and the result once more
+
+
+def test_sample_writes_a_picture_by_default_and_its_progress_to_stderr(tmp_path: Path, small_unet: Path) -> None:
+    result = run("sample", small_unet, "-n", 3, "--steps", 5, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "small.png\n"
+    assert "5/5" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["small.png"]
+
+
+def test_sample_options_reach_the_sampler(tmp_path: Path, small_unet: Path) -> None:
+    options = ["--solver", "dpm_solver_pp_2m", "--steps", 4, "--clip", 1.0, "--backend", "reference", "--quiet"]
+    for name, extra in (("all", ["-n", 5]), ("last", ["-n", 2, "--first-sample", 3, "--max-batch", 1])):
+        result = run("sample", small_unet, *options, *extra, "--save", f"{name}.safetensors", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    whole, last = (load_file(tmp_path / f"{name}.safetensors")["samples"] for name in ("all", "last"))
+    torch.testing.assert_close(whole[3:], last, rtol=0, atol=1e-5)  # convolutions round differently by batch size
+    assert whole.abs().max() <= 1  # the clip
+
+
+def test_train_export_and_sample_a_run(tmp_path: Path) -> None:
+    options = ["--steps", 20, "--batch-size", 8, "--log-every", 5, "--checkpoint-every", 10]
+    result = run("train", "swiss-roll", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "runs/swiss-roll/checkpoint.safetensors\n"
+    assert "loss=" in result.stderr
+    assert "step/s" in result.stderr
+    assert len((tmp_path / "runs/swiss-roll/log.jsonl").read_text().splitlines()) == 4
+    again = run("train", "swiss-roll", *options, cwd=tmp_path)
+    assert again.returncode == 1
+    assert again.stderr == "Error: runs/swiss-roll already holds a run: resume it, or choose another folder\n"
+    resumed = run("train", "swiss-roll", "--resume", "--quiet", cwd=tmp_path)  # the run's own options
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    exported = run("export", "runs/swiss-roll", "net.safetensors", "--dtype", "float16", cwd=tmp_path)
+    assert exported.stdout == "net.safetensors\n"
+    sampled = run("sample", "net.safetensors", "-n", 4, "--steps", 3, "--quiet", "--save", "x.npz", cwd=tmp_path)
+    assert sampled.stdout == "x.npz\n"
+    assert np.isfinite(np.load(tmp_path / "x.npz")["samples"]).all()
+
+
+def test_the_tutorial_recipe_trains_its_objective(tmp_path: Path) -> None:
+    result = run("train", "digits", "--recipe", "tutorial", "--steps", 1, "--batch-size", 2, "--quiet", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    loaded = checkpoints.load(tmp_path / "runs" / "digits")
+    assert (loaded.prediction, loaded.value_range) == ("score", (0.0, 1.0))
+
+
+def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
+    result = run("info", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = dict(
+        line.split(maxsplit=1) for line in result.stdout.splitlines() if " on " not in line and "model" not in line
+    )
+    assert lines["torch"] == torch.__version__
+    assert lines["fastsde"] == fastsde.__version__
+    assert "eager on cpu       yes" in result.stdout
+    assert "graph on cpu       no: " in result.stdout
+    assert "model mnist" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["sample", "nothing"], 1, "there is no checkpoint nothing"),
+        (["sample", "swiss-roll", "--out", "a.xyz"], 2, "a.xyz must end in .png"),
+        (["sample", "swiss-roll", "--save", "a.csv"], 2, "a.csv must end in .safetensors or .npz"),
+        (["sample", "swiss-roll", "--animate", "a.mp4"], 2, "a.mp4 must end in .gif"),
+        (["sample", "swiss-roll", "--solver", "rk45"], 2, "'rk45' is not one of"),
+        (["sample", "swiss-roll", "-n", "0"], 2, "0 is not in the range x>=1"),
+        (["sample", "swiss-roll", "--clip", "1"], 1, "clip bounds a predicted x_0"),
+        (["sample", "swiss-roll", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
+        (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' is not part of this version"),
+        (["sample", "swiss-roll", "--t-end", "2"], 1, "t_end must be in [0, 1), got 2.0"),
+        (["train", "cifar"], 2, "'cifar' is not one of"),
+        (["train", "swiss-roll", "--lr", "-1"], 1, "lr must be positive and finite, got -1.0"),
+        (["train", "digits", "--data-size", "2000"], 1, "size must be at most 1797 for digits, got 2000"),
+        (["export", "swiss-roll", "a.pt"], 2, "a.pt must end in .safetensors"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_an_exit_code(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_without_a_picture_can_still_be_saved(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path / "five.safetensors", Checkpoint(MLP(5, (4,))))
+    refused = run("sample", "five.safetensors", "-n", 2, "--steps", 2, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "shape [5] have no picture: write them with --save" in refused.stderr
+    saved = run("sample", "five.safetensors", "-n", 2, "--steps", 2, "--save", "x.npz", "--quiet", cwd=tmp_path)
+    assert (saved.returncode, saved.stdout) == (0, "x.npz\n")

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_swiss_roll
+
+from fastsde import data
+
+
+def test_the_swiss_roll_is_the_tutorials() -> None:
+    points, _ = make_swiss_roll(1000, noise=1.0, random_state=0)
+    roll = data.swiss_roll()
+    assert roll.x.dtype == torch.float32
+    np.testing.assert_array_equal(roll.x.numpy(), (points[:, [0, 2]] / 10).astype(np.float32))
+
+
+def test_digits_look_like_mnist() -> None:
+    digits = data.digits()
+    assert digits.x.shape == (1797, 1, 28, 28)
+    assert digits.x.dtype == torch.uint8
+    assert digits.x[:, :, :4].max() == 0  # the margin
+    assert digits.x.max() == 255
+    values = digits.scale * digits.x.float() + digits.shift
+    assert (values.min(), values.max()) == (-1.0, 1.0)
+
+
+def test_the_pixel_range_is_the_users_choice() -> None:
+    digits = data.digits(pixel_range=(0.0, 1.0))
+    values = digits.scale * digits.x.float() + digits.shift
+    assert (values.min(), values.max()) == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"pixel_range must be .*got \(1, 0\)"):
+        data.digits(pixel_range=(1, 0))
+
+
+def write_mnist(root: Path, pixels: np.ndarray) -> None:
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in ("train", "t10k"):
+        images = struct.pack(">iiii", 2051, len(pixels), 28, 28) + pixels.tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, len(pixels)) + bytes(len(pixels)))
+
+
+def test_mnist_is_read_where_it_lies(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    write_mnist(tmp_path, pixels)
+    for train in (True, False):
+        np.testing.assert_array_equal(data.mnist(tmp_path, train=train).x.numpy(), pixels[:, None])
+    assert len(data.load("mnist", root=tmp_path, size=3)) == 3
+    with pytest.raises(ValueError, match="at most 5 for mnist, got 6"):
+        data.load("mnist", root=tmp_path, size=6)
+
+
+def test_mnist_that_cannot_be_had_names_the_folder_and_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import MNIST
+
+    def no_network(self: MNIST) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(MNIST, "download", no_network)
+    with pytest.raises(FileNotFoundError, match=r"MNIST/raw.*no route to host.*'digits'"):
+        data.load("mnist", root=tmp_path)
+
+
+def test_the_name_and_size_are_checked() -> None:
+    with pytest.raises(ValueError, match="got 'cifar'"):
+        data.load("cifar")
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        data.load("swiss-roll", size=0)
+    assert len(data.load("swiss-roll", size=7)) == 7
+    assert not torch.equal(data.load("swiss-roll", seed=1).x, data.load("swiss-roll").x)

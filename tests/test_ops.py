@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastsde import VPSDE, noise, ops, reference, solvers
+
+SDE = VPSDE()
+KEYS = noise.sample_keys(0, 3)
+TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 4))
+MULTISTEP = solvers.build("dpm_solver_pp_2m", SDE, 4, clip=1.0)
+X, F, X_0 = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+T = torch.rand(3) * 0.9 + 0.05
+
+
+def test_the_checked_operations_are_the_reference() -> None:
+    for ours, theirs in zip(
+        ops.solver_step(X, F, TABLE, 1, keys=KEYS), reference.solver_step(X, F, TABLE, 1, keys=KEYS), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    ours, theirs = (m.solver_step(X, F, MULTISTEP, 1, history=F, f_uncond=X, guidance=2.0) for m in (ops, reference))
+    assert torch.equal(ours[0], theirs[0])
+    for ours, theirs in zip(ops.perturb(X_0, KEYS, 4, SDE), reference.perturb(X_0, KEYS, 4, SDE), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(ops.dsm_loss(F, X_0, T, KEYS, 4, SDE), reference.dsm_loss(F, X_0, T, KEYS, 4, SDE))
+
+
+def test_a_half_precision_network_output_is_upcast() -> None:
+    ours, _ = ops.solver_step(X, F.bfloat16(), TABLE, 0, keys=KEYS)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, reference.solver_step(X, F.bfloat16().float(), TABLE, 0, keys=KEYS)[0])
+
+
+def test_the_loss_has_a_gradient() -> None:
+    f = F.clone().requires_grad_()
+    ops.dsm_loss(f, X_0, T, KEYS, 4, SDE).backward()
+    assert f.grad is not None
+    assert f.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.solver_step([1.0], F, TABLE, 0, keys=KEYS), TypeError, "x must be a tensor, got list"),
+        (lambda: ops.solver_step(X.half(), F, TABLE, 0, keys=KEYS), ValueError, r"x must be float32 or float64"),
+        (
+            lambda: ops.solver_step(X, F[:2], TABLE, 0, keys=KEYS),
+            ValueError,
+            r"f must have shape \[3, 2, 5\], got \[2, 2, 5\]",
+        ),
+        (
+            lambda: ops.solver_step(X, F.long(), TABLE, 0, keys=KEYS),
+            TypeError,
+            "f must be floating-point, got torch.int64",
+        ),
+        (lambda: ops.solver_step(X, None, TABLE, 0, keys=KEYS), TypeError, "f must be a tensor, got NoneType"),
+        (lambda: ops.solver_step(X, F, "ddim", 0, keys=KEYS), TypeError, "table must be a StepTable, got str"),
+        (lambda: ops.solver_step(X, F, TABLE, 3, keys=KEYS), ValueError, r"row must be in \[0, 3\), got 3"),
+        (lambda: ops.solver_step(X, F, TABLE, 0), ValueError, "z or keys must be given for row 0"),
+        (
+            lambda: ops.solver_step(X, F, TABLE, 0, keys=KEYS[:2]),
+            ValueError,
+            r"keys must have shape \[3, 2\], got \[2, 2\]",
+        ),
+        (lambda: ops.solver_step(X, F, TABLE, 0, keys=KEYS.float()), TypeError, "keys must be int64"),
+        (lambda: ops.solver_step(X, F, TABLE, 0, z=X[0]), ValueError, r"z must have shape"),
+        (lambda: ops.solver_step(X, F, MULTISTEP, 1), ValueError, "history must be given for row 1"),
+        (lambda: ops.solver_step(X, F, TABLE, 0, z=X, guidance=1.0), ValueError, "f_uncond and guidance go together"),
+        (lambda: ops.perturb(X_0.int(), KEYS, 0, SDE), ValueError, "x_0 must be uint8 or floating-point"),
+        (lambda: ops.perturb(X_0, None, 0, SDE), ValueError, "keys must be given unless t and z both are"),
+        (lambda: ops.perturb(X_0, KEYS, -1, SDE), ValueError, "step must be in"),
+        (lambda: ops.perturb(X_0, KEYS, 0, 0.1), TypeError, "sde must be a VPSDE, got float"),
+        (lambda: ops.perturb(X_0, KEYS, 0, SDE, index=torch.tensor([0.0])), ValueError, "index must be int64"),
+        (
+            lambda: ops.perturb(X_0, KEYS, 0, SDE, index=torch.tensor([0, 1, 3])),
+            ValueError,
+            r"index must be in \[0, 3\)",
+        ),
+        (lambda: ops.perturb(X_0, KEYS, 0, SDE, scale=float("inf")), ValueError, "scale must be finite, got inf"),
+        (lambda: ops.perturb(X_0, KEYS, 0, SDE, t_min=0.0), ValueError, r"t_min must be in \(0, 1\), got 0"),
+        (lambda: ops.dsm_loss(F, X_0, T[:2], KEYS, 0, SDE), ValueError, r"t must have shape \[3\], got \[2\]"),
+        (lambda: ops.dsm_loss(F, X_0, T, KEYS, 0, SDE, prediction="flow"), ValueError, "got 'flow'"),
+        (lambda: ops.dsm_loss(F, X_0, T, KEYS, 0, SDE, weighting="snr"), ValueError, "got 'snr'"),
+        (lambda: ops.dsm_loss(F[:, 0], X_0, T, KEYS, 0, SDE), ValueError, r"f must have shape \[3, 2, 5\]"),
+    ],
+)
+def test_bad_arguments_are_named(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_history_is_not_needed_where_c_is_zero() -> None:
+    assert float(MULTISTEP.c[0]) == 0
+    ops.solver_step(X, F, replace(MULTISTEP), 0)

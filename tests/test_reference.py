@@ -1,0 +1,529 @@
+"""The reference itself, against elementwise NumPy, independent formulas and autograd's numerical check."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastsde import VPSDE, NonFiniteError, StepTable, noise, reference, solvers
+from fastsde.solvers import PREDICTIONS
+
+FLOAT64 = torch.float64
+SHAPES = [(3,), (2, 5), (1, 7), (2, 1, 3), (2, 3, 2, 5), (0, 4), (3, 0)]
+WEIGHTINGS = reference.WEIGHTINGS
+
+
+def normals(*shape, seed=0, dtype=FLOAT64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def random_table(rows=4, clip=None, seed=0, **changes):
+    """A table with every coefficient nonzero, but for the columns given as a number."""
+    values = {name: 0.5 + normals(rows, seed=seed + i).abs() for i, name in enumerate(StepTable.columns())}
+    values.update({name: torch.full((rows,), float(value), dtype=FLOAT64) for name, value in changes.items()})
+    return StepTable(**values, clip=clip)
+
+
+# solver_step -----------------------------------------------------------------------------------------------------
+
+
+def naive_step(x, f, row, clip, history, z, f_uncond=None, guidance=None):
+    """The equation of the table, an element at a time, on NumPy arrays."""
+    x_next, data = np.zeros_like(x), np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        out = f[i] if f_uncond is None else f_uncond[i] + guidance * (f[i] - f_uncond[i])
+        d = row["p"] * x[i] + row["q"] * out
+        if clip is not None:
+            d = min(max(d, -clip), clip)
+        x_next[i] = row["a"] * x[i] + row["b"] * out + row["e"] * d + row["c"] * history[i] + row["d"] * z[i]
+        data[i] = d
+    return x_next, data
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("guidance", [None, 0.0, 2.5])
+def test_solver_step_equals_the_equation_element_by_element(shape, clip, guidance):
+    table = random_table(clip=clip)
+    x, f, f_uncond, history, z = (normals(*shape, seed=seed) for seed in range(5))
+    got = reference.solver_step(
+        x, f, table, 2, history=history, z=z, f_uncond=None if guidance is None else f_uncond, guidance=guidance
+    )
+    uncond = None if guidance is None else f_uncond.numpy()
+    expected = naive_step(x.numpy(), f.numpy(), table.row(2), clip, history.numpy(), z.numpy(), uncond, guidance)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == shape
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-14, atol=1e-14)  # sums of five terms of order 1 to 10
+
+
+@pytest.mark.parametrize("zeros", list(itertools.combinations("abcdepq", 3)), ids="".join)
+def test_solver_step_with_zero_coefficients(zeros):
+    table = random_table(clip=1.5, **dict.fromkeys(zeros, 0))
+    x, f, history, z = (normals(2, 3, seed=seed) for seed in range(4))
+    got = reference.solver_step(x, f, table, 1, history=history, z=z)
+    expected = naive_step(x.numpy(), f.numpy(), table.row(1), 1.5, history.numpy(), z.numpy())
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-14, atol=1e-14)
+
+
+def test_solver_step_leaves_its_inputs_alone():
+    inputs = [normals(2, 3, seed=seed) for seed in range(5)]
+    copies = [one.clone() for one in inputs]
+    x, f, f_uncond, history, z = inputs
+    reference.solver_step(x, f, random_table(clip=0.5), 0, history=history, z=z, f_uncond=f_uncond, guidance=2.0)
+    for one, copy in zip(inputs, copies, strict=True):
+        assert torch.equal(one, copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("row", [0, 3])
+def test_solver_step_draws_the_noise_of_its_row_from_the_keys(row, dtype):
+    table, keys = random_table(c=0), noise.sample_keys(5, 3)
+    x, f = normals(3, 2, 3, dtype=dtype), normals(3, 2, 3, seed=1, dtype=dtype)
+    z = noise.normal(keys, row + 1, (2, 3)).to(dtype)
+    got, _ = reference.solver_step(x, f, table, row, keys=keys)
+    assert got.dtype == dtype
+    assert torch.equal(got, reference.solver_step(x, f, table, row, z=z)[0])
+
+
+def test_solver_step_without_noise_needs_no_keys_and_with_noise_does():
+    x = normals(2, 3)
+    reference.solver_step(x, x, random_table(c=0, d=0), 0)
+    with pytest.raises(TypeError, match="keys must be given where noise is to be drawn, got None"):
+        reference.solver_step(x, x, random_table(c=0), 0)
+
+
+# sample ----------------------------------------------------------------------------------------------------------
+
+
+def affine_model(x, t, shift=0.0):
+    return -x * t.reshape(-1, *(1,) * (x.ndim - 1)) + shift
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 1, 4), (0, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+def test_sample_is_a_loop_of_network_and_step(shape, dtype):
+    table, keys = random_table(rows=5, clip=2.0, d=0.5), noise.sample_keys(1, shape[0])
+    x, history = noise.normal(keys, 0, shape[1:]).to(dtype), torch.zeros(shape, dtype=dtype)
+    for row in range(5):
+        f = affine_model(x, torch.full(shape[:1], float(table.time[row]), dtype=dtype))
+        z = noise.normal(keys, row + 1, shape[1:]).to(dtype)
+        x, history = reference.solver_step(x, f, table, row, history=history, z=z)
+    got = reference.sample(affine_model, shape, table, keys, dtype=dtype)
+    assert (got.shape, got.dtype) == (shape, dtype)
+    assert torch.equal(got, x)
+
+
+def test_sample_calls_the_network_with_the_state_and_the_time_of_each_sample():
+    calls = []
+
+    def model(x, t, label):
+        calls.append((tuple(x.shape), x.dtype, t.tolist(), t.dtype, label))
+        return x
+
+    table = solvers.build("ddim", VPSDE(), 3)
+    reference.sample(model, (2, 4), table, noise.sample_keys(0, 2), model_kwargs={"label": "cat"})
+    assert calls == [
+        ((2, 4), torch.float32, [pytest.approx(time, rel=2**-24)] * 2, torch.float32, "cat")
+        for time in (1, 2 / 3, 1 / 3)
+    ]
+
+
+def test_sample_starts_from_x_init_and_leaves_it_alone():
+    table, x_init = solvers.build("ddim", VPSDE(), 4), normals(2, 3)
+    copy = x_init.clone()
+    a, b = (reference.sample(affine_model, (2, 3), table, noise.sample_keys(s, 2), x_init=x_init) for s in (0, 1))
+    assert torch.equal(a, b)  # no noise in this solver: keys no longer matter
+    assert torch.equal(x_init, copy)
+
+
+def test_sample_asks_for_noise_only_in_rows_that_have_any():
+    rows = []
+    table = random_table(rows=4)
+    table.d[1] = table.d[3] = 0
+
+    def noise_function(row, x):
+        rows.append((row, tuple(x.shape)))
+        return torch.ones_like(x)
+
+    reference.sample(affine_model, (2, 3), table, noise.sample_keys(0, 2), noise_function=noise_function)
+    assert rows == [(0, (2, 3)), (2, (2, 3))]
+
+
+def test_noise_function_replaces_the_contract():
+    table, keys = solvers.build("euler_maruyama", VPSDE(), 6), noise.sample_keys(3, 2)
+    own = reference.sample(affine_model, (2, 3), table, keys)
+    given = reference.sample(
+        affine_model, (2, 3), table, keys, noise_function=lambda row, x: noise.normal(keys, row + 1, (3,))
+    )
+    silent = reference.sample(affine_model, (2, 3), table, keys, noise_function=lambda row, x: torch.zeros_like(x))
+    assert torch.equal(own, given)
+    assert not torch.equal(own, silent)
+
+
+def test_after_row_sees_every_state():
+    seen = []
+    table = solvers.build("euler_maruyama", VPSDE(), 3)
+    keys = noise.sample_keys(0, 2)
+    final = reference.sample(affine_model, (2, 3), table, keys, after_row=lambda *state: seen.append(state))
+    assert [(row, time) for row, time, _ in seen] == list(enumerate(table.time.tolist()))
+    assert torch.equal(seen[-1][2], final)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    table = solvers.build("euler_maruyama", VPSDE(), 10)
+    together = reference.sample(affine_model, (5, 3), table, noise.sample_keys(7, 5))
+    apart = [reference.sample(affine_model, (1, 3), table, noise.sample_keys(7, 1, i)) for i in range(5)]
+    # No reduction crosses samples, so only vectorised against scalar instructions differ: 1 ulp a row.
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=10 * 2**-24 * float(together.abs().max()))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+def test_guidance_mixes_the_two_outputs(guidance):
+    # For f = -t x + shift the mix is the same network with shift w 0.3 + (1 - w) (-0.1).
+    table, keys = solvers.build("euler_maruyama", VPSDE(), 8), noise.sample_keys(0, 2)
+    mixed = reference.sample(
+        affine_model,
+        (2, 3),
+        table,
+        keys,
+        dtype=FLOAT64,
+        model_kwargs={"shift": 0.3},
+        uncond_kwargs={"shift": -0.1},
+        guidance=guidance,
+    )
+    kwargs = {"shift": 0.3 * guidance - 0.1 * (1 - guidance)}
+    expected = reference.sample(affine_model, (2, 3), table, keys, dtype=FLOAT64, model_kwargs=kwargs)
+    torch.testing.assert_close(mixed, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_network_that_is_not_finite_is_reported_with_row_and_time(value):
+    def model(x, t):
+        f = torch.zeros_like(x)
+        f[1, 2] = value if float(t[0]) < 0.6 else 0.0
+        return f
+
+    table = solvers.build("euler_maruyama", VPSDE(), 4)  # times 1, 0.75, 0.5, 0.25
+    with pytest.raises(NonFiniteError, match=r"the network returned NaN or infinity in row 2, at time 0\.5"):
+        reference.sample(model, (2, 3), table, noise.sample_keys(0, 2))
+
+
+def test_an_unconditional_output_that_is_not_finite_is_reported():
+    def model(x, t, bad=False):
+        return torch.full_like(x, math.nan if bad and float(t[0]) < 0.9 else 0.0)
+
+    table = solvers.build("euler_maruyama", VPSDE(), 4)
+    with pytest.raises(NonFiniteError, match=r"in row 1, at time 0\.75"):
+        reference.sample(model, (2, 3), table, noise.sample_keys(0, 2), guidance=2.0, uncond_kwargs={"bad": True})
+
+
+# perturb ---------------------------------------------------------------------------------------------------------
+
+
+def expected_perturbed(x_0, t, z, sde):
+    """alpha x_0 + sigma z, a sample at a time, in float64."""
+    out = np.zeros(x_0.shape)
+    for i in range(len(x_0)):
+        b = sde.beta_min * t[i] + (sde.beta_max - sde.beta_min) * t[i] ** 2 / 2
+        out[i] = math.exp(-b / 2) * x_0[i] + math.sqrt(-math.expm1(-b)) * z[i]
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_perturb_with_given_time_and_noise(shape):
+    sde, x_0, z = VPSDE(), normals(*shape), normals(*shape, seed=1)
+    t = torch.linspace(1e-4, 1, shape[0], dtype=FLOAT64)
+    x_t, t_out = reference.perturb(x_0, None, 0, sde, t=t, z=z)
+    assert torch.equal(t_out, t)
+    expected = expected_perturbed(x_0.numpy(), t.tolist(), z.numpy(), sde)
+    np.testing.assert_allclose(x_t.numpy(), expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("t_min", [1e-4, 0.25])
+def test_perturb_draws_time_and_noise_from_their_streams(shape, t_min):
+    keys, x_0 = noise.sample_keys(4, shape[0]), normals(*shape, dtype=torch.float32)
+    x_t, t = reference.perturb(x_0, keys, 17, VPSDE(), t_min=t_min)
+    u = noise.uniform(keys, 17, (), stream=2)
+    z = noise.normal(keys, 17, shape[1:], stream=1)
+    torch.testing.assert_close(t, t_min + (1 - t_min) * u, rtol=2**-23, atol=0)  # the same formula, a rounding apart
+    assert ((t >= t_min) & (t <= 1)).all()
+    assert x_t.dtype == torch.float32
+    assert torch.equal(x_t, reference.perturb(x_0, None, 0, VPSDE(), t=t, z=z)[0])
+
+
+def test_perturb_with_only_the_time_or_only_the_noise_given():
+    keys, x_0 = noise.sample_keys(4, 3), normals(3, 2, dtype=torch.float32)
+    x_t, t = reference.perturb(x_0, keys, 2, VPSDE())
+    z = noise.normal(keys, 2, (2,), stream=1)
+    assert torch.equal(reference.perturb(x_0, keys, 2, VPSDE(), t=t)[0], x_t)
+    again, t_again = reference.perturb(x_0, keys, 2, VPSDE(), z=z)
+    assert torch.equal(again, x_t)
+    assert torch.equal(t_again, t)
+    for given in ({"t": t}, {"z": z}):
+        with pytest.raises(TypeError, match="keys must be given"):
+            reference.perturb(x_0, None, 2, VPSDE(), **given)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (2 / 255, -1.0), (1.0, 0.5), (3.0, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, FLOAT64])
+def test_perturb_scales_and_shifts_the_data(dtype, scale, shift):
+    # Every byte value, so that one that wrapped or saturated would show.
+    x_0, z, t = torch.arange(256).reshape(4, 64).to(dtype), normals(4, 64), torch.tensor([0.01, 0.3, 0.7, 1.0])
+    x_t, _ = reference.perturb(x_0, None, 0, VPSDE(), scale=scale, shift=shift, t=t, z=z.to(torch.float32))
+    assert x_t.dtype == (FLOAT64 if dtype == FLOAT64 else torch.float32)
+    data = scale * x_0.double() + shift
+    expected = expected_perturbed(data.numpy(), t.double().tolist(), z.numpy(), VPSDE())
+    # fp32: x_0, alpha, z and sigma carry relative errors of some 8 roundings (B(1) = 10 multiplies that of B in alpha).
+    tolerance = 12 * 2**-24 * (float(data.abs().max()) + float(z.abs().max()))
+    np.testing.assert_allclose(x_t.double().numpy(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_perturb_gathers_rows_by_index(dtype):
+    data, index = torch.arange(60).reshape(10, 3, 2).to(dtype), torch.tensor([9, 0, 9, 4])
+    keys = noise.sample_keys(0, 4)
+    got, t = reference.perturb(data, keys, 1, VPSDE(), index=index, scale=0.1, shift=-1.0)
+    expected, t_expected = reference.perturb(data[[9, 0, 9, 4]], keys, 1, VPSDE(), scale=0.1, shift=-1.0)
+    assert torch.equal(got, expected)
+    assert torch.equal(t, t_expected)
+    assert got.shape == (4, 3, 2)
+    # Rows 0 and 2 have the same data, and draws of their own.
+    assert not torch.equal(got[0], got[2])
+
+
+# dsm_loss --------------------------------------------------------------------------------------------------------
+
+
+def naive_loss(f, x_0, t, z, sde, prediction, weighting):
+    """The loss by its definition, an element at a time, on NumPy arrays: lambda (score - grad log p)^2."""
+    total = 0.0
+    for i in np.ndindex(f.shape):
+        b = sde.beta_min * t[i[0]] + (sde.beta_max - sde.beta_min) * t[i[0]] ** 2 / 2
+        beta = sde.beta_min + (sde.beta_max - sde.beta_min) * t[i[0]]
+        alpha, variance = math.exp(-b / 2), -math.expm1(-b)
+        sigma = math.sqrt(variance)
+        x_t = alpha * x_0[i] + sigma * z[i]
+        if weighting == "target":
+            target = {"score": -z[i] / sigma, "eps": z[i], "x0": x_0[i], "v": alpha * z[i] - sigma * x_0[i]}[prediction]
+            total += (f[i] - target) ** 2
+            continue
+        score = {
+            "score": f[i],
+            "eps": -f[i] / sigma,
+            "x0": -(x_t - alpha * f[i]) / variance,
+            "v": -(alpha * f[i] + sigma * x_t) / sigma,
+        }[prediction]
+        weight = {"sigma2": variance, "likelihood": beta}[weighting]
+        total += weight * (score + (x_t - alpha * x_0[i]) / variance) ** 2
+    return total / f.size
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if math.prod(shape)], ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dsm_loss_equals_its_definition(prediction, weighting, shape):
+    sde, f, x_0, z = VPSDE(), *(normals(*shape, seed=seed) for seed in range(3))
+    t = torch.linspace(0.01, 1, shape[0], dtype=FLOAT64)
+    loss = reference.dsm_loss(f, x_0, t, None, 0, sde, z=z, prediction=prediction, weighting=weighting)
+    assert loss.shape == ()
+    expected = naive_loss(f.numpy(), x_0.numpy(), t.tolist(), z.numpy(), sde, prediction, weighting)
+    # The definition subtracts two scores of order 1 / sigma^2, up to 500 at t = 0.01, to leave 1 / sigma: some hundred
+    # roundings of 1.1e-16.
+    assert float(loss) == pytest.approx(expected, rel=1e-13)
+
+
+def test_dsm_loss_of_the_default_is_the_tutorials():
+    # mean((sigma s + z)^2), with uniform times, the loss of the design's section 2.
+    sde, keys, x_0 = VPSDE(), noise.sample_keys(0, 6), normals(6, 2, dtype=torch.float32)
+    x_t, t = reference.perturb(x_0, keys, 3, sde)
+    s, z = -x_t, noise.normal(keys, 3, (2,), stream=1)
+    expected = ((sde.sigma(t)[:, None] * s + z) ** 2).double().mean()
+    # Residuals are z / sigma times sigma plus sigma s: three roundings more, each of 2^-24 of |z| + |s| < 6.
+    assert float(reference.dsm_loss(s, x_0, t, keys, 3, sde)) == pytest.approx(float(expected), rel=8 * 2**-23)
+
+
+@pytest.mark.parametrize("weighting", ["sigma2", "likelihood"])
+def test_dsm_loss_is_one_for_consistent_predictions(weighting):
+    sde, x_0, z, s = VPSDE(), *(normals(5, 3, seed=seed) for seed in range(3))
+    t = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=FLOAT64)
+    x_t, _ = reference.perturb(x_0, None, 0, sde, t=t, z=z)
+    alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+    data = (x_t + sigma**2 * s) / alpha
+    f = {"score": s, "eps": -sigma * s, "x0": data, "v": -alpha * sigma * s - sigma * data}
+    losses = [float(reference.dsm_loss(f[p], x_0, t, None, 0, sde, z=z, prediction=p, weighting=weighting)) for p in f]
+    # x0 has a factor alpha / sigma = 316 at t = 1e-4, and 152 of 1 / alpha at t = 1: thousands of roundings of 1e-16.
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dsm_loss_vanishes_for_the_exact_target(prediction, weighting):
+    sde, x_0, z = VPSDE(), normals(4, 3), normals(4, 3, seed=1)
+    t = torch.tensor([0.01, 0.2, 0.6, 1.0], dtype=FLOAT64)
+    alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+    f = {"score": -z / sigma, "eps": z, "x0": x_0, "v": alpha * z - sigma * x_0}[prediction]
+    loss = reference.dsm_loss(f, x_0, t, None, 0, sde, z=z, prediction=prediction, weighting=weighting)
+    assert float(loss) < 1e-28  # the square of some rounding errors, at most 20 each
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dsm_loss_gradient(prediction, weighting):
+    f, x_0, z = (normals(3, 2, seed=seed) for seed in range(3))
+    t = torch.tensor([0.05, 0.4, 1.0], dtype=FLOAT64)
+
+    def loss(f, x_0):
+        return reference.dsm_loss(f, x_0, t, None, 0, VPSDE(), z=z, prediction=prediction, weighting=weighting)
+
+    assert torch.autograd.gradcheck(loss, (f.requires_grad_(), x_0.requires_grad_()))
+
+
+def test_dsm_loss_recomputes_the_noise_of_perturb():
+    sde, keys = VPSDE(), noise.sample_keys(2, 4)
+    data, index = torch.arange(30).reshape(6, 5).to(torch.uint8), torch.tensor([5, 0, 0, 2])
+    options = {"index": index, "scale": 1 / 15, "shift": -1.0}
+    x_t, t = reference.perturb(data, keys, 8, sde, **options)
+    x_0 = data[index].float() / 15 - 1
+    f = (x_t - sde.alpha(t)[:, None] * x_0) / sde.sigma(t)[:, None]  # the noise itself
+    losses = {p: float(reference.dsm_loss(f, data, t, keys, 8, sde, prediction=p, **options)) for p in ("eps", "v")}
+    # x_t - alpha x_0 is known to 2^-23 or so, which sigma = 0.004 and more magnifies to at most 3e-5.
+    assert losses["eps"] < 1e-9
+    assert losses["v"] > 1e-3
+    with pytest.raises(TypeError, match="keys must be given"):
+        reference.dsm_loss(f, x_0, t, None, 8, sde)
+
+
+# training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1, 3), (0,)], ids=str)
+def test_training_draws_come_from_their_streams(shape):
+    keys = noise.sample_keys(1, 50)
+    rows, t, z = reference.training_draws(keys, 6, 7, shape, t_min=0.1)
+    assert torch.equal(z, noise.normal(keys, 6, shape, stream=1))
+    assert rows.tolist() == [math.floor(7 * float(u)) for u in noise.uniform(keys, 6, (), stream=3)]
+    assert set(rows.tolist()) == set(range(7))
+    u = noise.uniform(keys, 6, (), stream=2)
+    torch.testing.assert_close(t, 0.1 + 0.9 * u, rtol=2**-23, atol=0)
+    assert 0.1 <= float(t.min()) < 0.2
+    assert 0.9 < float(t.max()) <= 1.0
+
+
+def test_training_draws_of_several_steps_equal_those_of_each():
+    keys = noise.sample_keys(1, 5)
+    ahead = reference.training_draws(keys, torch.tensor([3, 4, 9]), 100, (2,))
+    for i, step in enumerate((3, 4, 9)):
+        for many, one in zip(ahead, reference.training_draws(keys, step, 100, (2,)), strict=True):
+            assert torch.equal(many[i], one)
+
+
+class TinyScore(nn.Module):
+    """A network of a few weights, the same for every instance."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
+        with torch.no_grad():
+            for i, weight in enumerate(self.parameters()):
+                weight.copy_(0.5 * normals(*weight.shape, seed=i))
+
+    def forward(self, x, t):
+        return self.net(torch.cat([x, t[:, None]], dim=1))
+
+
+def train(steps=5, draws=None, batch=16, **options):
+    """The weights and losses of a short training run with Adam."""
+    model, keys, data = TinyScore(), noise.sample_keys(3, batch), normals(40, 2, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(steps):
+        given = None if draws is None else reference.Draws(*(draw[step] for draw in draws))
+        losses.append(reference.train_step(model, optimizer, data, keys, step, VPSDE(), draws=given, **options))
+    assert not any(loss.requires_grad for loss in losses)
+    return [weight.detach().clone() for weight in model.parameters()], torch.stack(losses)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_training_is_deterministic(prediction, weighting):
+    options = {"prediction": prediction, "weighting": weighting, "scale": 0.5, "shift": 0.1, "t_min": 0.01}
+    weights, losses = train(**options)
+    weights_again, losses_again = train(**options)
+    assert torch.equal(losses, losses_again)
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_again, strict=True))
+    assert not torch.equal(weights[0], next(TinyScore().parameters()))
+
+
+def test_draws_made_ahead_equal_draws_made_inside():
+    ahead = reference.training_draws(noise.sample_keys(3, 16), torch.arange(5), 40, (2,), t_min=0.01)
+    weights, losses = train(t_min=0.01)
+    weights_ahead, losses_ahead = train(draws=ahead)
+    assert torch.equal(losses, losses_ahead)
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_ahead, strict=True))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(prediction):
+    sde, keys, data, lr = VPSDE(), noise.sample_keys(5, 8), normals(20, 2).mul(50).to(torch.uint8), 1e-3
+    model, copy = TinyScore(), TinyScore()
+    options = {"scale": 0.02, "shift": -1.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    got = reference.train_step(model, optimizer, data, keys, 4, sde, prediction=prediction, **options)
+
+    index = reference.training_draws(keys, 4, 20, (2,)).rows
+    x_t, t = reference.perturb(data, keys, 4, sde, index=index, **options)
+    loss = reference.dsm_loss(copy(x_t, t), data, t, keys, 4, sde, index=index, prediction=prediction, **options)
+    loss.backward()
+    assert torch.equal(got, loss.detach())
+    for trained, weight in zip(model.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(trained.detach(), weight.detach().add(weight.grad, alpha=-lr))
+
+
+def test_training_lowers_the_loss():
+    # The eps loss of the zero network is 1; two hundred steps on N(0, 1) data must get well below the start.
+    _, losses = train(steps=200, prediction="eps", batch=64)
+    assert float(losses[-20:].mean()) < 0.7 * float(losses[:20].mean())
+
+
+def test_autocast_runs_the_network_alone_in_bf16():
+    seen = []
+
+    class Spy(TinyScore):
+        def forward(self, x, t):
+            f = super().forward(x, t)
+            seen.append((x.dtype, f.dtype))
+            return f
+
+    model = Spy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data, keys = normals(20, 2, dtype=torch.float32), noise.sample_keys(0, 8)
+    loss = reference.train_step(model, optimizer, data, keys, 0, VPSDE(), autocast=torch.bfloat16)
+    assert seen == [(torch.float32, torch.bfloat16)]
+    assert loss.dtype == torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_train_step_wants_keys_or_draws():
+    model = TinyScore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="keys must be given"):
+        reference.train_step(model, optimizer, normals(20, 2, dtype=torch.float32), None, 0, VPSDE())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_ema_update_moves_each_weight(decay):
+    model, ema = TinyScore(), TinyScore()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    before = [weight.detach().clone() for weight in ema.parameters()]
+    reference.ema_update(ema, model, decay)
+    for old, new, target in zip(before, ema.parameters(), model.parameters(), strict=True):
+        # A lerp of numbers below 4 that lie 1 apart: two roundings of 2^-23.
+        torch.testing.assert_close(new.detach(), decay * old + (1 - decay) * target.detach(), rtol=0, atol=2 * 2**-22)
+    assert all(weight.requires_grad for weight in ema.parameters())

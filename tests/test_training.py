@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsde import NonFiniteError, checkpoints, noise, reference
+from fastsde.data import Dataset, swiss_roll
+from fastsde.training import TrainConfig, Trainer, default_config, saved_config, tutorial_config
+
+TINY = replace(
+    default_config("swiss-roll"),
+    model={"architecture": "MLP", "shape": [2], "hidden": [8], "activation": "SiLU"},
+    steps=60,
+    batch_size=16,
+    checkpoint_every=20,
+    log_every=10,
+)
+IMAGES = replace(
+    default_config("digits"),
+    model={"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "channels": [4, 8]},
+    data_size=50,
+    steps=6,
+    batch_size=4,
+    checkpoint_every=3,
+    log_every=2,
+)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.read(directory / "checkpoint.safetensors")[0]
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def log_of(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("config", [TINY, IMAGES], ids=["mlp", "unet"])
+def test_a_run_is_a_function_of_its_config(tmp_path: Path, config: TrainConfig) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(hash(name))  # torch's own state must not enter
+        Trainer(config, tmp_path / name).train(progress=False)
+    assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    Trainer(replace(config, seed=1), tmp_path / "c").train(progress=False)
+    assert not torch.equal(next(iter(tensors(tmp_path / "a").values())), next(iter(tensors(tmp_path / "c").values())))
+
+
+def test_training_leaves_the_generator_of_torch_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    Trainer(TINY, tmp_path).train(progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_trainer_takes_the_steps_of_the_reference(tmp_path: Path) -> None:
+    # The trainer draws noise for many steps at once; the reference draws each step's own. The result is the same.
+    config = replace(TINY, ema_decay=0.0, lr_schedule="constant")
+    trainer = Trainer(config, tmp_path)
+    trainer.train(progress=False)
+    start = Trainer(config, tmp_path / "fresh")
+    keys = noise.sample_keys(config.seed, config.batch_size)
+    for step in range(config.steps):
+        reference.train_step(start.model, start.optimizer, start.dataset.x, keys, step, config.sde, prediction="eps")
+    for ours, theirs in zip(trainer.model.parameters(), start.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [TINY, IMAGES, replace(TINY, ema_decay=0.0)], ids=["mlp", "unet", "no-ema"])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: TrainConfig, stop: int) -> None:
+    Trainer(config, tmp_path / "whole").train(progress=False)
+    # A kill is a run that stops after some checkpoint, with more log lines than that checkpoint has steps.
+    trainer = Trainer(config, tmp_path / "cut")
+    saves = 0
+
+    def save_then_die(original=trainer._save) -> None:
+        nonlocal saves
+        if saves == stop // 2 + 1:
+            raise KeyboardInterrupt
+        saves += 1
+        original()
+
+    trainer._save = save_then_die  # type: ignore[method-assign]
+    with contextlib.suppress(KeyboardInterrupt):  # the run may end before
+        trainer.train(progress=False)
+    Trainer(config, tmp_path / "cut", resume=True).train(progress=False)
+    assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+    # Of the log lines only the speed may differ.
+    whole, cut = (
+        [{k: v for k, v in x.items() if k != "steps_per_s"} for x in log_of(tmp_path / n)] for n in ("whole", "cut")
+    )
+    assert [x["step"] for x in whole] == [x["step"] for x in cut]
+    assert [x["lr"] for x in whole] == [x["lr"] for x in cut]
+
+
+def test_kill_9_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    options = ["--steps", "1200", "--checkpoint-every", "5", "--batch-size", "32", "--quiet"]
+
+    def command(name: str) -> list[str]:
+        return [
+            sys.executable,
+            "-m",
+            "fastsde",
+            "train",
+            "swiss-roll",
+            "--dir",
+            str(tmp_path / name),
+            "--resume",
+            *options,
+        ]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=300)
+    # A checkpoint every 5 steps spends much of the run in writing them, so that a kill hits a write often.
+    for delay in (0.05, 0.4):
+        process = subprocess.Popen(command("cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        seen = saved_step(tmp_path / "cut")
+        deadline = time.monotonic() + 120
+        while process.poll() is None and saved_step(tmp_path / "cut") == seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert 0 < saved_step(tmp_path / "cut") <= 1200
+    finished = subprocess.run(command("cut"), check=True, capture_output=True, text=True, timeout=300)
+    assert finished.stdout.strip() == str(tmp_path / "cut" / "checkpoint.safetensors")
+    assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+    assert [line["step"] for line in log_of(tmp_path / "cut")] == list(range(100, 1201, 100))
+    assert not list((tmp_path / "cut").glob(".checkpoint-*"))
+
+
+def saved_step(directory: Path) -> int:
+    path = directory / "checkpoint.safetensors"
+    return checkpoints.read(path)[1]["record"]["step"] if path.exists() else 0
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path).train(progress=False)
+    before = tensors(tmp_path)
+    Trainer(TINY, tmp_path, resume=True).train(progress=False)
+    assert_same(before, tensors(tmp_path))
+
+
+def test_a_constant_learning_rate_may_be_taken_further_but_a_cosine_not(tmp_path: Path) -> None:
+    constant = replace(TINY, lr_schedule="constant")
+    Trainer(constant, tmp_path / "a").train(progress=False)
+    longer = replace(constant, steps=90)
+    Trainer(longer, tmp_path / "a", resume=True).train(progress=False)
+    Trainer(longer, tmp_path / "b").train(progress=False)
+    assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    Trainer(TINY, tmp_path / "c").train(progress=False)
+    with pytest.raises(ValueError, match=r"steps=60, got 90"):
+        Trainer(replace(TINY, steps=90), tmp_path / "c", resume=True)
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path).train(progress=False)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        Trainer(TINY, tmp_path)
+    with pytest.raises(ValueError, match=r"seed=0, got 3"):
+        Trainer(replace(TINY, seed=3), tmp_path, resume=True)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    first = Trainer(replace(TINY, steps=40), tmp_path)
+    second = Trainer(replace(TINY, steps=40), tmp_path)
+    original = first._save
+
+    def save_while_the_other_tries() -> None:
+        with pytest.raises(RuntimeError, match="another process is training"):
+            second.train(progress=False)
+        original()
+
+    first._save = save_while_the_other_tries  # type: ignore[method-assign]
+    first.train(progress=False)
+    assert saved_step(tmp_path) == 40
+
+
+def test_ctrl_c_saves_a_checkpoint_first(tmp_path: Path) -> None:
+    trainer = Trainer(replace(TINY, checkpoint_every=1000), tmp_path)
+    original = trainer._log
+
+    def interrupt(*args: object) -> None:
+        if trainer.step == 30:
+            raise KeyboardInterrupt
+        original(*args)  # type: ignore[arg-type]
+
+    trainer._log = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(progress=False)
+    assert saved_step(tmp_path) == 30
+
+
+def test_a_diverging_run_is_reported_and_keeps_its_last_checkpoint(tmp_path: Path) -> None:
+    data = Dataset("broken", torch.full((10, 2), float("nan")))
+    with pytest.raises(NonFiniteError, match="loss is nan"):
+        Trainer(replace(TINY, data="broken"), tmp_path, dataset=data).train(progress=False)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_the_loss_falls_on_the_swiss_roll(tmp_path: Path) -> None:
+    Trainer(replace(default_config("swiss-roll"), steps=400, log_every=100), tmp_path).train(progress=False)
+    losses = [line["loss"] for line in log_of(tmp_path)]
+    # Predicting nothing costs 1; a Gaussian of the right covariance costs 0.24.
+    assert losses[-1] < 0.3 < losses[0]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = replace(TINY, steps=1000, lr=1.0, lr_warmup=10)
+    assert [config.learning_rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert config.learning_rate(10) == 1.0
+    assert config.learning_rate(505) == pytest.approx(0.5)
+    assert config.learning_rate(1000) == pytest.approx(0.0, abs=1e-12)
+    assert replace(config, lr_schedule="constant").learning_rate(999) == 1.0
+
+
+def test_the_moving_average_is_what_is_sampled_from(tmp_path: Path) -> None:
+    config = replace(TINY, steps=3, ema_decay=0.5, checkpoint_every=1, lr=0.1)
+    trainer = Trainer(config, tmp_path)
+    average = [p.detach().clone() for p in trainer.model.parameters()]
+    original = trainer._save
+
+    def follow() -> None:
+        decay = config.ema_decay_at(trainer.step - 1)
+        for ours, weight in zip(average, trainer.model.parameters(), strict=True):
+            ours.mul_(decay).add_(weight.detach(), alpha=1 - decay)
+        original()
+
+    trainer._save = follow  # type: ignore[method-assign]
+    trainer.train(progress=False)
+    loaded = checkpoints.load(tmp_path).model
+    for ours, theirs in zip(average, loaded.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # a few roundings of weights of order 1
+    assert not torch.equal(next(loaded.parameters()), next(trainer.model.parameters()))
+
+
+def test_bf16_training_stays_close_to_fp32(tmp_path: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        Trainer(replace(IMAGES, precision=precision), tmp_path / precision).train(progress=False)
+        losses.append(log_of(tmp_path / precision)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=2**-8)  # the rounding of bf16
+    assert losses[0] != losses[1]
+
+
+def test_the_recipes() -> None:
+    tutorial = tutorial_config("swiss-roll")
+    assert (tutorial.prediction, tutorial.weighting, tutorial.ema_decay) == ("score", "sigma2", 0.0)
+    assert (tutorial.steps, tutorial_config("mnist").steps) == (600_000, 375_000)
+    assert tutorial_config("mnist").pixel_range == (0.0, 1.0)
+    with pytest.raises(ValueError, match="swiss-roll, digits, mnist, got 'moons'"):
+        default_config("moons")
+
+
+def test_a_config_survives_the_way_through_a_checkpoint(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path).train(progress=False)
+    assert saved_config(tmp_path / "checkpoint.safetensors") == TINY
+
+
+def test_a_network_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path / "run").train(progress=False)
+    exported = tmp_path / "exported" / "checkpoint.safetensors"
+    checkpoints.save(exported, checkpoints.load(tmp_path / "run"))
+    with pytest.raises(ValueError, match="not what training needs"):
+        Trainer(TINY, exported.parent, resume=True)
+
+
+def test_model_and_data_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shape \(2,\), the data have \(1, 28, 28\)"):
+        Trainer(replace(TINY, data="digits"), tmp_path)
+
+
+def test_the_data_set_may_be_the_users_own(tmp_path: Path) -> None:
+    data = Dataset("moons", swiss_roll(100).x * 2)
+    checkpoint = Trainer(replace(TINY, data="moons"), tmp_path, dataset=data).train(progress=False)
+    assert checkpoint.data == "moons"
+    assert checkpoint.value_range is None
