@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import models
 from .files import atomic_path
 from .sde import VPSDE
+from .solvers import PREDICTIONS
 
 __all__ = ["SHIPPED", "Checkpoint", "load", "read", "save", "write"]
 
@@ -128,13 +129,17 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         model = models.from_config(metadata["model"])
         model.load_state_dict(weights)
         low_high = metadata["value_range"]
-        return Checkpoint(
-            model=model.to(device),
+        checkpoint = Checkpoint(
+            model=model,
             sde=VPSDE(**metadata["sde"]),
             prediction=metadata["prediction"],
             data=metadata["data"],
             value_range=None if low_high is None else (low_high[0], low_high[1]),
             record=metadata["record"],
         )
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a complete checkpoint of fastsde: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of fastsde: {error!r}") from error
+    if checkpoint.prediction not in PREDICTIONS:
+        raise ValueError(f"{path} has an unknown prediction {checkpoint.prediction!r}")
+    checkpoint.model.to(device)
+    return checkpoint

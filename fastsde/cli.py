@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -23,6 +22,7 @@ from .checkpoints import Checkpoint
 from .files import atomic_path
 from .reference import WEIGHTINGS
 from .sampler import Sampler
+from .validation import check_device
 
 __all__ = ["main"]
 
@@ -103,8 +103,9 @@ def sample(
     checkpoint = checkpoints.load(model, device=_device(device))
     images = len(checkpoint.shape) == 3
     if out is None and save is None and animate is None:
-        out = Path(f"{Path(model).stem if model not in checkpoints.SHIPPED else model}.png")
-    if (out or animate) and not images and checkpoint.shape != (2,):
+        source = Path(model).resolve()
+        out = Path(f"{source.stem if source.suffix == '.safetensors' else source.name}.png")
+    if (out or animate) and not (images and checkpoint.shape[0] in (1, 3)) and checkpoint.shape != (2,):
         raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
     sampler = Sampler(
         checkpoint.model,
@@ -131,19 +132,15 @@ def sample(
 
 
 def _device(device: str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    return check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _save_samples(path: Path, x: Tensor) -> None:
     x = x.cpu().contiguous()
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".npz":
-            np.savez_compressed(temporary, samples=x.numpy())
+            with temporary.open("wb") as file:  # given a name, NumPy would append a suffix of its own
+                np.savez_compressed(file, samples=x.numpy())
         else:
             save_file({"samples": x}, temporary)
 
@@ -185,7 +182,7 @@ def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], p
 @click.argument("dataset", type=click.Choice(data.DATASETS))
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; start where there is none.")
-@click.option("--recipe", type=click.Choice(("default", "tutorial")), default="default", show_default=True)
+@click.option("--recipe", type=click.Choice(("default", "tutorial")), help="[default: default]")
 @click.option("--data", "data_root", type=click.Path(path_type=Path), default=data.DEFAULT_ROOT, show_default=True)
 @click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or first images of the set.")
 @click.option("--steps", type=click.IntRange(1))
@@ -196,7 +193,9 @@ def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], p
 @click.option("--ema-decay", type=float)
 @click.option("--prediction", type=click.Choice(solvers.PREDICTIONS))
 @click.option("--weighting", type=click.Choice(WEIGHTINGS))
-@click.option("--precision", type=click.Choice(training.PRECISIONS), help="bf16 runs the network under autocast.")
+@click.option(
+    "--precision", type=click.Choice(training.PRECISIONS), help="[default: bf16 for images on a GPU, else fp32]"
+)
 @click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
 @click.option("--seed", type=click.IntRange(0))
 @click.option("--checkpoint-every", type=click.IntRange(1))
@@ -208,7 +207,7 @@ def train(
     dataset: str,
     directory: Path | None,
     resume: bool,
-    recipe: str,
+    recipe: str | None,
     data_root: Path,
     device: str | None,
     quiet: bool,
@@ -225,9 +224,11 @@ def train(
         config = training.saved_config(checkpoint)
         if config.data != dataset:
             raise ValueError(f"the run in {directory} trains on {config.data}, not on {dataset}")
+        if recipe is not None:
+            raise ValueError(f"the run in {directory} has its recipe already: leave --recipe out to resume it")
     else:
         config = (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
-        if on_device.type == "cuda" and config.model["architecture"] == "UNet":
+        if on_device.type == "cuda" and config.model["architecture"] == "UNet" and recipe != "tutorial":
             config = replace(config, precision="bf16")
     config = replace(config, **{name: value for name, value in options.items() if value is not None})
     trainer = training.Trainer(config, directory, device=on_device, data_root=data_root, resume=resume)
@@ -246,13 +247,21 @@ def export(model: str, out: Path, dtype: str) -> None:
     click.echo(out)
 
 
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a build of another name, such as pytorch-triton
+        return "installed, version unknown"
+
+
 @main.command()
 def info() -> None:
     """Show versions, devices, shipped models, and which backends can run here and why others cannot."""
     rows = [("fastsde", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
     for package in ("triton", "torchvision", "safetensors", "diffusers", "torchsde"):
-        found = importlib.util.find_spec(package) is not None
-        rows.append((package, metadata.version(package) if found else "not installed"))
+        rows.append((package, _version(package)))
     rows.append(
         ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     )
@@ -277,7 +286,3 @@ def info() -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +46,9 @@ def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
     """The tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)``, divided by 10. fp32 ``[n, 2]``."""
     from sklearn.datasets import make_swiss_roll
 
-    points, _ = make_swiss_roll(n, noise=noise, random_state=seed)
+    # Seeds of more than 32 bits, which NumPy's legacy generator refuses as an int, are given to it as two words.
+    state = np.random.RandomState(seed if seed < 2**32 else [seed & 0xFFFFFFFF, seed >> 32])
+    points, _ = make_swiss_roll(n, noise=noise, random_state=state)
     return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32))
 
 

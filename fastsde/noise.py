@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .validation import check_int, check_shape
+
 __all__ = [
     "STREAM_DATA_ORDER",
     "STREAM_SAMPLING",
@@ -28,6 +30,7 @@ __all__ = [
     "STREAM_TRAINING_TIME",
     "bits",
     "fold_in",
+    "int64_bits",
     "normal",
     "sample_keys",
     "uniform",
@@ -52,12 +55,9 @@ def _signed(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _uint64(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be in [0, 2^64), got {value}")
-    return value
+def int64_bits(name: str, value: object) -> int:
+    """The int64 with the bits of a uint64, which is checked to be one."""
+    return _signed(check_int(name, value, 0, 2**64))
 
 
 def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,9 +91,11 @@ def fold_in(key: Tensor | tuple[int, int], data: Tensor | int) -> Tensor:
     if not isinstance(key, Tensor):
         seed, offset = key
         device = data.device if isinstance(data, Tensor) else "cpu"
-        key = torch.tensor([_signed(_uint64("seed", seed)), _signed(_uint64("offset", offset))], device=device)
+        key = torch.tensor([int64_bits("seed", seed), int64_bits("offset", offset)], device=device)
+    elif key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
+        raise ValueError(f"key must be int64 [..., 2] (the bits of uint64 values), got {key.dtype} {list(key.shape)}")
     if not isinstance(data, Tensor):
-        data = torch.tensor(_signed(_uint64("data", data)), device=key.device)
+        data = torch.tensor(int64_bits("data", data), device=key.device)
     word_0, word_1, word_2, word_3 = _philox(key[..., 0], key[..., 1] + data)
     return torch.stack((word_0 | word_1 << 32, word_2 | word_3 << 32), dim=-1)
 
@@ -107,12 +109,8 @@ def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.devic
         first_sample: the global index of the first, in [0, 2^64).
         device: where the keys are made.
     """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"n must be at least 0, got {n}")
-    first = _signed(_uint64("first_sample", first_sample))
-    return fold_in((seed, 0), torch.arange(n, device=device) + first)
+    indices = torch.arange(check_int("n", n, 0), device=device) + int64_bits("first_sample", first_sample)
+    return fold_in((seed, 0), indices)
 
 
 def _check_keys(keys: Tensor) -> None:
@@ -126,22 +124,18 @@ def _check_keys(keys: Tensor) -> None:
 
 def _draw_offset(step: int | Tensor, stream: int, device: torch.device) -> int | Tensor:
     """What a draw adds to the offset of its key: an int, or ``[R, 1, 1]`` for a tensor of R steps."""
-    if not 0 <= stream < 2**_STREAM_BITS:
-        raise ValueError(f"stream must be in [0, {2**_STREAM_BITS}), got {stream}")
+    check_int("stream", stream, 0, 2**_STREAM_BITS)
     if isinstance(step, Tensor):
         if step.ndim != 1 or step.dtype != torch.int64:
             raise ValueError(f"step must be an int or an int64 tensor [R], got {step.dtype} {list(step.shape)}")
         return ((step.to(device) | stream << _STEP_BITS) << 32)[:, None, None]
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an int or an int64 tensor [R], got {type(step).__name__}")
-    if not 0 <= step < 2**_STEP_BITS:
-        raise ValueError(f"step must be in [0, 2^{_STEP_BITS}), got {step}")
-    return _signed((stream << _STEP_BITS | step) << 32)
+    return _signed((stream << _STEP_BITS | check_int("step", step, 0, 2**_STEP_BITS)) << 32)
 
 
 def _blocks(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int) -> tuple[Tensor, ...]:
     """The four words of every block of a draw, each ``[n, blocks]``, or ``[R, n, blocks]`` for R steps."""
     _check_keys(keys)
+    check_shape("shape", shape)
     block = torch.arange(-(-math.prod(shape) // 4), device=keys.device)
     counter = keys[:, 1, None] + block + _draw_offset(step, stream, keys.device)
     return _philox(keys[:, 0, None], counter)

@@ -50,8 +50,6 @@ def solver_step(
     history = None if history is None else like_x("history", history)
     z = None if z is None else like_x("z", z)
     f_uncond = None if f_uncond is None else like_x("f_uncond", f_uncond)
-    if history is None and table.c[row] != 0:
-        raise ValueError(f"history must be given for row {row}, where c is {table.c[row]:g}, got None")
     if z is None and table.d[row] != 0:
         if keys is None:
             raise ValueError(f"z or keys must be given for row {row}, where d is {table.d[row]:g}, got neither")
@@ -108,8 +106,7 @@ def perturb(
     """`fastsde.reference.perturb`. Raises as `solver_step` does."""
     _check_data(x_0, keys, step, sde, index, t, z)
     check_number("scale", scale), check_number("shift", shift)
-    if not 0 < check_number("t_min", t_min) < 1:
-        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
+    check_number("t_min", t_min, "in (0, 1)", lambda t: 0 < t < 1)
     return reference.perturb(x_0, keys, step, sde, index=index, scale=scale, shift=shift, t=t, z=z, t_min=t_min)
 
 

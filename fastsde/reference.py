@@ -38,7 +38,7 @@ WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 
 class NonFiniteError(RuntimeError):
-    """The network returned NaN or infinity; the message tells the row and the time."""
+    """The network returned NaN or infinity: in sampling, the message tells the row and the time."""
 
 
 def check_finite(f: Tensor, row: int, time: float) -> None:
@@ -72,7 +72,7 @@ def solver_step(
 
     Args:
         x: the state ``[B, *shape]``.
-        f: the network's output at ``table.time[row]``, shaped like ``x``.
+        f: the network's output at ``table.time[row]``, shaped like ``x``, of any floating-point dtype.
         history: H, the D of the previous row; needed where c is not zero.
         z: this row's noise; drawn from ``keys`` where it is not given, needed where d is not zero.
         keys: int64 ``[B, 2]``.
@@ -81,14 +81,18 @@ def solver_step(
     Returns:
         x' and D, both shaped like ``x``.
     """
+    f = f.to(x.dtype)
     if f_uncond is not None and guidance is not None:
+        f_uncond = f_uncond.to(x.dtype)
         f = f_uncond + guidance * (f - f_uncond)
     k = table.row(row)
     data = k["p"] * x + k["q"] * f
     if table.clip is not None:
         data = data.clamp(-table.clip, table.clip)
     x_next = k["a"] * x + k["b"] * f + k["e"] * data
-    if k["c"] != 0 and history is not None:
+    if k["c"] != 0:
+        if history is None:
+            raise ValueError(f"history must be given for row {row}, where c is {k['c']:g}, got None")
         x_next = x_next + k["c"] * history
     if k["d"] != 0:
         if z is None:
@@ -127,13 +131,16 @@ def sample(
         NonFiniteError: where the network returns NaN or infinity.
     """
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
-    history = None
+    history = torch.zeros_like(x)
     for row in range(len(table)):
         time = float(table.time[row])
         t = torch.full((len(x),), time, dtype=dtype, device=x.device)
         f = model(x, t, **(model_kwargs or {}))
-        f_uncond = None if guidance is None else model(x, t, **(uncond_kwargs or {}))
-        check_finite(f if f_uncond is None else f_uncond + f, row, time)
+        check_finite(f, row, time)
+        f_uncond = None
+        if guidance is not None:
+            f_uncond = model(x, t, **(uncond_kwargs or {}))
+            check_finite(f_uncond, row, time)
         z = noise_function(row, x) if noise_function is not None and table.d[row] != 0 else None
         x, history = solver_step(
             x, f, table, row, history=history, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance
@@ -147,9 +154,9 @@ def sample(
 
 
 class Draws(NamedTuple):
-    """The random part of a training step: rows of the data ``[B]``, times ``[B]`` and noise ``[B, *shape]``."""
+    """The random part of a training step: positions in the data ``[B]``, times ``[B]`` and noise ``[B, *shape]``."""
 
-    rows: Tensor
+    data_index: Tensor
     t: Tensor
     z: Tensor
 
@@ -157,12 +164,16 @@ class Draws(NamedTuple):
 def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int], t_min: float = 1e-4) -> Draws:
     """Draws of one step, or with a leading axis of R for an int64 tensor of R steps.
 
-    Position i of the global batch has key ``keys[i]``. Rows of a data set of ``n`` come from stream 3, with
+    Position i of the global batch has key ``keys[i]``. Positions in a data set of ``n`` come from stream 3, with
     replacement; times, uniform on [t_min, 1], from stream 2; noise from stream 1.
     """
-    rows = (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
-    t = t_min + (1 - t_min) * noise.uniform(keys, step, (), noise.STREAM_TRAINING_TIME)
-    return Draws(rows, t, noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE))
+    data_index = (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
+    t = _uniform_times(keys, step, t_min)
+    return Draws(data_index, t, noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE))
+
+
+def _uniform_times(keys: Tensor, step: int | Tensor, t_min: float) -> Tensor:
+    return t_min + (1 - t_min) * noise.uniform(keys, step, (), noise.STREAM_TRAINING_TIME)
 
 
 def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -201,7 +212,7 @@ def perturb(
     """
     x_0 = load_batch(x_0, index, scale, shift)
     if t is None:
-        t = t_min + (1 - t_min) * noise.uniform(_given(keys), step, (), noise.STREAM_TRAINING_TIME)
+        t = _uniform_times(_given(keys), step, t_min)
     if z is None:
         z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
     mean, sigma = sde.marginal_prob(x_0, t)
@@ -291,8 +302,8 @@ def train_step(
     """
     if draws is None:
         draws = training_draws(_given(keys), step, len(data), data.shape[1:], t_min)
-    rows, t, z = draws
-    x_0 = load_batch(data, rows, scale, shift)
+    data_index, t, z = draws
+    x_0 = load_batch(data, data_index, scale, shift)
     x_t, _ = perturb(x_0, None, step, sde, t=t, z=z)
     with torch.autocast(x_t.device.type, dtype=autocast, enabled=autocast is not None):
         f = model(x_t, t)

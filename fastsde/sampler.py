@@ -14,7 +14,7 @@ from .engines.network import Network, device_of, dtype_of
 from .reference import Model, NoiseFunction, RowHook
 from .sde import VPSDE
 from .solvers import StepTable
-from .validation import check_int, check_keys, check_kwargs, check_number, check_shape, check_tensor
+from .validation import check_device, check_int, check_keys, check_kwargs, check_number, check_shape, check_tensor
 
 __all__ = ["Sampler", "sample"]
 
@@ -36,8 +36,9 @@ class Sampler:
         t_end: the time that the trajectory ends at, in [0, 1).
         prediction: what the network predicts: "score", "eps", "x0" or "v".
         clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
-        dtype: what the network runs in, by default the dtype of its weights. The state is fp32, or float64 where
-            ``dtype`` is.
+        dtype: what the network runs in, by default the dtype of its weights; x, t and floating-point arguments are
+            cast to it. The state is fp32, or float64 where ``dtype`` is. On a GPU, PyTorch runs fp32 convolutions in
+            TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
         device: by default the network's own.
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
         backend: "auto", "reference" or "eager"; "auto" takes the fastest that can run.
@@ -77,10 +78,10 @@ class Sampler:
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         self.max_batch = None if max_batch is None else check_int("max_batch", max_batch, 1)
         self.device = _make_device(device, model)
-        dtype = dtype_of(model) if dtype is None else dtype
-        if dtype not in _NETWORK_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {dtype}")
-        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        runs_in = dtype_of(model) if dtype is None else dtype
+        if runs_in not in _NETWORK_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
+        self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
         self.backend = engines.choose(backend, self.device, self.state_dtype, compile)
         self._network = Network(model, dtype, self.state_dtype, compile)
 
@@ -281,11 +282,7 @@ def _make_device(device: torch.device | str | None, model: Model) -> torch.devic
     own = device_of(model)
     if device is None:
         return own or torch.device("cpu")
-    try:
-        # A tensor resolves "cuda" to the current device's index, so that later comparisons hold.
-        asked = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    asked = check_device(device)
     if own is not None and own != asked:
         raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
     return asked
@@ -305,8 +302,9 @@ def _make_keys(
     seeds = keys.tolist() if isinstance(keys, Tensor) else list(keys)
     if len(seeds) != n:
         raise ValueError(f"keys must have one key or seed for each of the {n} samples, got {len(seeds)}")
-    rows = [noise.fold_in((check_int(f"keys[{i}]", value, 0, 2**64), 0), 0) for i, value in enumerate(seeds)]
-    return (torch.stack(rows) if rows else torch.empty(0, 2, dtype=torch.int64)).to(device)
+    bits = [noise.int64_bits(f"keys[{i}]", value) for i, value in enumerate(seeds)]
+    pairs = torch.tensor([[seed, 0] for seed in bits], dtype=torch.int64).reshape(n, 2)
+    return noise.fold_in(pairs, 0).to(device)
 
 
 def _slice(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:

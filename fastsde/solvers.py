@@ -4,7 +4,7 @@ Row k of a `StepTable` runs the network once and takes one step (`fastsde.refere
 
     f  = model(x, time[k])
     D  = p x + q f                      clamped to [-clip, clip] where clip is set
-    x' = a x + b f + e D + c H + d z    z: this row's noise;  H: what the previous row stored
+    x' = a x + b f + e D + c H + d z    z: this row's noise;  H: what the previous row stored, 0 in the first
     H' = D
 
 The prediction kind is folded into the coefficients when a table is built, so nothing downstream knows of it. Terms
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .sde import VPSDE
+from .validation import check_int, check_number
 
 __all__ = [
     "PREDICTIONS",
@@ -69,6 +70,8 @@ class StepTable:
             if not isinstance(column, Tensor) or column.dtype != torch.float64:
                 kind = column.dtype if isinstance(column, Tensor) else type(column).__name__
                 raise TypeError(f"StepTable.{name} must be a float64 tensor, got {kind}")
+            if column.device.type != "cpu":
+                raise ValueError(f"StepTable.{name} must be on the CPU, got {column.device}")
             if column.ndim != 1 or column.shape != self.time.shape or not len(column):
                 raise ValueError(
                     f"StepTable.{name} must have shape [K] with K >= 1 as time has, got {list(column.shape)} "
@@ -77,8 +80,8 @@ class StepTable:
             if not torch.isfinite(column).all():
                 row = int((~torch.isfinite(column)).nonzero()[0])
                 raise ValueError(f"StepTable.{name} must be finite, got {column[row].item()} in row {row}")
-        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
-            raise ValueError(f"clip must be a positive number or None, got {self.clip}")
+        if self.clip is not None:
+            check_number("clip", self.clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
 
     @staticmethod
     def columns() -> tuple[str, ...]:
@@ -144,22 +147,24 @@ def _schedule(
 def _data_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """(p, q) with x_0 = p x + q f."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    norm = alpha**2 + sigma**2  # 1 on a variance-preserving schedule
     return {
         "score": (1 / alpha, sigma**2 / alpha),
         "eps": (1 / alpha, -sigma / alpha),
         "x0": (zero, one),
-        "v": (alpha, -sigma),
+        "v": (alpha / norm, -sigma / norm),
     }[prediction]
 
 
 def _eps_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """(r, s) with eps = r x + s f."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    norm = alpha**2 + sigma**2
     return {
         "score": (zero, -sigma),
         "eps": (zero, one),
         "x0": (1 / sigma, -alpha / sigma),
-        "v": (sigma, alpha),
+        "v": (sigma / norm, alpha / norm),
     }[prediction]
 
 
@@ -309,8 +314,7 @@ def ddim(
     The direction towards x_t uses the unclipped eps. Arguments as for `ddpm`, and ``eta`` in [0, 1].
     """
     alpha, sigma, time = _schedule(alpha, sigma, time, prediction)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     posterior = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).sqrt() * after[1] / before[1]
     noise = eta * posterior
@@ -387,12 +391,8 @@ def build(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, or a StepTable, got {solver!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 <= t_end < 1:
-        raise ValueError(f"t_end must be in [0, 1), got {t_end}")
+    check_int("steps", steps, 1)
+    check_number("t_end", t_end, "in [0, 1)", lambda t: 0 <= t < 1)
     _check_prediction(prediction)
     if solver in _SCHEDULE_SOLVERS:
         times = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)

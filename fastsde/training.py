@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from .files import atomic_path
 from .reference import WEIGHTINGS, Draws, NonFiniteError, ema_update, train_step, training_draws
 from .sde import VPSDE
 from .solvers import PREDICTIONS
+from .validation import check_int, check_number
 
 __all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_config", "saved_config", "tutorial_config"]
 
@@ -50,7 +53,7 @@ class TrainConfig:
         ema_decay: decay of the average of the weights that is sampled from; 0 keeps none. It starts lower, at
             (1 + step) / (10 + step), so that the first weights are forgotten.
         t_min: training times are uniform on [t_min, 1].
-        precision: "fp32", or "bf16" for the network under autocast.
+        precision: "fp32" (on a GPU, PyTorch's convolutions take TF32 for it), or "bf16" for the network under autocast.
         compile: whether the network runs through ``torch.compile``.
         seed: in [0, 2^63), of the weights, the data order, the times and the noise.
         checkpoint_every, log_every: steps between checkpoints and between log lines.
@@ -87,19 +90,11 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, low in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("lr_warmup", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if not 0 < self.t_min < 1:
-            raise ValueError(f"t_min must be in (0, 1), got {self.t_min}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+            check_int(name, getattr(self, name), low)
+        check_int("seed", self.seed, 0, 2**63)
+        check_number("lr", self.lr, "positive and finite", lambda lr: 0 < lr < math.inf)
+        check_number("ema_decay", self.ema_decay, "in [0, 1)", lambda decay: 0 <= decay < 1)
+        check_number("t_min", self.t_min, "in (0, 1)", lambda t: 0 < t < 1)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -167,7 +162,9 @@ class Trainer:
     """Trains a score network and keeps the run in a folder.
 
     The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
-    a run resumes from, and ``log.jsonl``. Both are written whole or not at all.
+    a run resumes from, written whole or not at all, from before the first step on; and ``log.jsonl``, from which a
+    resumed run drops the lines of steps that it takes again. On the CPU a resumed run comes to the very weights of one
+    that was not interrupted.
 
     Args:
         config: the run.
@@ -180,8 +177,7 @@ class Trainer:
 
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
-        ValueError: for a checkpoint of another config.
-        RuntimeError: where another process trains in the folder (raised by `train`).
+        ValueError: for a checkpoint of another config, or one that is not whole.
     """
 
     def __init__(
@@ -209,7 +205,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.step = 0
-        self.losses: list[float] = []
+        self.loss: float | None = None
         if checkpoint.exists():
             self._restore(*checkpoints.read(checkpoint))
 
@@ -226,11 +222,11 @@ class Trainer:
             sde=self.config.sde,
             prediction=self.config.prediction,
             data=self.config.data,
-            value_range=None if self.dataset.x.is_floating_point() else self.config.pixel_range,
+            value_range=_value_range(self.dataset),
             record={
                 "config": asdict(self.config),
                 "step": self.step,
-                "loss": self.losses[-1] if self.losses else None,
+                "loss": self.loss,
                 "torch": torch.__version__,
                 "device": self.device.type,
             },
@@ -239,23 +235,34 @@ class Trainer:
     def train(self, progress: bool = True) -> Checkpoint:
         """Runs to ``config.steps`` and returns the result; the folder's checkpoint is then that of the last step.
 
-        Interrupted by Ctrl-C it saves a checkpoint first.
+        Interrupted by Ctrl-C it ends the step, saves a checkpoint, and raises KeyboardInterrupt.
 
         Raises:
-            NonFiniteError: where the loss becomes NaN or infinity; the last checkpoint stays.
+            NonFiniteError: where the loss or the weights become NaN or infinity; the last checkpoint stays.
+            RuntimeError: where another process trains, or has trained, in the folder.
         """
-        with _locked(self.directory):
-            self._truncate_log()
+        with _locked(self.directory), _deferred_interrupt() as interrupted:
+            self._begin()
             bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
-            try:
-                with bar:
-                    self._run(bar)
-            except KeyboardInterrupt:
-                self._save()
-                raise
+            with bar:
+                self._run(bar, interrupted)
         return self.checkpoint()
 
-    def _run(self, bar: tqdm[Any]) -> None:
+    def _begin(self) -> None:
+        """Makes the folder fit this trainer, once it is locked."""
+        path = self.directory / RUN_CHECKPOINT
+        if path.exists():
+            step = checkpoints.read(path)[1]["record"]["step"]
+            if step != self.step:
+                raise RuntimeError(
+                    f"the run in {self.directory} has come to step {step} since this trainer was made at step "
+                    f"{self.step}: make it anew with resume=True"
+                )
+        else:
+            self._save()  # so that the config is there to resume from, whenever the run is killed
+        self._truncate_log()
+
+    def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
         config = self.config
         network = torch.compile(self.model) if config.compile else self.model
         autocast = torch.bfloat16 if config.precision == "bf16" else None
@@ -284,30 +291,31 @@ class Trainer:
             self.step += 1
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last:
+                mean = float(torch.stack(losses).double().mean())  # waits for the device, so read the clock after it
                 now = time.perf_counter()
-                self._log(bar, losses, len(losses) / (now - started))
+                self._log(bar, mean, len(losses) / (now - started))
                 losses, started = [], now
-            if self.step % config.checkpoint_every == 0 or last:
+            if self.step % config.checkpoint_every == 0 or last or interrupted():
                 self._save()
+            if interrupted():
+                raise KeyboardInterrupt
 
     def _draws(self) -> Iterator[Draws]:
         """The random numbers of each step from the present one on, drawn for several steps at once."""
         config = self.config
         keys = noise.sample_keys(config.seed, config.batch_size, device=self.device)
         ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(self.dataset.shape))))
-        for first in range(self.step, config.steps, ahead):
+        # Blocks start at multiples of their length, so that a resumed run draws in the same blocks.
+        for first in range(self.step // ahead * ahead, config.steps, ahead):
             steps = torch.arange(first, min(first + ahead, config.steps), device=self.device)
             block = training_draws(keys, steps, len(self.dataset), self.dataset.shape, config.t_min)
-            for k in range(len(steps)):
+            for k in range(max(0, self.step - first), len(steps)):
                 yield Draws(*(values[k] for values in block))
 
-    def _log(self, bar: tqdm[Any], losses: list[Tensor], steps_per_second: float) -> None:
-        loss = float(torch.stack(losses).double().mean())
+    def _log(self, bar: tqdm[Any], loss: float, steps_per_second: float) -> None:
         if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the loss is {loss} within the {len(losses)} steps before step {self.step}; try a lower lr"
-            )
-        self.losses.append(loss)
+            raise NonFiniteError(f"the loss became {loss} before step {self.step}: try a lower lr")
+        self.loss = loss
         line = {
             "step": self.step,
             "loss": loss,
@@ -335,6 +343,8 @@ class Trainer:
             temporary.write_text("".join(kept))
 
     def _save(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise NonFiniteError(f"the weights became NaN or infinity before step {self.step}: try a lower lr")
         tensors = {f"model.{name}": value for name, value in self.sampling_model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
@@ -342,28 +352,35 @@ class Trainer:
             if self.ema is not None:
                 tensors[f"weights.{name}"] = parameter
         metadata = self.checkpoint().describe()
-        checkpoints.write(self.directory / RUN_CHECKPOINT, tensors, {**metadata, "losses": self.losses[-1:]})
+        checkpoints.write(self.directory / RUN_CHECKPOINT, tensors, {**metadata, "resumable": True})
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        record = metadata["record"]
-        saved = _config_of(metadata, self.directory / RUN_CHECKPOINT)
+        path = self.directory / RUN_CHECKPOINT
+        record, saved, ours = metadata["record"], _config_of(metadata, path), _json(self.config)
         for name in (each.name for each in fields(TrainConfig)):
-            had, has = getattr(saved, name), getattr(self.config, name)
+            had, has = _json(saved)[name], ours[name]
             # A run with a constant learning rate may be taken further; a cosine depends on where it ends.
             may_grow = name == "steps" and saved.lr_schedule == "constant" and has >= record["step"]
             if had != has and not may_grow and name not in ("checkpoint_every", "log_every"):
                 raise ValueError(f"the run in {self.directory} has {name}={had!r}, got {has!r}: resume it as it was")
-        self.step, self.losses = record["step"], list(metadata["losses"])
+        self.step, self.loss = record["step"], record["loss"]
+        try:
+            self._restore_tensors(tensors)
+        except KeyError as error:
+            raise ValueError(f"{path} is not a whole training checkpoint: it lacks {error}") from error
+
+    def _restore_tensors(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"weights.{name}" if self.ema is not None else f"model.{name}"])
-                self.optimizer.state[parameter] = {
-                    kind: tensors[f"adam.{kind}.{name}"].to(self.device) for kind in ("step", "exp_avg", "exp_avg_sq")
-                }
-        if self.ema is not None:
-            self.ema.load_state_dict(
-                {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-            )
+                if self.step:  # before the first step Adam has no state
+                    self.optimizer.state[parameter] = {
+                        kind: tensors[f"adam.{kind}.{name}"].to(self.device)
+                        for kind in ("step", "exp_avg", "exp_avg_sq")
+                    }
+            if self.ema is not None:
+                for name, parameter in self.ema.named_parameters():
+                    parameter.copy_(tensors[f"model.{name}"])
 
 
 def saved_config(checkpoint: str | Path) -> TrainConfig:
@@ -376,15 +393,29 @@ def saved_config(checkpoint: str | Path) -> TrainConfig:
 
 
 def _config_of(metadata: dict[str, Any], path: str | Path) -> TrainConfig:
-    if "losses" not in metadata:
+    if not metadata.get("resumable"):
         raise ValueError(f"{path} has a network, but not what training needs to resume")
-    return TrainConfig.from_dict(metadata["record"]["config"])
+    try:
+        return TrainConfig.from_dict(metadata["record"]["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was written by another version of fastsde: {error}") from error
+
+
+def _json(config: TrainConfig) -> dict[str, Any]:
+    """A config as it comes back from a checkpoint, where a tuple is a list."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return values
+
+
+def _value_range(dataset: Dataset) -> tuple[float, float] | None:
+    """What black and white have become, for images."""
+    return None if dataset.x.is_floating_point() else (dataset.shift, dataset.shift + 255 * dataset.scale)
 
 
 def _initial_model(config: TrainConfig) -> Any:
     """The network with the initial weights of the config's seed; torch's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # of the CPU alone, where the weights are made
         return models.from_config(config.model)
 
 
@@ -399,6 +430,30 @@ def _locked(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"another process is training in {directory}") from None
-        for stale in directory.glob(f".{Path(RUN_CHECKPOINT).stem}-*.tmp*"):
-            stale.unlink(missing_ok=True)
+        for name in (RUN_CHECKPOINT, LOG_NAME):
+            for stale in directory.glob(f".{Path(name).stem}-*.tmp*"):
+                stale.unlink(missing_ok=True)
         yield
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Makes the first Ctrl-C a request, which the function tells of; a second one interrupts at once.
+
+    Between two statements of a step, weights, optimizer and step count do not belong together.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    requested = threading.Event()
+
+    def request(signum: int, frame: Any) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield requested.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_int", "check_keys", "check_kwargs", "check_number", "check_shape", "check_tensor"]
+__all__ = ["check_device", "check_int", "check_keys", "check_kwargs", "check_number", "check_shape", "check_tensor"]
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """An int of at least ``low`` and below ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An int (or another integral type, as NumPy's) of at least ``low`` and below ``high``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    value = int(value)
     if value < low or (high is not None and value >= high):
-        bounds = f"at least {low}" if high is None else f"in [{low}, {high})"
+        power = high is not None and high >= 2**16 and high & (high - 1) == 0
+        end = f"2^{high.bit_length() - 1}" if high is not None and power else high
+        bounds = f"at least {low}" if high is None else f"in [{low}, {end})"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return value
 
 
-def check_number(name: str, value: object) -> float:
-    """A finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(
+    name: str, value: object, expected: str = "finite", within: Callable[[Any], bool] = math.isfinite
+) -> float:
+    """A real number ``within`` what is ``expected``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not within(value):
+        raise ValueError(f"{name} must be {expected}, got {value}")
     return float(value)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """A device that tensors can be made on, with its index (so "cuda" becomes the current one)."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {error}") from error
 
 
 def check_shape(name: str, shape: object) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def test_metadata_that_do_not_fit_are_an_error(tmp_path: Path, change: dict[str,
     path = tmp_path / "odd.safetensors"
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     checkpoints.write(path, weights, Checkpoint(model).describe() | change)
-    with pytest.raises(ValueError, match=r"odd\.safetensors|architecture|beta_min"):
+    with pytest.raises(ValueError, match=r"odd\.safetensors"):
         checkpoints.load(path)
 
 

@@ -467,17 +467,18 @@ def test_draws_made_ahead_equal_draws_made_inside():
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_ahead, strict=True))
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(prediction):
+def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(prediction, weighting):
     sde, keys, data, lr = VPSDE(), noise.sample_keys(5, 8), normals(20, 2).mul(50).to(torch.uint8), 1e-3
     model, copy = TinyScore(), TinyScore()
-    options = {"scale": 0.02, "shift": -1.0}
+    scaling, kind = {"scale": 0.02, "shift": -1.0}, {"prediction": prediction, "weighting": weighting}
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    got = reference.train_step(model, optimizer, data, keys, 4, sde, prediction=prediction, **options)
+    got = reference.train_step(model, optimizer, data, keys, 4, sde, **kind, **scaling)
 
     index = reference.training_draws(keys, 4, 20, (2,)).rows
-    x_t, t = reference.perturb(data, keys, 4, sde, index=index, **options)
-    loss = reference.dsm_loss(copy(x_t, t), data, t, keys, 4, sde, index=index, prediction=prediction, **options)
+    x_t, t = reference.perturb(data, keys, 4, sde, index=index, **scaling)
+    loss = reference.dsm_loss(copy(x_t, t), data, t, keys, 4, sde, index=index, **kind, **scaling)
     loss.backward()
     assert torch.equal(got, loss.detach())
     for trained, weight in zip(model.parameters(), copy.parameters(), strict=True):

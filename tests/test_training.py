@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsde import NonFiniteError, checkpoints, noise, reference
+from fastsde import NonFiniteError, checkpoints, noise, reference, training
 from fastsde.data import Dataset, swiss_roll
 from fastsde.training import TrainConfig, Trainer, default_config, saved_config, tutorial_config
 
@@ -80,16 +80,17 @@ def test_the_trainer_takes_the_steps_of_the_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [TINY, IMAGES, replace(TINY, ema_decay=0.0)], ids=["mlp", "unet", "no-ema"])
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, 2, 3])
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: TrainConfig, stop: int) -> None:
     Trainer(config, tmp_path / "whole").train(progress=False)
-    # A kill is a run that stops after some checkpoint, with more log lines than that checkpoint has steps.
+    # A kill is a run that stops after some checkpoint, with more log lines than that checkpoint has steps. The first
+    # checkpoint is that of step 0.
     trainer = Trainer(config, tmp_path / "cut")
     saves = 0
 
     def save_then_die(original=trainer._save) -> None:
         nonlocal saves
-        if saves == stop // 2 + 1:
+        if saves == stop:
             raise KeyboardInterrupt
         saves += 1
         original()
@@ -189,26 +190,85 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert saved_step(tmp_path) == 40
 
 
-def test_ctrl_c_saves_a_checkpoint_first(tmp_path: Path) -> None:
-    trainer = Trainer(replace(TINY, checkpoint_every=1000), tmp_path)
-    original = trainer._log
+@pytest.mark.parametrize("when", ["optimizer", "average", "log"])
+def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    config = replace(TINY, checkpoint_every=1000, log_every=1)
+    Trainer(config, tmp_path / "whole").train(progress=False)
+    trainer = Trainer(config, tmp_path / "cut")
+    calls = 0
 
-    def interrupt(*args: object) -> None:
-        if trainer.step == 30:
-            raise KeyboardInterrupt
-        original(*args)  # type: ignore[arg-type]
+    def interrupting(original):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 13:
+                signal.raise_signal(signal.SIGINT)
+            return original(*args, **kwargs)
 
-    trainer._log = interrupt  # type: ignore[method-assign]
+        return wrapped
+
+    target, name = {
+        "optimizer": (trainer.optimizer, "step"),
+        "average": (training, "ema_update"),
+        "log": (trainer, "_log"),
+    }[when]
+    monkeypatch.setattr(target, name, interrupting(getattr(target, name)))
     with pytest.raises(KeyboardInterrupt):
         trainer.train(progress=False)
-    assert saved_step(tmp_path) == 30
+    assert saved_step(tmp_path / "cut") == 13
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    Trainer(config, tmp_path / "cut", resume=True).train(progress=False)
+    assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+
+
+def test_a_run_can_be_resumed_from_before_its_first_step(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path / "whole").train(progress=False)
+    trainer = Trainer(TINY, tmp_path / "cut")
+    trainer._run = lambda *args: None  # type: ignore[method-assign]  # killed as it began
+    trainer.train(progress=False)
+    assert saved_config(tmp_path / "cut" / "checkpoint.safetensors") == TINY
+    Trainer(TINY, tmp_path / "cut", resume=True).train(progress=False)
+    assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+
+
+def test_a_trainer_that_was_overtaken_does_no_harm(tmp_path: Path) -> None:
+    late = Trainer(TINY, tmp_path)
+    Trainer(TINY, tmp_path).train(progress=False)
+    before, log = tensors(tmp_path), log_of(tmp_path)
+    with pytest.raises(RuntimeError, match="come to step 60 since this trainer was made at step 0"):
+        late.train(progress=False)
+    assert_same(before, tensors(tmp_path))
+    assert log == log_of(tmp_path)
 
 
 def test_a_diverging_run_is_reported_and_keeps_its_last_checkpoint(tmp_path: Path) -> None:
     data = Dataset("broken", torch.full((10, 2), float("nan")))
-    with pytest.raises(NonFiniteError, match="loss is nan"):
-        Trainer(replace(TINY, data="broken"), tmp_path, dataset=data).train(progress=False)
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+    with pytest.raises(NonFiniteError, match="loss became nan before step 10"):
+        Trainer(replace(TINY, data="broken"), tmp_path / "a", dataset=data).train(progress=False)
+    assert saved_step(tmp_path / "a") == 0
+    # Weights may break before a loss tells of it.
+    wild = replace(TINY, lr=1e38, checkpoint_every=3, log_every=1000)
+    with pytest.raises(NonFiniteError, match="weights became NaN or infinity before step"):
+        Trainer(wild, tmp_path / "b").train(progress=False)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "b").values())
+
+
+def test_a_config_may_come_with_tuples_or_lists(tmp_path: Path) -> None:
+    config = replace(TINY, model={**TINY.model, "hidden": (8,)}, pixel_range=[-1.0, 1.0])
+    Trainer(config, tmp_path).train(progress=False)
+    Trainer(TINY, tmp_path, resume=True)
+
+
+def test_the_value_range_is_that_of_the_data(tmp_path: Path) -> None:
+    data = Dataset("own", torch.zeros(5, 1, 28, 28, dtype=torch.uint8), scale=1 / 255, shift=0.0)
+    assert Trainer(replace(IMAGES, data="own"), tmp_path, dataset=data).checkpoint().value_range == (0.0, 1.0)
+
+
+def test_seeds_of_more_than_32_bits_work(tmp_path: Path) -> None:
+    Trainer(replace(TINY, seed=2**40 + 1), tmp_path / "a")
+    with pytest.raises(ValueError, match="seed must be in"):
+        replace(TINY, seed=2**63)
 
 
 def test_the_loss_falls_on_the_swiss_roll(tmp_path: Path) -> None:

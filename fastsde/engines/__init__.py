@@ -22,6 +22,8 @@ def unavailable_reason(
     """Why a backend cannot run on a device with a state of ``dtype``, and what to do; None where it can."""
     if backend not in _ENGINES:
         return f"backend {backend!r} is not part of this version of fastsde; use 'eager' or 'reference'"
+    if compile and dtype == torch.float64:
+        return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
     if backend == "eager" and dtype == torch.float64:
         return "backend 'eager' keeps the state in fp32; for dtype=torch.float64 use 'reference'"
     if backend == "reference" and compile:

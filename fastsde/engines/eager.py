@@ -6,6 +6,7 @@ rows is drawn in one go. The samples are the reference's up to the rounding of f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ from .. import noise
 from ..reference import Model, NoiseFunction, NonFiniteError, RowHook, check_finite
 from ..solvers import StepTable
 
-__all__ = ["sample"]
+__all__ = ["FiniteCheck", "sample"]
 
 # Rows of noise are drawn together while they have at most this many elements (each costs 60 operations on a tensor of
 # int64 blocks, which stay in the L2 cache at this size); at a hundred elements that is 20 times as fast as row by row.
@@ -44,7 +45,7 @@ def sample(
     rows = [table.row(k) for k in range(len(table))]
     stores_data = [following["c"] != 0 for _, following in pairwise(rows)] + [False]
     drawn = iter(()) if noise_function is not None else _noise_rows(keys, table, shape[1:])
-    finite = _FiniteCheck(x.device)
+    finite = FiniteCheck(rows, x.device)
     history = None
     for row, k in enumerate(rows):
         t = torch.full((len(x),), k["time"], dtype=dtype, device=x.device)
@@ -52,14 +53,14 @@ def sample(
         if guidance is not None:
             f_uncond = model(x, t, **uncond_kwargs)
             f = f_uncond + guidance * (f - f_uncond)
-        finite(f, row, k["time"])
+        finite(f, row)
         z = None
         if k["d"] != 0:
             z = next(drawn) if noise_function is None else noise_function(row, x)
         x, history = _step(x, f, k, table.clip, history, z, stores_data[row])
         if after_row is not None:
             after_row(row, k["time"], x)
-    finite.raise_first(rows)
+    finite.finish()
     return x
 
 
@@ -73,33 +74,48 @@ def _step(
         if clip is not None:
             data.clamp_(-clip, clip)
     x = torch.mul(x, k["a"])
-    for coefficient, term in ((k["b"], f), (k["e"], data), (k["c"], history), (k["d"], z)):
-        if coefficient != 0 and term is not None:
-            x.add_(term, alpha=coefficient)
+    for name, term in (("b", f), ("e", data), ("c", history), ("d", z)):
+        if k[name] != 0 and term is not None:  # H is 0 in the first row
+            x.add_(term, alpha=k[name])
     return x, data if store else None
 
 
 def _noise_rows(keys: Tensor, table: StepTable, shape: Sequence[int]) -> Iterator[Tensor]:
-    """The noise of each row that has any, in order."""
-    steps = (table.d.nonzero()[:, 0] + 1).to(keys.device)
-    elements = max(1, len(keys) * -(-torch.Size(shape).numel() // 4) * 4)
-    for some in torch.split(steps, max(1, _NOISE_ELEMENTS // elements)):
-        yield from noise.normal(keys, some, shape)
+    """The noise of each row that has any, in order, drawn for runs of such rows."""
+    most = max(1, _NOISE_ELEMENTS // max(4, 4 * len(keys) * -(-math.prod(shape) // 4)))
+    noisy = (table.d != 0).tolist()
+    row = 0
+    while row < len(noisy):
+        end = row
+        while end < len(noisy) and noisy[end] and end - row < most:
+            end += 1
+        if end > row:
+            # Made on the device: copying a list of steps there would stall it.
+            yield from noise.normal(keys, torch.arange(row + 1, end + 1, device=keys.device), shape)
+        row = max(end, row + 1)
 
 
-class _FiniteCheck:
-    """Raises for a network output that is not finite: at once on the CPU, elsewhere at the end, without a stall."""
+class FiniteCheck:
+    """Raises for a network output that is not finite: at once on the CPU, elsewhere at the end, without a stall.
 
-    def __init__(self, device: torch.device) -> None:
-        self._first_bad = None if device.type == "cpu" else torch.full((), 2**31, device=device)
+    Deferred, it costs one kernel a row: the largest magnitude, which NaN and infinity pass through.
+    """
 
-    def __call__(self, f: Tensor, row: int, time: float) -> None:
-        if self._first_bad is None:
-            check_finite(f, row, time)
-        else:
-            good = torch.isfinite(f).all()
-            self._first_bad = torch.where(good, self._first_bad, self._first_bad.clamp(max=row))
+    def __init__(self, rows: Sequence[dict[str, float]], device: torch.device, deferred: bool | None = None) -> None:
+        self._rows = rows
+        deferred = device.type != "cpu" if deferred is None else deferred
+        self._magnitudes = torch.zeros(len(rows), device=device) if deferred else None
 
-    def raise_first(self, rows: Sequence[dict[str, float]]) -> None:
-        if self._first_bad is not None and (row := int(self._first_bad)) < len(rows):
-            raise NonFiniteError(f"the network returned NaN or infinity in row {row}, at time {rows[row]['time']:g}")
+    def __call__(self, f: Tensor, row: int) -> None:
+        if self._magnitudes is None:
+            check_finite(f, row, self._rows[row]["time"])
+        elif f.numel():
+            self._magnitudes[row] = torch.linalg.vector_norm(f, math.inf)
+
+    def finish(self) -> None:
+        """Raises for the first row that was not finite, where the check was deferred."""
+        if self._magnitudes is not None and not (finite := torch.isfinite(self._magnitudes)).all():
+            row = int(finite.logical_not().nonzero()[0])
+            raise NonFiniteError(
+                f"the network returned NaN or infinity in row {row}, at time {self._rows[row]['time']:g}"
+            )

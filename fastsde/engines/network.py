@@ -16,7 +16,7 @@ __all__ = ["Network", "device_of", "dtype_of"]
 def device_of(model: Model) -> torch.device | None:
     """The device of a network's first parameter or buffer, if it has any."""
     if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in _tensors(model):
             return tensor.device
     return None
 
@@ -24,28 +24,39 @@ def device_of(model: Model) -> torch.device | None:
 def dtype_of(model: Model) -> torch.dtype:
     """The dtype of a network's first floating-point parameter or buffer; fp32 where it has none."""
     if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in _tensors(model):
             if tensor.is_floating_point():
                 return tensor.dtype
     return torch.float32
 
 
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
+    return any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in _tensors(model))
+
+
 class Network:
     """``model(x, t, **kwargs)`` run in ``dtype``, for a state of ``state_dtype``.
 
-    Where the model's weights have another dtype, a copy of it is run; `refresh` brings its weights up to date.
+    Without a ``dtype`` the model runs as it is, fed with the dtype of its first weight. With one that its weights do
+    not have, a copy of it is run; `refresh` brings the copy's weights up to date. x, t and floating-point arguments
+    are cast.
 
     Raises:
         TypeError: where the model does not return a tensor.
         ValueError: where it returns a tensor of another shape than x.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, state_dtype: torch.dtype, compile: bool = False) -> None:
-        self.model, self.dtype, self.state_dtype = model, dtype, state_dtype
+    def __init__(
+        self, model: Model, dtype: torch.dtype | None, state_dtype: torch.dtype, compile: bool = False
+    ) -> None:
+        self.model, self.state_dtype = model, state_dtype
+        self.dtype = dtype_of(model) if dtype is None else dtype
         self._copy: nn.Module | None = None
-        if isinstance(model, nn.Module) and any(
-            tensor.is_floating_point() and tensor.dtype != dtype for tensor in model.parameters()
-        ):
+        if isinstance(model, nn.Module) and dtype is not None and _has_other_dtype(model, dtype):
             self._copy = copy.deepcopy(model).to(dtype)
         run = model if self._copy is None else self._copy
         self._run: Model = torch.compile(run) if compile else run
@@ -53,9 +64,11 @@ class Network:
     def refresh(self) -> None:
         """Copies the weights of the model again where a copy of it is run, since they may have changed."""
         if self._copy is not None and isinstance(self.model, nn.Module):
-            self._copy.load_state_dict(self.model.state_dict())
-            for ours, theirs in zip(self._copy.modules(), self.model.modules(), strict=True):
-                ours.training = theirs.training
+            with torch.no_grad():
+                for ours, theirs in zip(_tensors(self._copy), _tensors(self.model), strict=True):
+                    ours.copy_(theirs)
+            for module, original in zip(self._copy.modules(), self.model.modules(), strict=True):
+                module.training = original.training
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         f: Any = self._run(x.to(self.dtype), t.to(self.dtype), **{name: self._cast(v) for name, v in kwargs.items()})
