@@ -124,9 +124,9 @@ def _points(name: str, points: Tensor) -> np.ndarray:
 
 
 def _limits(points: np.ndarray) -> tuple[float, float]:
-    """Equal limits of both axes, with a margin."""
-    bound = 1.08 * float(np.abs(points).max(initial=1e-3))
-    return -bound, bound
+    """Equal limits of both axes, with a margin; one coordinate in a thousand may lie outside."""
+    bound = 1.15 * float(np.quantile(np.abs(points), 0.999)) if points.size else 1.0
+    return -max(bound, 1e-3), max(bound, 1e-3)
 
 
 def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[float, float]) -> None:
@@ -138,7 +138,7 @@ def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[floa
 
 
 def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score: ScoreFunction | None) -> Image.Image:
-    figure = Figure(figsize=(4.5, 4.8), dpi=90)
+    figure = Figure(figsize=(4.5, 4.8), dpi=72)
     figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.06)
     axes = figure.subplots()
     if score is not None:

@@ -566,16 +566,20 @@ def test_fp64_takes_the_reference_backend():
         Sampler(Scale(), (2,), dtype=torch.float64, backend="eager")
 
 
+@pytest.mark.parametrize(
+    "guidance", [{}, {"guidance": 2.3, "uncond_kwargs": {"label": torch.full((6,), 0.7)}}], ids=len
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-def test_a_half_precision_network_keeps_an_fp32_state(backend, low):
+def test_a_half_precision_network_keeps_an_fp32_state(backend, low, guidance):
     inside, outside = set(), set()
 
     def model(x, t, label):
         inside.update((x.dtype, t.dtype, label.dtype))
         return -x * label[:, None]
 
-    options = {"steps": 10, "backend": backend, "trajectory": 1, "model_kwargs": {"label": torch.ones(6)}}
+    kwargs = {"model_kwargs": {"label": torch.ones(6)}, **guidance}
+    options = {"steps": 10, "backend": backend, "trajectory": 1, **kwargs}
     x, states = sample(model, (6, 3), dtype=low, callback=lambda row, time, x: outside.add(x.dtype), **options)
     assert inside == {low}
     assert outside == {x.dtype, states.dtype} == {torch.float32}
@@ -588,7 +592,7 @@ def test_a_half_precision_network_keeps_an_fp32_state(backend, low):
     expected, expected_states = sample(by_hand, (6, 3), **options)
     assert torch.equal(x, expected)
     assert torch.equal(states, expected_states)
-    assert not torch.equal(x, sample(lambda x, t, label: -x, (6, 3), **options)[0])
+    assert not torch.equal(x, sample(lambda x, t, label: -x * label[:, None], (6, 3), **options)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -630,6 +634,52 @@ def test_weights_changed_between_calls_are_seen(dtype):
     assert torch.equal(sampler(3), doubled)  # a buffer is seen just as a parameter is
     model.load_state_dict(Scale().state_dict())
     assert torch.equal(sampler(3), before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
+def test_buffers_outside_the_state_dict_are_seen_too(dtype):
+    model = Scale()
+    model.register_buffer("factor", torch.ones(1), persistent=False)
+    sampler = Sampler(model, (2,), steps=5, dtype=dtype)
+    before = sampler(3)
+    model.factor.mul_(2)
+    assert torch.equal(sampler(3), sample(model, (3, 2), steps=5, dtype=dtype))
+    assert not torch.equal(sampler(3), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_of_mixed_dtypes_runs_as_it_is_unless_a_dtype_is_asked_for(backend):
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = nn.Linear(2, 2, dtype=torch.bfloat16), nn.LayerNorm(2)
+
+        def forward(self, x, t):
+            seen.add((x.dtype, self.low.weight.dtype, self.high.weight.dtype))
+            return self.high(self.low(x).to(self.high.weight.dtype))
+
+    seen: set = set()
+    sample(Mixed(), (3, 2), steps=2, backend=backend)
+    assert seen == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    seen.clear()
+    sample(Mixed(), (3, 2), steps=2, backend=backend, dtype=torch.float32)
+    assert seen == {(torch.float32,) * 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_of_buffers_alone_is_run_in_the_dtype_asked_for(dtype):
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("matrix", torch.eye(2))
+
+        def forward(self, x, t):
+            return -x @ self.matrix  # refuses two dtypes
+
+    model = Fixed()
+    expected = sample(lambda x, t: -x, (3, 2), steps=3, dtype=dtype)
+    assert torch.equal(sample(model, (3, 2), steps=3, dtype=dtype), expected)
+    assert model.matrix.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
