@@ -198,6 +198,7 @@ def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], p
 )
 @click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
 @click.option("--seed", type=click.IntRange(0))
+@click.option("--init", help="Start from the weights of a checkpoint, a run or a shipped model.")
 @click.option("--checkpoint-every", type=click.IntRange(1))
 @click.option("--log-every", type=click.IntRange(1))
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")

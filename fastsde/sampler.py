@@ -143,7 +143,8 @@ class Sampler:
     ) -> Tensor:
         """One part of the batch, from keys to samples; fills its part of the trajectory."""
         shape = (len(keys), *self.sample_shape)
-        x_init = noise.normal(keys, 0, self.sample_shape) if x_init is None else x_init[part]
+        # A copy: a network that works in place must not write to the caller's tensor.
+        x_init = noise.normal(keys, 0, self.sample_shape) if x_init is None else x_init[part].clone()
         x_init = x_init.to(self.state_dtype)
         if states is not None:
             states[0] = x_init

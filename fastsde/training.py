@@ -56,6 +56,7 @@ class TrainConfig:
         precision: "fp32" (on a GPU, PyTorch's convolutions take TF32 for it), or "bf16" for the network under autocast.
         compile: whether the network runs through ``torch.compile``.
         seed: in [0, 2^63), of the weights, the data order, the times and the noise.
+        init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
         checkpoint_every, log_every: steps between checkpoints and between log lines.
         sde: the SDE.
     """
@@ -76,6 +77,7 @@ class TrainConfig:
     precision: str = "fp32"
     compile: bool = False
     seed: int = 0
+    init: str = ""
     checkpoint_every: int = 1000
     log_every: int = 100
     sde: VPSDE = field(default_factory=VPSDE)
@@ -199,14 +201,15 @@ class Trainer:
                 config.data, size=config.data_size, root=data_root, pixel_range=config.pixel_range, seed=config.seed
             )
         self.dataset = dataset.to(self.device)
-        self.model = _initial_model(config).to(self.device)
+        resuming = checkpoint.exists()
+        self.model = _initial_model(config, load_weights=not resuming).to(self.device)
         if self.model.shape != dataset.shape:
             raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {dataset.shape}")
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.step = 0
         self.loss: float | None = None
-        if checkpoint.exists():
+        if resuming:
             self._restore(*checkpoints.read(checkpoint))
 
     @property
@@ -412,11 +415,18 @@ def _value_range(dataset: Dataset) -> tuple[float, float] | None:
     return None if dataset.x.is_floating_point() else (dataset.shift, dataset.shift + 255 * dataset.scale)
 
 
-def _initial_model(config: TrainConfig) -> Any:
-    """The network with the initial weights of the config's seed; torch's own random state is left as it was."""
+def _initial_model(config: TrainConfig, load_weights: bool = True) -> Any:
+    """The network with the weights of ``init``, or those of the seed; torch's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # of the CPU alone, where the weights are made
-        return models.from_config(config.model)
+        model = models.from_config(config.model)
+    if config.init and load_weights:
+        start = checkpoints.load(config.init)
+        ours, theirs = ((m.config, p) for m, p in ((model, config.prediction), (start.model, start.prediction)))
+        if ours != theirs:
+            raise ValueError(f"init must have the model and prediction of the run, {ours}, got {theirs}")
+        model.load_state_dict(start.model.state_dict())
+    return model
 
 
 @contextmanager

@@ -348,3 +348,17 @@ def test_the_data_set_may_be_the_users_own(tmp_path: Path) -> None:
     checkpoint = Trainer(replace(TINY, data="moons"), tmp_path, dataset=data).train(progress=False)
     assert checkpoint.data == "moons"
     assert checkpoint.value_range is None
+
+
+def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path / "first").train(progress=False)
+    config = replace(TINY, init=str(tmp_path / "first"), seed=1)
+    start = Trainer(config, tmp_path / "second")
+    first = checkpoints.load(tmp_path / "first").model
+    for ours, theirs in zip(start.model.parameters(), first.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    start.train(progress=False)
+    (tmp_path / "first" / "checkpoint.safetensors").unlink()
+    Trainer(config, tmp_path / "second", resume=True)  # a resumed run has its own weights
+    with pytest.raises(ValueError, match="init must have the model and prediction of the run"):
+        Trainer(replace(TINY, init="swiss-roll"), tmp_path / "third")
