@@ -44,7 +44,7 @@ def test_sample_draws_the_shipped_swiss_roll(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "roll.npz")["samples"], expected.numpy(), atol=1e-5)
     with Image.open(tmp_path / "roll.png") as picture, Image.open(tmp_path / "roll.gif") as gif:
         assert picture.width > picture.height  # data and samples side by side
-        assert gif.n_frames == 32  # 31 states and the result once more
+        assert gif.n_frames == 31  # the initial state and each row
 
 
 def test_sample_writes_a_picture_by_default_and_its_progress_to_stderr(tmp_path: Path, small_unet: Path) -> None:
