@@ -476,7 +476,7 @@ def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(prediction, we
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     got = reference.train_step(model, optimizer, data, keys, 4, sde, **kind, **scaling)
 
-    index = reference.training_draws(keys, 4, 20, (2,)).rows
+    index = reference.training_draws(keys, 4, 20, (2,)).data_index
     x_t, t = reference.perturb(data, keys, 4, sde, index=index, **scaling)
     loss = reference.dsm_loss(copy(x_t, t), data, t, keys, 4, sde, index=index, **kind, **scaling)
     loss.backward()
