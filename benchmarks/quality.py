@@ -127,8 +127,16 @@ def main(
     else:
         n = n or 1000
         classifier, accuracy, test = train_classifier(root)
-        options = {"sde": checkpoint.sde, "prediction": checkpoint.prediction, "max_batch": 100, "progress": True}
-        x = fastsde.sample(checkpoint.model, (n, *checkpoint.shape), solver=solver, steps=steps, seed=seed, **options)
+        sampler = fastsde.Sampler(
+            checkpoint.model,
+            checkpoint.shape,
+            sde=checkpoint.sde,
+            solver=solver,
+            steps=steps,
+            prediction=checkpoint.prediction,
+            max_batch=100,
+        )
+        x = sampler(n, seed=seed, progress=True)
         low, high = checkpoint.value_range or (-1.0, 1.0)
         result = {"classifier_accuracy": accuracy}
         result |= judge_digits(classifier, test, ((x - low) / (high - low) * 2 - 1).clamp(-1, 1))

@@ -9,7 +9,7 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from . import noise, solvers  # noqa: E402
+from . import compat, models, noise, solvers  # noqa: E402
 from .reference import NonFiniteError  # noqa: E402
 from .sampler import Sampler, sample  # noqa: E402
 from .sde import VPSDE  # noqa: E402
@@ -17,4 +17,4 @@ from .solvers import StepTable  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "noise", "sample", "solvers"]
+__all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "compat", "models", "noise", "sample", "solvers"]

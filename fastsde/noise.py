@@ -89,11 +89,15 @@ def fold_in(key: Tensor | tuple[int, int], data: Tensor | int) -> Tensor:
         int64 ``[..., 2]``.
     """
     if not isinstance(key, Tensor):
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise TypeError(f"key must be a tensor or a pair (seed, offset), got {key!r}")
         seed, offset = key
         device = data.device if isinstance(data, Tensor) else "cpu"
         key = torch.tensor([int64_bits("seed", seed), int64_bits("offset", offset)], device=device)
     elif key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
         raise ValueError(f"key must be int64 [..., 2] (the bits of uint64 values), got {key.dtype} {list(key.shape)}")
+    if isinstance(data, Tensor) and data.dtype != torch.int64:
+        raise TypeError(f"data must be an int or int64, got {data.dtype}")
     if not isinstance(data, Tensor):
         data = torch.tensor(int64_bits("data", data), device=key.device)
     word_0, word_1, word_2, word_3 = _philox(key[..., 0], key[..., 1] + data)

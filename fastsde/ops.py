@@ -12,7 +12,7 @@ from . import reference
 from .reference import WEIGHTINGS
 from .sde import VPSDE
 from .solvers import PREDICTIONS, StepTable
-from .validation import check_int, check_keys, check_number, check_tensor
+from .validation import check_instance, check_int, check_keys, check_number, check_tensor
 
 __all__ = ["dsm_loss", "perturb", "solver_step"]
 
@@ -39,8 +39,7 @@ def solver_step(
     check_tensor("x", x, floating=True)
     if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
-    if not isinstance(table, StepTable):
-        raise TypeError(f"table must be a StepTable, got {type(table).__name__}")
+    check_instance("table", table, StepTable)
     check_int("row", row, 0, len(table))
 
     def like_x(name: str, value: Tensor) -> Tensor:
@@ -70,8 +69,7 @@ def _check_data(
     if x_0.ndim < 1 or not (x_0.is_floating_point() or x_0.dtype == torch.uint8):
         raise ValueError(f"x_0 must be uint8 or floating-point [B, *shape], got {x_0.dtype} {list(x_0.shape)}")
     check_int("step", step, 0, _MAX_STEP)
-    if not isinstance(sde, VPSDE):
-        raise TypeError(f"sde must be a VPSDE, got {type(sde).__name__}")
+    check_instance("sde", sde, VPSDE)
     n = len(x_0)
     if index is not None:
         check_tensor("index", index, device=x_0.device)

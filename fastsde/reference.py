@@ -38,13 +38,13 @@ WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 
 class NonFiniteError(RuntimeError):
-    """The network returned NaN or infinity: in sampling, the message tells the row and the time."""
+    """The network returned NaN or infinity, or the state became so: in sampling, the message tells row and time."""
 
 
-def check_finite(f: Tensor, row: int, time: float) -> None:
-    """Raises `NonFiniteError` where the network's output ``f`` in a row is not finite."""
-    if not torch.isfinite(f).all():
-        raise NonFiniteError(f"the network returned NaN or infinity in row {row}, at time {time:g}")
+def check_finite(what: str, value: Tensor, row: int, time: float) -> None:
+    """Raises `NonFiniteError` where ``value`` is not finite; ``what``, such as "the network returned", is to blame."""
+    if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():  # NaN passes through aminmax
+        raise NonFiniteError(f"{what} NaN or infinity in row {row}, at time {time:g}")
 
 
 def _given(keys: Tensor | None) -> Tensor:
@@ -128,7 +128,7 @@ def sample(
         after_row: called as ``after_row(row, time, x)`` with the state after each row.
 
     Raises:
-        NonFiniteError: where the network returns NaN or infinity.
+        NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
     """
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
     history = torch.zeros_like(x)
@@ -136,15 +136,17 @@ def sample(
         time = float(table.time[row])
         t = torch.full((len(x),), time, dtype=dtype, device=x.device)
         f = model(x, t, **(model_kwargs or {}))
-        check_finite(f, row, time)
+        check_finite("the network returned", f, row, time)
         f_uncond = None
         if guidance is not None:
+            f = f.clone()  # a network may return the same memory at every call
             f_uncond = model(x, t, **(uncond_kwargs or {}))
-            check_finite(f_uncond, row, time)
+            check_finite("the network returned", f_uncond, row, time)
         z = noise_function(row, x) if noise_function is not None and table.d[row] != 0 else None
         x, history = solver_step(
             x, f, table, row, history=history, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance
         )
+        check_finite("the state became", x, row, time)
         if after_row is not None:
             after_row(row, time, x)
     return x

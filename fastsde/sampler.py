@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +15,17 @@ from .engines.network import Network, device_of, dtype_of
 from .reference import Model, NoiseFunction, RowHook
 from .sde import VPSDE
 from .solvers import StepTable
-from .validation import check_device, check_int, check_keys, check_kwargs, check_number, check_shape, check_tensor
+from .validation import (
+    check_bool,
+    check_device,
+    check_instance,
+    check_int,
+    check_keys,
+    check_kwargs,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 
 __all__ = ["Sampler", "sample"]
 
@@ -71,13 +82,13 @@ class Sampler:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
-        if not isinstance(sde, VPSDE):
-            raise TypeError(f"sde must be a VPSDE, got {type(sde).__name__}")
+        check_instance("sde", sde, VPSDE)
         self.sample_shape = check_shape("sample_shape", sample_shape)
         self.table = _make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         self.max_batch = None if max_batch is None else check_int("max_batch", max_batch, 1)
         self.device = _make_device(device, model)
+        check_bool("compile", compile)
         runs_in = dtype_of(model) if dtype is None else dtype
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
@@ -109,10 +120,12 @@ class Sampler:
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
+        check_bool("progress", progress)
         shape = (n, *self.sample_shape)
         keys = _make_keys(keys, n, seed, first_sample, self.device)
         if x_init is not None:
-            check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True, finite=True)
+            x_init = check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True)
+            check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32
         kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
 
@@ -228,7 +241,7 @@ def sample(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-        NonFiniteError: where the network returns NaN or infinity, with the row and the time.
+        NonFiniteError: where the network returns NaN or infinity or the state becomes so, with the row and the time.
     """
     shape = check_shape("shape", shape)
     if not shape:
@@ -274,7 +287,7 @@ def _make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any)
     for name, default in _TABLE_DEFAULTS.items():
         if options[name] != default:
             raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
-    if steps not in (999, len(solver)):
+    if check_int("steps", steps, 1) not in (999, len(solver)):
         raise ValueError(f"the StepTable given as solver has {len(solver)} rows, got steps={steps}")
     return solver
 
@@ -286,6 +299,8 @@ def _make_device(device: torch.device | str | None, model: Model) -> torch.devic
     asked = check_device(device)
     if own is not None and own != asked:
         raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
+    if asked.type == "meta":
+        raise ValueError("device must hold data, got meta")
     return asked
 
 
@@ -300,6 +315,8 @@ def _make_keys(
         raise ValueError(f"keys replace seed and first_sample: got seed={seed} and first_sample={first_sample} too")
     if isinstance(keys, Tensor) and keys.ndim == 2:
         return check_keys(keys, n, device)
+    if not isinstance(keys, (Tensor, Sequence, np.ndarray)):
+        raise TypeError(f"keys must be a tensor or a sequence of seeds, got {type(keys).__name__}")
     seeds = keys.tolist() if isinstance(keys, Tensor) else list(keys)
     if len(seeds) != n:
         raise ValueError(f"keys must have one key or seed for each of the {n} samples, got {len(seeds)}")

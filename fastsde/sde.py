@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .validation import check_number
+from .validation import check_number, check_shape
 
 __all__ = ["VPSDE", "match_dims"]
 
@@ -89,6 +89,9 @@ class VPSDE:
     def marginal_prob(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Mean (shaped like ``x_0``) and standard deviation (broadcasts over it) of p(x_t | x_0)."""
         x_0 = x_0 if x_0.is_floating_point() else x_0.float()
+        t = _tensor(t)
+        if t.ndim and t.shape != x_0.shape[: t.ndim]:
+            raise ValueError(f"t must be a scalar or [B] beside x_0 {list(x_0.shape)}, got {list(t.shape)}")
         alpha, sigma = (match_dims(value, x_0).to(x_0) for value in (self.alpha(t), self.sigma(t)))
         return alpha * x_0, sigma
 
@@ -102,8 +105,13 @@ class VPSDE:
             seed: the seed of the draw; ignored where ``keys`` are given.
             keys: ``[B, 2]`` int64, one key a sample (`fastsde.noise`).
         """
+        shape = check_shape("shape", shape)
+        if not shape:
+            raise ValueError("shape must have the batch first, got ()")
         if keys is None:
             keys = noise.sample_keys(seed, shape[0], device=device)
+        elif len(keys) != shape[0]:
+            raise ValueError(f"keys must have one key for each of the {shape[0]} samples, got {len(keys)}")
         return noise.normal(keys, 0, shape[1:])
 
     def prior_logp(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .sde import VPSDE
-from .validation import check_int, check_number
+from .validation import check_instance, check_int, check_number
 
 __all__ = [
     "PREDICTIONS",
@@ -77,9 +77,9 @@ class StepTable:
                     f"StepTable.{name} must have shape [K] with K >= 1 as time has, got {list(column.shape)} "
                     f"beside time {list(self.time.shape)}"
                 )
-            if not torch.isfinite(column).all():
-                row = int((~torch.isfinite(column)).nonzero()[0])
-                raise ValueError(f"StepTable.{name} must be finite, got {column[row].item()} in row {row}")
+            if not (finite := torch.isfinite(column.float())).all():
+                row = int((~finite).nonzero()[0])
+                raise ValueError(f"StepTable.{name} must be finite in fp32, got {column[row].item()} in row {row}")
         if self.clip is not None:
             check_number("clip", self.clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
 
@@ -113,8 +113,9 @@ def _check_prediction(prediction: str) -> None:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
-def _continuous_times(times: Tensor | Sequence[float], prediction: str) -> Tensor:
+def _continuous_times(sde: VPSDE, times: Tensor | Sequence[float], prediction: str) -> Tensor:
     """Checked ``[K + 1]`` times of the SDE, decreasing within [0, 1]."""
+    check_instance("sde", sde, VPSDE)
     _check_prediction(prediction)
     times = _float64("times", times, 2)
     if times.max() > 1 or times.min() < 0 or not (times.diff() < 0).all():
@@ -213,7 +214,7 @@ def euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str 
         times: ``[K + 1]``, decreasing in [0, 1].
         prediction: what the network predicts: "score", "eps", "x0" or "v".
     """
-    times = _continuous_times(times, prediction)
+    times = _continuous_times(sde, times, prediction)
     time, step = times[:-1], -times.diff()
     rate = sde.beta(time) * step
     r, s = score_form(sde, time, prediction)
@@ -226,7 +227,7 @@ def exponential_euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], pred
 
     With I the integral of beta over the step: x' = e^(I/2) x + 2 (e^(I/2) - 1) score + sqrt(e^I - 1) z.
     """
-    times = _continuous_times(times, prediction)
+    times = _continuous_times(sde, times, prediction)
     time, integral = times[:-1], -sde.integral_beta(times).diff()
     growth = torch.expm1(integral / 2)
     r, s = score_form(sde, time, prediction)
@@ -249,7 +250,7 @@ def heun(
         euler_final: whether the last interval is a lone Euler row. By default only where the correction does not
             exist: at t = 0, for a network that predicts no score (as Karras et al. 2022 do).
     """
-    times = _continuous_times(times, prediction)
+    times = _continuous_times(sde, times, prediction)
     if euler_final is None:
         euler_final = bool(times[-1] == 0) and prediction != "score"
     rows: list[list[float]] = []
@@ -391,6 +392,7 @@ def build(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, or a StepTable, got {solver!r}")
+    check_instance("sde", sde, VPSDE)
     check_int("steps", steps, 1)
     check_number("t_end", t_end, "in [0, 1)", lambda t: 0 <= t < 1)
     _check_prediction(prediction)

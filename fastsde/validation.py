@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_device", "check_int", "check_keys", "check_kwargs", "check_number", "check_shape", "check_tensor"]
+__all__ = [
+    "check_bool",
+    "check_device",
+    "check_instance",
+    "check_int",
+    "check_ints",
+    "check_keys",
+    "check_kwargs",
+    "check_number",
+    "check_range",
+    "check_shape",
+    "check_tensor",
+]
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -26,6 +38,19 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     return value
 
 
+def check_bool(name: str, value: object) -> bool:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_instance(name: str, value: object, kind: type) -> None:
+    """An instance of one of the package's own classes."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
 def check_number(
     name: str, value: object, expected: str = "finite", within: Callable[[Any], bool] = math.isfinite
 ) -> float:
@@ -37,6 +62,16 @@ def check_number(
     return float(value)
 
 
+def check_range(name: str, value: object) -> tuple[float, float]:
+    """Two finite numbers, the lower one first."""
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be (low, high), got {type(value).__name__}")
+    bounds = tuple(check_number(f"{name}[{i}]", bound, within=lambda _: True) for i, bound in enumerate(value))
+    if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"{name} must be (low, high) with low < high, both finite, got {value}")
+    return bounds
+
+
 def check_device(device: torch.device | str) -> torch.device:
     """A device that tensors can be made on, with its index (so "cuda" becomes the current one)."""
     try:
@@ -45,11 +80,16 @@ def check_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device {str(device)!r} cannot be used: {error}") from error
 
 
+def check_ints(name: str, values: object, low: int = -(2**63)) -> tuple[int, ...]:
+    """A sequence of ints of at least ``low``."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
+    return tuple(check_int(f"{name}[{i}]", value, low) for i, value in enumerate(values))
+
+
 def check_shape(name: str, shape: object) -> tuple[int, ...]:
     """A sequence of ints of at least 0."""
-    if isinstance(shape, (int, str)) or not isinstance(shape, Sequence):
-        raise TypeError(f"{name} must be a sequence of ints, got {type(shape).__name__}")
-    return tuple(check_int(f"{name}[{i}]", size, 0) for i, size in enumerate(shape))
+    return check_ints(name, shape, 0)
 
 
 def check_tensor(
@@ -91,6 +131,8 @@ def check_kwargs(name: str, kwargs: object, n: int, device: torch.device) -> dic
         raise TypeError(f"{name} must be a mapping of names to tensors, got {type(kwargs).__name__}")
     for key, value in kwargs.items():
         argument = f"{name}[{key!r}]"
+        if key in ("x", "t"):
+            raise ValueError(f"{argument} would hide the {key} that model(x, t) is called with")
         if value is None or isinstance(value, (bool, int, float, str)):
             continue
         tensor = check_tensor(argument, value, device=device)

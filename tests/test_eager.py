@@ -16,17 +16,19 @@ ROWS = [{"time": 1.0 - row / 4} for row in range(4)]
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_bad_row_is_reported(deferred: bool, bad: float) -> None:
+@pytest.mark.parametrize("what", ["the network returned", "the state became"])
+def test_the_first_bad_row_is_reported(what: str, deferred: bool, bad: float) -> None:
     check = FiniteCheck(ROWS, torch.device("cpu"), deferred)
 
     def rows() -> None:
         for row in range(4):
-            f = torch.randn(3, 2)
-            f[1, 1] = bad if row >= 2 else 3e38
-            check(f, row)
+            f, x = torch.randn(3, 2), torch.randn(3, 2)
+            (f if what == "the network returned" else x)[1, 1] = bad if row >= 2 else 3e38
+            check("the network returned", f, row)
+            check("the state became", x, row)
         check.finish()
 
-    with pytest.raises(NonFiniteError, match=r"row 2, at time 0\.5"):
+    with pytest.raises(NonFiniteError, match=rf"{what} NaN or infinity in row 2, at time 0\.5"):
         rows()
 
 
@@ -35,7 +37,7 @@ def test_the_first_bad_row_is_reported(deferred: bool, bad: float) -> None:
 def test_finite_rows_pass(deferred: bool, shape: tuple[int, ...]) -> None:
     check = FiniteCheck(ROWS, torch.device("cpu"), deferred)
     for row in range(4):
-        check(torch.randn(shape), row)
+        check("the network returned", torch.randn(shape), row)
     check.finish()
 
 

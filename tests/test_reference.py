@@ -217,7 +217,7 @@ def test_an_unconditional_output_that_is_not_finite_is_reported():
         return torch.full_like(x, math.nan if bad and float(t[0]) < 0.9 else 0.0)
 
     table = solvers.build("euler_maruyama", VPSDE(), 4)
-    with pytest.raises(NonFiniteError, match=r"in row 1, at time 0\.75"):
+    with pytest.raises(NonFiniteError, match=r"the network returned NaN or infinity in row 1, at time 0\.75"):
         reference.sample(model, (2, 3), table, noise.sample_keys(0, 2), guidance=2.0, uncond_kwargs={"bad": True})
 
 

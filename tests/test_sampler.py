@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -824,6 +825,38 @@ def test_a_network_that_is_not_finite_is_reported_with_row_and_time(backend, val
         )
     assert rows == [0, 1, 2, 3, 4]
     assert issubclass(NonFiniteError, RuntimeError)
+
+
+@pytest.mark.parametrize("row", [0, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_that_is_not_finite_is_not_blamed_on_the_network(backend, row):
+    def overflow(x, t):
+        return torch.full_like(x, 3e38 if float(t[0]) == 1 - row / 4 else 0.0)
+
+    def bad_noise(k, x):
+        return torch.full_like(x, math.nan if k == row else 0.0)
+
+    message = rf"the state became NaN or infinity in row {row}, at time {1 - row / 4:g}"
+    table = solvers.StepTable(**{name: torch.ones(4, dtype=torch.float64) for name in solvers.StepTable.columns()})
+    table = replace(table, time=1 - torch.arange(4.0, dtype=torch.float64) / 4, b=2 * table.b, c=0 * table.c)
+    with pytest.raises(NonFiniteError, match=message):
+        sample(overflow, (3, 2), solver=table, backend=backend)
+    with pytest.raises(NonFiniteError, match=message):
+        sample(lambda x, t: -x, (3, 2), solver=table, backend=backend, noise=bad_noise)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guidance_takes_a_network_that_returns_the_same_memory_at_every_call(backend):
+    memory = torch.empty(5, 2)
+
+    def model(x, t, y=0.0):
+        return torch.add(y - x, t[:, None])
+
+    def static(x, t, y=0.0):
+        return memory.copy_(model(x, t, y))
+
+    options = {"steps": 7, "backend": backend, "guidance": 3.0, "model_kwargs": {"y": 1.0}, "uncond_kwargs": {"y": 0.5}}
+    assert torch.equal(sample(static, (5, 2), **options), sample(model, (5, 2), **options))
 
 
 @pytest.mark.parametrize("bad", ["conditional", "unconditional"])

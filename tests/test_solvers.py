@@ -653,7 +653,7 @@ def test_step_table_wants_a_row():
 @pytest.mark.parametrize("name", StepTable.columns())
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_step_table_wants_finite_coefficients(name, value):
-    with pytest.raises(ValueError, match=rf"StepTable.{name} must be finite, got {value} in row 1"):
+    with pytest.raises(ValueError, match=rf"StepTable.{name} must be finite in fp32, got {value} in row 1"):
         StepTable(**columns(**{name: torch.tensor([1.0, value, 1.0], dtype=FLOAT64)}))
 
 

@@ -1,1 +1,5 @@
 """Drop-in stand-ins for the functions of other code bases."""
+
+from . import tutorial
+
+__all__ = ["tutorial"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.network import device_of, dtype_of
+from ..engines.network import Network, device_of, dtype_of
 from ..reference import Model, dsm_loss, perturb
 from ..sampler import sample
 from ..sde import VPSDE
@@ -24,13 +24,15 @@ __all__ = ["adapt", "calc_loss", "generate_samples"]
 T_MIN = 1e-4
 TIME_POINTS = 1000
 _MNIST_DIM = 28 * 28
+# With torch's generator these would be ignored, or would change the order of the draws.
+_CONTRACT_ONLY = ("seed", "first_sample", "keys", "x_init", "max_batch")
 
 
 def adapt(score_network: nn.Module | Model) -> Model:
     """The tutorial's network as this package calls one: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``."""
-    if isinstance(score_network, nn.Sequential):
-        return _Adapted(score_network, concatenate=True)
-    return _Adapted(score_network, concatenate=False)
+    if not callable(score_network):
+        raise TypeError(f"score_network must be callable, got {type(score_network).__name__}")
+    return _Adapted(score_network, concatenate=isinstance(score_network, nn.Sequential))
 
 
 class _Adapted(nn.Module):
@@ -70,7 +72,8 @@ def generate_samples(
         noise: "contract" for this package's noise, a function of ``seed``; "torch" for torch's generator in the
             tutorial's order: ``randn((nsamples, d))``, then one ``randn_like(x)`` a step after the network's call.
         data_dim: d; by default the width of the last Linear of a Sequential, and 784 for any other network.
-        options: more arguments of `fastsde.sample`, such as seed, backend or progress.
+        options: more arguments of `fastsde.sample`, such as seed, backend or progress; seed, first_sample, keys, x_init
+            and max_batch only with noise="contract".
 
     Returns:
         The samples ``[nsamples, d]``.
@@ -82,12 +85,17 @@ def generate_samples(
     if noise not in ("contract", "torch"):
         raise ValueError(f"noise must be 'contract' or 'torch', got {noise!r}")
     shape = (nsamples, _data_dim(score_network) if data_dim is None else check_int("data_dim", data_dim, 1))
+    model = adapt(score_network)
     if noise == "torch":
-        options["x_init"] = torch.randn(shape, device=device_of(score_network), dtype=dtype_of(score_network))
+        for name in _CONTRACT_ONLY:
+            if options.get(name) is not None:
+                raise ValueError(f"{name} needs noise='contract': torch's generator draws the whole batch in its order")
+        device = options.get("device") or device_of(score_network)
+        options["x_init"] = torch.randn(shape, device=device, dtype=dtype_of(score_network))
         options["noise"] = lambda row, x: torch.randn_like(x)
     # The tutorial's own fp32 time points: fp32 and float64 ones differ in their last bit.
     table = euler_maruyama(VPSDE(), torch.linspace(1, 0, TIME_POINTS))
-    result: Tensor = sample(adapt(score_network), shape, solver=table, **options)
+    result: Tensor = sample(model, shape, solver=table, **options)
     return result
 
 
@@ -104,12 +112,14 @@ def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
         The loss, a scalar with a graph to the network's weights.
 
     Raises:
-        ValueError, TypeError: for an x that is not a floating-point tensor ``[B, d]``.
+        ValueError, TypeError: for an x that is not a floating-point tensor ``[B, d]`` with B at least 1, and for a
+            network that does not return its shape.
     """
     check_tensor("x", x, floating=True)
-    if x.ndim != 2:
-        raise ValueError(f"x must have shape [B, d], got {list(x.shape)}")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"x must have shape [B, d] with B and d at least 1, got {list(x.shape)}")
+    model = Network(adapt(score_network), None, x.dtype)
     t = (torch.rand((len(x), 1), dtype=x.dtype, device=x.device) * (1 - T_MIN) + T_MIN)[:, 0]
     z = torch.randn_like(x)
     x_t, _ = perturb(x, None, 0, VPSDE(), t=t, z=z)
-    return dsm_loss(adapt(score_network)(x_t, t), x, t, None, 0, VPSDE(), z=z)
+    return dsm_loss(model(x_t, t), x, t, None, 0, VPSDE(), z=z)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..reference import Model, NoiseFunction, NonFiniteError, RowHook, check_finite
+from ..reference import Model, NoiseFunction, RowHook, check_finite
 from ..solvers import StepTable
 
 __all__ = ["FiniteCheck", "sample"]
@@ -51,13 +51,15 @@ def sample(
         t = torch.full((len(x),), k["time"], dtype=dtype, device=x.device)
         f = model(x, t, **model_kwargs)
         if guidance is not None:
+            f = f.clone()  # a network may return the same memory at every call
             f_uncond = model(x, t, **uncond_kwargs)
             f = f_uncond + guidance * (f - f_uncond)
-        finite(f, row)
+        finite("the network returned", f, row)
         z = None
         if k["d"] != 0:
             z = next(drawn) if noise_function is None else noise_function(row, x)
         x, history = _step(x, f, k, table.clip, history, z, stores_data[row])
+        finite("the state became", x, row)
         if after_row is not None:
             after_row(row, k["time"], x)
     finite.finish()
@@ -96,26 +98,27 @@ def _noise_rows(keys: Tensor, table: StepTable, shape: Sequence[int]) -> Iterato
 
 
 class FiniteCheck:
-    """Raises for a network output that is not finite: at once on the CPU, elsewhere at the end, without a stall.
+    """Raises for a value that is not finite: at once on the CPU, elsewhere at the end, without a stall.
 
-    Deferred, it costs one kernel a row: the largest magnitude, which NaN and infinity pass through.
+    Deferred, it costs one kernel a value: the largest magnitude, which NaN and infinity pass through.
     """
+
+    _WHAT = ("the network returned", "the state became")  # in the order of a row
 
     def __init__(self, rows: Sequence[dict[str, float]], device: torch.device, deferred: bool | None = None) -> None:
         self._rows = rows
         deferred = device.type != "cpu" if deferred is None else deferred
-        self._magnitudes = torch.zeros(len(rows), device=device) if deferred else None
+        self._magnitudes = torch.zeros(len(rows), len(self._WHAT), device=device) if deferred else None
 
-    def __call__(self, f: Tensor, row: int) -> None:
+    def __call__(self, what: str, value: Tensor, row: int) -> None:
         if self._magnitudes is None:
-            check_finite(f, row, self._rows[row]["time"])
-        elif f.numel():
-            self._magnitudes[row] = torch.linalg.vector_norm(f, math.inf)
+            check_finite(what, value, row, self._rows[row]["time"])
+        elif value.numel():
+            self._magnitudes[row, self._WHAT.index(what)] = torch.linalg.vector_norm(value, math.inf)
 
     def finish(self) -> None:
-        """Raises for the first row that was not finite, where the check was deferred."""
-        if self._magnitudes is not None and not (finite := torch.isfinite(self._magnitudes)).all():
-            row = int(finite.logical_not().nonzero()[0])
-            raise NonFiniteError(
-                f"the network returned NaN or infinity in row {row}, at time {self._rows[row]['time']:g}"
-            )
+        """Raises for the first value that was not finite, where the check was deferred."""
+        if self._magnitudes is None:
+            return
+        for row, what in torch.isfinite(self._magnitudes).logical_not().nonzero().tolist():
+            check_finite(self._WHAT[what], self._magnitudes[row], row, self._rows[row]["time"])

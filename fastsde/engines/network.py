@@ -46,8 +46,8 @@ class Network:
     are cast.
 
     Raises:
-        TypeError: where the model does not return a tensor.
-        ValueError: where it returns a tensor of another shape than x.
+        TypeError: where the model does not return a floating-point tensor.
+        ValueError: where it returns a tensor of another shape or device than x.
     """
 
     def __init__(
@@ -75,6 +75,10 @@ class Network:
         if not isinstance(f, Tensor):
             hint = ", such as lambda x, t: model(x, t).sample" if hasattr(f, "sample") else ""
             raise TypeError(f"model must return a tensor, got {type(f).__name__}: wrap it in a function{hint}")
+        if not f.is_floating_point():
+            raise TypeError(f"model must return a floating-point tensor, got {f.dtype}")
+        if f.device != x.device:
+            raise ValueError(f"model must return a tensor on {x.device}, got {f.device}")
         if f.shape != x.shape:
             raise ValueError(f"model must return the shape of x, {list(x.shape)}, got {list(f.shape)}")
         result: Tensor = f.to(self.state_dtype)

@@ -221,6 +221,29 @@ def test_options_reach_the_sampler(mlp):
     assert rows == list(range(999))
 
 
+@pytest.mark.parametrize("option", ["seed", "first_sample", "keys", "x_init", "max_batch"])
+def test_options_that_torchs_generator_would_ignore_are_refused(mlp, option):
+    value = {"keys": [1, 2, 3], "x_init": torch.zeros(3, 2)}.get(option, 2)
+    with pytest.raises(ValueError, match=f"{option} needs noise='contract'"):
+        generate_samples(mlp, 3, noise="torch", **{option: value})
+    assert generate_samples(mlp, 3, **{option: value}).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("network", "x", "error", "message"),
+    [
+        (nn.Sequential(nn.Linear(3, 1)), torch.zeros(4, 2), ValueError, r"model must return the shape of x, \[4, 2\]"),
+        (None, torch.zeros(4, 2), TypeError, "score_network must be callable, got NoneType"),
+        (nn.Sequential(nn.Linear(3, 2)), torch.zeros(0, 2), ValueError, r"x must have shape \[B, d\] with B"),
+        (nn.Sequential(nn.Linear(3, 2)), torch.zeros(4), ValueError, r"x must have shape \[B, d\]"),
+        (lambda x, t: (x, t), torch.zeros(4, 2), TypeError, "model must return a tensor, got tuple"),
+    ],
+)
+def test_calc_loss_names_what_is_wrong(network, x, error, message):
+    with pytest.raises(error, match=message):
+        calc_loss(network, x)
+
+
 def test_no_samples_are_of_the_networks_width(mlp, convnet):
     wide = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Sequential(nn.Linear(8, 5), nn.Identity()))
     assert generate_samples(mlp, 0).shape == (0, 2)
