@@ -23,6 +23,7 @@ from . import models
 from .files import atomic_path
 from .sde import VPSDE
 from .solvers import PREDICTIONS
+from .validation import check_device, check_instance, check_range
 
 __all__ = ["SHIPPED", "Checkpoint", "load", "read", "save", "write"]
 
@@ -111,8 +112,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     The names are "swiss-roll" and "mnist"; a file of such a name is reached as "./mnist".
 
     Raises:
-        FileNotFoundError, ValueError: as `read` does.
+        FileNotFoundError, ValueError: as `read` does, or for a device that cannot be used.
     """
+    device = check_device(device)
     shipped = SHIPPED.get(str(path))
     if shipped is None:
         path = Path(path)
@@ -122,19 +124,21 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         return _parse(asset, *read(asset), device)
 
 
-def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any], device: Any) -> Checkpoint:
+def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any], device: torch.device) -> Checkpoint:
     prefix = "model."
     weights = {name[len(prefix) :]: t.float() for name, t in tensors.items() if name.startswith(prefix)}
     try:
+        for name, kind in (("model", dict), ("sde", dict), ("prediction", str), ("data", str), ("record", dict)):
+            check_instance(name, metadata[name], kind)
         model = models.from_config(metadata["model"])
         model.load_state_dict(weights)
-        low_high = metadata["value_range"]
+        value_range = metadata["value_range"]
         checkpoint = Checkpoint(
             model=model,
             sde=VPSDE(**metadata["sde"]),
             prediction=metadata["prediction"],
             data=metadata["data"],
-            value_range=None if low_high is None else (low_high[0], low_high[1]),
+            value_range=None if value_range is None else check_range("value_range", value_range),
             record=metadata["record"],
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -6,6 +6,8 @@ Images are kept as uint8 and mapped to floats batch by batch, x_0 = scale * pixe
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .validation import check_int, check_number, check_range
 
 __all__ = ["DATASETS", "Dataset", "digits", "load", "mnist", "swiss_roll"]
 
@@ -44,6 +48,8 @@ class Dataset:
 
 def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
     """The tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)``, divided by 10. fp32 ``[n, 2]``."""
+    check_int("n", n, 1), check_number("noise", noise, "at least 0 and finite", lambda std: 0 <= std < math.inf)
+    seed = check_int("seed", seed, 0, 2**64)
     from sklearn.datasets import make_swiss_roll
 
     # Seeds of more than 32 bits, which NumPy's legacy generator refuses as an int, are given to it as two words.
@@ -53,10 +59,8 @@ def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
 
 
 def _images(name: str, pixels: Tensor, pixel_range: tuple[float, float]) -> Dataset:
-    low, high = pixel_range
-    if not low < high:
-        raise ValueError(f"pixel_range must be (low, high) with low < high, got {pixel_range}")
-    return Dataset(name, pixels, scale=(high - low) / 255, shift=float(low))
+    low, high = check_range("pixel_range", pixel_range)
+    return Dataset(name, pixels, scale=(high - low) / 255, shift=low)
 
 
 def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
@@ -116,14 +120,19 @@ def load(
         size: how many points of the swiss roll (by default 1000), or how many images from the start of the set.
         root: the folder of MNIST.
         pixel_range: what black and white become.
-        seed: of the swiss roll's points.
+        seed: in [0, 2^64), of the swiss roll's points.
 
     Raises:
-        ValueError: for an unknown name, or a size that is not positive or larger than the set.
+        TypeError: for an argument of another type.
+        ValueError: for an unknown name, a size that is not positive or larger than the set, or another value that is
+            out of range.
         FileNotFoundError: for MNIST that is not to be had.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    if size is not None:
+        check_int("size", size, 1)
+    if not isinstance(root, (str, os.PathLike)):
+        raise TypeError(f"root must be a path, got {type(root).__name__}")
+    check_int("seed", seed, 0, 2**64), check_range("pixel_range", pixel_range)
     if name == "swiss-roll":
         return swiss_roll(1000 if size is None else size, seed=seed)
     if name == "digits":

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .files import atomic_path
 from .reference import WEIGHTINGS, Draws, NonFiniteError, ema_update, train_step, training_draws
 from .sde import VPSDE
 from .solvers import PREDICTIONS
-from .validation import check_int, check_number
+from .validation import check_bool, check_device, check_instance, check_int, check_number, check_range
 
 __all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_config", "saved_config", "tutorial_config"]
 
@@ -47,7 +47,7 @@ class TrainConfig:
         model: the architecture, as `fastsde.models.from_config` takes it.
         prediction: what the network learns: "score", "eps", "x0" or "v".
         weighting: of the loss (`fastsde.reference.dsm_loss`).
-        steps, batch_size: how many steps, on how many samples each.
+        steps, batch_size: how many steps, below 2^28, on how many samples each.
         lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps and then stays, or falls to zero along
             a half cosine at the last step (``lr_schedule`` "constant" or "cosine").
         ema_decay: decay of the average of the weights that is sampled from; 0 keeps none. It starts lower, at
@@ -59,6 +59,9 @@ class TrainConfig:
         init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
         checkpoint_every, log_every: steps between checkpoints and between log lines.
         sde: the SDE.
+
+    Raises:
+        TypeError, ValueError: for a field of another type, or out of its range.
     """
 
     data: str
@@ -83,6 +86,10 @@ class TrainConfig:
     sde: VPSDE = field(default_factory=VPSDE)
 
     def __post_init__(self) -> None:
+        for name, kind in (("data", str), ("model", dict), ("init", str), ("sde", VPSDE)):
+            check_instance(name, getattr(self, name), kind)
+        with torch.device("meta"):  # nothing is allocated, and nothing drawn
+            models.from_config(self.model)
         for name, choices in (
             ("prediction", PREDICTIONS),
             ("weighting", WEIGHTINGS),
@@ -91,9 +98,14 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, low in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("lr_warmup", 0)):
+        check_int("steps", self.steps, 1, 2**28)  # what the noise contract has bits for
+        for name, low in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("lr_warmup", 0)):
             check_int(name, getattr(self, name), low)
+        if self.data_size is not None:
+            check_int("data_size", self.data_size, 1)
         check_int("seed", self.seed, 0, 2**63)
+        check_range("pixel_range", self.pixel_range)
+        check_bool("compile", self.compile)
         check_number("lr", self.lr, "positive and finite", lambda lr: 0 < lr < math.inf)
         check_number("ema_decay", self.ema_decay, "in [0, 1)", lambda decay: 0 <= decay < 1)
         check_number("t_min", self.t_min, "in (0, 1)", lambda t: 0 < t < 1)
@@ -113,9 +125,20 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
-        values = {**values, "sde": VPSDE(**values["sde"]), "pixel_range": tuple(values["pixel_range"])}
-        return cls(**values)
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON. Fields with a default may be left out.
+
+        Raises:
+            TypeError, ValueError: for fields that are missing, unknown, of another type or out of their range.
+        """
+        check_instance("values", values, dict)
+        known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(cls)}
+        missing = [name for name, required in known.items() if required and name not in values]
+        unknown = [name for name in values if name not in known]
+        if missing or unknown:
+            raise ValueError(f"values must have the fields of a TrainConfig: missing {missing}, unknown {unknown}")
+        sde, pixel_range = values.get("sde", {}), values.get("pixel_range", cls.pixel_range)
+        check_instance("sde", sde, dict)
+        return cls(**{**values, "sde": VPSDE(**sde), "pixel_range": check_range("pixel_range", pixel_range)})
 
 
 _MLP = {"architecture": "MLP", "shape": [2], "hidden": [64, 64, 64], "activation": "LogSigmoid"}
@@ -179,7 +202,7 @@ class Trainer:
 
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
-        ValueError: for a checkpoint of another config, or one that is not whole.
+        ValueError: for a checkpoint of another config, or one that is not whole, or a device that cannot be used.
     """
 
     def __init__(
@@ -192,7 +215,7 @@ class Trainer:
         data_root: str | Path = DEFAULT_ROOT,
         resume: bool = False,
     ) -> None:
-        self.config, self.directory, self.device = config, Path(directory), torch.device(device)
+        self.config, self.directory, self.device = config, Path(directory), check_device(device)
         checkpoint = self.directory / RUN_CHECKPOINT
         if checkpoint.exists() and not resume:
             raise FileExistsError(f"{self.directory} already holds a run: resume it, or choose another folder")
@@ -359,7 +382,7 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         path = self.directory / RUN_CHECKPOINT
-        record, saved, ours = metadata["record"], _config_of(metadata, path), _json(self.config)
+        saved, record, ours = _config_of(metadata, path), metadata["record"], _json(self.config)
         for name in (each.name for each in fields(TrainConfig)):
             had, has = _json(saved)[name], ours[name]
             # A run with a constant learning rate may be taken further; a cosine depends on where it ends.
@@ -400,7 +423,7 @@ def _config_of(metadata: dict[str, Any], path: str | Path) -> TrainConfig:
         raise ValueError(f"{path} has a network, but not what training needs to resume")
     try:
         return TrainConfig.from_dict(metadata["record"]["config"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was written by another version of fastsde: {error}") from error
 
 

@@ -281,7 +281,7 @@ SDES = [
     (lambda: VPSDE(0.1, True), TypeError, "beta_max must be a number", "bool"),
     (lambda: VPSDE(torch.tensor(0.1)), TypeError, "beta_min must be a number", "Tensor"),
     (lambda: SDE.prior_sampling((-1, 2)), ValueError, "shape[0] must be at least 0", "-1"),
-    (lambda: SDE.prior_sampling((2, 2.0)), TypeError, "shape[0] must be an int", "float"),
+    (lambda: SDE.prior_sampling((2, 2.0)), TypeError, "shape[1] must be an int", "float"),
     (lambda: SDE.prior_sampling((4, 2), seed=-1), ValueError, "seed must be in [0, 2^64)", "-1"),
 ]
 
@@ -408,12 +408,12 @@ TUTORIAL = [
 ]
 
 MODELS = [
-    (lambda: MLP(0), ValueError, "shape and hidden must be positive", "shape=(0,)"),
-    (lambda: MLP(2, (64, -1)), ValueError, "shape and hidden must be positive", "hidden=(64, -1)"),
+    (lambda: MLP(0), ValueError, "shape[0] must be at least 1", "0"),
+    (lambda: MLP(2, (64, -1)), ValueError, "hidden[1] must be at least 1", "-1"),
     (lambda: MLP(2, activation="relu"), ValueError, "activation must be one of LogSigmoid, SiLU", "'relu'"),
-    (lambda: UNet(0), ValueError, "image_channels and image_size must be positive", "0 and (28, 28)"),
-    (lambda: UNet(1, (28, 0)), ValueError, "image_channels and image_size must be positive", "(28, 0)"),
-    (lambda: UNet(channels=(32,)), ValueError, "channels must be at least two positive numbers", "(32,)"),
+    (lambda: UNet(0), ValueError, "image_channels must be at least 1", "0"),
+    (lambda: UNet(1, (28, 0)), ValueError, "image_size[1] must be at least 1", "0"),
+    (lambda: UNet(channels=(32,)), ValueError, "channels must be at least two", "(32,)"),
     (lambda: from_config({"architecture": "ResNet"}), ValueError, "architecture must be one of MLP", "'ResNet'"),
 ]
 

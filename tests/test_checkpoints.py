@@ -75,22 +75,43 @@ def test_a_missing_file_names_the_shipped_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"model": {"architecture": "ResNet"}},
-        {"model": {"architecture": "MLP", "hidden": [7]}},
-        {"sde": {"beta_min": 5.0, "beta_max": 1.0}},
-        {"prediction": "flow"},
+        ({"model": {"architecture": "ResNet"}}, "architecture must be one of MLP, UNet, got 'ResNet'"),
+        ({"model": {"architecture": ["MLP"]}}, "architecture must be one of MLP, UNet"),
+        ({"model": {"architecture": "MLP", "hidden": [7]}}, "size mismatch"),
+        ({"model": {"architecture": "MLP", "shape": "2"}}, "shape must be a sequence of ints, got str"),
+        ({"model": {"architecture": "MLP", "shape": [2.0]}}, r"shape\[0\] must be an int, got float"),
+        ({"model": {"architecture": "MLP", "depth": 3}}, "depth"),
+        ({"model": [1]}, "model must be a dict, got list"),
+        ({"sde": {"beta_min": 5.0, "beta_max": 1.0}}, "beta_min=5.0"),
+        ({"sde": {"beta_min": "0.1"}}, "beta_min must be a number, got str"),
+        ({"sde": {"beta": 1.0}}, "beta"),
+        ({"sde": None}, "sde must be a dict, got NoneType"),
+        ({"prediction": "flow"}, "prediction 'flow'"),
+        ({"prediction": ["v"]}, "prediction must be a str, got list"),
+        ({"data": 3}, "data must be a str, got int"),
+        ({"record": "none"}, "record must be a dict, got str"),
+        ({"value_range": 1.0}, "value_range must be .*got float"),
+        ({"value_range": [1]}, r"value_range must be \(low, high\).*got \[1\]"),
+        ({"value_range": [1, 0]}, r"value_range must be \(low, high\).*got \[1, 0\]"),
+        ({"value_range": [0, "1"]}, r"value_range\[1\] must be a number, got str"),
     ],
-    ids=["architecture", "sizes", "sde", "prediction"],
+    ids=repr,
 )
-def test_metadata_that_do_not_fit_are_an_error(tmp_path: Path, change: dict[str, object]) -> None:
+def test_metadata_that_do_not_fit_are_an_error(tmp_path: Path, change: dict[str, object], message: str) -> None:
     model = MLP()
     path = tmp_path / "odd.safetensors"
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     checkpoints.write(path, weights, Checkpoint(model).describe() | change)
-    with pytest.raises(ValueError, match=r"odd\.safetensors"):
+    with pytest.raises(ValueError, match=rf"odd\.safetensors .*{message}"):
         checkpoints.load(path)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", 3.5])
+def test_a_device_that_cannot_be_used_is_named(device: object) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+        checkpoints.load("swiss-roll", device)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -71,7 +72,46 @@ def test_mnist_that_cannot_be_had_names_the_folder_and_a_way_out(
 def test_the_name_and_size_are_checked() -> None:
     with pytest.raises(ValueError, match="got 'cifar'"):
         data.load("cifar")
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        data.load("swiss-roll", size=0)
     assert len(data.load("swiss-roll", size=7)) == 7
     assert not torch.equal(data.load("swiss-roll", seed=1).x, data.load("swiss-roll").x)
+
+
+@pytest.mark.parametrize("name", ["swiss-roll", "digits"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+        ({"size": 5.0}, TypeError, "size must be an int, got float"),
+        ({"size": True}, TypeError, "size must be an int, got bool"),
+        ({"seed": -1}, ValueError, "seed must be in [0, 2^64), got -1"),
+        ({"seed": 2**64}, ValueError, "seed must be in [0, 2^64), got 18446744073709551616"),
+        ({"seed": None}, TypeError, "seed must be an int, got NoneType"),
+        ({"pixel_range": 1}, TypeError, "pixel_range must be (low, high), got int"),
+        ({"pixel_range": "01"}, TypeError, "pixel_range[0] must be a number, got str"),
+        ({"pixel_range": (0, True)}, TypeError, "pixel_range[1] must be a number, got bool"),
+        ({"pixel_range": (0, 1, 2)}, ValueError, "pixel_range must be (low, high) with low < high, both finite"),
+        ({"pixel_range": (1, 1)}, ValueError, "pixel_range must be (low, high) with low < high, both finite"),
+        ({"pixel_range": (0, float("inf"))}, ValueError, "both finite, got (0, inf)"),
+        ({"root": None}, TypeError, "root must be a path, got NoneType"),
+        ({"root": 3}, TypeError, "root must be a path, got int"),
+    ],
+    ids=repr,
+)
+def test_wrong_options_are_named(name: str, options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        data.load(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "n must be at least 1, got 0"),
+        ({"noise": -1.0}, ValueError, "noise must be at least 0 and finite, got -1.0"),
+        ({"noise": "1"}, TypeError, "noise must be a number, got str"),
+        ({"seed": 1.5}, TypeError, "seed must be an int, got float"),
+    ],
+    ids=repr,
+)
+def test_the_swiss_roll_names_what_is_wrong(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        data.swiss_roll(**options)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -258,6 +258,67 @@ def test_a_config_may_come_with_tuples_or_lists(tmp_path: Path) -> None:
     config = replace(TINY, model={**TINY.model, "hidden": (8,)}, pixel_range=[-1.0, 1.0])
     Trainer(config, tmp_path).train(progress=False)
     Trainer(TINY, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"data": None}, TypeError, "data must be a str, got NoneType"),
+        ({"model": "MLP"}, TypeError, "model must be a dict, got str"),
+        ({"model": {}}, ValueError, "architecture must be one of MLP, UNet, got None"),
+        ({"model": {"architecture": "MLP", "hidden": [8.0]}}, TypeError, r"hidden\[0\] must be an int, got float"),
+        ({"data_size": 0}, ValueError, "data_size must be at least 1, got 0"),
+        ({"data_size": 10.0}, TypeError, "data_size must be an int, got float"),
+        ({"pixel_range": 1.0}, TypeError, r"pixel_range must be \(low, high\), got float"),
+        ({"pixel_range": (0.0, "1")}, TypeError, r"pixel_range\[1\] must be a number, got str"),
+        ({"pixel_range": (1.0, 0.0)}, ValueError, r"pixel_range must be \(low, high\).*got \(1.0, 0.0\)"),
+        ({"steps": 2**28}, ValueError, r"steps must be in \[1, 2\^28\), got 268435456"),
+        ({"compile": 1}, TypeError, "compile must be True or False, got 1"),
+        ({"seed": True}, TypeError, "seed must be an int, got bool"),
+        ({"init": Path("runs")}, TypeError, "init must be a str, got PosixPath"),
+        ({"init": None}, TypeError, "init must be a str, got NoneType"),
+        ({"sde": {"beta_min": 0.1}}, TypeError, "sde must be a VPSDE, got dict"),
+    ],
+    ids=repr,
+)
+def test_a_config_names_what_is_wrong(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({}, ValueError, r"missing \['data', 'model'\], unknown \[\]"),
+        ({"data": "mnist", "width": 3}, ValueError, r"missing \['model'\], unknown \['width'\]"),
+        ([], TypeError, "values must be a dict, got list"),
+        (asdict(TINY) | {"sde": 3}, TypeError, "sde must be a dict, got int"),
+        (asdict(TINY) | {"sde": {"beta": 3}}, TypeError, "beta"),
+        (asdict(TINY) | {"pixel_range": None}, TypeError, "pixel_range must be .*got NoneType"),
+        (asdict(TINY) | {"lr": "fast"}, TypeError, "lr must be a number, got str"),
+    ],
+    ids=["empty", "missing and unknown", "list", "sde", "sde fields", "pixel_range", "lr"],
+)
+def test_a_config_of_wrong_values_names_them(values: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_fields_with_a_default_may_be_left_out() -> None:
+    assert TrainConfig.from_dict({"data": "swiss-roll", "model": TINY.model}) == TrainConfig("swiss-roll", TINY.model)
+
+
+def test_a_config_that_cannot_be_read_names_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    for record in ({}, {"config": {}}, {"config": asdict(TINY) | {"lr": -1}}):
+        checkpoints.write(path, {}, {"resumable": True, "record": record})
+        with pytest.raises(ValueError, match=r"odd\.safetensors was written by another version"):
+            saved_config(path)
+
+
+def test_a_device_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
+        Trainer(TINY, tmp_path, device="gpu")
 
 
 def test_the_value_range_is_that_of_the_data(tmp_path: Path) -> None:

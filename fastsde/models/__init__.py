@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from ..validation import check_instance
 from .mlp import MLP
 from .unet import UNet
 
@@ -14,14 +16,15 @@ __all__ = ["MLP", "UNet", "from_config"]
 _ARCHITECTURES: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
 
 
-def from_config(config: dict[str, Any]) -> nn.Module:
+def from_config(config: Mapping[str, Any]) -> nn.Module:
     """The model that ``model.config`` describes, freshly initialised.
 
     Raises:
-        ValueError: for an architecture that this package does not have.
+        TypeError, ValueError: for an architecture that this package does not have, or arguments that it does not take.
     """
+    check_instance("config", config, Mapping)
     options = dict(config)
     architecture = options.pop("architecture", None)
-    if architecture not in _ARCHITECTURES:
+    if architecture not in tuple(_ARCHITECTURES):
         raise ValueError(f"architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
     return _ARCHITECTURES[architecture](**options)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..validation import check_ints
 
 __all__ = ["ACTIVATIONS", "MLP"]
 
@@ -22,20 +25,21 @@ class MLP(nn.Module):
     ``net`` is a plain ``nn.Sequential``, laid out as the tutorial's own network.
 
     Args:
-        shape: the shape of one sample, or its length.
+        shape: the shape of one sample (of a plain number, ``()``), or its length.
         hidden: the widths of the hidden layers.
         activation: the name of an activation: LogSigmoid, SiLU, ReLU, Tanh, GELU or Softplus.
+
+    Raises:
+        TypeError, ValueError: for sizes that are not positive ints, or an activation that is not one of these.
     """
 
     def __init__(
         self, shape: int | Sequence[int] = 2, hidden: Sequence[int] = (64, 64, 64), activation: str = "LogSigmoid"
     ) -> None:
         super().__init__()
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        self.hidden, self.activation = tuple(hidden), activation
-        if any(width < 1 for width in (*self.shape, *self.hidden)):
-            raise ValueError(f"shape and hidden must be positive, got shape={self.shape} and hidden={self.hidden}")
-        if activation not in ACTIVATIONS:
+        self.shape = check_ints("shape", (shape,) if isinstance(shape, numbers.Integral) else shape, 1)
+        self.hidden, self.activation = check_ints("hidden", hidden, 1), activation
+        if activation not in tuple(ACTIVATIONS):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         data_dim = math.prod(self.shape)
         layers: list[nn.Module] = []
@@ -57,5 +61,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
-        result: Tensor = self.net(torch.cat((x.flatten(1), t[:, None]), dim=1))
+        result: Tensor = self.net(torch.cat((x[:, None].flatten(1), t[:, None]), dim=1))
         return result.reshape(x.shape)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..validation import check_int, check_ints
 
 __all__ = ["UNet"]
 
@@ -26,7 +29,7 @@ class UNet(nn.Module):
         channels: channels of the encoder's levels, at least two.
 
     Raises:
-        ValueError: for sizes that are not positive, or fewer than two levels.
+        TypeError, ValueError: for sizes that are not positive ints, or fewer than two levels.
     """
 
     def __init__(
@@ -36,14 +39,14 @@ class UNet(nn.Module):
         channels: Sequence[int] = (32, 64, 128, 256, 256),
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_channels, self.image_size, self.channels = image_channels, (height, width), tuple(channels)
-        if len(self.channels) < 2 or min(self.channels) < 1:
-            raise ValueError(f"channels must be at least two positive numbers, got {self.channels}")
-        if min(image_channels, height, width) < 1:
-            raise ValueError(
-                f"image_channels and image_size must be positive, got {image_channels} and {(height, width)}"
-            )
+        size = (image_size, image_size) if isinstance(image_size, numbers.Integral) else image_size
+        self.image_size, self.channels = check_ints("image_size", size, 1), check_ints("channels", channels, 1)
+        self.image_channels = check_int("image_channels", image_channels, 1)
+        if len(self.channels) < 2:
+            raise ValueError(f"channels must be at least two, got {self.channels}")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size must be one number or (height, width), got {self.image_size}")
+        height, width = self.image_size
         sizes = [(height, width)]
         for _ in self.channels[1:]:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))

@@ -194,7 +194,7 @@ def test_mlp_is_the_plain_sequential():
     assert torch.equal(model(x, t), plain(torch.cat((x, t[:, None]), -1)))
 
 
-@pytest.mark.parametrize("shape", [3, (3,), (2, 5), (3, 4, 4)], ids=str)
+@pytest.mark.parametrize("shape", [3, (3,), (2, 5), (3, 4, 4), ()], ids=str)
 def test_mlp_takes_samples_of_any_shape(shape):
     sizes = (shape,) if isinstance(shape, int) else shape
     model = MLP(shape, (8,))
@@ -248,6 +248,7 @@ MODELS = {
     "mlp": lambda: MLP(),
     "mlp image": lambda: MLP((1, 4, 4), (16, 8), "SiLU"),
     "mlp linear": lambda: MLP(3, ()),
+    "mlp numbers": lambda: MLP((), (4,)),
     "unet": lambda: UNet(),
     "unet rectangle": lambda: UNet(3, (9, 14), (4, 6, 8)),
 }
@@ -294,16 +295,40 @@ def test_models_are_sampled_from_as_they_are(name):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: MLP(0), ValueError, r"shape.*positive, got shape=\(0,\)"),
-        (lambda: MLP((2, -1)), ValueError, r"shape.*positive, got shape=\(2, -1\)"),
-        (lambda: MLP(2, (64, 0)), ValueError, r"hidden.*positive, got .*hidden=\(64, 0\)"),
+        (lambda: MLP(0), ValueError, r"shape\[0\] must be at least 1, got 0"),
+        (lambda: MLP((2, -1)), ValueError, r"shape\[1\] must be at least 1, got -1"),
+        (lambda: MLP(2, (64, 0)), ValueError, r"hidden\[1\] must be at least 1, got 0"),
         (lambda: MLP(2, activation="logsigmoid"), ValueError, "activation must be one of LogSigmoid.*'logsigmoid'"),
         (lambda: MLP(2, activation=None), ValueError, "activation must be one of LogSigmoid.*got None"),
-        (lambda: UNet(0), ValueError, "image_channels.*positive, got 0"),
-        (lambda: UNet(1, 0), ValueError, r"image_size.*positive, got 1 and \(0, 0\)"),
-        (lambda: UNet(1, (28, -2)), ValueError, r"image_size.*positive, got 1 and \(28, -2\)"),
+        (lambda: UNet(0), ValueError, "image_channels must be at least 1, got 0"),
+        (lambda: UNet(1, 0), ValueError, r"image_size\[0\] must be at least 1, got 0"),
+        (lambda: UNet(1, (28, -2)), ValueError, r"image_size\[1\] must be at least 1, got -2"),
         (lambda: UNet(channels=(8,)), ValueError, r"channels must be at least two.*got \(8,\)"),
-        (lambda: UNet(channels=(8, 0)), ValueError, r"channels must be.*positive.*got \(8, 0\)"),
+        (lambda: UNet(channels=(8, 0)), ValueError, r"channels\[1\] must be at least 1, got 0"),
+        (lambda: MLP("2"), TypeError, "shape must be a sequence of ints, got str"),
+        (lambda: MLP(None), TypeError, "shape must be a sequence of ints, got NoneType"),
+        (lambda: MLP(2.0), TypeError, "shape must be a sequence of ints, got float"),
+        (lambda: MLP(True), TypeError, r"shape\[0\] must be an int, got bool"),
+        (lambda: MLP(2, 64), TypeError, "hidden must be a sequence of ints, got int"),
+        (lambda: MLP(2, (64, 8.0)), TypeError, r"hidden\[1\] must be an int, got float"),
+        (lambda: MLP(2, ("64",)), TypeError, r"hidden\[0\] must be an int, got str"),
+        (lambda: MLP(2, (True,)), TypeError, r"hidden\[0\] must be an int, got bool"),
+        (lambda: MLP(2, activation=["SiLU"]), ValueError, r"activation must be one of LogSigmoid.*got \['SiLU'\]"),
+        (lambda: UNet("1"), TypeError, "image_channels must be an int, got str"),
+        (lambda: UNet(1.0), TypeError, "image_channels must be an int, got float"),
+        (lambda: UNet(True), TypeError, "image_channels must be an int, got bool"),
+        (lambda: UNet(-1), ValueError, "image_channels must be at least 1, got -1"),
+        (lambda: UNet(1, 28.0), TypeError, "image_size must be a sequence of ints, got float"),
+        (lambda: UNet(1, "28"), TypeError, "image_size must be a sequence of ints, got str"),
+        (lambda: UNet(1, (28, None)), TypeError, r"image_size\[1\] must be an int, got NoneType"),
+        (lambda: UNet(1, (28, 28, 3)), ValueError, r"image_size must be .*\(height, width\), got \(28, 28, 3\)"),
+        (lambda: UNet(channels=32), TypeError, "channels must be a sequence of ints, got int"),
+        (lambda: UNet(channels="32"), TypeError, "channels must be a sequence of ints, got str"),
+        (lambda: UNet(channels=(8, 16.0)), TypeError, r"channels\[1\] must be an int, got float"),
+        (lambda: UNet(channels=(True, 8)), TypeError, r"channels\[0\] must be an int, got bool"),
+        (lambda: from_config(None), TypeError, "config must be a Mapping, got NoneType"),
+        (lambda: from_config("MLP"), TypeError, "config must be a Mapping, got str"),
+        (lambda: from_config({"architecture": ["MLP"]}), ValueError, r"architecture must be .*got \['MLP'\]"),
         (lambda: from_config({}), ValueError, "architecture must be one of MLP, UNet, got None"),
         (lambda: from_config({"architecture": "mlp"}), ValueError, "architecture must be one of MLP, UNet, got 'mlp'"),
         (lambda: from_config({"architecture": "MLP", "width": 3}), TypeError, "'width'"),
