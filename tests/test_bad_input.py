@@ -422,7 +422,7 @@ TRAINING = {
     "weighting": [("uniform", ValueError, "must be one of sigma2, likelihood, target", "'uniform'")],
     "lr_schedule": [("linear", ValueError, "must be one of constant, cosine", "'linear'")],
     "precision": [("fp16", ValueError, "must be one of fp32, bf16", "'fp16'")],
-    "steps": [(0, ValueError, "must be at least 1", "0"), (1.5, TypeError, "must be an int", "float")],
+    "steps": [(0, ValueError, "must be in [1, 2^28)", "0"), (1.5, TypeError, "must be an int", "float")],
     "batch_size": [(0, ValueError, "must be at least 1", "0"), ("4", TypeError, "must be an int", "str")],
     "checkpoint_every": [(0, ValueError, "must be at least 1", "0"), (None, TypeError, "must be an int", "NoneType")],
     "log_every": [(-1, ValueError, "must be at least 1", "-1")],
