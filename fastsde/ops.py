@@ -1,9 +1,16 @@
 """The operations of `fastsde.reference`, with their arguments checked and sent to the fastest code that can run them.
 
-So far that is the reference itself, on every device.
+That is a Triton kernel for an fp32 state on a CUDA GPU (or on the CPU while Triton's interpreter is on), and the
+reference everywhere else: without Triton, in float64, and where a gradient is wanted that a kernel does not have.
+`perturb` and `dsm_loss` are ``torch.library`` operations to ``torch.compile``, which takes them whole.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,9 +21,86 @@ from .sde import VPSDE
 from .solvers import PREDICTIONS, StepTable
 from .validation import check_instance, check_int, check_keys, check_number, check_tensor
 
-__all__ = ["dsm_loss", "perturb", "solver_step"]
+__all__ = ["dsm_loss", "fused_step", "has_kernels", "perturb", "solver_step"]
 
 _MAX_STEP = 2**28
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device: a GPU of capability 8.0 up, or the CPU under TRITON_INTERPRET."""
+    if not _HAS_TRITON:
+        return False
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+# The step of a solver -----------------------------------------------------------------------------------------------
+
+_device_tables: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()
+
+
+def device_table(table: StepTable, device: torch.device) -> Tensor:
+    """The table as the kernels read it, fp32 ``[K, 8]`` on the device; made once."""
+    copies = _device_tables.setdefault(table, {})
+    if device not in copies:
+        columns = torch.stack([getattr(table, name) for name in StepTable.columns()], dim=1)
+        copies[device] = columns.to(device, torch.float32)
+    return copies[device]
+
+
+def fused_step(
+    x: Tensor,
+    f: Tensor,
+    table: StepTable,
+    row: int,
+    *,
+    history: Tensor | None = None,
+    z: Tensor | None = None,
+    keys: Tensor | None = None,
+    f_uncond: Tensor | None = None,
+    guidance: float | None = None,
+    store_data: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`solver_step` by the Triton kernel, for an fp32 state where `has_kernels` holds. Arguments are trusted.
+
+    Args:
+        store_data: whether D is stored and returned.
+        out: where x' goes: contiguous, and possibly ``x`` itself.
+    """
+    from .kernels import solver_step as kernel
+
+    k = table.row(row)
+    x, f, f_uncond = _contiguous(x, f, f_uncond)
+    history, z, keys = _contiguous(history if k["c"] else None, z if k["d"] else None, keys if k["d"] else None)
+    out = torch.empty_like(x) if out is None else out
+    data = torch.empty_like(x) if store_data else None
+    kernel.solver_step(
+        x,
+        f,
+        device_table(table, x.device),
+        row,
+        history=history,
+        z=z,
+        keys=keys,
+        f_uncond=f_uncond,
+        guidance=guidance,
+        clip=table.clip,
+        uses_data=k["e"] != 0,
+        out=out,
+        data=data,
+    )
+    return out, data
 
 
 def solver_step(
@@ -41,25 +125,29 @@ def solver_step(
         raise ValueError(f"x must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
     check_instance("table", table, StepTable)
     check_int("row", row, 0, len(table))
-
-    def like_x(name: str, value: Tensor) -> Tensor:
-        return check_tensor(name, value, shape=x.shape, device=x.device, floating=True).to(x.dtype)
-
-    f = like_x("f", f)
-    history = None if history is None else like_x("history", history)
-    z = None if z is None else like_x("z", z)
-    f_uncond = None if f_uncond is None else like_x("f_uncond", f_uncond)
+    check_tensor("f", f, shape=x.shape, device=x.device, floating=True)
+    options: dict[str, Any] = {"history": history, "z": z, "f_uncond": f_uncond}
+    for name, value in options.items():
+        if value is not None:
+            options[name] = check_tensor(name, value, shape=x.shape, device=x.device, floating=True).to(x.dtype)
     if z is None and table.d[row] != 0:
         if keys is None:
             raise ValueError(f"z or keys must be given for row {row}, where d is {table.d[row]:g}, got neither")
         keys = check_keys(keys, len(x), x.device)
+    if history is None and table.c[row] != 0:
+        raise ValueError(f"history must be given for row {row}, where c is {table.c[row]:g}, got None")
     if (f_uncond is None) != (guidance is None):
         raise ValueError("f_uncond and guidance go together: give both or neither")
     if guidance is not None:
         check_number("guidance", guidance)
-    return reference.solver_step(
-        x, f, table, row, history=history, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance
-    )
+    if x.dtype == torch.float32 and has_kernels(x.device) and not _needs_grad(x, f, *options.values()):
+        x_next, data = fused_step(x, f, table, row, keys=keys, guidance=guidance, **options)
+        assert data is not None
+        return x_next, data
+    return reference.solver_step(x, f, table, row, keys=keys, guidance=guidance, **options)
+
+
+# Posterior noising and the loss -------------------------------------------------------------------------------------
 
 
 def _check_data(
@@ -75,7 +163,7 @@ def _check_data(
         check_tensor("index", index, device=x_0.device)
         if index.dtype != torch.int64 or index.ndim != 1:
             raise ValueError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
-        if len(index) and not (index.min() >= 0 and index.max() < n):
+        if not torch.compiler.is_compiling() and len(index) and not (index.min() >= 0 and index.max() < n):
             raise ValueError(f"index must be in [0, {n}), got {index.min()} .. {index.max()}")
         n = len(index)
     if t is not None:
@@ -86,6 +174,14 @@ def _check_data(
         check_keys(keys, n, x_0.device)
     elif t is None or z is None:
         raise ValueError("keys must be given unless t and z both are, got None")
+
+
+def _kernel_takes(x_0: Tensor, t: Tensor | None, z: Tensor | None) -> bool:
+    """Whether the training kernels run on these: their arithmetic is that of the reference for uint8 and fp32 alone."""
+    dtypes = [each.dtype for each in (t, z) if each is not None]
+    if x_0.dtype not in (torch.uint8, torch.float32) or any(dtype != torch.float32 for dtype in dtypes):
+        return False
+    return has_kernels(x_0.device) and not _needs_grad(x_0, t, z)
 
 
 def perturb(
@@ -100,12 +196,22 @@ def perturb(
     t: Tensor | None = None,
     z: Tensor | None = None,
     t_min: float = 1e-4,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastsde.reference.perturb`. Raises as `solver_step` does."""
     _check_data(x_0, keys, step, sde, index, t, z)
     check_number("scale", scale), check_number("shift", shift)
     check_number("t_min", t_min, "in (0, 1)", lambda t: 0 < t < 1)
-    return reference.perturb(x_0, keys, step, sde, index=index, scale=scale, shift=shift, t=t, z=z, t_min=t_min)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if dtype != torch.float64 and _kernel_takes(x_0, t, z):
+        dtype = torch.float32 if dtype is None else dtype
+        numbers = (sde.beta_min, sde.beta_max, float(scale), float(shift), t_min)
+        result: tuple[Tensor, Tensor] = torch.ops.fastsde.perturb(x_0, keys, index, t, z, step, *numbers, dtype)
+        return result
+    return reference.perturb(
+        x_0, keys, step, sde, index=index, scale=scale, shift=shift, t=t, z=z, t_min=t_min, dtype=dtype
+    )
 
 
 def dsm_loss(
@@ -130,6 +236,10 @@ def dsm_loss(
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     check_tensor("f", f, shape=(len(t), *x_0.shape[1:]), device=x_0.device, floating=True)
+    if f.dtype != torch.float64 and f.numel() and _kernel_takes(x_0, t, z):
+        numbers = (sde.beta_min, sde.beta_max, float(scale), float(shift))
+        loss: Tensor = torch.ops.fastsde.dsm_loss(f, x_0, t, keys, index, z, step, *numbers, prediction, weighting)
+        return loss
     return reference.dsm_loss(
         f,
         x_0,
@@ -144,3 +254,131 @@ def dsm_loss(
         prediction=prediction,
         weighting=weighting,
     )
+
+
+# What torch.library knows of the kernels ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastsde::perturb", mutates_args=())
+def _perturb(
+    x_0: Tensor,
+    keys: Tensor | None,
+    index: Tensor | None,
+    t: Tensor | None,
+    z: Tensor | None,
+    step: int,
+    beta_min: float,
+    beta_max: float,
+    scale: float,
+    shift: float,
+    t_min: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from .kernels import perturb as kernel
+
+    x_t, t_out = _perturb_outputs(x_0, index, dtype)
+    x_0, keys, index, t, z = _contiguous(x_0, keys, index, t, z)
+    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min}
+    kernel.perturb(x_0, keys, step, beta_min, beta_max, out=x_t, t_out=t_out, **given)
+    return x_t, t_out
+
+
+def _perturb_outputs(x_0: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    n = len(x_0) if index is None else len(index)
+    return x_0.new_empty((n, *x_0.shape[1:]), dtype=dtype), x_0.new_empty((n,), dtype=torch.float32)
+
+
+@_perturb.register_fake
+def _(x_0: Tensor, keys: Any, index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _perturb_outputs(x_0, index, rest[-1])
+
+
+@torch.library.custom_op("fastsde::dsm_loss", mutates_args=())
+def _dsm_loss(
+    f: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    keys: Tensor | None,
+    index: Tensor | None,
+    z: Tensor | None,
+    step: int,
+    beta_min: float,
+    beta_max: float,
+    scale: float,
+    shift: float,
+    prediction: str,
+    weighting: str,
+) -> Tensor:
+    out = f.new_empty((), dtype=torch.float32)
+    numbers = (beta_min, beta_max, scale, shift)
+    return _launch_dsm_loss(None, out, f, x_0, t, keys, index, z, step, *numbers, prediction, weighting)
+
+
+@torch.library.custom_op("fastsde::dsm_loss_backward", mutates_args=())
+def _dsm_loss_backward(
+    grad: Tensor,
+    f: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    keys: Tensor | None,
+    index: Tensor | None,
+    z: Tensor | None,
+    step: int,
+    beta_min: float,
+    beta_max: float,
+    scale: float,
+    shift: float,
+    prediction: str,
+    weighting: str,
+) -> Tensor:
+    out = torch.empty_like(f, memory_format=torch.contiguous_format)
+    numbers = (beta_min, beta_max, scale, shift)
+    return _launch_dsm_loss(grad, out, f, x_0, t, keys, index, z, step, *numbers, prediction, weighting)
+
+
+def _launch_dsm_loss(
+    grad: Tensor | None,
+    out: Tensor,
+    f: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    keys: Tensor | None,
+    index: Tensor | None,
+    z: Tensor | None,
+    step: int,
+    beta_min: float,
+    beta_max: float,
+    scale: float,
+    shift: float,
+    prediction: str,
+    weighting: str,
+) -> Tensor:
+    from .kernels import dsm_loss as kernel
+
+    grad, f, x_0, t, keys, index, z = _contiguous(grad, f, x_0, t, keys, index, z)
+    given = {"index": index, "scale": scale, "shift": shift, "z": z, "prediction": prediction, "weighting": weighting}
+    kernel.dsm_loss(f, x_0, t, keys, step, beta_min, beta_max, grad=grad, out=out, **given)
+    return out
+
+
+@_dsm_loss.register_fake
+def _(f: Tensor, *rest: Any) -> Tensor:
+    return f.new_empty((), dtype=torch.float32)
+
+
+@_dsm_loss_backward.register_fake
+def _(grad: Tensor, f: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(f, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors, ctx.rest = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.fastsde.dsm_loss_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (gradient, *[None] * (5 + len(ctx.rest)))
+
+
+_dsm_loss.register_autograd(_backward, setup_context=_save_for_backward)

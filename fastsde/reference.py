@@ -197,6 +197,7 @@ def perturb(
     t: Tensor | None = None,
     z: Tensor | None = None,
     t_min: float = 1e-4,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Posterior noising: x_t = alpha(t) x_0 + sigma(t) z.
 
@@ -208,6 +209,7 @@ def perturb(
         scale, shift: x_0 is replaced by scale x_0 + shift.
         t: times ``[B]``; drawn uniformly from [t_min, 1] where not given.
         z: noise ``[B, *shape]``; drawn where not given.
+        dtype: of x_t; by default that of the computation, fp32 for uint8 data.
 
     Returns:
         x_t ``[B, *shape]`` and t ``[B]``.
@@ -218,7 +220,7 @@ def perturb(
     if z is None:
         z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
     mean, sigma = sde.marginal_prob(x_0, t)
-    return mean + sigma * z, t
+    return (mean + sigma * z).to(dtype or x_0.dtype), t
 
 
 def dsm_loss(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,9 +92,15 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.time)
 
+    @cached_property
+    def _rows(self) -> list[dict[str, float]]:
+        names = self.columns()
+        columns = (getattr(self, name).tolist() for name in names)
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
     def row(self, k: int) -> dict[str, float]:
         """The time and coefficients of row k as Python floats."""
-        return {name: float(getattr(self, name)[k]) for name in self.columns()}
+        return self._rows[k]
 
 
 def _float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:

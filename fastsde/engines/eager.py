@@ -1,7 +1,7 @@
 """The eager engine: the reference's trajectory with as few and as cheap PyTorch calls a row as it takes.
 
-Coefficients are read once, zero terms are skipped, D is computed only where a row uses it, and the noise of several
-rows is drawn in one go. The samples are the reference's up to the rounding of fused multiply-adds.
+On a GPU a row is the network and one fused kernel. Elsewhere zero terms are skipped, D is computed only where a row
+uses it, and the noise of several rows is drawn in one go. The samples are the reference's up to rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise
+from .. import noise, ops
 from ..reference import Model, NoiseFunction, RowHook, check_finite
 from ..solvers import StepTable
 
@@ -44,21 +44,25 @@ def sample(
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
     rows = [table.row(k) for k in range(len(table))]
     stores_data = [following["c"] != 0 for _, following in pairwise(rows)] + [False]
-    drawn = iter(()) if noise_function is not None else _noise_rows(keys, table, shape[1:])
+    fused = dtype == torch.float32 and ops.has_kernels(x.device)
+    drawn = iter(()) if fused or noise_function is not None else _noise_rows(keys, table, shape[1:])
     finite = FiniteCheck(rows, x.device)
     history = None
     for row, k in enumerate(rows):
         t = torch.full((len(x),), k["time"], dtype=dtype, device=x.device)
-        f = model(x, t, **model_kwargs)
+        f, z = model(x, t, **model_kwargs), None
         if guidance is not None:
             f = f.clone()  # a network may return the same memory at every call
             f_uncond = model(x, t, **uncond_kwargs)
             f = f_uncond + guidance * (f - f_uncond)
         finite("the network returned", f, row)
-        z = None
-        if k["d"] != 0:
-            z = next(drawn) if noise_function is None else noise_function(row, x)
-        x, history = _step(x, f, k, table.clip, history, z, stores_data[row])
+        if k["d"] != 0 and noise_function is not None:
+            z = noise_function(row, x)
+        if fused:
+            x, history = ops.fused_step(x, f, table, row, history=history, z=z, keys=keys, store_data=stores_data[row])
+        else:
+            z = next(drawn) if k["d"] != 0 and z is None else z
+            x, history = _step(x, f, k, table.clip, history, z, stores_data[row])
         finite("the state became", x, row)
         if after_row is not None:
             after_row(row, k["time"], x)

@@ -1,0 +1,182 @@
+"""What the compiler makes of the Triton kernels, without a GPU: ``python -m fastsde.benchmarks.sass``.
+
+Each kernel is compiled for sm_80, sm_90 and sm_100 and disassembled. The table counts thread-instructions an element,
+the widest global access, and what must not be there: spills and local memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastsde.files import atomic_path
+
+CAPABILITIES = (80, 90, 100)
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, and the end of the program
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant of a kernel: the type of each run-time argument ("*fp32", "i64", ...) and each compile-time value."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    elements: int  # that a program works on
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one variant compiled to for one capability."""
+
+    name: str
+    capability: int
+    instructions: int
+    instructions_per_element: float
+    registers: int
+    shared_bytes: int
+    spills: int
+    local_accesses: int
+    global_accesses: dict[str, int]
+    matrix: dict[str, int]
+
+
+def _cases() -> Iterator[Case]:
+    from fastsde.kernels import dsm_loss, perturb, solver_step, tile
+
+    constants, _ = tile.tiling(64, 3072)
+    shared = {"batch": "i64", "size": "i64", **constants, "FAST": True}
+    elements = constants["S"] * constants["P"] * 4
+    step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "data_ptr"))
+    step |= {"x_ptr": "*fp32", "f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "out_ptr": "*fp32"}
+    step |= {"guidance": "fp32", "clip": None, "row": "i64", "rows": "i64", "USES_DATA": False} | shared
+    counted = {"counter_ptr": "*i64", "time_ptr": "*fp32"}
+    loss = {"f_ptr": "*fp32", "x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": "*fp32"}
+    loss |= {"z_ptr": None, "step_ptr": None, "out_ptr": "*fp32", "step": "i64", "PREDICTION": "score"}
+    loss |= {"WEIGHTING": "sigma2", **dict.fromkeys(("scale", "shift", "beta_min", "beta_max"), "fp32")} | shared
+    noising = {"x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": None, "z_ptr": None}
+    noising |= {"step_ptr": None, "x_t_ptr": "*fp32", "t_out_ptr": "*fp32", "step": "i64"} | shared
+    noising |= dict.fromkeys(("scale", "shift", "t_min", "beta_min", "beta_max"), "fp32")
+    extended = dict.fromkeys(("f_uncond_ptr", "history_ptr", "data_ptr"), "*fp32") | {"clip": "fp32", "USES_DATA": True}
+    pixels = {"x_0_ptr": "*u8", "index_ptr": "*i64", "x_t_ptr": "*bf16"}
+    for name, kernel, arguments in (
+        ("solver_step", solver_step.solver_step_kernel, step),
+        ("solver_step, counter and time", solver_step.solver_step_kernel, step | counted),
+        ("solver_step, no noise", solver_step.solver_step_kernel, step | {"keys_ptr": None}),
+        ("solver_step, bf16 network", solver_step.solver_step_kernel, step | {"f_ptr": "*bf16"}),
+        ("solver_step, history, clip, guidance", solver_step.solver_step_kernel, step | extended),
+        ("perturb", perturb.perturb_kernel, noising),
+        ("perturb, uint8 by index, to bf16", perturb.perturb_kernel, noising | pixels),
+        ("dsm_loss", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": None}),
+        ("dsm_loss, backward", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": "*fp32"}),
+    ):
+        types = {key: value for key, value in arguments.items() if isinstance(value, str) and key.islower()}
+        values = {key: value for key, value in arguments.items() if key not in types}
+        yield Case(name, kernel, types, values, elements, tile.WARPS)
+
+
+def compile_case(case: Case, capability: int) -> Report:
+    """Compiles and disassembles one variant. Needs neither a GPU nor a driver."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: case.arguments.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    sass = _disassemble(compiled.asm["cubin"])
+    found = Counter(_INSTRUCTION.findall(sass))
+    counted = sum(n for op, n in found.items() if op.split(".")[0] not in _UNCOUNTED)
+
+    def chosen(*prefixes: str) -> dict[str, int]:
+        return {op: n for op, n in sorted(found.items()) if op.split(".")[0] in prefixes}
+
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Report(
+        name=case.name,
+        capability=capability,
+        instructions=counted,
+        instructions_per_element=round(counted * case.num_warps * 32 / case.elements, 1),
+        registers=registers,
+        shared_bytes=int(compiled.metadata.shared),
+        spills=stack,
+        local_accesses=sum(chosen("LDL", "STL").values()),
+        global_accesses=chosen("LDG", "STG"),
+        matrix=chosen("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA"),
+    )
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run_on(cubin: bytes, *arguments: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("cuobjdump"), *arguments, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _disassemble(cubin: bytes) -> str:
+    return _run_on(cubin, "-sass")
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack, which hold spills."""
+    usage = _run_on(cubin, "-res-usage")
+    registers, stack = (re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump reports no resource usage: {usage}")
+    return int(registers[1]), int(stack[1])
+
+
+def survey() -> dict[str, Any]:
+    """Every case for every capability."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: it replaces the compiler")
+    reports = [compile_case(case, capability) for case in _cases() for capability in CAPABILITIES]
+    return {"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Where to keep the counts as JSON.")
+def main(out: Path | None) -> None:
+    """Compile the kernels for sm_80, sm_90 and sm_100 and print what came out."""
+    result = survey()
+    print(f"Triton {result['triton']}")
+    print(
+        f"{'kernel':40} {'sm':>4} {'instr':>6} {'/elem':>6} {'regs':>5} {'shared':>7} {'stack':>5} {'local':>5}  access"
+    )
+    for r in result["kernels"]:
+        accesses = ", ".join(f"{n} {op}" for op, n in {**r["global_accesses"], **r["matrix"]}.items())
+        print(
+            f"{r['name']:40} {r['capability']:>4} {r['instructions']:>6} {r['instructions_per_element']:>6} "
+            f"{r['registers']:>5} {r['shared_bytes']:>7} {r['spills']:>5} {r['local_accesses']:>5}  {accesses}"
+        )
+    if out is not None:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Posterior noising x_t = alpha(t) x_0 + sigma(t) z (the twin of ``fastsde.reference.perturb``).
+
+The data are contiguous uint8 or float ``[N, *shape]``, gathered by an index where there is one; times and noise are
+drawn in the kernel or given. The result is contiguous fp32 or bf16 ``[B, *shape]``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import STREAM_TRAINING_TIME, draw_offset, uniform
+from .schedule import alpha_sigma, load_data, training_noise
+from .tile import WARPS, fast_math, on_device, row_size, tile_elements, tile_samples, tile_start, tiling
+
+
+@triton.jit
+def load_step(step, step_ptr):
+    """The training step: an argument, plus a counter on the device where there is one."""
+    if step_ptr is not None:
+        step += tl.load(step_ptr)
+    return step
+
+
+@triton.jit(do_not_specialize=["batch", "size", "step"])
+def perturb_kernel(
+    x_0_ptr,
+    index_ptr,
+    keys_ptr,
+    t_ptr,
+    z_ptr,
+    step_ptr,
+    x_t_ptr,
+    t_out_ptr,
+    scale,
+    shift,
+    t_min,
+    beta_min,
+    beta_max,
+    batch: tl.int64,
+    size: tl.int64,
+    step: tl.int64,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    step = load_step(step, step_ptr)
+    sample = tile_samples(S, ROWS_FIRST)
+    start = tile_start(P, ROWS_FIRST)
+    element = tile_elements(start, P)
+    size = row_size(size, ALIGNED)
+    offset = sample[:, None] * size + element[None, :]
+    sample_mask = sample < batch
+    mask = sample_mask[:, None] & (element < size)[None, :]
+
+    if t_ptr is not None:
+        t = tl.load(t_ptr + sample, mask=sample_mask, other=1.0).to(tl.float32)
+    else:
+        seed = tl.load(keys_ptr + 2 * sample, mask=sample_mask, other=0)
+        first = tl.load(keys_ptr + 2 * sample + 1, mask=sample_mask, other=0)
+        t = t_min + (1.0 - t_min) * uniform(seed, first + draw_offset(step, STREAM_TRAINING_TIME))
+    if start == 0:
+        tl.store(t_out_ptr + sample, t, mask=sample_mask)
+    alpha, sigma = alpha_sigma(t, beta_min, beta_max)
+    x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, scale, shift)
+    z = training_noise(z_ptr, keys_ptr, step, sample, start, offset, sample_mask, mask, P, FAST)
+    x_t = alpha[:, None] * x_0 + sigma[:, None] * z
+    tl.store(x_t_ptr + offset, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
+
+
+def perturb(
+    x_0: Tensor,
+    keys: Tensor | None,
+    step: int | Tensor,
+    beta_min: float,
+    beta_max: float,
+    *,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    t: Tensor | None = None,
+    z: Tensor | None = None,
+    t_min: float = 1e-4,
+    out: Tensor,
+    t_out: Tensor,
+) -> None:
+    """Writes x_t to ``out`` ``[B, *shape]`` and the times to ``t_out`` fp32 ``[B]``.
+
+    Args:
+        step: the training step, or an int64 tensor of one element that holds it on the device.
+        t: fp32 ``[B]``, or None to draw them on [t_min, 1].
+        z: fp32 ``[B, *shape]``, or None to draw it.
+    """
+    batch = len(out)
+    if not batch:
+        return
+    size = out.numel() // batch
+    constants, grid = tiling(batch, size)
+    step, step_ptr = (0, step) if isinstance(step, Tensor) else (step, None)
+    with on_device(out):
+        perturb_kernel[grid](
+            x_0,
+            index,
+            keys,
+            t,
+            z,
+            step_ptr,
+            out,
+            t_out,
+            scale,
+            shift,
+            t_min,
+            beta_min,
+            beta_max,
+            batch,
+            size,
+            step,
+            FAST=fast_math(out),
+            num_warps=WARPS,
+            **constants,
+        )

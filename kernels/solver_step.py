@@ -1,0 +1,158 @@
+"""One row of a solver's table (the twin of ``fastsde.reference.solver_step``):
+
+    f  = f_uncond + w (f - f_uncond)    with guidance
+    D  = p x + q f                      clamped to [-clip, clip] where there is a clip
+    x' = a x + b f + e D + c H + d z
+
+State, history and result are contiguous fp32 ``[B, *shape]``; the network's output is contiguous fp32, bf16 or fp16.
+The table is fp32 ``[K, 8]``: time, a, b, c, d, e, p, q. Terms that a row has not are dropped at compile time. With
+noise the kernel reads and writes 12 bytes an element, and nothing else limits it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import STREAM_SAMPLING, draw_offset, normal
+from .tile import WARPS, fast_math, on_device, row_size, tile_elements, tile_samples, tile_start, tiling
+
+COLUMNS = ("time", "a", "b", "c", "d", "e", "p", "q")
+
+
+@triton.jit
+def _coefficient(table_ptr, row, NAME: tl.constexpr):
+    return tl.load(table_ptr + row * 8 + NAME)
+
+
+@triton.jit(do_not_specialize=["batch", "size", "row", "rows"])
+def solver_step_kernel(
+    x_ptr,
+    f_ptr,
+    f_uncond_ptr,
+    history_ptr,
+    z_ptr,
+    keys_ptr,
+    table_ptr,
+    counter_ptr,
+    time_ptr,
+    out_ptr,
+    data_ptr,
+    guidance,
+    clip,
+    batch: tl.int64,
+    size: tl.int64,
+    row: tl.int64,
+    rows: tl.int64,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    USES_DATA: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    if counter_ptr is not None:
+        row += tl.load(counter_ptr + slot)
+        tl.debug_barrier()  # all threads have read the count before one of them moves it
+        tl.store(counter_ptr + slot, row + 1)
+    sample = tile_samples(S, ROWS_FIRST)
+    start = tile_start(P, ROWS_FIRST)
+    element = tile_elements(start, P)
+    size = row_size(size, ALIGNED)
+    offset = sample[:, None] * size + element[None, :]
+    mask = (sample < batch)[:, None] & (element < size)[None, :]
+
+    x = tl.load(x_ptr + offset, mask=mask)
+    f = tl.load(f_ptr + offset, mask=mask).to(tl.float32)
+    if f_uncond_ptr is not None:
+        f_uncond = tl.load(f_uncond_ptr + offset, mask=mask).to(tl.float32)
+        f = f_uncond + guidance * (f - f_uncond)
+    x_next = _coefficient(table_ptr, row, 1) * x + _coefficient(table_ptr, row, 2) * f
+    if USES_DATA or data_ptr is not None:
+        data = _coefficient(table_ptr, row, 6) * x + _coefficient(table_ptr, row, 7) * f
+        if clip is not None:
+            data = tl.clamp(data, -clip, clip)
+        if USES_DATA:
+            x_next += _coefficient(table_ptr, row, 5) * data
+        if data_ptr is not None:
+            tl.store(data_ptr + offset, data, mask=mask)
+    if history_ptr is not None:
+        x_next += _coefficient(table_ptr, row, 3) * tl.load(history_ptr + offset, mask=mask)
+    if z_ptr is not None:
+        x_next += _coefficient(table_ptr, row, 4) * tl.load(z_ptr + offset, mask=mask)
+    elif keys_ptr is not None:
+        seed = tl.load(keys_ptr + 2 * sample, mask=sample < batch)
+        first = tl.load(keys_ptr + 2 * sample + 1, mask=sample < batch) + draw_offset(row + 1, STREAM_SAMPLING) + start
+        z = normal(seed[:, None], first[:, None] + tl.arange(0, P)[None, :], FAST)
+        x_next += _coefficient(table_ptr, row, 4) * z
+    tl.store(out_ptr + offset, x_next, mask=mask)
+    if time_ptr is not None and start == 0:
+        time = _coefficient(table_ptr, tl.minimum(row + 1, rows - 1), 0)
+        tl.store(time_ptr + sample, tl.zeros_like(sample).to(tl.float32) + time, mask=sample < batch)
+
+
+def counter_slots(batch: int, size: int) -> int:
+    """How many slots a device step counter has: one a program, so that each moves its own."""
+    rows, columns = tiling(batch, size).grid
+    return rows * columns
+
+
+def solver_step(
+    x: Tensor,
+    f: Tensor,
+    table: Tensor,
+    row: int,
+    *,
+    history: Tensor | None = None,
+    z: Tensor | None = None,
+    keys: Tensor | None = None,
+    f_uncond: Tensor | None = None,
+    guidance: float | None = None,
+    clip: float | None = None,
+    uses_data: bool = False,
+    counter: Tensor | None = None,
+    time: Tensor | None = None,
+    out: Tensor,
+    data: Tensor | None = None,
+) -> None:
+    """Writes x' to ``out`` (which may be ``x``) and, where given, D to ``data`` (which may be ``history``).
+
+    Args:
+        table: fp32 ``[K, 8]`` on the device.
+        row: the row, or with a ``counter`` what is added to it.
+        history: H, for rows with c; z, or keys int64 ``[B, 2]``, for rows with d.
+        uses_data: whether e is not zero.
+        counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel moves on by one.
+        time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
+    """
+    batch = len(x)
+    size = x.numel() // batch if batch else 0
+    if not x.numel():
+        return
+    constants, grid = tiling(batch, size)
+    with on_device(x):
+        solver_step_kernel[grid](
+            x,
+            f,
+            f_uncond,
+            history,
+            z,
+            keys,
+            table,
+            counter,
+            time,
+            out,
+            data,
+            guidance,
+            clip,
+            batch,
+            size,
+            row,
+            len(table),
+            USES_DATA=uses_data,
+            FAST=fast_math(x),
+            num_warps=WARPS,
+            **constants,
+        )

@@ -1,0 +1,72 @@
+"""How a batch ``[B, *shape]`` is cut into tiles: S samples by P blocks of four elements (a block is one Philox call).
+
+A tile depends on the size of a sample alone, so that neither the batch nor the noise ever makes a new variant of a
+kernel. Offsets are int64.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCKS = 512  # of four elements, in a tile
+WARPS = 4  # 16 elements a thread
+_GRID_AXIS_1 = 65_535
+
+
+class Tiling(NamedTuple):
+    """The compile-time constants of a tile, and the grid of tiles."""
+
+    constants: dict[str, int | bool]
+    grid: tuple[int, int]
+
+
+def tiling(batch: int, size: int) -> Tiling:
+    """For ``batch`` samples of ``size`` elements."""
+    blocks = triton.cdiv(size, 4)
+    width = min(triton.next_power_of_2(blocks), _BLOCKS)
+    height = _BLOCKS // width
+    rows, columns = triton.cdiv(batch, height), triton.cdiv(blocks, width)
+    # Axis 1 of a grid is short. No memory holds a batch for which both counts are long.
+    rows_first = columns <= _GRID_AXIS_1
+    constants = {"S": height, "P": width, "ALIGNED": size % 4 == 0, "ROWS_FIRST": rows_first}
+    return Tiling(constants, (rows, columns) if rows_first else (columns, rows))
+
+
+def fast_math(x: Tensor) -> bool:
+    """Whether a kernel on ``x`` may use the special functions of NVIDIA GPUs."""
+    return x.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``x`` the current one, which launches go to."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@triton.jit
+def tile_samples(S: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """The samples of this program, int64 ``[S]``."""
+    return tl.program_id(0 if ROWS_FIRST else 1).to(tl.int64) * S + tl.arange(0, S)
+
+
+@triton.jit
+def tile_start(P: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """The first block of this program's columns, int64."""
+    return tl.program_id(1 if ROWS_FIRST else 0).to(tl.int64) * P
+
+
+@triton.jit
+def row_size(size, ALIGNED: tl.constexpr):
+    """``size``, from which the compiler can tell that rows start on 16 bytes where they do."""
+    return size // 4 * 4 if ALIGNED else size
+
+
+@triton.jit
+def tile_elements(start, P: tl.constexpr):
+    """The elements of a sample in this tile, int64 ``[4 P]``."""
+    return start * 4 + tl.arange(0, 4 * P)
