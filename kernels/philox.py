@@ -61,7 +61,7 @@ def draw_offset(step, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _special(x, INSTRUCTION: tl.constexpr):
+def special(x, INSTRUCTION: tl.constexpr):
     return tl.inline_asm_elementwise(INSTRUCTION, "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
@@ -70,12 +70,12 @@ def _pair_fast(radius_word, angle_word):
     u = radius_word.to(tl.float32) * 2.0**-32 + 2.0**-33
     # Near u = 1 the absolute error of the hardware's logarithm exceeds -ln u: the series in m, exact there, takes over.
     m = 1.0 - u
-    square = tl.where(m < 2.0**-7, m * (2.0 + m), _special(u, "lg2.approx.ftz.f32 $0, $1;") * (-2.0 * LN_2))
-    r = _special(square, "sqrt.approx.ftz.f32 $0, $1;")
+    square = tl.where(m < 2.0**-7, m * (2.0 + m), special(u, "lg2.approx.ftz.f32 $0, $1;") * (-2.0 * LN_2))
+    r = special(square, "sqrt.approx.ftz.f32 $0, $1;")
     # The angle less pi lies in [-pi, pi], where the hardware is most accurate; both signs turn.
     v = angle_word.to(tl.float32) * 2.0**-32 + (2.0**-33 - 0.5)
     angle = v * TWO_PI
-    return -r * _special(angle, "cos.approx.ftz.f32 $0, $1;"), -r * _special(angle, "sin.approx.ftz.f32 $0, $1;")
+    return -r * special(angle, "cos.approx.ftz.f32 $0, $1;"), -r * special(angle, "sin.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit

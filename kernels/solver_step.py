@@ -73,7 +73,7 @@ def solver_step_kernel(
     if USES_DATA or data_ptr is not None:
         data = _coefficient(table_ptr, row, 6) * x + _coefficient(table_ptr, row, 7) * f
         if clip is not None:
-            data = tl.clamp(data, -clip, clip)
+            data = tl.clamp(data, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
         if USES_DATA:
             x_next += _coefficient(table_ptr, row, 5) * data
         if data_ptr is not None:

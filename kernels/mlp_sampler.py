@@ -1,0 +1,411 @@
+"""A whole trajectory of an MLP score network in one launch.
+
+Each program takes M samples from the prior to the end: the state and history stay in registers, and the weights on
+the chip where they fit. A layer of the network is one matrix product of the tile; the time is an extra input, whose
+weights join the bias of the first layer, once a row:
+
+    h_1 = act(x W_1 + (b_1 + time w_time)),  h_l = act(h_{l-1} W_l + b_l),  f = h_{L-1} W_L + b_L
+
+and then the row's step, as in `solver_step`. The weights are packed, layer after layer, each ``[in, out]`` with both
+padded to powers of two of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products, or
+FMA where there are no tensor cores), "tf32" and "bf16"; the state, the bias and the activations are fp32 in each.
+
+LogSigmoid and Softplus are computed as min(x, 0) - log2(1 + 2^-|x|): the packing multiplies the layer before by log2(e)
+and the one after by ln 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import STREAM_SAMPLING, draw_offset, normal, special
+from .tile import fast_math, on_device
+
+ACTIVATIONS = ("Identity", "LogSigmoid", "Softplus", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh")
+PRECISIONS = ("fp32", "tf32", "bf16")
+MAX_WIDTH, MAX_DIM = 256, 64
+_MIN_WIDTH, _BLOCK = 16, 64
+_RESIDENT_BYTES = 88 * 1024  # of shared memory, which every GPU from sm_80 on has
+_BINARY_LOGARITHM = ("LogSigmoid", "Softplus")
+
+
+class Packed:
+    """An MLP as the kernel reads it.
+
+    Widths are padded to a power of two up to 64, and to blocks of 64 from there on. The weights are kept block after
+    block, each ``[in, out]``, those of an output block one after another; the biases as w_time, b_1, ..., b_L.
+
+    Args:
+        layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer; the last input of the first is the time.
+        activations: the one after each layer but the last.
+        dtype: of the packed weights.
+    """
+
+    def __init__(
+        self, layers: Sequence[tuple[Tensor, Tensor | None]], activations: Sequence[str], dtype: torch.dtype
+    ) -> None:
+        self.activations, self.dtype = tuple(activations), dtype
+        self.dim = layers[-1][0].shape[0]
+        self.layers: tuple[tuple[int, int, int, int], ...] = ()  # first block, offset of the bias, blocks out, width
+        self.blocks: tuple[tuple[int, int, int], ...] = ()  # offset, rows, columns
+        pieces: list[tuple[Tensor, float, tuple[int, int]]] = []  # what a block holds, its factor, its shape
+        vectors: list[tuple[Tensor | None, float, int]] = []
+        binary = [False, *(name in _BINARY_LOGARITHM for name in activations), False]
+        for number, (weight, bias) in enumerate(layers):
+            after = math.log2(math.e) if binary[number + 1] else 1.0
+            before = math.log(2) if binary[number] else 1.0
+            matrix = weight.detach().T
+            count, width = _blocks(matrix.shape[1])
+            if number == 0:
+                vectors.append((matrix[-1], after, count * width))
+                matrix = matrix[:-1]
+            self.layers += ((len(pieces), sum(size for _, _, size in vectors), count, width),)
+            vectors.append((None if bias is None else bias.detach(), after, count * width))
+            height = _blocks(len(matrix))[1]
+            for columns in matrix.split(width, dim=1):
+                pieces += [(block, before * after, (height, width)) for block in columns.split(height)]
+        self._fill(pieces, vectors, layers[0][0].device)
+
+    def _fill(self, pieces: Any, vectors: Any, device: torch.device) -> None:
+        """Makes the buffers, and the views of them that `refresh` copies the parameters to."""
+        sizes = [rows * columns for _, _, (rows, columns) in pieces] + [size for _, _, size in vectors]
+        self._buffer = torch.zeros(sum(sizes), device=device)
+        self._factor = torch.ones(sum(sizes), device=device)
+        self._sources, self._targets = [], []
+        offset = 0
+        for block, factor, (rows, columns) in pieces:
+            part = slice(offset, offset + rows * columns)
+            self._factor[part] = factor
+            self._sources.append(block)
+            self._targets.append(self._buffer[part].view(rows, columns)[: block.shape[0], : block.shape[1]])
+            self.blocks += ((offset, rows, columns),)
+            offset += rows * columns
+        self._weights_end = offset
+        for vector, factor, size in vectors:
+            self._factor[offset : offset + size] = factor
+            if vector is not None:
+                self._sources.append(vector)
+                self._targets.append(self._buffer[offset : offset + len(vector)])
+            offset += size
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the parameters again, which may have changed: two launches."""
+        torch._foreach_copy_(self._targets, self._sources)
+        scaled = self._buffer * self._factor
+        self.weights = scaled[: self._weights_end].to(self.dtype)
+        self.biases = scaled[self._weights_end :].clone()
+
+
+def _blocks(size: int) -> tuple[int, int]:
+    """How many blocks a width is cut into, and their width."""
+    width = min(_BLOCK, max(_MIN_WIDTH, triton.next_power_of_2(size)))
+    return triton.cdiv(size, width), width
+
+
+@triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    return special(x, "ex2.approx.ftz.f32 $0, $1;") if FAST else tl.exp2(x)
+
+
+@triton.jit
+def _log2(x, FAST: tl.constexpr):
+    return special(x, "lg2.approx.ftz.f32 $0, $1;") if FAST else tl.log2(x)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr, FAST: tl.constexpr):
+    """The activation; LogSigmoid and Softplus in units of ln 2 (see above)."""
+    if NAME == "LogSigmoid":
+        return tl.minimum(x, 0.0) - _log2(1.0 + _exp2(-tl.abs(x), FAST), FAST)
+    elif NAME == "Softplus":
+        return tl.maximum(x, 0.0) + _log2(1.0 + _exp2(-tl.abs(x), FAST), FAST)
+    elif NAME == "SiLU":
+        return x * _sigmoid(x)
+    elif NAME == "ReLU":
+        return tl.maximum(x, 0.0)
+    elif NAME == "Tanh":
+        return _tanh(x)
+    elif NAME == "GELU":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "GELU_tanh":
+        return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    else:
+        return x
+
+
+@triton.jit
+def _product(h, w, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """``total + h w``, in fp32."""
+    if PRECISION == "bf16":
+        if FAST:
+            return tl.dot(h.to(tl.bfloat16), w, total)
+        else:  # the interpreter's bf16 arithmetic is wrong: round to it, and multiply in fp32
+            return tl.dot(h.to(tl.bfloat16).to(tl.float32), w.to(tl.float32), total, input_precision="ieee")
+    elif not FAST:
+        return tl.dot(h, w, total, input_precision="ieee")
+    elif PRECISION == "tf32":
+        return tl.dot(h, w, total, input_precision="tf32")
+    else:
+        # Three products of the leading 11 and the following 11 bits of both; that of the two remainders is below fp32.
+        h_high = _leading(h)
+        w_high = _leading(w)
+        total = tl.dot(h - h_high, w_high, total, input_precision="tf32")
+        total = tl.dot(h_high, w - w_high, total, input_precision="tf32")
+        return tl.dot(h_high, w_high, total, input_precision="tf32")
+
+
+@triton.jit
+def _leading(x):
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_block(weights_ptr, BLOCK: tl.constexpr, volatile: tl.constexpr):
+    """One block of the weights, from its (offset, rows, columns)."""
+    i, j = tl.arange(0, BLOCK[1])[:, None], tl.arange(0, BLOCK[2])[None, :]
+    return tl.load(weights_ptr + BLOCK[0] + i * BLOCK[2] + j, volatile=volatile)
+
+
+@triton.jit
+def _load_weights(weights_ptr, BLOCKS: tl.constexpr):
+    weights = ()
+    for number in tl.static_range(len(BLOCKS)):
+        weights = weights + (_load_block(weights_ptr, BLOCKS[number], False),)  # noqa: RUF005
+    return weights
+
+
+@triton.jit
+def _block(weights, weights_ptr, NUMBER: tl.constexpr, BLOCKS: tl.constexpr, RESIDENT: tl.constexpr):
+    if RESIDENT:
+        return weights[NUMBER]
+    else:
+        tl.debug_barrier()  # keeps the compiler from loading many blocks at once, for which there is no room
+        return _load_block(weights_ptr, BLOCKS[NUMBER], True)
+
+
+@triton.jit
+def _layer(
+    h,
+    time,
+    weights,
+    weights_ptr,
+    biases_ptr,
+    LAYER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The blocks of ``h W + b``. LAYER is (first of its blocks of weights, offset of its bias, blocks out, width)."""
+    out = ()
+    for j in tl.static_range(LAYER[2]):
+        # Read anew in every row: the compiler would keep them in so many registers that others spill.
+        column = LAYER[1] + j * LAYER[3] + tl.arange(0, LAYER[3])
+        bias = tl.load(biases_ptr + column, volatile=True)
+        if LAYER[0] == 0:
+            bias += time * tl.load(biases_ptr + column - LAYER[1], volatile=True)
+        total = tl.zeros([h[0].shape[0], LAYER[3]], tl.float32) + bias[None, :]
+        for i in tl.static_range(len(h)):
+            w = _block(weights, weights_ptr, LAYER[0] + j * len(h) + i, BLOCKS, RESIDENT)
+            total = _product(h[i], w, total, PRECISION, FAST)
+        out = out + (total,)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _activate_all(h, NAME: tl.constexpr, FAST: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(h)):
+        out = out + (activate(h[i], NAME, FAST),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _network(
+    x,
+    time,
+    weights,
+    weights_ptr,
+    biases_ptr,
+    LAYERS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    h = (x,)
+    for number in tl.static_range(len(LAYERS)):
+        h = _layer(h, time, weights, weights_ptr, biases_ptr, LAYERS[number], BLOCKS, RESIDENT, PRECISION, FAST)
+        if number < len(LAYERS) - 1:
+            h = _activate_all(h, ACTIVATIONS[number], FAST)
+    return h[0]
+
+
+@triton.jit
+def _noise(seed, offset, row, column, dim, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr):
+    """The normals of a draw ``[M, D]``; zero beyond ``dim``."""
+    counter = (offset + draw_offset(row, STREAM_SAMPLING))[:, None] + tl.arange(0, P)[None, :]
+    z = normal(seed[:, None], counter, FAST)
+    if 4 * P < D:  # a tile of a product is wider than the few elements of a sample
+        z = tl.reshape(tl.broadcast_to(z[:, None, :], (M, D // (4 * P), 4 * P)), (M, D))
+    return tl.where(column < dim, z, 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "dim", "rows", "every"])
+def mlp_sampler_kernel(
+    x_init_ptr,
+    keys_ptr,
+    table_ptr,
+    weights_ptr,
+    biases_ptr,
+    out_ptr,
+    states_ptr,
+    clip,
+    batch: tl.int64,
+    dim: tl.int64,
+    rows: tl.int64,
+    every: tl.int64,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_HISTORY: tl.constexpr,
+    USES_DATA: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    column = tl.arange(0, D)[None, :]
+    offset = sample[:, None] * dim + column
+    mask = (sample < batch)[:, None] & (column < dim)
+    seed = tl.load(keys_ptr + 2 * sample, mask=sample < batch, other=0)
+    first = tl.load(keys_ptr + 2 * sample + 1, mask=sample < batch, other=0)
+    zero = tl.zeros([], tl.int64)
+    if x_init_ptr is not None:
+        x = tl.load(x_init_ptr + offset, mask=mask, other=0.0)
+    else:
+        x = _noise(seed, first, zero, column, dim, M, P, D, FAST)
+    if states_ptr is not None:
+        tl.store(states_ptr + offset, x, mask=mask)
+    history = tl.zeros([M, D], tl.float32)
+    weights = _load_weights(weights_ptr, BLOCKS) if RESIDENT else ()
+    for index in range(rows):
+        row = zero + index  # the interpreter counts in plain ints
+        k_ptr = table_ptr + row * 8
+        f = _network(
+            *(x, tl.load(k_ptr), weights, weights_ptr, biases_ptr),
+            *(LAYERS, BLOCKS, ACTIVATIONS, RESIDENT, PRECISION, FAST),
+        )
+        x_next = tl.load(k_ptr + 1) * x + tl.load(k_ptr + 2) * f
+        if HAS_HISTORY:
+            x_next += tl.load(k_ptr + 3) * history
+        if USES_DATA or HAS_HISTORY:
+            history = tl.load(k_ptr + 6) * x + tl.load(k_ptr + 7) * f
+            if clip is not None:
+                # The clip lets NaN through; 0 f makes NaN of an infinity too, which it would hide.
+                history = tl.clamp(history, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
+                x_next += 0.0 * f
+            x_next += tl.load(k_ptr + 5) * history
+        if HAS_NOISE:
+            x_next += tl.load(k_ptr + 4) * _noise(seed, first, row + 1, column, dim, M, P, D, FAST)
+        x = x_next
+        if states_ptr is not None and (row + 1) % every == 0:
+            tl.store(states_ptr + (row + 1) // every * batch * dim + offset, x, mask=mask)
+    tl.store(out_ptr + offset, x, mask=mask)
+
+
+def constants(packed: Packed, precision: str) -> dict[str, object]:
+    """What the kernel knows of an MLP when it is compiled."""
+    copies = 2 if precision == "fp32" else 1  # the leading bits, and those that follow
+    return {
+        "P": triton.next_power_of_2(triton.cdiv(packed.dim, 4)),
+        "D": _blocks(packed.dim)[1],
+        "LAYERS": packed.layers,
+        "BLOCKS": packed.blocks,
+        "ACTIVATIONS": packed.activations,
+        "RESIDENT": copies * packed.weights.nbytes <= _RESIDENT_BYTES,
+        "PRECISION": precision,
+    }
+
+
+def launch_config(batch: int, packed: Packed, processors: int) -> dict[str, int]:
+    """Few samples are cut into low tiles, for their latency; many into tiles as high as a warp group's product."""
+    wide = max(count for _, _, count, _ in packed.layers) > 1 or packed.dim > _MIN_WIDTH
+    if batch <= 16 * processors:
+        return {"M": 16, "num_warps": 4 if wide else 1}
+    return {"M": 64, "num_warps": 8 if packed.dim > _MIN_WIDTH else 4}
+
+
+def mlp_sampler(
+    packed: Packed,
+    table: Tensor,
+    keys: Tensor,
+    *,
+    x_init: Tensor | None = None,
+    clip: float | None = None,
+    has_noise: bool = True,
+    has_history: bool = False,
+    uses_data: bool = False,
+    precision: str = "fp32",
+    every: int = 1,
+    states: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` where given.
+
+    Args:
+        table: fp32 ``[K, 8]`` on the device, as for `solver_step`.
+        keys: int64 ``[B, 2]``.
+        x_init: fp32 ``[B, d]`` instead of a draw from the prior.
+        has_noise, has_history, uses_data: whether d, c, e are not all zero in the table.
+        states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
+    """
+    batch, dim = out.shape
+    if not batch:
+        return
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
+    config = launch_config(batch, packed, processors)
+    with on_device(out):
+        mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
+            x_init,
+            keys,
+            table,
+            packed.weights,
+            packed.biases,
+            out,
+            states,
+            clip,
+            batch,
+            dim,
+            len(table),
+            every,
+            HAS_NOISE=has_noise,
+            HAS_HISTORY=has_history,
+            USES_DATA=uses_data,
+            FAST=fast_math(out),
+            **config,
+            **constants(packed, precision),
+        )
