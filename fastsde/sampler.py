@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from . import engines, noise, solvers
 from .engines.network import Network, device_of, dtype_of
+from .engines.recorder import Recorder
 from .reference import Model, NoiseFunction, RowHook
 from .sde import VPSDE
 from .solvers import StepTable
@@ -52,7 +53,8 @@ class Sampler:
             TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
         device: by default the network's own.
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
-        backend: "auto", "reference" or "eager"; "auto" takes the fastest that can run.
+        backend: "auto", "reference" (plain PyTorch), "eager" (row by row; on a GPU each row's step is one kernel) or
+            "persistent" (on a GPU, all rows of an MLP in one launch); "auto" takes the fastest that can run.
         compile: run the network through ``torch.compile``.
         max_batch: the most samples that run at once; more are split, with the same result.
 
@@ -93,8 +95,21 @@ class Sampler:
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
-        self.backend = engines.choose(backend, self.device, self.state_dtype, compile)
         self._network = Network(model, dtype, self.state_dtype, compile)
+        self._backend, self._compile = backend, compile
+        self.backend = self._choose()
+
+    def _choose(self, **options: object) -> str:
+        """The backend of a call: not every one has all of its options."""
+        options = {"guidance": self.guidance, **options}
+        return engines.choose(
+            self._backend,
+            self.device,
+            self.state_dtype,
+            compile=self._compile,
+            network=self._network,
+            option=next((name for name, value in options.items() if value is not None), None),
+        )
 
     def __call__(
         self,
@@ -121,6 +136,7 @@ class Sampler:
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         check_bool("progress", progress)
+        backend = self._choose(noise=noise, callback=callback, model_kwargs=model_kwargs or None)
         shape = (n, *self.sample_shape)
         keys = _make_keys(keys, n, seed, first_sample, self.device)
         if x_init is not None:
@@ -138,38 +154,31 @@ class Sampler:
             for first in range(0, n, batch):
                 part = slice(first, first + batch)
                 states = None if saved is None else saved[:, part]
-                x[part] = self._run(keys[part], x_init, noise, kwargs, uncond, part, states, trajectory, callback, bar)
+                recorder = Recorder(bar, states, trajectory or 1, callback)
+                x[part] = self._run(backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
         return x if saved is None else (x, saved)
 
     def _run(
         self,
+        backend: str,
         keys: Tensor,
         x_init: Tensor | None,
         noise_function: NoiseFunction | None,
         kwargs: dict[str, Any],
         uncond: dict[str, Any] | None,
         part: slice,
-        states: Tensor | None,
-        every: int | None,
-        callback: RowHook | None,
-        bar: tqdm[Any],
+        recorder: Recorder,
     ) -> Tensor:
-        """One part of the batch, from keys to samples; fills its part of the trajectory."""
+        """One part of the batch, from keys to samples."""
         shape = (len(keys), *self.sample_shape)
-        # A copy: a network that works in place must not write to the caller's tensor.
-        x_init = noise.normal(keys, 0, self.sample_shape) if x_init is None else x_init[part].clone()
-        x_init = x_init.to(self.state_dtype)
-        if states is not None:
-            states[0] = x_init
-
-        def after_row(row: int, time: float, x: Tensor) -> None:
-            if states is not None and every is not None and (row + 1) % every == 0:
-                states[(row + 1) // every] = x
-            if callback is not None:
-                callback(row, time, x)
-            bar.update()
-
-        return engines.get(self.backend)(
+        if x_init is not None:
+            # A copy: a network that works in place must not write to the caller's tensor.
+            x_init = x_init[part].to(self.state_dtype, copy=True)
+        elif backend != "persistent":  # which draws and keeps the initial state in its launch
+            x_init = noise.normal(keys, 0, self.sample_shape).to(self.state_dtype)
+        if x_init is not None:
+            recorder.start(x_init)
+        return engines.get(backend)(
             self._network,
             shape,
             self.table,
@@ -180,7 +189,7 @@ class Sampler:
             guidance=self.guidance,
             uncond_kwargs=None if uncond is None else _slice(uncond, part),
             dtype=self.state_dtype,
-            after_row=after_row,
+            after_row=recorder,
         )
 
 

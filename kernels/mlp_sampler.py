@@ -140,7 +140,7 @@ def activate(x, NAME: tl.constexpr, FAST: tl.constexpr):
     elif NAME == "SiLU":
         return x * _sigmoid(x)
     elif NAME == "ReLU":
-        return tl.maximum(x, 0.0)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif NAME == "Tanh":
         return _tanh(x)
     elif NAME == "GELU":
@@ -320,14 +320,13 @@ def mlp_sampler_kernel(
             *(LAYERS, BLOCKS, ACTIVATIONS, RESIDENT, PRECISION, FAST),
         )
         x_next = tl.load(k_ptr + 1) * x + tl.load(k_ptr + 2) * f
+        x_next += 0.0 * (x + f)  # what is not finite stays so to the end, whatever clips or activations make of it
         if HAS_HISTORY:
             x_next += tl.load(k_ptr + 3) * history
         if USES_DATA or HAS_HISTORY:
             history = tl.load(k_ptr + 6) * x + tl.load(k_ptr + 7) * f
             if clip is not None:
-                # The clip lets NaN through; 0 f makes NaN of an infinity too, which it would hide.
-                history = tl.clamp(history, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-                x_next += 0.0 * f
+                history = tl.clamp(history, -clip, clip)
             x_next += tl.load(k_ptr + 5) * history
         if HAS_NOISE:
             x_next += tl.load(k_ptr + 4) * _noise(seed, first, row + 1, column, dim, M, P, D, FAST)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.network import Network, device_of, dtype_of
+from ..models import ConcatTime
 from ..reference import Model, dsm_loss, perturb
 from ..sampler import sample
 from ..sde import VPSDE
@@ -32,18 +33,17 @@ def adapt(score_network: nn.Module | Model) -> Model:
     """The tutorial's network as this package calls one: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``."""
     if not callable(score_network):
         raise TypeError(f"score_network must be callable, got {type(score_network).__name__}")
-    return _Adapted(score_network, concatenate=isinstance(score_network, nn.Sequential))
+    return ConcatTime(score_network) if isinstance(score_network, nn.Sequential) else _TimeColumn(score_network)
 
 
-class _Adapted(nn.Module):
-    def __init__(self, score_network: Any, concatenate: bool) -> None:
+class _TimeColumn(nn.Module):
+    def __init__(self, score_network: Any) -> None:
         super().__init__()
-        self.score_network, self.concatenate = score_network, concatenate
+        self.score_network = score_network
         self.training = getattr(score_network, "training", True)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = t[:, None]
-        result: Tensor = self.score_network(torch.cat((x, t), dim=-1)) if self.concatenate else self.score_network(x, t)
+        result: Tensor = self.score_network(x, t[:, None])
         return result
 
 

@@ -7,33 +7,67 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import eager
+from .. import ops, reference
+from . import eager, persistent
+from .network import Network
 
-__all__ = ["BACKENDS", "choose", "unavailable_reason"]
+__all__ = ["BACKENDS", "choose", "get", "unavailable_reason"]
 
-_ENGINES: dict[str, Callable[..., Tensor]] = {"reference": reference.sample, "eager": eager.sample}
+_ENGINES: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.sample,
+    "eager": eager.sample,
+    "persistent": persistent.sample,
+}
 BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
+_FASTEST_FIRST = ("persistent", "eager", "reference")
 
 
 def unavailable_reason(
-    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compile: bool = False,
+    network: Network | None = None,
+    option: str | None = None,
 ) -> str | None:
-    """Why a backend cannot run on a device with a state of ``dtype``, and what to do; None where it can."""
+    """Why a backend cannot run, and what to do; None where it can.
+
+    Args:
+        dtype: of the state.
+        network: what is to be run, where it is known.
+        option: the name of a call's option that not every backend has, if there is one.
+    """
     if backend not in _ENGINES:
         return f"backend {backend!r} is not part of this version of fastsde; use 'eager' or 'reference'"
-    if compile and dtype == torch.float64:
-        return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
-    if backend == "eager" and dtype == torch.float64:
-        return "backend 'eager' keeps the state in fp32; for dtype=torch.float64 use 'reference'"
-    if backend == "reference" and compile:
-        return "backend 'reference' is plain PyTorch; for compile=True use 'eager'"
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"device {device} is not there (torch.cuda.is_available() is False); use device='cpu'"
+    if compile and dtype == torch.float64:
+        return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
+    if backend == "reference":
+        return "backend 'reference' is plain PyTorch; for compile=True use 'eager'" if compile else None
+    if dtype == torch.float64:
+        return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
+    if backend == "persistent":
+        if not ops.has_kernels(device):
+            return f"backend 'persistent' needs Triton and a CUDA GPU, got device {device}; use 'eager'"
+        if compile or option is not None:
+            name = "compile" if compile else option
+            return f"backend 'persistent' is one launch for a whole trajectory, without {name}; use 'eager'"
+        reason = None if network is None else persistent.unavailable_reason(network)
+        return None if reason is None else f"backend 'persistent': {reason}; use 'eager'"
     return None
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, compile: bool = False) -> str:
+def choose(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compile: bool = False,
+    network: Network | None = None,
+    option: str | None = None,
+) -> str:
     """The name of the backend that runs: the one asked for, or for "auto" the fastest that can.
 
     Raises:
@@ -41,12 +75,12 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, compile: bool
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        backend = "reference" if dtype == torch.float64 else "eager"
-    reason = unavailable_reason(backend, device, dtype, compile)
-    if reason is not None:
-        raise ValueError(reason)
-    return backend
+    reason = None
+    for candidate in _FASTEST_FIRST if backend == "auto" else (backend,):
+        reason = unavailable_reason(candidate, device, dtype, compile=compile, network=network, option=option)
+        if reason is None:
+            return candidate
+    raise ValueError(reason)
 
 
 def get(backend: str) -> Callable[..., Tensor]:

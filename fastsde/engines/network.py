@@ -55,6 +55,7 @@ class Network:
     ) -> None:
         self.model, self.state_dtype = model, state_dtype
         self.dtype = dtype_of(model) if dtype is None else dtype
+        self.cache: dict[str, Any] = {}  # what an engine keeps of this network
         self._copy: nn.Module | None = None
         if isinstance(model, nn.Module) and dtype is not None and _has_other_dtype(model, dtype):
             self._copy = copy.deepcopy(model).to(dtype)

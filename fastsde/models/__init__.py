@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..validation import check_instance
-from .mlp import MLP
+from .mlp import MLP, ConcatTime
 from .unet import UNet
 
-__all__ = ["MLP", "UNet", "from_config"]
+__all__ = ["MLP", "ConcatTime", "UNet", "from_config"]
 
 _ARCHITECTURES: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..validation import check_ints
 
-__all__ = ["ACTIVATIONS", "MLP"]
+__all__ = ["ACTIVATIONS", "MLP", "ConcatTime"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     activation.__name__: activation for activation in (nn.LogSigmoid, nn.SiLU, nn.ReLU, nn.Tanh, nn.GELU, nn.Softplus)
@@ -63,3 +63,21 @@ class MLP(nn.Module):
         """x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
         result: Tensor = self.net(torch.cat((x[:, None].flatten(1), t[:, None]), dim=1))
         return result.reshape(x.shape)
+
+
+class ConcatTime(nn.Module):
+    """A network of ``cat((x, t), -1)``, such as an ``nn.Sequential`` of Linear layers, called as ``model(x, t)``.
+
+    Args:
+        net: maps ``[B, d + 1]`` to ``[B, d]``. It is kept as it is, not copied.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.training = net.training
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x ``[B, d]`` and t ``[B]`` to ``[B, d]``."""
+        result: Tensor = self.net(torch.cat((x, t[:, None]), dim=-1))
+        return result

@@ -1,0 +1,152 @@
+"""The persistent engine: the whole trajectory of an MLP in one launch, by the kernel ``mlp_sampler``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.mlp import MLP, ConcatTime
+from ..reference import Model, NoiseFunction, NonFiniteError
+from ..solvers import StepTable
+from . import eager
+from .network import Network
+from .recorder import Recorder
+
+__all__ = ["sample", "unavailable_reason"]
+
+_MAX_WIDTH, _MAX_DIM = 256, 64
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "Identity",
+    nn.LogSigmoid: "LogSigmoid",
+    nn.SiLU: "SiLU",
+    nn.ReLU: "ReLU",
+    nn.Tanh: "Tanh",
+}
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The kernel's name of an activation, or None where it has none."""
+    if type(module) is nn.GELU:
+        return "GELU" if module.approximate == "none" else "GELU_tanh"
+    if type(module) is nn.Softplus:  # above its threshold, Softplus is the identity to the last bit of fp32
+        return "Softplus" if module.beta == 1 and module.threshold >= 20 else None
+    return _ACTIVATIONS.get(type(module))
+
+
+def _mlp(model: Model) -> tuple[list[nn.Linear], list[str]] | None:
+    """The layers of an MLP and the activation after each but the last; None for any other network."""
+    # The exact classes: a subclass may do anything.
+    if not isinstance(model, (MLP, ConcatTime)) or type(model) not in (MLP, ConcatTime):
+        return None
+    if type(model.net) is not nn.Sequential:
+        return None
+    linears: list[nn.Linear] = []
+    activations: list[str] = []
+    for module in model.net:
+        name = _activation(module)
+        if type(module) is nn.Linear:
+            activations += ["Identity"] * (len(linears) - len(activations))
+            linears.append(module)
+        elif name is not None and len(activations) == len(linears) - 1:
+            activations.append(name)
+        else:
+            return None
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return None if hooked or not linears or len(activations) != len(linears) - 1 else (linears, activations)
+
+
+def unavailable_reason(network: Network) -> str | None:
+    """Why the engine cannot run a network; None where it can."""
+    layers = _mlp(network.model)
+    if layers is None:
+        return "it runs MLPs alone: fastsde.models.MLP, or fastsde.models.ConcatTime of a Sequential of Linear layers"
+    if network.dtype not in (torch.float32, torch.bfloat16):
+        return f"it runs networks in fp32 or bf16, not in {network.dtype}"
+    dim, widths = layers[0][-1].out_features, [linear.out_features for linear in layers[0]]
+    if layers[0][0].in_features != dim + 1 or dim > _MAX_DIM or max(widths) > _MAX_WIDTH:
+        return f"it runs MLPs of x and t with up to {_MAX_DIM} data and {_MAX_WIDTH} hidden units"
+    return None
+
+
+def _packed(network: Network) -> Any:
+    """The weights as the kernel reads them, up to date."""
+    from ..kernels.mlp_sampler import Packed
+
+    linears, activations = _mlp(network.model) or ([], [])
+    parameters = [(linear.weight, linear.bias) for linear in linears]
+    identity = [(id(tensor), tensor.data_ptr()) for pair in parameters for tensor in pair if tensor is not None]
+    if network.cache.get("identity") != identity:
+        network.cache["packed"] = Packed(parameters, activations, network.dtype)
+        network.cache["identity"] = identity
+    else:
+        network.cache["packed"].refresh()
+    return network.cache["packed"]
+
+
+def _precision(network: Network, device: torch.device) -> str:
+    if network.dtype == torch.bfloat16:
+        return "bf16"
+    return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "fp32"
+
+
+def sample(
+    model: Network,
+    shape: Sequence[int],
+    table: StepTable,
+    keys: Tensor,
+    *,
+    x_init: Tensor | None = None,
+    noise_function: NoiseFunction | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    after_row: Recorder | None = None,
+) -> Tensor:
+    """`fastsde.reference.sample` for an MLP. What needs the host between rows is not there: the sampler sees to that.
+
+    Raises:
+        NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
+    """
+    from ..kernels.mlp_sampler import mlp_sampler
+
+    batch, dim = shape[0], math.prod(shape[1:])
+    out = torch.empty((batch, dim), dtype=dtype, device=keys.device)
+    states, every = (None, 1) if after_row is None else (after_row.states, after_row.every)
+    kept = None if states is None else states.new_empty((len(states), batch, dim))
+    mlp_sampler(
+        _packed(model),
+        ops.device_table(table, keys.device),
+        keys.contiguous(),
+        x_init=None if x_init is None else x_init.reshape(batch, dim).contiguous(),
+        clip=table.clip,
+        has_noise=bool((table.d != 0).any()),
+        has_history=bool((table.c != 0).any()),
+        uses_data=bool((table.e != 0).any()),
+        precision=_precision(model, keys.device),
+        every=every,
+        states=kept,
+        out=out,
+    )
+    finite = torch.isfinite(out).all(dim=1)
+    if not finite.all():
+        _raise(model, shape, table, keys, x_init, int(finite.logical_not().nonzero()[0]))
+    if states is not None and kept is not None:
+        states.copy_(kept.reshape(states.shape))
+    if after_row is not None:
+        after_row.bar.update(len(table))
+    return out.reshape(*shape)
+
+
+def _raise(
+    model: Network, shape: Sequence[int], table: StepTable, keys: Tensor, x_init: Tensor | None, bad: int
+) -> None:
+    """Runs a bad sample again, row by row, to tell the row and the time."""
+    one = slice(bad, bad + 1)
+    eager.sample(model, (1, *shape[1:]), table, keys[one], x_init=None if x_init is None else x_init[one])
+    raise NonFiniteError(f"sample {bad} became NaN or infinity")

@@ -1,0 +1,41 @@
+"""What a call of a sampler does after each row: keep states, call back, move the progress bar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..reference import RowHook
+
+__all__ = ["Recorder"]
+
+
+@dataclass
+class Recorder:
+    """The ``after_row`` of an engine, called as ``recorder(row, time, x)``.
+
+    Args:
+        bar: the progress bar, which counts rows.
+        states: ``[K // every + 1, B, *shape]``, where every ``every``-th state goes, or None.
+        callback: the user's own, called with the same arguments.
+    """
+
+    bar: tqdm[Any]
+    states: Tensor | None = None
+    every: int = 1
+    callback: RowHook | None = None
+
+    def start(self, x: Tensor) -> None:
+        """Keeps the initial state."""
+        if self.states is not None:
+            self.states[0] = x
+
+    def __call__(self, row: int, time: float, x: Tensor) -> None:
+        if self.states is not None and (row + 1) % self.every == 0:
+            self.states[(row + 1) // self.every] = x
+        if self.callback is not None:
+            self.callback(row, time, x)
+        self.bar.update()

@@ -1,0 +1,171 @@
+"""What only the persistent backend has: which networks it takes, which options it has, and weights that change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastsde
+from fastsde import Sampler, checkpoints
+from fastsde.engines import choose, unavailable_reason
+from fastsde.models import MLP, ConcatTime, UNet
+
+CPU = torch.device("cpu")
+
+
+class _Subclass(MLP):
+    def forward(self, x, t):
+        return -super().forward(x, t)
+
+
+def _sequential(*layers: nn.Module) -> nn.Module:
+    return ConcatTime(nn.Sequential(*layers))
+
+
+def _hooked() -> nn.Module:
+    model = MLP()
+    model.net[0].register_forward_hook(lambda module, args, output: output + 1)
+    return model
+
+
+def test_without_kernels_the_reason_is_said_and_auto_takes_another() -> None:
+    reason = unavailable_reason("persistent", CPU)
+    assert reason is not None
+    assert "needs Triton and a CUDA GPU, got device cpu; use 'eager'" in reason
+    assert choose("auto", CPU, torch.float32) == "eager"
+    assert Sampler(MLP(), (2,)).backend == "eager"
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU here")
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    "model",
+    [
+        MLP(),
+        MLP((2, 3), (20,), "GELU"),
+        MLP(2, ()),
+        _sequential(nn.Linear(3, 64), nn.LogSigmoid(), nn.Linear(64, 2, bias=False)),
+        _sequential(nn.Linear(3, 64), nn.Linear(64, 256), nn.Softplus(), nn.Identity(), nn.Linear(256, 2)),
+    ],
+)
+def test_auto_takes_it_for_an_mlp(model: nn.Module) -> None:
+    shape = getattr(model, "shape", (2,))
+    if isinstance(model, ConcatTime) and isinstance(model.net[-2], nn.Identity):
+        assert Sampler(model, shape).backend == "eager"  # two activations in a row are no layer of the kernel
+    else:
+        assert Sampler(model, shape).backend == "persistent"
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        (UNet(), {}, "runs MLPs alone"),
+        (lambda x, t: -x, {}, "runs MLPs alone"),
+        (_Subclass(), {}, "runs MLPs alone"),
+        (_hooked(), {}, "runs MLPs alone"),
+        (_sequential(nn.Linear(3, 8), nn.ELU(), nn.Linear(8, 2)), {}, "runs MLPs alone"),
+        (_sequential(nn.Linear(3, 8), nn.Softplus(2.0), nn.Linear(8, 2)), {}, "runs MLPs alone"),
+        (_sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), {}, "runs MLPs alone"),
+        (_sequential(nn.LogSigmoid(), nn.Linear(3, 2)), {}, "runs MLPs alone"),
+        (_sequential(nn.Linear(3, 2), nn.Tanh()), {}, "runs MLPs alone"),
+        (_sequential(), {}, "runs MLPs alone"),
+        (MLP(65), {}, "up to 64 data and 256 hidden units"),
+        (MLP(2, (257,)), {}, "up to 64 data and 256 hidden units"),
+        (MLP(), {"dtype": torch.float16}, "in fp32 or bf16, not in torch.float16"),
+        (MLP(), {"dtype": torch.float64}, "keeps the state in fp32"),
+        (MLP(), {"compile": True}, "without compile; use 'eager'"),
+        (MLP(), {"guidance": 0.0}, "without guidance; use 'eager'"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_and_runs_elsewhere(model, options, reason) -> None:
+    shape = (2,) if getattr(model, "shape", (2,)) == (2,) else model.shape
+    with pytest.raises(ValueError, match=f"backend 'persistent'.*{reason}"):
+        Sampler(model, shape, backend="persistent", **options)
+    assert Sampler(model, shape, **options).backend in ("eager", "reference")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("option", ["noise", "callback", "model_kwargs"])
+def test_options_of_a_call_that_it_has_not(option: str) -> None:
+    value = {
+        "noise": lambda row, x: torch.zeros_like(x),
+        "callback": lambda row, time, x: None,
+        "model_kwargs": {"y": 1.0},
+    }[option]
+    with pytest.raises(ValueError, match=f"without {option}; use 'eager'"):
+        fastsde.sample(MLP(), (2, 2), steps=2, backend="persistent", **{option: value})
+    sampler = Sampler(MLP(), (2,), steps=2)
+    assert sampler.backend == "persistent"
+    if option != "model_kwargs":  # the network itself takes none
+        assert sampler(2, **{option: value}).shape == (2, 2)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("change", ["in place", "through data", "replaced", "loaded"])
+def test_weights_that_change_are_seen(change: str) -> None:
+    model, other = MLP(2, (16,)), MLP(2, (16,))
+    sampler = Sampler(model, (2,), steps=3, backend="persistent")
+    before = sampler(3)
+    with torch.no_grad():
+        if change == "in place":
+            model.net[0].weight.mul_(0.5)
+        elif change == "through data":
+            model.net[2].bias.data.add_(1.0)
+        elif change == "replaced":
+            model.net[2].weight = nn.Parameter(torch.ones(2, 16))
+        else:
+            model.load_state_dict(other.state_dict())
+    after = sampler(3)
+    assert not torch.allclose(before, after)
+    expected = fastsde.sample(copy.deepcopy(model), (3, 2), steps=3, backend="reference")
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("n", [0, 1, 5, 40])
+def test_a_batch_may_be_split(n: int) -> None:
+    checkpoint = checkpoints.load("swiss-roll")
+    options = {"prediction": checkpoint.prediction, "steps": 6, "trajectory": 2, "seed": 3}
+    whole = fastsde.sample(checkpoint.model, (n, 2), backend="persistent", **options)
+    split = fastsde.sample(checkpoint.model, (n, 2), backend="persistent", max_batch=3, **options)
+    expected = fastsde.sample(checkpoint.model, (n, 2), backend="reference", **options)
+    for ours, halves, theirs in zip(whole, split, expected, strict=True):
+        # A tile of another height may add the terms of a product in another order.
+        torch.testing.assert_close(ours, halves, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_x_init_and_a_table_with_a_clip() -> None:
+    checkpoint = checkpoints.load("swiss-roll")
+    x_init = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    options = {"prediction": checkpoint.prediction, "steps": 6, "solver": "dpm_solver_pp_2m", "clip": 0.5}
+    ours, theirs = (
+        fastsde.sample(checkpoint.model, (5, 2), backend=backend, x_init=x_init, **options)
+        for backend in ("persistent", "reference")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the infinities that the test is about
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("activation", "clip"), [("ReLU", None), ("LogSigmoid", 1.0), ("Softplus", 1.0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_reported_with_row_and_time(activation: str, clip: float | None, value: float) -> None:
+    # The time's weight breaks the last layer from the first row on; a clip or a ReLU must not hide it.
+    model = MLP(2, (16,), activation)
+    with torch.no_grad():
+        model.net[2].bias[1] = value
+    with pytest.raises(fastsde.NonFiniteError, match="the network returned NaN or infinity in row 0, at time 1"):
+        fastsde.sample(model, (3, 2), steps=4, solver="ddim", clip=clip, backend="persistent")
