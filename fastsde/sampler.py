@@ -136,7 +136,6 @@ class Sampler:
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         check_bool("progress", progress)
-        backend = self._choose(noise=noise, callback=callback, model_kwargs=model_kwargs or None)
         shape = (n, *self.sample_shape)
         keys = _make_keys(keys, n, seed, first_sample, self.device)
         if x_init is not None:
@@ -145,6 +144,7 @@ class Sampler:
         kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
 
+        backend = self._choose(noise=noise, callback=callback, model_kwargs=kwargs or None)
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))

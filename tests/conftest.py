@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import pkgutil
+
 import pytest
 import torch
+
+
+def _define_interpreted_kernels() -> None:
+    """Imports the kernels with Triton's interpreter on: Triton decides once, when a kernel is defined.
+
+    They run only while the variable is set (the ``device`` fixture of tests/kernels), so that the rest of the suite
+    does not go through the slow interpreter.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        kernels = importlib.import_module("fastsde.kernels")
+        for module in pkgutil.iter_modules(kernels.__path__, "fastsde.kernels."):
+            importlib.import_module(module.name)
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    _define_interpreted_kernels()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -50,12 +50,14 @@ def unavailable_reason(
         return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
     if backend == "persistent":
         if not ops.has_kernels(device):
-            return f"backend 'persistent' needs Triton and a CUDA GPU, got device {device}; use 'eager'"
+            return f"backend 'persistent' needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
         if compile or option is not None:
             name = "compile" if compile else option
-            return f"backend 'persistent' is one launch for a whole trajectory, without {name}; use 'eager'"
+            return (
+                f"backend 'persistent' is one launch for a whole trajectory, without {name}; use 'eager' or 'reference'"
+            )
         reason = None if network is None else persistent.unavailable_reason(network)
-        return None if reason is None else f"backend 'persistent': {reason}; use 'eager'"
+        return None if reason is None else f"backend 'persistent': {reason}; use 'eager' or 'reference'"
     return None
 
 
