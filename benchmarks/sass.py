@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from fastsde.files import atomic_path
 
 CAPABILITIES = (80, 90, 100)
+_PROCESSORS = 132  # of an H100 or H200
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, and the end of the program
 
@@ -33,7 +35,7 @@ class Case:
     kernel: Any
     arguments: dict[str, str]
     constants: dict[str, Any]
-    elements: int  # that a program works on
+    elements: int  # that a program works on (of `mlp_sampler`: samples)
     num_warps: int
 
 
@@ -53,7 +55,7 @@ class Report:
     matrix: dict[str, int]
 
 
-def _cases() -> Iterator[Case]:
+def _cases(capability: int) -> Iterator[Case]:
     from fastsde.kernels import dsm_loss, perturb, solver_step, tile
 
     constants, _ = tile.tiling(64, 3072)
@@ -82,9 +84,39 @@ def _cases() -> Iterator[Case]:
         ("dsm_loss", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": None}),
         ("dsm_loss, backward", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": "*fp32"}),
     ):
-        types = {key: value for key, value in arguments.items() if isinstance(value, str) and key.islower()}
-        values = {key: value for key, value in arguments.items() if key not in types}
-        yield Case(name, kernel, types, values, elements, tile.WARPS)
+        yield _case(name, kernel, arguments, elements, tile.WARPS)
+    yield from _mlp_cases(capability)
+
+
+def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_warps: int) -> Case:
+    types = {key: value for key, value in arguments.items() if isinstance(value, str) and key.islower()}
+    values = {key: value for key, value in arguments.items() if key not in types}
+    return Case(name, kernel, types, values, elements, num_warps)
+
+
+def _mlp_cases(capability: int) -> Iterator[Case]:
+    """The swiss roll's MLP, 3-64-64-64-2 with LogSigmoid, for few samples and for many. An element is a sample."""
+    from fastsde.kernels import mlp_sampler
+
+    sizes = ((3, 64), (64, 64), (64, 64), (64, 2))
+    layers = [(torch.zeros(wide, narrow), torch.zeros(wide)) for narrow, wide in sizes]
+    arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32", "clip": None}
+    arguments |= {
+        "out_ptr": "*fp32",
+        "states_ptr": None,
+        **dict.fromkeys(("batch", "dim", "rows", "every", "stride"), "i64"),
+    }
+    arguments |= {"HAS_NOISE": True, "HAS_HISTORY": False, "USES_DATA": False, "FAST": True}
+    for precision in mlp_sampler.PRECISIONS:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        packed = mlp_sampler.Packed(layers, ["LogSigmoid"] * 3, dtype)
+        for batch in (1000, 1_000_000):
+            config = mlp_sampler.launch_config(batch, packed, _PROCESSORS, capability)
+            warps, height = config.pop("num_warps"), config["M"]
+            known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32"}
+            known |= {**mlp_sampler.constants(packed, precision), **config}
+            name = f"mlp_sampler, {precision}, {height} samples"
+            yield _case(name, mlp_sampler.mlp_sampler_kernel, arguments | known, height, warps)
 
 
 def compile_case(case: Case, capability: int) -> Report:
@@ -117,7 +149,7 @@ def compile_case(case: Case, capability: int) -> Report:
         spills=stack,
         local_accesses=sum(chosen("LDL", "STL").values()),
         global_accesses=chosen("LDG", "STG"),
-        matrix=chosen("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA"),
+        matrix={op: n for op, n in sorted(found.items()) if "MMA" in op and "HFMA" not in op},
     )
 
 
@@ -154,7 +186,7 @@ def survey() -> dict[str, Any]:
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: it replaces the compiler")
-    reports = [compile_case(case, capability) for case in _cases() for capability in CAPABILITIES]
+    reports = [compile_case(case, capability) for capability in CAPABILITIES for case in _cases(capability)]
     return {"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}
 
 

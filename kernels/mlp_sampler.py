@@ -178,17 +178,16 @@ def _leading(x):
 
 
 @triton.jit
-def _load_block(weights_ptr, BLOCK: tl.constexpr, volatile: tl.constexpr):
-    """One block of the weights, from its (offset, rows, columns)."""
-    i, j = tl.arange(0, BLOCK[1])[:, None], tl.arange(0, BLOCK[2])[None, :]
-    return tl.load(weights_ptr + BLOCK[0] + i * BLOCK[2] + j, volatile=volatile)
+def _load_block(weights_ptr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(weights_ptr + OFFSET + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit
 def _load_weights(weights_ptr, BLOCKS: tl.constexpr):
     weights = ()
-    for number in tl.static_range(len(BLOCKS)):
-        weights = weights + (_load_block(weights_ptr, BLOCKS[number], False),)  # noqa: RUF005
+    for i in tl.static_range(len(BLOCKS)):
+        block = _load_block(weights_ptr, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2])
+        weights = weights + (block,)  # noqa: RUF005
     return weights
 
 
@@ -198,7 +197,7 @@ def _block(weights, weights_ptr, NUMBER: tl.constexpr, BLOCKS: tl.constexpr, RES
         return weights[NUMBER]
     else:
         tl.debug_barrier()  # keeps the compiler from loading many blocks at once, for which there is no room
-        return _load_block(weights_ptr, BLOCKS[NUMBER], True)
+        return _load_block(weights_ptr, BLOCKS[NUMBER][0], BLOCKS[NUMBER][1], BLOCKS[NUMBER][2])
 
 
 @triton.jit
@@ -208,30 +207,33 @@ def _layer(
     weights,
     weights_ptr,
     biases_ptr,
-    LAYER: tl.constexpr,
+    FIRST: tl.constexpr,
+    BIAS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The blocks of ``h W + b``. LAYER is (first of its blocks of weights, offset of its bias, blocks out, width)."""
+    """The blocks of ``h W + b``: COUNT of them, each WIDTH wide, of the blocks of weights from FIRST on."""
     out = ()
-    for j in tl.static_range(LAYER[2]):
-        # Read anew in every row: the compiler would keep them in so many registers that others spill.
-        column = LAYER[1] + j * LAYER[3] + tl.arange(0, LAYER[3])
-        bias = tl.load(biases_ptr + column, volatile=True)
-        if LAYER[0] == 0:
-            bias += time * tl.load(biases_ptr + column - LAYER[1], volatile=True)
-        total = tl.zeros([h[0].shape[0], LAYER[3]], tl.float32) + bias[None, :]
+    for j in tl.static_range(COUNT):
+        column = j * WIDTH + tl.arange(0, WIDTH)
+        bias = tl.load(biases_ptr + BIAS + column)
+        if FIRST == 0:
+            bias += time * tl.load(biases_ptr + column)
+        total = tl.zeros([h[0].shape[0], WIDTH], tl.float32) + bias[None, :]
         for i in tl.static_range(len(h)):
-            w = _block(weights, weights_ptr, LAYER[0] + j * len(h) + i, BLOCKS, RESIDENT)
+            w = _block(weights, weights_ptr, FIRST + j * len(h) + i, BLOCKS, RESIDENT)
             total = _product(h[i], w, total, PRECISION, FAST)
         out = out + (total,)  # noqa: RUF005
     return out
 
 
 @triton.jit
-def _activate_all(h, NAME: tl.constexpr, FAST: tl.constexpr):
+def _activate_all(h, NAMES: tl.constexpr, NUMBER: tl.constexpr, FAST: tl.constexpr):
+    NAME: tl.constexpr = NAMES[NUMBER]
     out = ()
     for i in tl.static_range(len(h)):
         out = out + (activate(h[i], NAME, FAST),)  # noqa: RUF005
@@ -254,9 +256,13 @@ def _network(
 ):
     h = (x,)
     for number in tl.static_range(len(LAYERS)):
-        h = _layer(h, time, weights, weights_ptr, biases_ptr, LAYERS[number], BLOCKS, RESIDENT, PRECISION, FAST)
+        h = _layer(
+            *(h, time, weights, weights_ptr, biases_ptr),
+            *(LAYERS[number][0], LAYERS[number][1], LAYERS[number][2], LAYERS[number][3]),
+            *(BLOCKS, RESIDENT, PRECISION, FAST),
+        )
         if number < len(LAYERS) - 1:
-            h = _activate_all(h, ACTIVATIONS[number], FAST)
+            h = _activate_all(h, ACTIVATIONS, number, FAST)
     return h[0]
 
 
@@ -270,7 +276,12 @@ def _noise(seed, offset, row, column, dim, M: tl.constexpr, P: tl.constexpr, D: 
     return tl.where(column < dim, z, 0.0)
 
 
-@triton.jit(do_not_specialize=["batch", "dim", "rows", "every"])
+@triton.jit
+def _store(ptr, x, sample, column, batch, dim):
+    tl.store(ptr + sample[:, None] * dim + column, x, mask=(sample < batch)[:, None] & (column < dim))
+
+
+@triton.jit(do_not_specialize=["batch", "dim", "rows", "every", "stride"])
 def mlp_sampler_kernel(
     x_init_ptr,
     keys_ptr,
@@ -284,6 +295,7 @@ def mlp_sampler_kernel(
     dim: tl.int64,
     rows: tl.int64,
     every: tl.int64,
+    stride: tl.int64,
     M: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
@@ -299,24 +311,28 @@ def mlp_sampler_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.arange(0, D)[None, :]
-    offset = sample[:, None] * dim + column
-    mask = (sample < batch)[:, None] & (column < dim)
     seed = tl.load(keys_ptr + 2 * sample, mask=sample < batch, other=0)
     first = tl.load(keys_ptr + 2 * sample + 1, mask=sample < batch, other=0)
     zero = tl.zeros([], tl.int64)
     if x_init_ptr is not None:
-        x = tl.load(x_init_ptr + offset, mask=mask, other=0.0)
+        mask = (sample < batch)[:, None] & (column < dim)
+        x = tl.load(x_init_ptr + sample[:, None] * dim + column, mask=mask, other=0.0)
     else:
         x = _noise(seed, first, zero, column, dim, M, P, D, FAST)
     if states_ptr is not None:
-        tl.store(states_ptr + offset, x, mask=mask)
+        _store(states_ptr, x, sample, column, batch, dim)
     history = tl.zeros([M, D], tl.float32)
     weights = _load_weights(weights_ptr, BLOCKS) if RESIDENT else ()
     for index in range(rows):
         row = zero + index  # the interpreter counts in plain ints
         k_ptr = table_ptr + row * 8
+        # The stride is 0, which the compiler cannot know: kept from row to row, the biases would take so many registers
+        # that others spill.
+        nothing = row * stride
+        if PRECISION != "fp32":  # which has no register left for wider loads
+            nothing = tl.multiple_of(nothing, 16)
         f = _network(
-            *(x, tl.load(k_ptr), weights, weights_ptr, biases_ptr),
+            *(x, tl.load(k_ptr), weights, weights_ptr + nothing, biases_ptr + nothing),
             *(LAYERS, BLOCKS, ACTIVATIONS, RESIDENT, PRECISION, FAST),
         )
         x_next = tl.load(k_ptr + 1) * x + tl.load(k_ptr + 2) * f
@@ -332,8 +348,8 @@ def mlp_sampler_kernel(
             x_next += tl.load(k_ptr + 4) * _noise(seed, first, row + 1, column, dim, M, P, D, FAST)
         x = x_next
         if states_ptr is not None and (row + 1) % every == 0:
-            tl.store(states_ptr + (row + 1) // every * batch * dim + offset, x, mask=mask)
-    tl.store(out_ptr + offset, x, mask=mask)
+            _store(states_ptr + (row + 1) // every * batch * dim, x, sample, column, batch, dim)
+    _store(out_ptr, x, tl.program_id(0).to(tl.int64) * M + tl.arange(0, M), column, batch, dim)
 
 
 def constants(packed: Packed, precision: str) -> dict[str, object]:
@@ -350,12 +366,25 @@ def constants(packed: Packed, precision: str) -> dict[str, object]:
     }
 
 
-def launch_config(batch: int, packed: Packed, processors: int) -> dict[str, int]:
-    """Few samples are cut into low tiles, for their latency; many into tiles as high as a warp group's product."""
+def launch_config(batch: int, packed: Packed, processors: int, capability: int) -> dict[str, int]:
+    """Few samples are cut into low tiles, for their latency; many into tiles as high as a warp group's product.
+
+    Args:
+        processors: how many multiprocessors the GPU has.
+        capability: 10 times the compute capability.
+    """
     wide = max(count for _, _, count, _ in packed.layers) > 1 or packed.dim > _MIN_WIDTH
     if batch <= 16 * processors:
         return {"M": 16, "num_warps": 4 if wide else 1}
-    return {"M": 64, "num_warps": 8 if packed.dim > _MIN_WIDTH else 4}
+    # From sm_100 on a product's accumulator is in tensor memory: more warps share the rest of a tile.
+    return {"M": 64, "num_warps": 8 if packed.dim > _MIN_WIDTH or capability >= 100 else 4}
+
+
+def _device_config(batch: int, packed: Packed, device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return launch_config(batch, packed, 1, 90)
+    properties = torch.cuda.get_device_properties(device)
+    return launch_config(batch, packed, properties.multi_processor_count, properties.major * 10 + properties.minor)
 
 
 def mlp_sampler(
@@ -385,8 +414,7 @@ def mlp_sampler(
     batch, dim = out.shape
     if not batch:
         return
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-    config = launch_config(batch, packed, processors)
+    config = _device_config(batch, packed, out.device)
     with on_device(out):
         mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
             x_init,
@@ -401,6 +429,7 @@ def mlp_sampler(
             dim,
             len(table),
             every,
+            0,
             HAS_NOISE=has_noise,
             HAS_HISTORY=has_history,
             USES_DATA=uses_data,
