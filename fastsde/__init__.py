@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 # In a source checkout `fastsde.kernels` and `fastsde.benchmarks` are the folders beside this package.
 _checkout = Path(__file__).resolve().parent.parent
@@ -18,3 +20,12 @@ from .solvers import StepTable  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "compat", "models", "noise", "sample", "solvers"]
+
+_ON_DEMAND = ("checkpoints", "data", "ops", "plotting", "reference", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports the modules that cost something, or that few need, when they are first asked for."""
+    if name in _ON_DEMAND:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""The ``fastsde`` command. Results go to stdout, all else to stderr; exit codes: 0, 1 for errors, 2 for wrong usage."""
+"""The ``fastsde`` command. Results go to stdout, all else to stderr.
+
+Exit codes: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from . import __version__, checkpoints, data, engines, solvers, training
 from .checkpoints import Checkpoint
-from .files import atomic_path
+from .files import atomic_path, check_writable
 from .reference import WEIGHTINGS
 from .sampler import Sampler
 from .validation import check_device
@@ -40,6 +43,8 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (ValueError, OSError, RuntimeError) as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
     return wrapped
 
@@ -78,7 +83,12 @@ def main() -> None:
 @click.option("--backend", type=click.Choice(engines.BACKENDS), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option("--max-batch", type=click.IntRange(1), help="The most samples that run at once.")
-@click.option("--out", type=_path, callback=_suffix(*_PICTURES), help="Picture of the samples.  [default: MODEL.png]")
+@click.option(
+    "--out",
+    type=_path,
+    callback=_suffix(*_PICTURES),
+    help="Picture of the samples: .png, .jpg or .webp.  [default: MODEL.png, where nothing else is written]",
+)
 @click.option("--save", type=_path, callback=_suffix(*_ARRAYS), help="The samples as .safetensors or .npz.")
 @click.option("--animate", type=_path, callback=_suffix(".gif"), help="The way from noise to data as a GIF.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -103,10 +113,15 @@ def sample(
     checkpoint = checkpoints.load(model, device=_device(device))
     images = len(checkpoint.shape) == 3
     if out is None and save is None and animate is None:
-        source = Path(model).resolve()
-        out = Path(f"{source.stem if source.suffix == '.safetensors' else source.name}.png")
+        out = _default_picture(model)
     if (out or animate) and not (images and checkpoint.shape[0] in (1, 3)) and checkpoint.shape != (2,):
         raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+    for target in (out, save, animate):
+        if target is not None:
+            check_writable(target)
+    step, steps = checkpoint.record.get("step", 0), checkpoint.record.get("config", {}).get("steps", 0)
+    if step < steps:
+        click.echo(f"{model} has come to step {step:,} of {steps:,}", err=True)
     sampler = Sampler(
         checkpoint.model,
         checkpoint.shape,
@@ -129,6 +144,14 @@ def sample(
         times = [*sampler.table.time.tolist(), options["t_end"]][::every]
         _animation(checkpoint, torch.cat((states, x[None])), [*times, options["t_end"]], animate)
         click.echo(animate)
+
+
+def _default_picture(model: str) -> Path:
+    """mnist.png for the shipped model; runs-mnist.png for the run in runs/mnist, so that neither replaces the other."""
+    source = Path(model)
+    if source.suffix == ".safetensors":
+        return Path(source.stem + ".png")
+    return Path("-".join(part for part in source.parts if part not in ("/", ".", "..")) + ".png")
 
 
 def _device(device: str | None) -> torch.device:
@@ -182,17 +205,27 @@ def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], p
 @click.argument("dataset", type=click.Choice(data.DATASETS))
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; start where there is none.")
-@click.option("--recipe", type=click.Choice(("default", "tutorial")), help="[default: default]")
-@click.option("--data", "data_root", type=click.Path(path_type=Path), default=data.DEFAULT_ROOT, show_default=True)
+@click.option(
+    "--recipe",
+    type=click.Choice(("default", "tutorial")),
+    help="The tutorial's own objective, or a better one.  [default: default]",
+)
+@click.option(
+    "--data",
+    "data_root",
+    type=click.Path(path_type=Path),
+    default=data.DEFAULT_ROOT,
+    help="Folder of MNIST.  [default: data]",
+)
 @click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or first images of the set.")
-@click.option("--steps", type=click.IntRange(1))
+@click.option("--steps", type=click.IntRange(1), help="Steps of the whole run, in which a cosine lr falls to zero.")
 @click.option("--batch-size", type=click.IntRange(1))
-@click.option("--lr", type=float)
+@click.option("--lr", type=float, help="Learning rate of Adam.")
 @click.option("--lr-schedule", type=click.Choice(training.LR_SCHEDULES))
-@click.option("--lr-warmup", type=click.IntRange(0))
-@click.option("--ema-decay", type=float)
-@click.option("--prediction", type=click.Choice(solvers.PREDICTIONS))
-@click.option("--weighting", type=click.Choice(WEIGHTINGS))
+@click.option("--lr-warmup", type=click.IntRange(0), help="Steps in which the learning rate rises.")
+@click.option("--ema-decay", type=float, help="Of the average of the weights that is sampled from; 0 keeps none.")
+@click.option("--prediction", type=click.Choice(solvers.PREDICTIONS), help="What the network learns.")
+@click.option("--weighting", type=click.Choice(WEIGHTINGS), help="Of the loss over time.")
 @click.option(
     "--precision", type=click.Choice(training.PRECISIONS), help="[default: bf16 for images on a GPU, else fp32]"
 )
@@ -216,7 +249,8 @@ def train(
 ) -> None:
     """Train a score network on DATASET and keep the run in a folder.
 
-    Options that are not given come from the recipe, or on --resume from the run. Prints the checkpoint's path.
+    Options that are not given come from the recipe, or on --resume from the run. A run that is done is trained further
+    by a new one: --init OLD --dir NEW. Prints the checkpoint's path.
     """
     directory = directory or Path("runs") / dataset
     checkpoint = directory / checkpoints.RUN_CHECKPOINT
@@ -233,7 +267,17 @@ def train(
             config = replace(config, precision="bf16")
     config = replace(config, **{name: value for name, value in options.items() if value is not None})
     trainer = training.Trainer(config, directory, device=on_device, data_root=data_root, resume=resume)
-    trainer.train(progress=not quiet)
+    if not quiet:
+        click.echo(
+            f"{directory}: {config.steps:,} steps of batch {config.batch_size}, lr {config.lr:g} {config.lr_schedule}, "
+            f"{config.prediction}, {config.precision}, seed {config.seed}",
+            err=True,
+        )
+    try:
+        trainer.train(progress=not quiet)
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped at step {trainer.step:,}, which is saved; --resume goes on", err=True)
+        raise
     click.echo(checkpoint)
 
 
@@ -243,7 +287,10 @@ def train(
 @click.option("--dtype", type=click.Choice(("float32", "float16", "bfloat16")), default="float32", show_default=True)
 @_reports_errors
 def export(model: str, out: Path, dtype: str) -> None:
-    """Write the network of MODEL, a checkpoint or a run, without what only training needs. Prints the file's path."""
+    """Write the network of a checkpoint or a run.
+
+    Without what only training needs. Prints the file's path.
+    """
     checkpoints.save(out, checkpoints.load(model), DTYPES[dtype])
     click.echo(out)
 
@@ -259,7 +306,10 @@ def _version(package: str) -> str:
 
 @main.command()
 def info() -> None:
-    """Show versions, devices, shipped models, and which backends can run here and why others cannot."""
+    """Show versions, devices, models and backends.
+
+    Of a backend that cannot run here, the reason is said.
+    """
     rows = [("fastsde", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
     for package in ("triton", "torchvision", "safetensors", "diffusers", "torchsde"):
         rows.append((package, _version(package)))
@@ -283,7 +333,8 @@ def info() -> None:
             rows.append((f"{backend} on {device}", "yes" if reason is None else f"no: {reason}"))
     for name in checkpoints.SHIPPED:
         record = checkpoints.load(name).record
-        rows.append((f"model {name}", f"{record['step']:,} steps, loss {record['loss']:.4f}"))
+        steps = record["step"] + record.get("earlier_steps", 0)
+        rows.append((f"model {name}", f"{steps:,} steps, loss {record['loss']:.4f}"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")

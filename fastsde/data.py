@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import MNIST
 
     folder = Path(root) / "MNIST" / "raw"
+    made = [path for path in (folder, folder.parent, Path(root)) if not path.exists()]
     try:
         # Asking for a download checks for files of the full set and writes the folder, so try without first.
         files = MNIST(str(root), train=train)
@@ -98,10 +100,14 @@ def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
         try:
             files = MNIST(str(root), train=train, download=True)
         except (RuntimeError, OSError) as error:
+            for path in made:
+                with suppress(OSError):  # torchvision makes it before it knows that there is nothing to put there
+                    path.rmdir()
             raise FileNotFoundError(
-                f"MNIST is not in {folder} and could not be downloaded ({error}). Put train-images-idx3-ubyte, "
+                f"MNIST is not in {folder} and could not be downloaded. Put train-images-idx3-ubyte, "
                 f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (or their .gz) there, "
-                f"name another folder with --data (root=), or train on the data set 'digits', which needs no network"
+                f"name another folder (--data, in Python root), or train on the data set 'digits', which needs no "
+                f"network"
             ) from error
     return files.data[:, None], files.targets
 

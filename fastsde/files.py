@@ -8,7 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "check_writable"]
+
+
+def _temporary(path: Path) -> Path:
+    """A new file beside ``path``, whose folder is made where it is not there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".tmp{path.suffix}", dir=path.parent)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    os.close(handle)
+    return Path(name)
+
+
+def check_writable(path: str | Path) -> None:
+    """For a path that is written at the end of long work: raises OSError now where it cannot be."""
+    _temporary(Path(path)).unlink()
 
 
 @contextmanager
@@ -19,10 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     leaves behind starts with a dot and ends in that suffix; it never has the name of a real file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".tmp{path.suffix}", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         yield temporary
         umask = os.umask(0)

@@ -99,6 +99,11 @@ class Sampler:
         self._backend, self._compile = backend, compile
         self.backend = self._choose()
 
+    def __repr__(self) -> str:
+        name = type(self._network.model).__name__
+        shape, rows = self.sample_shape, len(self.table)
+        return f"Sampler({name}, {shape}, {rows} rows, backend={self.backend!r}, device={str(self.device)!r})"
+
     def _choose(self, **options: object) -> str:
         """The backend of a call: not every one has all of its options."""
         options = {"guidance": self.guidance, **options}
@@ -135,6 +140,8 @@ class Sampler:
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
+        if noise is not None and not (self.table.d != 0).any():
+            raise ValueError("noise must be left out with a solver that adds none")
         check_bool("progress", progress)
         shape = (n, *self.sample_shape)
         keys = _make_keys(keys, n, seed, first_sample, self.device)
@@ -237,9 +244,10 @@ def sample(
             prior still comes from the contract, unless ``x_init`` is given.
         model_kwargs: more arguments of the network: tensors with the batch first, or plain scalars.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
-        trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows.
-        callback: called as ``callback(row, time, x)`` after each row, with the state of the part of the batch that
-            runs.
+        trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; the samples are the last
+            of them where m divides the steps.
+        callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
+            and the state that the row led to; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
         sde, solver, steps, t_end, prediction, clip, dtype, device, guidance, backend, compile, max_batch: as for
             `Sampler`.

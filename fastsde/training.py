@@ -218,14 +218,18 @@ class Trainer:
         self.config, self.directory, self.device = config, Path(directory), check_device(device)
         checkpoint = self.directory / RUN_CHECKPOINT
         if checkpoint.exists() and not resume:
-            raise FileExistsError(f"{self.directory} already holds a run: resume it, or choose another folder")
+            raise FileExistsError(
+                f"{self.directory} already holds a run: resume or delete it, or choose another folder"
+            )
         if dataset is None:
             dataset = load(
                 config.data, size=config.data_size, root=data_root, pixel_range=config.pixel_range, seed=config.seed
             )
         self.dataset = dataset.to(self.device)
         resuming = checkpoint.exists()
-        self.model = _initial_model(config, load_weights=not resuming).to(self.device)
+        start = checkpoints.load(config.init) if config.init and not resuming else None
+        self.model = _initial_model(config, start).to(self.device)
+        self.earlier_steps = 0 if start is None else start.record["step"] + start.record.get("earlier_steps", 0)
         if self.model.shape != dataset.shape:
             raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {dataset.shape}")
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
@@ -252,6 +256,7 @@ class Trainer:
             record={
                 "config": asdict(self.config),
                 "step": self.step,
+                "earlier_steps": self.earlier_steps,
                 "loss": self.loss,
                 "torch": torch.__version__,
                 "device": self.device.type,
@@ -326,6 +331,10 @@ class Trainer:
             if interrupted():
                 raise KeyboardInterrupt
 
+    @property
+    def _way_out(self) -> str:
+        return f"try a lower lr, after deleting {self.directory} or in another folder"
+
     def _draws(self) -> Iterator[Draws]:
         """The random numbers of each step from the present one on, drawn for several steps at once."""
         config = self.config
@@ -340,7 +349,7 @@ class Trainer:
 
     def _log(self, bar: tqdm[Any], loss: float, steps_per_second: float) -> None:
         if not math.isfinite(loss):
-            raise NonFiniteError(f"the loss became {loss} before step {self.step}: try a lower lr")
+            raise NonFiniteError(f"the loss became {loss} before step {self.step}: {self._way_out}")
         self.loss = loss
         line = {
             "step": self.step,
@@ -370,7 +379,7 @@ class Trainer:
 
     def _save(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
-            raise NonFiniteError(f"the weights became NaN or infinity before step {self.step}: try a lower lr")
+            raise NonFiniteError(f"the weights became NaN or infinity before step {self.step}: {self._way_out}")
         tensors = {f"model.{name}": value for name, value in self.sampling_model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
@@ -388,8 +397,11 @@ class Trainer:
             # A run with a constant learning rate may be taken further; a cosine depends on where it ends.
             may_grow = name == "steps" and saved.lr_schedule == "constant" and has >= record["step"]
             if had != has and not may_grow and name not in ("checkpoint_every", "log_every"):
-                raise ValueError(f"the run in {self.directory} has {name}={had!r}, got {has!r}: resume it as it was")
-        self.step, self.loss = record["step"], record["loss"]
+                raise ValueError(
+                    f"the run in {self.directory} has {name}={had!r}, got {has!r}: resume it as it was, or "
+                    f"start another from its weights (init)"
+                )
+        self.step, self.loss, self.earlier_steps = record["step"], record["loss"], record.get("earlier_steps", 0)
         try:
             self._restore_tensors(tensors)
         except KeyError as error:
@@ -438,16 +450,15 @@ def _value_range(dataset: Dataset) -> tuple[float, float] | None:
     return None if dataset.x.is_floating_point() else (dataset.shift, dataset.shift + 255 * dataset.scale)
 
 
-def _initial_model(config: TrainConfig, load_weights: bool = True) -> Any:
-    """The network with the weights of ``init``, or those of the seed; torch's own random state is left as it was."""
+def _initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
+    """The network with the weights of ``start``, or those of the seed; torch's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # of the CPU alone, where the weights are made
         model = models.from_config(config.model)
-    if config.init and load_weights:
-        start = checkpoints.load(config.init)
+    if start is not None:
         ours, theirs = ((m.config, p) for m, p in ((model, config.prediction), (start.model, start.prediction)))
         if ours != theirs:
-            raise ValueError(f"init must have the model and prediction of the run, {ours}, got {theirs}")
+            raise ValueError(f"init must have the model and the prediction of the run, {ours}, got {theirs}")
         model.load_state_dict(start.model.state_dict())
     return model
 

@@ -65,8 +65,9 @@ def test_mnist_that_cannot_be_had_names_the_folder_and_a_way_out(
         raise OSError("no route to host")
 
     monkeypatch.setattr(MNIST, "download", no_network)
-    with pytest.raises(FileNotFoundError, match=r"MNIST/raw.*no route to host.*'digits'"):
-        data.load("mnist", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"MNIST/raw and could not be downloaded.*'digits'"):
+        data.load("mnist", root=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []  # a mistyped folder is not left behind
 
 
 def test_the_name_and_size_are_checked() -> None:

@@ -15,6 +15,12 @@ X, F, X_0 = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 2, 5)
 T = torch.rand(3) * 0.9 + 0.05
 
 
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are tests of the checks: tests/kernels has those of what runs."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_the_checked_operations_are_the_reference() -> None:
     for ours, theirs in zip(
         ops.solver_step(X, F, TABLE, 1, keys=KEYS), reference.solver_step(X, F, TABLE, 1, keys=KEYS), strict=True
@@ -94,3 +100,23 @@ def test_bad_arguments_are_named(call, error: type[Exception], message: str) -> 
 def test_history_is_not_needed_where_c_is_zero() -> None:
     assert float(MULTISTEP.c[0]) == 0
     ops.solver_step(X, F, replace(MULTISTEP), 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "interpret", "triton", "expected"),
+    [
+        ("cpu", None, True, False),
+        ("cpu", "0", True, False),
+        ("cpu", "1", True, True),
+        ("cpu", "true", True, True),
+        ("cpu", "1", False, False),
+        ("meta", "1", True, False),
+    ],
+)
+def test_kernels_run_on_the_cpu_in_the_interpreter_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, interpret: str | None, triton: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(ops, "_HAS_TRITON", triton)
+    if interpret is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert ops.has_kernels(torch.device(device)) is expected
