@@ -140,8 +140,6 @@ class Sampler:
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
-        if noise is not None and not (self.table.d != 0).any():
-            raise ValueError("noise must be left out with a solver that adds none")
         check_bool("progress", progress)
         shape = (n, *self.sample_shape)
         keys = _make_keys(keys, n, seed, first_sample, self.device)
@@ -240,7 +238,7 @@ def sample(
         keys: one key a sample, int64 ``[B, 2]``, or one seed a sample, ``[B]``; sample i is then the one that
             ``sample(model, (1, ...), seed=keys[i])`` draws.
         x_init: the initial state ``[B, *shape]`` instead of a draw from the prior.
-        noise: ``(row, x) -> z`` instead of the noise contract, called after the network, for rows that have noise. The
+        noise: ``(row, x) -> z`` instead of the noise contract, called after the network, for rows that have noise (ddim and heun have none). The
             prior still comes from the contract, unless ``x_init`` is given.
         model_kwargs: more arguments of the network: tensors with the batch first, or plain scalars.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.

@@ -458,7 +458,7 @@ def _initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
     if start is not None:
         ours, theirs = ((m.config, p) for m, p in ((model, config.prediction), (start.model, start.prediction)))
         if ours != theirs:
-            raise ValueError(f"init must have the model and the prediction of the run, {ours}, got {theirs}")
+            raise ValueError(f"init must have the model and prediction of the run, {ours}, got {theirs}")
         model.load_state_dict(start.model.state_dict())
     return model
 

@@ -593,5 +593,7 @@ def test_mnist_that_is_not_to_be_had_says_where_it_belongs(tmp_path, monkeypatch
         lambda: data.load("mnist", root=tmp_path),
         FileNotFoundError,
         f"MNIST is not in {tmp_path / 'MNIST' / 'raw'}",
-        "could not be downloaded", "in Python root", "'digits'",
+        "could not be downloaded",
+        "in Python root",
+        "'digits'",
     )

@@ -92,3 +92,12 @@ def test_versions_agree() -> None:
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None
     assert declared[1] == fastsde.__version__
+
+
+def test_modules_are_imported_when_they_are_asked_for() -> None:
+    code = (
+        "import sys, fastsde; assert 'fastsde.training' not in sys.modules; "
+        "fastsde.training.Trainer, fastsde.checkpoints.load, fastsde.data.load, fastsde.compat.tutorial, fastsde.models; "
+        "hasattr(fastsde, 'nothing') and sys.exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,6 +37,7 @@ def test_without_kernels_the_reason_is_said_and_auto_takes_another() -> None:
     assert "needs Triton and a CUDA GPU, got device cpu; use 'eager'" in reason
     assert choose("auto", CPU, torch.float32) == "eager"
     assert Sampler(MLP(), (2,)).backend == "eager"
+    assert repr(Sampler(MLP(), (2,), steps=7)) == "Sampler(MLP, (2,), 7 rows, backend='eager', device='cpu')"
 
 
 @pytest.fixture

@@ -418,8 +418,11 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
     first = checkpoints.load(tmp_path / "first").model
     for ours, theirs in zip(start.model.parameters(), first.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    start.train(progress=False)
+    assert start.train(progress=False).record["earlier_steps"] == TINY.steps
     (tmp_path / "first" / "checkpoint.safetensors").unlink()
-    Trainer(config, tmp_path / "second", resume=True)  # a resumed run has its own weights
+    resumed = Trainer(config, tmp_path / "second", resume=True)  # a resumed run has its own weights
+    assert resumed.earlier_steps == TINY.steps
+    third = replace(TINY, init=str(tmp_path / "second"))
+    assert Trainer(third, tmp_path / "third").earlier_steps == 2 * TINY.steps
     with pytest.raises(ValueError, match="init must have the model and prediction of the run"):
-        Trainer(replace(TINY, init="swiss-roll"), tmp_path / "third")
+        Trainer(replace(TINY, init="swiss-roll"), tmp_path / "fourth")
