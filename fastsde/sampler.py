@@ -238,8 +238,8 @@ def sample(
         keys: one key a sample, int64 ``[B, 2]``, or one seed a sample, ``[B]``; sample i is then the one that
             ``sample(model, (1, ...), seed=keys[i])`` draws.
         x_init: the initial state ``[B, *shape]`` instead of a draw from the prior.
-        noise: ``(row, x) -> z`` instead of the noise contract, called after the network, for rows that have noise (ddim and heun have none). The
-            prior still comes from the contract, unless ``x_init`` is given.
+        noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
+            and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
         model_kwargs: more arguments of the network: tensors with the batch first, or plain scalars.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
         trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; the samples are the last

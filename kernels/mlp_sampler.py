@@ -127,7 +127,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    power = tl.exp(-2.0 * tl.abs(x))  # never overflows
+    magnitude = (1.0 - power) / (1.0 + power)
+    return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -424,7 +426,7 @@ def mlp_sampler(
             packed.biases,
             out,
             states,
-            clip,
+            None if clip is None else float(clip),
             batch,
             dim,
             len(table),

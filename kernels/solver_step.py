@@ -76,10 +76,10 @@ def solver_step_kernel(
             data = tl.clamp(data, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
         if USES_DATA:
             x_next += _coefficient(table_ptr, row, 5) * data
-        if data_ptr is not None:
-            tl.store(data_ptr + offset, data, mask=mask)
     if history_ptr is not None:
         x_next += _coefficient(table_ptr, row, 3) * tl.load(history_ptr + offset, mask=mask)
+    if data_ptr is not None:  # after H is read, in whose place D may go
+        tl.store(data_ptr + offset, data, mask=mask)
     if z_ptr is not None:
         x_next += _coefficient(table_ptr, row, 4) * tl.load(z_ptr + offset, mask=mask)
     elif keys_ptr is not None:
@@ -145,8 +145,8 @@ def solver_step(
             time,
             out,
             data,
-            guidance,
-            clip,
+            None if guidance is None else float(guidance),  # an int would be a type, and a variant, of its own
+            None if clip is None else float(clip),
             batch,
             size,
             row,

@@ -28,7 +28,7 @@ class Tiling(NamedTuple):
 
 def tiling(batch: int, size: int) -> Tiling:
     """For ``batch`` samples of ``size`` elements."""
-    blocks = triton.cdiv(size, 4)
+    blocks = max(triton.cdiv(size, 4), 1)  # of samples without elements, the times are still drawn
     width = min(triton.next_power_of_2(blocks), _BLOCKS)
     height = _BLOCKS // width
     rows, columns = triton.cdiv(batch, height), triton.cdiv(blocks, width)

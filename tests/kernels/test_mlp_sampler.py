@@ -1,0 +1,139 @@
+"""`mlp_sampler` against the reference: whole trajectories, every activation, width, precision and option."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastsde
+from fastsde import VPSDE, StepTable, checkpoints, noise, ops, reference, solvers
+from fastsde.models import MLP, ConcatTime
+
+kernel = pytest.importorskip("fastsde.kernels.mlp_sampler")
+
+SDE = VPSDE()
+TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 6))
+# What a network of |f| <= 1 (see `_tame`) adds to a state of order 1 in five rows, each rounded 16 times.
+FP32 = 5 * 16 * 2**-24 * 16
+
+
+def _tame(model: MLP) -> MLP:
+    """The model with a last layer so small that trajectories stay of order 1, and errors are not amplified."""
+    with torch.no_grad():
+        model.net[-1].weight.mul_(0.05)
+    return model
+
+
+def _run(
+    model: MLP, n: int, device: torch.device, table: StepTable = TABLE, precision: str = "fp32", **options: Any
+) -> Tensor:
+    linears = [module for module in model.net if isinstance(module, nn.Linear)]
+    names = [type(module).__name__ for module in model.net if not isinstance(module, nn.Linear)]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    packed = kernel.Packed([(linear.weight.to(device), linear.bias.to(device)) for linear in linears], names, dtype)
+    out = torch.full((n, math.prod(model.shape)), math.nan, device=device)
+    keys = noise.sample_keys(3, n, device=device)
+    switches = {"has_noise": "d", "has_history": "c", "uses_data": "e"}
+    used = {name: bool((getattr(table, column) != 0).any()) for name, column in switches.items()}
+    on_device = ops.device_table(table, device)
+    kernel.mlp_sampler(packed, on_device, keys, clip=table.clip, precision=precision, out=out, **used, **options)
+    return out.cpu()
+
+
+def _expected(model: MLP, n: int, table: StepTable = TABLE, **options: Any) -> Tensor:
+    with torch.no_grad():
+        x = reference.sample(model, (n, *model.shape), table, noise.sample_keys(3, n), **options)
+    return x.reshape(n, math.prod(model.shape))
+
+
+@pytest.mark.parametrize("activation", ["LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "Softplus"])
+def test_every_activation(device: torch.device, activation: str) -> None:
+    model = _tame(MLP(3, (20, 33), activation))
+    torch.testing.assert_close(_run(model, 17, device), _expected(model, 17), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("hidden", [(), (1,), (16,), (64, 64, 64), (65,), (128, 100), (256, 256), (8,) * 7])
+@pytest.mark.parametrize("dim", [1, 2, 4, 5, 16, 17, 64])
+def test_every_width_depth_and_dimension(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
+    model = _tame(MLP(dim, hidden, "SiLU"))
+    torch.testing.assert_close(_run(model, 5, device), _expected(model, 5), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 65, 130])
+def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int) -> None:
+    model = _tame(MLP(2, (16,)))
+    linears = [(linear.weight.to(device), linear.bias.to(device)) for linear in (model.net[0], model.net[2])]
+    packed = kernel.Packed(linears, ["LogSigmoid"], torch.float32)
+    guarded = torch.full((n + 2, 2), math.nan, device=device)
+    keys = noise.sample_keys(3, n, device=device)
+    kernel.mlp_sampler(packed, ops.device_table(TABLE, device), keys, out=guarded[1 : n + 1])
+    assert guarded[0].isnan().all()
+    assert guarded[-1].isnan().all()
+    torch.testing.assert_close(guarded[1 : n + 1].cpu(), _expected(model, n), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_every_solver(device: torch.device, solver: str, prediction: str, clip: float | None) -> None:
+    if clip is not None and solver not in ("ddpm", "ddim", "dpm_solver_pp_2m"):
+        return
+    table = solvers.build(solver, SDE, 5, prediction=prediction, clip=clip)
+    model = _tame(MLP(2, (16, 16)))
+    scale = 1 + table.a.abs().max().item() * 10  # a row of a bad fit may blow a state up
+    expected = _expected(model, 9, table)
+    torch.testing.assert_close(_run(model, 9, device, table), expected, rtol=0, atol=FP32 * scale)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 7])
+def test_states_and_an_initial_state(device: torch.device, every: int) -> None:
+    model = _tame(MLP(2, (16,)))
+    x_init = torch.randn(20, 2)
+    states = torch.full((5 // every + 1, 20, 2), math.nan, device=device)
+    out = _run(model, 20, device, x_init=x_init.to(device), every=every, states=states)
+    expected = [x_init]
+    final = _expected(
+        model,
+        20,
+        x_init=x_init,
+        after_row=lambda row, time, x: expected.append(x) if (row + 1) % every == 0 else None,
+    )
+    torch.testing.assert_close(out, final, rtol=0, atol=FP32)
+    torch.testing.assert_close(states.cpu(), torch.stack(expected), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("hidden", [(64, 64, 64), (128,)])
+def test_lower_precisions_are_as_close_as_their_products(
+    device: torch.device, precision: str, hidden: tuple[int, ...]
+) -> None:
+    model = _tame(MLP(2, hidden))
+    error = (_run(model, 40, device, precision=precision) - _expected(model, 40)).abs().max()
+    # A product's operands are rounded to 8 or 11 bits (the interpreter truncates to bf16); |f| is of order 1, and
+    # the five rows weigh it by beta h, at most 4 each.
+    assert error <= 5 * 4 * 4 * {"bf16": 2**-7, "tf32": 2**-10}[precision] * 0.5
+
+
+def test_a_linear_without_bias_and_activations_between(device: torch.device) -> None:
+    net = nn.Sequential(nn.Linear(4, 32, bias=False), nn.Tanh(), nn.Linear(32, 3, bias=False))
+    with torch.no_grad():
+        net[2].weight.mul_(0.05)
+    packed = kernel.Packed([(net[i].weight.to(device), None) for i in (0, 2)], ["Tanh"], torch.float32)
+    out = torch.full((6, 3), math.nan, device=device)
+    keys = noise.sample_keys(3, 6)
+    kernel.mlp_sampler(packed, ops.device_table(TABLE, device), keys.to(device), out=out)
+    with torch.no_grad():
+        expected = reference.sample(ConcatTime(net), (6, 3), TABLE, keys)
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=FP32)
+
+
+def test_the_shipped_swiss_roll_over_999_rows(device: torch.device) -> None:
+    checkpoint = checkpoints.load("swiss-roll")
+    options = {"prediction": checkpoint.prediction, "seed": 5}
+    expected = fastsde.sample(checkpoint.model, (16, 2), backend="reference", **options)
+    ours = fastsde.sample(checkpoint.model.to(device), (16, 2), backend="persistent", **options)
+    torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-4)

@@ -1,0 +1,134 @@
+"""How many variants of a kernel a run compiles: numbers that vary make none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BATCHES = (1, 2, 7, 16, 63, 64, 1000, 70_000)
+INTS = "guidance and clip, as floats and as ints"
+STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
+
+
+def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
+    """Name, kernel and launches that must share one variant of it."""
+    from fastsde import ops, solvers
+    from fastsde.kernels import dsm_loss, perturb, solver_step
+    from fastsde.sde import VPSDE
+
+    def loss(n: int, shape: tuple[int, ...], step: int, prediction: str, backward: bool) -> None:
+        f, keys, t = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n)
+        grad, out = (torch.empty(()), torch.empty_like(f)) if backward else (None, torch.empty(()))
+        dsm_loss.dsm_loss(f, f, t, keys, step, 0.1, 20.0 / n, prediction=prediction, grad=grad, out=out)
+
+    def step_of(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
+        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, 8)
+        slots = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
+        numbers = {"guidance": n / 2, "clip": n / 7, "f_uncond": x}
+        solver_step.solver_step(x, x, table, row, keys=keys, counter=slots, uses_data=True, out=x, **numbers)
+
+    def noising(n: int, shape: tuple[int, ...], step: int, shift: float) -> None:
+        x_0, keys = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64)
+        out, t_out, numbers = torch.empty_like(x_0), torch.empty(n), {"scale": shift + 1.0, "shift": shift}
+        perturb.perturb(x_0, keys, step, 0.1, 20.0, **numbers, t_min=1 / (n + 1), out=out, t_out=t_out)
+
+    def guided(guidance: float, clip: float) -> None:
+        table = solvers.build("ddim", VPSDE(), 4, clip=clip)
+        ops.fused_step(torch.empty(3, 5), torch.empty(3, 5), table, 0, f_uncond=torch.empty(3, 5), guidance=guidance)
+
+    for shape in ((5,), (3, 28, 28)):
+        sizes = list(zip(BATCHES, STEPS + STEPS, strict=False))
+        for counted in (False, True):
+            launches = [partial(step_of, n, shape, step, counted) for n, step in sizes]
+            yield f"solver_step {shape} counted={counted}", solver_step.solver_step_kernel, launches
+        launches = [partial(noising, n, shape, step, float(i)) for i, (n, step) in enumerate(sizes)]
+        yield f"perturb {shape}", perturb.perturb_kernel, launches
+        for backward in (False, True):
+            launches = [partial(loss, n, shape, step, "v", backward) for n, step in sizes]
+            yield f"dsm_loss {shape} backward={backward}", dsm_loss.dsm_loss_kernel, launches
+    launches = [partial(loss, n, (5,), 0, "x0", False) for n in BATCHES]
+    yield "mean", dsm_loss.mean_kernel, launches
+    launches = [partial(guided, guidance, clip) for guidance in (2.5, 1, 2, 16) for clip in (1.5, 1, 2)]
+    yield INTS, solver_step.solver_step_kernel, launches
+
+
+class _Driver:
+    """As much of a driver as compiling takes, without a GPU."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def _compile_only() -> None:
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    driver.set_active(_Driver())
+    JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+
+
+def _count() -> dict[str, int]:
+    _compile_only()
+    counts = {}
+    for name, kernel, launches in _runs():
+        kernel.device_caches.clear()
+        for launch in launches:
+            launch()
+        variants, *_ = kernel.device_caches[0]
+        counts[name] = len(variants)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
+    """The variants of each of `_runs`, compiled in a process where Triton's interpreter is off and no GPU is used."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(Path(__file__))]
+    run = subprocess.run(command, env=compiler_environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, int] = json.loads(run.stdout)
+    return found
+
+
+def test_a_run_compiles_each_kernel_once(counts: dict[str, int]) -> None:
+    runs = {name: variants for name, variants in counts.items() if name != INTS}
+    assert len(runs) == 11
+    assert runs == dict.fromkeys(runs, 1)
+
+
+def test_ints_in_the_place_of_floats_make_no_variant(counts: dict[str, int]) -> None:
+    assert counts[INTS] == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 63, 784, 2047, 2048, 2049, 2**28])
+@pytest.mark.parametrize("batch", [1, 3, 511, 513, 10**6])
+def test_tiles_cover_a_batch_and_depend_on_the_sample_alone(batch: int, size: int) -> None:
+    tile = pytest.importorskip("fastsde.kernels.tile")
+    constants, grid = tile.tiling(batch, size)
+    assert constants == tile.tiling(1, size).constants
+    rows, columns = grid if constants["ROWS_FIRST"] else grid[::-1]
+    assert (rows - 1) * constants["S"] < batch <= rows * constants["S"]
+    assert (columns - 1) * constants["P"] * 4 < size <= columns * constants["P"] * 4
+    assert grid[0] < 2**31
+    assert grid[1] < 2**16 or batch * size > 2**42  # which no memory holds
+
+
+if __name__ == "__main__":
+    print(json.dumps(_count()))
