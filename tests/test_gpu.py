@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastsde
-from fastsde import NonFiniteError, checkpoints, noise, reference
-from fastsde.models import MLP
+from fastsde import NonFiniteError, checkpoints, noise, ops, reference, solvers
+from fastsde.models import MLP, UNet
 from fastsde.training import Trainer, default_config
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def test_noise_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(noise.normal(cuda, 5, shape).cpu(), noise.normal(keys, 5, shape), rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "persistent"])
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddim", "dpm_solver_pp_2m", "heun"])
 def test_samples_are_those_of_the_cpu(backend: str, solver: str) -> None:
     checkpoint = checkpoints.load("swiss-roll")
@@ -57,6 +57,51 @@ def test_the_eager_engine_does_not_synchronise_between_rows() -> None:
         assert sampler(64, callback=callback).isfinite().all()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["eager", "persistent"])
+def test_streams_do_not_disturb_each_other(backend: str) -> None:
+    model = MLP().cuda()
+    sampler = fastsde.Sampler(model, (2,), steps=50, backend=backend)
+    expected = [sampler(500, seed=seed) for seed in range(4)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for seed, stream in enumerate(streams):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append(sampler(500, seed=seed))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["eager", "persistent"])
+def test_the_device_of_the_model_is_used_whatever_the_current_one_is(backend: str) -> None:
+    model = MLP().to("cuda:1")
+    with torch.cuda.device(0):
+        x = fastsde.sample(model, (64, 2), steps=20, backend=backend)
+        assert torch.cuda.current_device() == 0
+    assert x.device == torch.device("cuda:1")
+    torch.testing.assert_close(x.cpu(), fastsde.sample(model.cpu(), (64, 2), steps=20), rtol=1e-5, atol=1e-2)
+
+
+def test_auto_is_persistent_for_an_mlp_and_eager_for_the_rest() -> None:
+    assert fastsde.Sampler(MLP().cuda(), (2,)).backend == "persistent"
+    assert fastsde.Sampler(UNet().cuda(), (1, 28, 28)).backend == "eager"
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    n, size = 2049, 2**20  # the offsets of the last sample need 64 bits
+    if torch.cuda.mem_get_info()[0] < 5 * n * size * 4:
+        pytest.skip("needs 43 GB of free memory on the GPU")
+    table = solvers.euler_maruyama(fastsde.VPSDE(), [1.0, 0.5])
+    x, f = torch.ones(n, size, device="cuda"), torch.zeros(n, size, device="cuda")
+    keys = noise.sample_keys(0, n, device="cuda")
+    out, _ = ops.fused_step(x, f, table, 0, keys=keys, store_data=False)
+    expected, _ = reference.solver_step(x[-2:], f[-2:], table, 0, keys=keys[-2:])
+    torch.testing.assert_close(out[-2:], expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
