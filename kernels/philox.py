@@ -73,8 +73,8 @@ def _pair_fast(radius_word, angle_word):
     square = tl.where(m < 2.0**-7, m * (2.0 + m), special(u, "lg2.approx.ftz.f32 $0, $1;") * (-2.0 * LN_2))
     r = special(square, "sqrt.approx.ftz.f32 $0, $1;")
     # The angle less pi lies in [-pi, pi], where the hardware is most accurate; both signs turn.
-    v = angle_word.to(tl.float32) * 2.0**-32 + (2.0**-33 - 0.5)
-    angle = v * TWO_PI
+    v = angle_word.to(tl.float32) * 2.0**-32 + 2.0**-33
+    angle = (v - 0.5) * TWO_PI
     return -r * special(angle, "cos.approx.ftz.f32 $0, $1;"), -r * special(angle, "sin.approx.ftz.f32 $0, $1;")
 
 

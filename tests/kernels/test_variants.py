@@ -21,7 +21,7 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     """Name, kernel and launches that must share one variant of it."""
     from fastsde import ops, solvers
-    from fastsde.kernels import dsm_loss, perturb, solver_step
+    from fastsde.kernels import dsm_loss, mlp_sampler, perturb, solver_step
     from fastsde.sde import VPSDE
 
     def loss(n: int, shape: tuple[int, ...], step: int, prediction: str, backward: bool) -> None:
@@ -58,6 +58,16 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     yield "mean", dsm_loss.mean_kernel, launches
     launches = [partial(guided, guidance, clip) for guidance in (2.5, 1, 2, 16) for clip in (1.5, 1, 2)]
     yield INTS, solver_step.solver_step_kernel, launches
+    layers = [(torch.zeros(16, 3), torch.zeros(16)), (torch.zeros(2, 16), torch.zeros(2))]
+    packed = mlp_sampler.Packed(layers, ["SiLU"], torch.float32)
+
+    def trajectories(n: int, rows: int) -> None:
+        keys, table, out = torch.empty(n, 2, dtype=torch.int64), torch.empty(rows, 8), torch.empty(n, 2)
+        mlp_sampler.mlp_sampler(packed, table, keys, clip=n / 7, uses_data=True, every=rows, out=out)
+
+    # A low tile for few samples (here, where no GPU says how many processors it has, 16), and a high one for many.
+    for name, batches in (("few", range(1, 17)), ("many", BATCHES[4:])):
+        yield f"mlp_sampler, {name}", mlp_sampler.mlp_sampler_kernel, [partial(trajectories, n, n) for n in batches]
 
 
 class _Driver:
@@ -109,7 +119,7 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 
 def test_a_run_compiles_each_kernel_once(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
-    assert len(runs) == 11
+    assert len(runs) == 13
     assert runs == dict.fromkeys(runs, 1)
 
 
