@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ class Report:
     name: str
     capability: int
     instructions: int
-    instructions_per_element: float
+    instructions_per_element: float  # thread-instructions, those of a loop once: of `mlp_sampler`, a sample and row
     registers: int
     shared_bytes: int
-    spills: int
+    stack_bytes: int  # what spills take
     local_accesses: int
     global_accesses: dict[str, int]
     matrix: dict[str, int]
@@ -59,7 +60,7 @@ def _cases(capability: int) -> Iterator[Case]:
     from fastsde.kernels import dsm_loss, perturb, solver_step, tile
 
     constants, _ = tile.tiling(64, 3072)
-    shared = {"batch": "i64", "size": "i64", **constants, "FAST": True}
+    shared = {"batch": "i64", "size": "i64", "count": "i64", **constants, "FAST": True}
     elements = constants["S"] * constants["P"] * 4
     step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "data_ptr"))
     step |= {"x_ptr": "*fp32", "f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "out_ptr": "*fp32"}
@@ -95,19 +96,16 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:
-    """The swiss roll's MLP, 3-64-64-64-2 with LogSigmoid, for few samples and for many. An element is a sample."""
+    """The swiss roll's MLP, 3-64-64-64-2 with LogSigmoid, for few samples and for many, and a wide one in bf16."""
     from fastsde.kernels import mlp_sampler
 
-    sizes = ((3, 64), (64, 64), (64, 64), (64, 2))
-    layers = [(torch.zeros(wide, narrow), torch.zeros(wide)) for narrow, wide in sizes]
     arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32", "clip": None}
-    arguments |= {
-        "out_ptr": "*fp32",
-        "states_ptr": None,
-        **dict.fromkeys(("batch", "dim", "rows", "every", "stride"), "i64"),
-    }
+    arguments |= {"out_ptr": "*fp32", "states_ptr": None}
+    arguments |= dict.fromkeys(("batch", "dim", "rows", "every", "stride"), "i64")
     arguments |= {"HAS_NOISE": True, "HAS_HISTORY": False, "USES_DATA": False, "FAST": True}
-    for precision in mlp_sampler.PRECISIONS:
+    roll, wide = (3, 64, 64, 64, 2), (3, 256, 256, 256, 2)
+    for sizes, precision in (*((roll, name) for name in mlp_sampler.PRECISIONS), (wide, "bf16")):
+        layers = [(torch.zeros(outputs, inputs), torch.zeros(outputs)) for inputs, outputs in pairwise(sizes)]
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         packed = mlp_sampler.Packed(layers, ["LogSigmoid"] * 3, dtype)
         for batch in (1000, 1_000_000):
@@ -115,7 +113,7 @@ def _mlp_cases(capability: int) -> Iterator[Case]:
             warps, height = config.pop("num_warps"), config["M"]
             known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32"}
             known |= {**mlp_sampler.constants(packed, precision), **config}
-            name = f"mlp_sampler, {precision}, {height} samples"
+            name = f"mlp_sampler, {precision}, {height} samples, width {sizes[1]}"
             yield _case(name, mlp_sampler.mlp_sampler_kernel, arguments | known, height, warps)
 
 
@@ -146,7 +144,7 @@ def compile_case(case: Case, capability: int) -> Report:
         instructions_per_element=round(counted * case.num_warps * 32 / case.elements, 1),
         registers=registers,
         shared_bytes=int(compiled.metadata.shared),
-        spills=stack,
+        stack_bytes=stack,
         local_accesses=sum(chosen("LDL", "STL").values()),
         global_accesses=chosen("LDG", "STG"),
         matrix={op: n for op, n in sorted(found.items()) if "MMA" in op and "HFMA" not in op},
@@ -203,7 +201,7 @@ def main(out: Path | None) -> None:
         accesses = ", ".join(f"{n} {op}" for op, n in {**r["global_accesses"], **r["matrix"]}.items())
         print(
             f"{r['name']:40} {r['capability']:>4} {r['instructions']:>6} {r['instructions_per_element']:>6} "
-            f"{r['registers']:>5} {r['shared_bytes']:>7} {r['spills']:>5} {r['local_accesses']:>5}  {accesses}"
+            f"{r['registers']:>5} {r['shared_bytes']:>7} {r['stack_bytes']:>5} {r['local_accesses']:>5}  {accesses}"
         )
     if out is not None:
         with atomic_path(out) as temporary:

@@ -95,7 +95,7 @@ class Sampler:
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
-        self._network = Network(model, dtype, self.state_dtype, compile)
+        self._network = Network(model, dtype, compile)
         self._backend, self._compile = backend, compile
         self.backend = self._choose()
 
@@ -113,6 +113,7 @@ class Sampler:
             self.state_dtype,
             compile=self._compile,
             network=self._network,
+            sample_shape=self.sample_shape,
             option=next((name for name, value in options.items() if value is not None), None),
         )
 

@@ -42,7 +42,7 @@ def _residual(f, x_0, z, t, beta_min, beta_max, PREDICTION: tl.constexpr, WEIGHT
     return error * factor, factor
 
 
-@triton.jit(do_not_specialize=["batch", "size", "step"])
+@triton.jit(do_not_specialize=["batch", "size", "count", "step"])
 def dsm_loss_kernel(
     f_ptr,
     x_0_ptr,
@@ -59,6 +59,7 @@ def dsm_loss_kernel(
     beta_max,
     batch: tl.int64,
     size: tl.int64,
+    count: tl.int64,
     step: tl.int64,
     S: tl.constexpr,
     P: tl.constexpr,
@@ -82,7 +83,7 @@ def dsm_loss_kernel(
     t = tl.load(t_ptr + sample, mask=sample_mask, other=1.0).to(tl.float32)
     x_0 = f
     if PREDICTION == "x0" or PREDICTION == "v":
-        x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, scale, shift)
+        x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, count, scale, shift)
     z = f
     if PREDICTION != "x0":
         z = training_noise(z_ptr, keys_ptr, step, sample, start, offset, sample_mask, mask, P, FAST)
@@ -154,6 +155,7 @@ def dsm_loss(
             beta_max,
             batch,
             size,
+            len(x_0),
             step,
             PREDICTION=prediction,
             WEIGHTING=weighting,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -55,7 +54,10 @@ class Packed:
         self.dim = layers[-1][0].shape[0]
         self.layers: tuple[tuple[int, int, int, int], ...] = ()  # first block, offset of the bias, blocks out, width
         self.blocks: tuple[tuple[int, int, int], ...] = ()  # offset, rows, columns
-        pieces: list[tuple[Tensor, float, tuple[int, int]]] = []  # what a block holds, its factor, its shape
+        self._sources: list[Tensor] = []
+        self._places: list[tuple[int, tuple[int, int]]] = []  # of each source: its offset, and the shape of its block
+        self._size = 0
+        factors: list[tuple[float, int]] = []
         vectors: list[tuple[Tensor | None, float, int]] = []
         binary = [False, *(name in _BINARY_LOGARITHM for name in activations), False]
         for number, (weight, bias) in enumerate(layers):
@@ -66,42 +68,37 @@ class Packed:
             if number == 0:
                 vectors.append((matrix[-1], after, count * width))
                 matrix = matrix[:-1]
-            self.layers += ((len(pieces), sum(size for _, _, size in vectors), count, width),)
+            self.layers += ((len(self.blocks), sum(size for _, _, size in vectors), count, width),)
             vectors.append((None if bias is None else bias.detach(), after, count * width))
             height = _blocks(len(matrix))[1]
             for columns in matrix.split(width, dim=1):
-                pieces += [(block, before * after, (height, width)) for block in columns.split(height)]
-        self._fill(pieces, vectors, layers[0][0].device)
-
-    def _fill(self, pieces: Any, vectors: Any, device: torch.device) -> None:
-        """Makes the buffers, and the views of them that `refresh` copies the parameters to."""
-        sizes = [rows * columns for _, _, (rows, columns) in pieces] + [size for _, _, size in vectors]
-        self._buffer = torch.zeros(sum(sizes), device=device)
-        self._factor = torch.ones(sum(sizes), device=device)
-        self._sources, self._targets = [], []
-        offset = 0
-        for block, factor, (rows, columns) in pieces:
-            part = slice(offset, offset + rows * columns)
-            self._factor[part] = factor
-            self._sources.append(block)
-            self._targets.append(self._buffer[part].view(rows, columns)[: block.shape[0], : block.shape[1]])
-            self.blocks += ((offset, rows, columns),)
-            offset += rows * columns
-        self._weights_end = offset
+                for block in columns.split(height):
+                    self.blocks += ((self._size, height, width),)
+                    self._place(block, (height, width))
+                    factors.append((before * after, height * width))
+        self._weights_end = self._size
         for vector, factor, size in vectors:
-            self._factor[offset : offset + size] = factor
-            if vector is not None:
-                self._sources.append(vector)
-                self._targets.append(self._buffer[offset : offset + len(vector)])
-            offset += size
-        self.refresh()
+            self._place(None if vector is None else vector[None], (1, size))
+            factors.append((factor, size))
+        self._factor = torch.cat([torch.full((size,), factor) for factor, size in factors]).to(layers[0][0].device)
+        self.nbytes = self._weights_end * dtype.itemsize
 
-    def refresh(self) -> None:
-        """Reads the parameters again, which may have changed: two launches."""
-        torch._foreach_copy_(self._targets, self._sources)
-        scaled = self._buffer * self._factor
-        self.weights = scaled[: self._weights_end].to(self.dtype)
-        self.biases = scaled[self._weights_end :].clone()
+    def _place(self, source: Tensor | None, shape: tuple[int, int]) -> None:
+        if source is not None:
+            self._sources.append(source)
+            self._places.append((self._size, shape))
+        self._size += math.prod(shape)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Weights and biases as the parameters are now, in few launches, and in memory that nobody else has."""
+        buffer = torch.zeros_like(self._factor)
+        targets = [
+            buffer[offset : offset + rows * columns].view(rows, columns)[: source.shape[0], : source.shape[1]]
+            for source, (offset, (rows, columns)) in zip(self._sources, self._places, strict=True)
+        ]
+        torch._foreach_copy_(targets, self._sources)
+        buffer *= self._factor
+        return buffer[: self._weights_end].to(self.dtype), buffer[self._weights_end :].clone()
 
 
 def _blocks(size: int) -> tuple[int, int]:
@@ -166,7 +163,8 @@ def _product(h, w, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
     elif PRECISION == "tf32":
         return tl.dot(h, w, total, input_precision="tf32")
     else:
-        # Three products of the leading 11 and the following 11 bits of both; that of the two remainders is below fp32.
+        # Three products of the leading 11 bits of both and of what remains; the product of the two remainders, some
+        # 2^-22 of the whole, is left out.
         h_high = _leading(h)
         w_high = _leading(w)
         total = tl.dot(h - h_high, w_high, total, input_precision="tf32")
@@ -176,7 +174,8 @@ def _product(h, w, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _leading(x):
-    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    # Rounded, not cut off: a remainder is half as large, and of either sign.
+    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -363,7 +362,7 @@ def constants(packed: Packed, precision: str) -> dict[str, object]:
         "LAYERS": packed.layers,
         "BLOCKS": packed.blocks,
         "ACTIVATIONS": packed.activations,
-        "RESIDENT": copies * packed.weights.nbytes <= _RESIDENT_BYTES,
+        "RESIDENT": copies * packed.nbytes <= _RESIDENT_BYTES,
         "PRECISION": precision,
     }
 
@@ -414,16 +413,19 @@ def mlp_sampler(
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
     """
     batch, dim = out.shape
+    if dim != packed.dim:
+        raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
     if not batch:
         return
+    weights, biases = packed.read()
     config = _device_config(batch, packed, out.device)
     with on_device(out):
         mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
             x_init,
             keys,
             table,
-            packed.weights,
-            packed.biases,
+            weights,
+            biases,
             out,
             states,
             None if clip is None else float(clip),

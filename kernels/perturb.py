@@ -23,7 +23,7 @@ def load_step(step, step_ptr):
     return step
 
 
-@triton.jit(do_not_specialize=["batch", "size", "step"])
+@triton.jit(do_not_specialize=["batch", "size", "count", "step"])
 def perturb_kernel(
     x_0_ptr,
     index_ptr,
@@ -40,6 +40,7 @@ def perturb_kernel(
     beta_max,
     batch: tl.int64,
     size: tl.int64,
+    count: tl.int64,
     step: tl.int64,
     S: tl.constexpr,
     P: tl.constexpr,
@@ -65,7 +66,7 @@ def perturb_kernel(
     if start == 0:
         tl.store(t_out_ptr + sample, t, mask=sample_mask)
     alpha, sigma = alpha_sigma(t, beta_min, beta_max)
-    x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, scale, shift)
+    x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, count, scale, shift)
     z = training_noise(z_ptr, keys_ptr, step, sample, start, offset, sample_mask, mask, P, FAST)
     x_t = alpha[:, None] * x_0 + sigma[:, None] * z
     tl.store(x_t_ptr + offset, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
@@ -117,6 +118,7 @@ def perturb(
             beta_max,
             batch,
             size,
+            len(x_0),
             step,
             FAST=fast_math(out),
             num_warps=WARPS,

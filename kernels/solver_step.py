@@ -54,9 +54,10 @@ def solver_step_kernel(
 ):
     slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if counter_ptr is not None:
-        row += tl.load(counter_ptr + slot)
+        count = tl.load(counter_ptr + slot)
         tl.debug_barrier()  # all threads have read the count before one of them moves it
-        tl.store(counter_ptr + slot, row + 1)
+        tl.store(counter_ptr + slot, count + 1)
+        row += count
     sample = tile_samples(S, ROWS_FIRST)
     start = tile_start(P, ROWS_FIRST)
     element = tile_elements(start, P)

@@ -18,8 +18,9 @@ def test_the_kernels_benchmark_measures_every_provider(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([*command, "--out", str(out)], check=True, env=environment, capture_output=True)
     result = json.loads(out.read_text())
+    assert result["copy_bandwidth_bytes_per_s"] > 0
     (step,), (roll,) = result["solver_step"], result["swiss_roll"]
-    assert {"copy", "eager PyTorch", "eager PyTorch again", "torch.compile", "fastsde"} == set(step["providers"])
+    assert {"eager PyTorch", "eager PyTorch again", "torch.compile", "fastsde"} == set(step["providers"])
     assert {f"fastsde persistent, {name}" for name in ("fp32", "tf32", "bf16")} == set(roll["providers"])
     for timed in (*step["providers"].values(), *roll["providers"].values()):
         assert 0 < timed["p20_s"] <= timed["median_s"] <= timed["p80_s"]

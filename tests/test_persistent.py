@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +85,7 @@ def test_auto_takes_it_for_an_mlp(model: nn.Module) -> None:
         (_sequential(), {}, "runs MLPs alone"),
         (MLP(65), {}, "up to 64 data and 256 hidden units"),
         (MLP(2, (257,)), {}, "up to 64 data and 256 hidden units"),
+        (_sequential(nn.Linear(4, 3)), {}, r"samples of 3 elements, not of shape \[2\]"),
         (MLP(), {"dtype": torch.float16}, "in fp32 or bf16, not in torch.float16"),
         (MLP(), {"dtype": torch.float64}, "keeps the state in fp32"),
         (MLP(), {"compile": True}, "without compile; use 'eager'"),
@@ -94,6 +97,39 @@ def test_what_it_cannot_run_is_refused_and_runs_elsewhere(model, options, reason
     with pytest.raises(ValueError, match=f"backend 'persistent'.*{reason}"):
         Sampler(model, shape, backend="persistent", **options)
     assert Sampler(model, shape, **options).backend in ("eager", "reference")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2), (2, 20), (2, 1)])
+@pytest.mark.parametrize("model", [MLP(2, (8,)), _sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))])
+def test_samples_of_another_shape_are_no_case_for_it(model: nn.Module, shape: tuple[int, ...]) -> None:
+    if isinstance(model, MLP) and shape == (2, 1):
+        return  # it flattens samples
+    with pytest.raises(ValueError, match="the network takes samples of 2 elements, not of shape"):
+        Sampler(model, shape, backend="persistent")
+    assert Sampler(model, shape).backend == "eager"  # whose error then is the network's own
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_auto_leaves_it_out_where_it_does_not_pay() -> None:
+    wide = MLP(2, (65,))
+    assert Sampler(wide, (2,)).backend == "eager"
+    assert Sampler(wide, (2,), dtype=torch.bfloat16).backend == "persistent"
+    assert Sampler(wide, (2,), backend="persistent").backend == "persistent"
+
+
+SWITCHES = [("tf32", None, "tf32"), ("ieee", None, "fp32"), (None, True, "tf32")]
+
+
+@pytest.mark.parametrize(("newer", "older", "expected"), SWITCHES)
+    ("newer", "older", "expected"), [("tf32", None, "tf32"), ("ieee", None, "fp32"), (None, True, "tf32")]
+)
+def test_the_precision_follows_either_switch_of_pytorch(newer: str | None, older: bool | None, expected: str) -> None:
+    code = "import torch; from fastsde.engines import persistent; from fastsde.engines.network import Network; "
+    code += f"torch.backends.cuda.matmul.fp32_precision = {newer!r}; " if newer else ""
+    code += f"torch.backends.cuda.matmul.allow_tf32 = {older}; " if older is not None else ""
+    code += f"assert persistent._precision(Network(torch.nn.Linear(2, 2)), torch.device('cuda')) == {expected!r}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -113,7 +149,7 @@ def test_options_of_a_call_that_it_has_not(option: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("change", ["in place", "through data", "replaced", "loaded"])
+@pytest.mark.parametrize("change", ["in place", "through data", "replaced", "loaded", "activation", "transposed"])
 def test_weights_that_change_are_seen(change: str) -> None:
     model, other = MLP(2, (16,)), MLP(2, (16,))
     sampler = Sampler(model, (2,), steps=3, backend="persistent")
@@ -125,6 +161,10 @@ def test_weights_that_change_are_seen(change: str) -> None:
             model.net[2].bias.data.add_(1.0)
         elif change == "replaced":
             model.net[2].weight = nn.Parameter(torch.ones(2, 16))
+        elif change == "activation":
+            model.net[1] = nn.Tanh()
+        elif change == "transposed":
+            model.net[2].weight.data = model.net[2].weight.data.flip(0).T.contiguous().T
         else:
             model.load_state_dict(other.state_dict())
     after = sampler(3)

@@ -118,7 +118,7 @@ def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
     check_tensor("x", x, floating=True)
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"x must have shape [B, d] with B and d at least 1, got {list(x.shape)}")
-    model = Network(adapt(score_network), None, x.dtype)
+    model = Network(adapt(score_network))
     t = (torch.rand((len(x), 1), dtype=x.dtype, device=x.device) * (1 - T_MIN) + T_MIN)[:, 0]
     z = torch.randn_like(x)
     x_t, _ = perturb(x, None, 0, VPSDE(), t=t, z=z)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,14 @@ def unavailable_reason(
     *,
     compile: bool = False,
     network: Network | None = None,
+    sample_shape: Sequence[int] = (),
     option: str | None = None,
 ) -> str | None:
     """Why a backend cannot run, and what to do; None where it can.
 
     Args:
         dtype: of the state.
-        network: what is to be run, where it is known.
+        network, sample_shape: what is to be run on samples of which shape, where that is known.
         option: the name of a call's option that not every backend has, if there is one.
     """
     if backend not in _ENGINES:
@@ -56,7 +58,7 @@ def unavailable_reason(
             return (
                 f"backend 'persistent' is one launch for a whole trajectory, without {name}; use 'eager' or 'reference'"
             )
-        reason = None if network is None else persistent.unavailable_reason(network)
+        reason = None if network is None else persistent.unavailable_reason(network, sample_shape)
         return None if reason is None else f"backend 'persistent': {reason}; use 'eager' or 'reference'"
     return None
 
@@ -68,6 +70,7 @@ def choose(
     *,
     compile: bool = False,
     network: Network | None = None,
+    sample_shape: Sequence[int] = (),
     option: str | None = None,
 ) -> str:
     """The name of the backend that runs: the one asked for, or for "auto" the fastest that can.
@@ -77,12 +80,18 @@ def choose(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    options: dict[str, Any] = {"compile": compile, "network": network, "sample_shape": sample_shape, "option": option}
     reason = None
     for candidate in _FASTEST_FIRST if backend == "auto" else (backend,):
-        reason = unavailable_reason(candidate, device, dtype, compile=compile, network=network, option=option)
-        if reason is None:
+        reason = unavailable_reason(candidate, device, dtype, **options)
+        if reason is None and (candidate == backend or _pays(candidate, network)):
             return candidate
     raise ValueError(reason)
+
+
+def _pays(backend: str, network: Network | None) -> bool:
+    """Whether "auto" takes a backend that can run."""
+    return backend != "persistent" or network is None or persistent.pays(network)
 
 
 def get(backend: str) -> Callable[..., Tensor]:

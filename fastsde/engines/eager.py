@@ -1,7 +1,8 @@
 """The eager engine: the reference's trajectory with as few and as cheap PyTorch calls a row as it takes.
 
-On a GPU a row is the network and one fused kernel. Elsewhere zero terms are skipped, D is computed only where a row
-uses it, and the noise of several rows is drawn in one go. The samples are the reference's up to rounding.
+On a GPU a row is the network, one fused kernel, the times, and reductions that see what is not finite. Elsewhere zero
+terms are skipped, D is computed only where a row uses it, and the noise of several rows is drawn in one go. The samples
+are the reference's up to rounding.
 """
 
 from __future__ import annotations
@@ -50,24 +51,40 @@ def sample(
     history = None
     for row, k in enumerate(rows):
         t = torch.full((len(x),), k["time"], dtype=dtype, device=x.device)
-        f, z = model(x, t, **model_kwargs), None
+        f, f_uncond, z = model(x, t, **model_kwargs), None, None
+        finite("the network returned", f, row)
         if guidance is not None:
             f = f.clone()  # a network may return the same memory at every call
             f_uncond = model(x, t, **uncond_kwargs)
-            f = f_uncond + guidance * (f - f_uncond)
-        finite("the network returned", f, row)
+            finite("the network returned", f_uncond, row)
         if k["d"] != 0 and noise_function is not None:
             z = noise_function(row, x)
         if fused:
-            x, history = ops.fused_step(x, f, table, row, history=history, z=z, keys=keys, store_data=stores_data[row])
+            given: dict[str, Any] = {
+                "history": history,
+                "z": z,
+                "keys": keys,
+                "f_uncond": f_uncond,
+                "guidance": guidance,
+            }
+            x, history = ops.fused_step(x, f, table, row, store_data=stores_data[row], **given)
         else:
             z = next(drawn) if k["d"] != 0 and z is None else z
-            x, history = _step(x, f, k, table.clip, history, z, stores_data[row])
+            x, history = _step(x, _guided(f, f_uncond, guidance, dtype), k, table.clip, history, z, stores_data[row])
         finite("the state became", x, row)
         if after_row is not None:
             after_row(row, k["time"], x)
     finite.finish()
     return x
+
+
+def _guided(f: Tensor, f_uncond: Tensor | None, guidance: float | None, dtype: torch.dtype) -> Tensor:
+    """The network's output in the dtype of the state, with classifier-free guidance where there is any."""
+    f = f.to(dtype)
+    if f_uncond is None or guidance is None:
+        return f
+    f_uncond = f_uncond.to(dtype)
+    return f_uncond + guidance * (f - f_uncond)
 
 
 def _step(
@@ -118,7 +135,8 @@ class FiniteCheck:
         if self._magnitudes is None:
             check_finite(what, value, row, self._rows[row]["time"])
         elif value.numel():
-            self._magnitudes[row, self._WHAT.index(what)] = torch.linalg.vector_norm(value, math.inf)
+            place = self._magnitudes[row, self._WHAT.index(what)]
+            torch.linalg.vector_norm(value, math.inf, dtype=torch.float32, out=place)
 
     def finish(self) -> None:
         """Raises for the first value that was not finite, where the check was deferred."""

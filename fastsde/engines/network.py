@@ -1,4 +1,4 @@
-"""The user's network as an engine calls it: in its own dtype inside, in the state's dtype outside."""
+"""The user's network as an engine calls it: fed in its own dtype."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
 
 
 class Network:
-    """``model(x, t, **kwargs)`` run in ``dtype``, for a state of ``state_dtype``.
+    """``model(x, t, **kwargs)`` run in ``dtype``.
 
     Without a ``dtype`` the model runs as it is, fed with the dtype of its first weight. With one that its weights do
     not have, a copy of it is run; `refresh` brings the copy's weights up to date. x, t and floating-point arguments
@@ -50,10 +50,8 @@ class Network:
         ValueError: where it returns a tensor of another shape or device than x.
     """
 
-    def __init__(
-        self, model: Model, dtype: torch.dtype | None, state_dtype: torch.dtype, compile: bool = False
-    ) -> None:
-        self.model, self.state_dtype = model, state_dtype
+    def __init__(self, model: Model, dtype: torch.dtype | None = None, compile: bool = False) -> None:
+        self.model = model
         self.dtype = dtype_of(model) if dtype is None else dtype
         self.cache: dict[str, Any] = {}  # what an engine keeps of this network
         self._copy: nn.Module | None = None
@@ -82,7 +80,7 @@ class Network:
             raise ValueError(f"model must return a tensor on {x.device}, got {f.device}")
         if f.shape != x.shape:
             raise ValueError(f"model must return the shape of x, {list(x.shape)}, got {list(f.shape)}")
-        result: Tensor = f.to(self.state_dtype)
+        result: Tensor = f
         return result
 
     def _cast(self, value: Any) -> Any:

@@ -17,9 +17,9 @@ from . import eager
 from .network import Network
 from .recorder import Recorder
 
-__all__ = ["sample", "unavailable_reason"]
+__all__ = ["pays", "sample", "unavailable_reason"]
 
-_MAX_WIDTH, _MAX_DIM = 256, 64
+_MAX_WIDTH, _MAX_DIM, _FP32_WIDTH = 256, 64, 64
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "Identity",
     nn.LogSigmoid: "LogSigmoid",
@@ -56,12 +56,14 @@ def _mlp(model: Model) -> tuple[list[nn.Linear], list[str]] | None:
             activations.append(name)
         else:
             return None
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
     return None if hooked or not linears or len(activations) != len(linears) - 1 else (linears, activations)
 
 
-def unavailable_reason(network: Network) -> str | None:
-    """Why the engine cannot run a network; None where it can."""
+def unavailable_reason(network: Network, sample_shape: Sequence[int]) -> str | None:
+    """Why the engine cannot run a network on samples of a shape; None where it can."""
     layers = _mlp(network.model)
     if layers is None:
         return "it runs MLPs alone: fastsde.models.MLP, or fastsde.models.ConcatTime of a Sequential of Linear layers"
@@ -70,28 +72,40 @@ def unavailable_reason(network: Network) -> str | None:
     dim, widths = layers[0][-1].out_features, [linear.out_features for linear in layers[0]]
     if layers[0][0].in_features != dim + 1 or dim > _MAX_DIM or max(widths) > _MAX_WIDTH:
         return f"it runs MLPs of x and t with up to {_MAX_DIM} data and {_MAX_WIDTH} hidden units"
-    return None
+    fits = math.prod(sample_shape) == dim if isinstance(network.model, MLP) else tuple(sample_shape) == (dim,)
+    return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
+
+
+def pays(network: Network) -> bool:
+    """Whether "auto" takes the engine: not for wide layers in fp32, which spill registers and take long to compile."""
+    linears, _ = _mlp(network.model) or ([], [])
+    return network.dtype == torch.bfloat16 or all(linear.out_features <= _FP32_WIDTH for linear in linears)
 
 
 def _packed(network: Network) -> Any:
-    """The weights as the kernel reads them, up to date."""
+    """How the kernel reads the network's parameters; made anew where they are others than before."""
     from ..kernels.mlp_sampler import Packed
 
     linears, activations = _mlp(network.model) or ([], [])
     parameters = [(linear.weight, linear.bias) for linear in linears]
-    identity = [(id(tensor), tensor.data_ptr()) for pair in parameters for tensor in pair if tensor is not None]
-    if network.cache.get("identity") != identity:
-        network.cache["packed"] = Packed(parameters, activations, network.dtype)
-        network.cache["identity"] = identity
-    else:
-        network.cache["packed"].refresh()
-    return network.cache["packed"]
+    tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
+    identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
+    known, packed = network.cache.get("packed", (None, None))
+    if known != identity:
+        packed = Packed(parameters, activations, network.dtype)
+        if tensors[0].is_cuda:
+            torch.cuda.current_stream(tensors[0].device).synchronize()  # another stream may be the next to read it
+        network.cache["packed"] = (identity, packed)
+    return packed
 
 
 def _precision(network: Network, device: torch.device) -> str:
     if network.dtype == torch.bfloat16:
         return "bf16"
-    return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    # PyTorch's newer switches, which also tell what the older ones were set to; the older fail once a newer is used.
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends)
+    precision = next((switch.fp32_precision for switch in switches if switch.fp32_precision != "none"), "ieee")
+    return "tf32" if device.type == "cuda" and precision == "tf32" else "fp32"
 
 
 def sample(

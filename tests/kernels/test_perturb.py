@@ -172,3 +172,22 @@ def test_nothing_becomes_nothing(device: torch.device, case: Case, shape: tuple[
     assert x_t.dtype == case.dtype
     assert t.shape == shape[:1]
     _assert_times(t, inputs)
+
+
+@pytest.mark.parametrize("beta_max", [170.0, 180.0, 300.0, 5000.0])
+def test_a_schedule_whose_power_underflows_ends_in_noise(device: torch.device, beta_max: float) -> None:
+    sde, keys = VPSDE(0.1, beta_max), noise.sample_keys(0, 3, device=device)
+    x_0, t = torch.ones(3, 5, device=device), torch.ones(3, device=device)
+    x_t, _ = ops.perturb(x_0, keys, 0, sde, t=t)
+    expected, _ = reference.perturb(x_0, keys, 0, sde, t=t)
+    torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 2**40])
+def test_a_row_that_the_data_have_not_is_nan_and_never_read(device: torch.device, bad: int) -> None:
+    data, index = torch.randint(256, (7, 5)).byte().to(device), torch.tensor([3, bad, 0], device=device)
+    out, t_out = torch.zeros(3, 5, device=device), torch.zeros(3, device=device)
+    keys = noise.sample_keys(0, 3, device=device)
+    kernel.perturb(data, keys, 0, 0.1, 20.0, index=index, out=out, t_out=t_out)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()

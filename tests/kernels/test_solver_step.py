@@ -278,6 +278,7 @@ def test_a_row_is_added_to_the_counter(device: torch.device) -> None:
     outputs = [torch.full_like(inputs["x"], NAN) for _ in range(2)]
     counter = torch.full((kernel.counter_slots(3, 5),), 2, device=device)
     _launch(table, 1, inputs, counter=counter, out=outputs[0])
+    assert (counter == 3).all()
     _launch(table, 3, inputs, out=outputs[1])
     assert torch.equal(*outputs)
 
