@@ -122,8 +122,6 @@ SWITCHES = [("tf32", None, "tf32"), ("ieee", None, "fp32"), (None, True, "tf32")
 
 
 @pytest.mark.parametrize(("newer", "older", "expected"), SWITCHES)
-    ("newer", "older", "expected"), [("tf32", None, "tf32"), ("ieee", None, "fp32"), (None, True, "tf32")]
-)
 def test_the_precision_follows_either_switch_of_pytorch(newer: str | None, older: bool | None, expected: str) -> None:
     code = "import torch; from fastsde.engines import persistent; from fastsde.engines.network import Network; "
     code += f"torch.backends.cuda.matmul.fp32_precision = {newer!r}; " if newer else ""
