@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         return result
 
 
-def train_classifier(root: str, epochs: int = 10, seed: int = 0) -> tuple[Classifier, float, Tensor]:
+def train_classifier(root: str, epochs: int = 20, seed: int = 0) -> tuple[Classifier, float, Tensor]:
     """The classifier, its accuracy on the test digits, and those digits ``[N, 1, 28, 28]`` in [-1, 1]."""
     torch.manual_seed(seed)
     (train, labels), (test, test_labels) = (data.mnist_files(root, train=which) for which in (True, False))
@@ -113,9 +113,18 @@ def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, A
 @click.option("--solver", default="euler_maruyama", show_default=True)
 @click.option("--steps", default=999, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the figures as JSON.")
 def main(
-    subject: str, model: str | None, root: str, n: int | None, solver: str, steps: int, seed: int, out: Path | None
+    subject: str,
+    model: str | None,
+    root: str,
+    n: int | None,
+    solver: str,
+    steps: int,
+    seed: int,
+    compile: bool,
+    out: Path | None,
 ) -> None:
     """Judge the samples of a model; prints the figures as JSON."""
     started = time.time()
@@ -123,7 +132,7 @@ def main(
     result: dict[str, Any]
     if subject == "swiss-roll":
         n = n or 10_000
-        result = swiss_roll_distance(checkpoint, n, seed, solver=solver, steps=steps)
+        result = swiss_roll_distance(checkpoint, n, seed, solver=solver, steps=steps, compile=compile)
     else:
         n = n or 1000
         classifier, accuracy, test = train_classifier(root)
@@ -134,6 +143,7 @@ def main(
             solver=solver,
             steps=steps,
             prediction=checkpoint.prediction,
+            compile=compile,
             max_batch=100,
         )
         x = sampler(n, seed=seed, progress=True)
@@ -147,7 +157,7 @@ def main(
         "steps": steps,
         "seed": seed,
         **result,
-        "trained_steps": checkpoint.record["step"],
+        "trained_steps": checkpoint.record["step"] + checkpoint.record.get("earlier_steps", 0),
         "seconds": round(time.time() - started, 1),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",

@@ -119,7 +119,7 @@ def _log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # which never overflows
 
 
 @triton.jit
