@@ -368,15 +368,17 @@ def constants(packed: Packed, precision: str) -> dict[str, object]:
 
 
 def launch_config(batch: int, packed: Packed, processors: int, capability: int) -> dict[str, int]:
-    """Few samples are cut into low tiles, for their latency; many into tiles as high as a warp group's product.
+    """Few samples are cut into low tiles of one warp, for their latency; many into tiles as high as a group's product.
+
+    So are those of wide networks, whose layers do not fit the registers of one warp.
 
     Args:
         processors: how many multiprocessors the GPU has.
         capability: 10 times the compute capability.
     """
     wide = max(count for _, _, count, _ in packed.layers) > 1 or packed.dim > _MIN_WIDTH
-    if batch <= 16 * processors:
-        return {"M": 16, "num_warps": 4 if wide else 1}
+    if batch <= 16 * processors and not wide:
+        return {"M": 16, "num_warps": 1}
     # From sm_100 on a product's accumulator is in tensor memory: more warps share the rest of a tile.
     return {"M": 64, "num_warps": 8 if packed.dim > _MIN_WIDTH or capability >= 100 else 4}
 

