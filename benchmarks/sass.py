@@ -109,7 +109,7 @@ def _mlp_cases(capability: int) -> Iterator[Case]:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         packed = mlp_sampler.Packed(layers, ["LogSigmoid"] * 3, dtype)
         for batch in (1000, 1_000_000) if sizes == roll else (1_000_000,):
-            config = mlp_sampler.launch_config(batch, packed, _PROCESSORS, capability)
+            config = mlp_sampler.launch_config(batch, packed, precision, _PROCESSORS, capability)
             warps, height = config.pop("num_warps"), config["M"]
             known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32"}
             known |= {**mlp_sampler.constants(packed, precision), **config}

@@ -367,7 +367,7 @@ def constants(packed: Packed, precision: str) -> dict[str, object]:
     }
 
 
-def launch_config(batch: int, packed: Packed, processors: int, capability: int) -> dict[str, int]:
+def launch_config(batch: int, packed: Packed, precision: str, processors: int, capability: int) -> dict[str, int]:
     """Few samples are cut into low tiles of one warp, for their latency; many into tiles as high as a group's product.
 
     So are those of wide networks, whose layers do not fit the registers of one warp.
@@ -379,15 +379,18 @@ def launch_config(batch: int, packed: Packed, processors: int, capability: int) 
     wide = max(count for _, _, count, _ in packed.layers) > 1 or packed.dim > _MIN_WIDTH
     if batch <= 16 * processors and not wide:
         return {"M": 16, "num_warps": 1}
+    if capability < 90 and precision == "fp32" and not wide:  # in larger tiles a few registers spill
+        return {"M": 32, "num_warps": 2}
     # From sm_100 on a product's accumulator is in tensor memory: more warps share the rest of a tile.
     return {"M": 64, "num_warps": 8 if packed.dim > _MIN_WIDTH or capability >= 100 else 4}
 
 
-def _device_config(batch: int, packed: Packed, device: torch.device) -> dict[str, int]:
+def _device_config(batch: int, packed: Packed, precision: str, device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
-        return launch_config(batch, packed, 1, 90)
+        return launch_config(batch, packed, precision, 1, 90)
     properties = torch.cuda.get_device_properties(device)
-    return launch_config(batch, packed, properties.multi_processor_count, properties.major * 10 + properties.minor)
+    capability = properties.major * 10 + properties.minor
+    return launch_config(batch, packed, precision, properties.multi_processor_count, capability)
 
 
 def mlp_sampler(
@@ -420,7 +423,7 @@ def mlp_sampler(
     if not batch:
         return
     weights, biases = packed.read()
-    config = _device_config(batch, packed, out.device)
+    config = _device_config(batch, packed, precision, out.device)
     with on_device(out):
         mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
             x_init,
