@@ -486,7 +486,8 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     Between two statements of a step, weights, optimizer and step count do not belong together.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as by nohup: then it is not to be caught either
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     requested = threading.Event()

@@ -27,9 +27,7 @@ from torch import Tensor
 from .philox import STREAM_SAMPLING, draw_offset, normal, special
 from .tile import fast_math, on_device
 
-ACTIVATIONS = ("Identity", "LogSigmoid", "Softplus", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh")
 PRECISIONS = ("fp32", "tf32", "bf16")
-MAX_WIDTH, MAX_DIM = 256, 64
 _MIN_WIDTH, _BLOCK = 16, 64
 _RESIDENT_BYTES = 88 * 1024  # of shared memory, which every GPU from sm_80 on has
 _BINARY_LOGARITHM = ("LogSigmoid", "Softplus")

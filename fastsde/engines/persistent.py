@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..models.mlp import MLP, ConcatTime
-from ..reference import Model, NoiseFunction, NonFiniteError
+from ..models.mlp import MLP, linear_layers
+from ..reference import NoiseFunction, NonFiniteError
 from ..solvers import StepTable
 from . import eager
 from .network import Network
@@ -19,82 +19,37 @@ from .recorder import Recorder
 
 __all__ = ["pays", "sample", "unavailable_reason"]
 
-_MAX_WIDTH, _MAX_DIM, _FP32_WIDTH = 256, 64, 64
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Identity: "Identity",
-    nn.LogSigmoid: "LogSigmoid",
-    nn.SiLU: "SiLU",
-    nn.ReLU: "ReLU",
-    nn.Tanh: "Tanh",
-}
-
-
-def _activation(module: nn.Module) -> str | None:
-    """The kernel's name of an activation, or None where it has none."""
-    if type(module) is nn.GELU:
-        return "GELU" if module.approximate == "none" else "GELU_tanh"
-    if type(module) is nn.Softplus:  # above its threshold, Softplus is the identity to the last bit of fp32
-        return "Softplus" if module.beta == 1 and module.threshold >= 20 else None
-    return _ACTIVATIONS.get(type(module))
-
-
-def _mlp(model: Model) -> tuple[list[nn.Linear], list[str]] | None:
-    """The layers of an MLP and the activation after each but the last; None for any other network."""
-    # The exact classes: a subclass may do anything.
-    if not isinstance(model, (MLP, ConcatTime)) or type(model) not in (MLP, ConcatTime):
-        return None
-    if type(model.net) is not nn.Sequential:
-        return None
-    linears: list[nn.Linear] = []
-    activations: list[str] = []
-    for module in model.net:
-        name = _activation(module)
-        if type(module) is nn.Linear:
-            activations += ["Identity"] * (len(linears) - len(activations))
-            linears.append(module)
-        elif name is not None and len(activations) == len(linears) - 1:
-            activations.append(name)
-        else:
-            return None
-    hooked = any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    )
-    return None if hooked or not linears or len(activations) != len(linears) - 1 else (linears, activations)
+_FP32_WIDTH = 64
 
 
 def unavailable_reason(network: Network, sample_shape: Sequence[int]) -> str | None:
     """Why the engine cannot run a network on samples of a shape; None where it can."""
-    layers = _mlp(network.model)
+    layers = linear_layers(network.model)
     if layers is None:
         return "it runs MLPs alone: fastsde.models.MLP, or fastsde.models.ConcatTime of a Sequential of Linear layers"
     if network.dtype not in (torch.float32, torch.bfloat16):
         return f"it runs networks in fp32 or bf16, not in {network.dtype}"
     dim, widths = layers[0][-1].out_features, [linear.out_features for linear in layers[0]]
-    if layers[0][0].in_features != dim + 1 or dim > _MAX_DIM or max(widths) > _MAX_WIDTH:
-        return f"it runs MLPs of x and t with up to {_MAX_DIM} data and {_MAX_WIDTH} hidden units"
+    if layers[0][0].in_features != dim + 1 or dim > ops.MAX_MLP_DIM or max(widths) > ops.MAX_MLP_WIDTH:
+        return f"it runs MLPs of x and t with up to {ops.MAX_MLP_DIM} data and {ops.MAX_MLP_WIDTH} hidden units"
     fits = math.prod(sample_shape) == dim if isinstance(network.model, MLP) else tuple(sample_shape) == (dim,)
     return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
 
 
 def pays(network: Network) -> bool:
     """Whether "auto" takes the engine: not for wide layers in fp32, which spill registers and take long to compile."""
-    linears, _ = _mlp(network.model) or ([], [])
+    linears, _ = linear_layers(network.model) or ([], [])
     return network.dtype == torch.bfloat16 or all(linear.out_features <= _FP32_WIDTH for linear in linears)
 
 
 def _packed(network: Network) -> Any:
     """How the kernel reads the network's parameters; made anew where they are others than before."""
-    from ..kernels.mlp_sampler import Packed
-
-    linears, activations = _mlp(network.model) or ([], [])
-    parameters = [(linear.weight, linear.bias) for linear in linears]
-    tensors = [tensor for pair in parameters for tensor in pair if tensor is not None]
+    linears, activations = linear_layers(network.model) or ([], [])
+    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
     known, packed = network.cache.get("packed", (None, None))
     if known != identity:
-        packed = Packed(parameters, activations, network.dtype)
-        if tensors[0].is_cuda:
-            torch.cuda.current_stream(tensors[0].device).synchronize()  # another stream may be the next to read it
+        packed = ops.pack_mlp(linears, activations, network.dtype)
         network.cache["packed"] = (identity, packed)
     return packed
 
@@ -127,25 +82,17 @@ def sample(
     Raises:
         NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
     """
-    from ..kernels.mlp_sampler import mlp_sampler
-
     batch, dim = shape[0], math.prod(shape[1:])
-    out = torch.empty((batch, dim), dtype=dtype, device=keys.device)
     states, every = (None, 1) if after_row is None else (after_row.states, after_row.every)
     kept = None if states is None else states.new_empty((len(states), batch, dim))
-    mlp_sampler(
+    out = ops.launch_mlp_sampler(
         _packed(model),
-        ops.device_table(table, keys.device),
-        keys.contiguous(),
-        x_init=None if x_init is None else x_init.reshape(batch, dim).contiguous(),
-        clip=table.clip,
-        has_noise=bool((table.d != 0).any()),
-        has_history=bool((table.c != 0).any()),
-        uses_data=bool((table.e != 0).any()),
+        table,
+        keys,
+        x_init=None if x_init is None else x_init.reshape(batch, dim),
         precision=_precision(model, keys.device),
         every=every,
         states=kept,
-        out=out,
     )
     finite = torch.isfinite(out).all(dim=1)
     if not finite.all():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..validation import check_ints
 
-__all__ = ["ACTIVATIONS", "MLP", "ConcatTime"]
+__all__ = ["ACTIVATIONS", "MLP", "ConcatTime", "linear_layers"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     activation.__name__: activation for activation in (nn.LogSigmoid, nn.SiLU, nn.ReLU, nn.Tanh, nn.GELU, nn.Softplus)
@@ -81,3 +81,47 @@ class ConcatTime(nn.Module):
         """x ``[B, d]`` and t ``[B]`` to ``[B, d]``."""
         result: Tensor = self.net(torch.cat((x, t[:, None]), dim=-1))
         return result
+
+
+_KERNEL_NAMES: dict[type[nn.Module], str] = {
+    nn.Identity: "Identity",
+    nn.LogSigmoid: "LogSigmoid",
+    nn.SiLU: "SiLU",
+    nn.ReLU: "ReLU",
+    nn.Tanh: "Tanh",
+}
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The kernel's name of an activation, or None where it has none."""
+    if type(module) is nn.GELU:
+        return "GELU" if module.approximate == "none" else "GELU_tanh"
+    if type(module) is nn.Softplus:  # above its threshold, Softplus is the identity to the last bit of fp32
+        return "Softplus" if module.beta == 1 and module.threshold >= 20 else None
+    return _KERNEL_NAMES.get(type(module))
+
+
+def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
+    """The Linear layers of an MLP of ``cat((x, t), -1)``, and the kernels' names of the activations between them.
+
+    None for any other network. ``model`` is an `MLP`, a `ConcatTime` of a Sequential, or that Sequential itself.
+    """
+    # The exact classes, without hooks: anything else may compute anything.
+    net = model.net if isinstance(model, (MLP, ConcatTime)) and type(model) in (MLP, ConcatTime) else model
+    if not isinstance(model, nn.Module) or not isinstance(net, nn.Sequential) or type(net) is not nn.Sequential:
+        return None
+    linears: list[nn.Linear] = []
+    activations: list[str] = []
+    for module in net:
+        name = _activation(module)
+        if type(module) is nn.Linear:
+            activations += ["Identity"] * (len(linears) - len(activations))
+            linears.append(module)
+        elif name is not None and len(activations) == len(linears) - 1:
+            activations.append(name)
+        else:
+            return None
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
+    return None if hooked or not linears or len(activations) != len(linears) - 1 else (linears, activations)

@@ -141,3 +141,19 @@ def test_the_shipped_swiss_roll_over_999_rows(device: torch.device) -> None:
     expected = fastsde.sample(checkpoint.model, (16, 2), backend="reference", **options)
     ours = fastsde.sample(checkpoint.model.to(device), (16, 2), backend="persistent", **options)
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 65])
+def test_the_operation_takes_the_kernel_where_it_fits(
+    device: torch.device, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+    launch = ops.launch_mlp_sampler
+    monkeypatch.setattr(ops, "launch_mlp_sampler", lambda *args, **given: launches.append(1) or launch(*args, **given))
+    model = _tame(MLP(dim, (16,)))
+    expected = _expected(model, 5)
+    keys = noise.sample_keys(3, 5, device=device)
+    ours, states = ops.mlp_sampler(model.to(device).net, TABLE, keys, every=5)
+    assert len(launches) == (dim == 2)
+    _assert_close(ours.cpu(), expected)
+    assert torch.equal(states[-1], ours)
