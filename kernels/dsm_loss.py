@@ -13,12 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .perturb import load_step
-from .schedule import alpha_sigma, load_data, training_noise
-from .tile import WARPS, fast_math, on_device, row_size, tile_elements, tile_samples, tile_start, tiling
+from .schedule import alpha_sigma, load_data, load_step, training_noise
+from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
 
-PREDICTIONS = ("score", "eps", "x0", "v")
-WEIGHTINGS = ("sigma2", "likelihood", "target")
 _CHUNK = 1024  # partial sums that the second stage adds at once
 
 
@@ -71,30 +68,23 @@ def dsm_loss_kernel(
 ):
     """Forward: one partial sum a program. Backward, where ``grad_ptr`` is given: the gradient of f."""
     step = load_step(step, step_ptr)
-    sample = tile_samples(S, ROWS_FIRST)
-    start = tile_start(P, ROWS_FIRST)
-    element = tile_elements(start, P)
-    size = row_size(size, ALIGNED)
-    offset = sample[:, None] * size + element[None, :]
-    sample_mask = sample < batch
-    mask = sample_mask[:, None] & (element < size)[None, :]
+    sample, exists, start, element, offset, mask = tile(batch, size, S, P, ALIGNED, ROWS_FIRST)
 
     f = tl.load(f_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(t_ptr + sample, mask=sample_mask, other=1.0).to(tl.float32)
+    t = tl.load(t_ptr + sample, mask=exists, other=1.0).to(tl.float32)
     x_0 = f
     if PREDICTION == "x0" or PREDICTION == "v":
-        x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, count, scale, shift)
+        x_0 = load_data(x_0_ptr, index_ptr, sample, exists, element, mask, size, count, scale, shift, ALIGNED)
     z = f
     if PREDICTION != "x0":
-        z = training_noise(z_ptr, keys_ptr, step, sample, start, offset, sample_mask, mask, P, FAST)
+        z = training_noise(z_ptr, keys_ptr, step, sample, exists, start, offset, mask, P, FAST)
     residual, factor = _residual(f, x_0, z, t, beta_min, beta_max, PREDICTION, WEIGHTING)
     if grad_ptr is not None:
         grad = 2.0 * tl.load(grad_ptr) / (batch * size).to(tl.float32)
         tl.store(out_ptr + offset, (grad * (factor * residual)).to(out_ptr.dtype.element_ty), mask=mask)
     else:
         squares = tl.where(mask, residual * residual, 0.0)
-        slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(out_ptr + slot, tl.sum(tl.sum(squares, 1), 0))
+        tl.store(out_ptr + program_slot(), tl.sum(tl.sum(squares, 1), 0))
 
 
 @triton.jit(do_not_specialize=["count", "n"])

@@ -6,9 +6,9 @@ weights join the bias of the first layer, once a row:
 
     h_1 = act(x W_1 + (b_1 + time w_time)),  h_l = act(h_{l-1} W_l + b_l),  f = h_{L-1} W_L + b_L
 
-and then the row's step, as in `solver_step`. The weights are packed, layer after layer, each ``[in, out]`` with both
-padded to powers of two of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products, or
-FMA where there are no tensor cores), "tf32" and "bf16"; the state, the bias and the activations are fp32 in each.
+and then the row's step, as in `solver_step`. The weights are packed (`Packed`) in blocks whose sides are powers of two
+of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products), "tf32" and "bf16"; the
+state, the bias and the activations are fp32 in each.
 
 LogSigmoid and Softplus are computed as min(x, 0) - log2(1 + 2^-|x|): the packing multiplies the layer before by log2(e)
 and the one after by ln 2.
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import STREAM_SAMPLING, draw_offset, normal, special
+from .philox import STREAM_SAMPLING, draw_offset, load_keys, normal, special
 from .tile import fast_math, on_device
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -310,8 +310,7 @@ def mlp_sampler_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.arange(0, D)[None, :]
-    seed = tl.load(keys_ptr + 2 * sample, mask=sample < batch, other=0)
-    first = tl.load(keys_ptr + 2 * sample + 1, mask=sample < batch, other=0)
+    seed, first = load_keys(keys_ptr, sample, sample < batch)
     zero = tl.zeros([], tl.int64)
     if x_init_ptr is not None:
         mask = (sample < batch)[:, None] & (column < dim)

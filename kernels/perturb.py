@@ -10,17 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import STREAM_TRAINING_TIME, draw_offset, uniform
-from .schedule import alpha_sigma, load_data, training_noise
-from .tile import WARPS, fast_math, on_device, row_size, tile_elements, tile_samples, tile_start, tiling
-
-
-@triton.jit
-def load_step(step, step_ptr):
-    """The training step: an argument, plus a counter on the device where there is one."""
-    if step_ptr is not None:
-        step += tl.load(step_ptr)
-    return step
+from .philox import STREAM_TRAINING_TIME, draw_offset, load_keys, uniform
+from .schedule import alpha_sigma, load_data, load_step, training_noise
+from .tile import WARPS, fast_math, on_device, tile, tiling
 
 
 @triton.jit(do_not_specialize=["batch", "size", "count", "step"])
@@ -49,25 +41,18 @@ def perturb_kernel(
     FAST: tl.constexpr,
 ):
     step = load_step(step, step_ptr)
-    sample = tile_samples(S, ROWS_FIRST)
-    start = tile_start(P, ROWS_FIRST)
-    element = tile_elements(start, P)
-    size = row_size(size, ALIGNED)
-    offset = sample[:, None] * size + element[None, :]
-    sample_mask = sample < batch
-    mask = sample_mask[:, None] & (element < size)[None, :]
+    sample, exists, start, element, offset, mask = tile(batch, size, S, P, ALIGNED, ROWS_FIRST)
 
     if t_ptr is not None:
-        t = tl.load(t_ptr + sample, mask=sample_mask, other=1.0).to(tl.float32)
+        t = tl.load(t_ptr + sample, mask=exists, other=1.0).to(tl.float32)
     else:
-        seed = tl.load(keys_ptr + 2 * sample, mask=sample_mask, other=0)
-        first = tl.load(keys_ptr + 2 * sample + 1, mask=sample_mask, other=0)
+        seed, first = load_keys(keys_ptr, sample, exists)
         t = t_min + (1.0 - t_min) * uniform(seed, first + draw_offset(step, STREAM_TRAINING_TIME))
     if start == 0:
-        tl.store(t_out_ptr + sample, t, mask=sample_mask)
+        tl.store(t_out_ptr + sample, t, mask=exists)
     alpha, sigma = alpha_sigma(t, beta_min, beta_max)
-    x_0 = load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, count, scale, shift)
-    z = training_noise(z_ptr, keys_ptr, step, sample, start, offset, sample_mask, mask, P, FAST)
+    x_0 = load_data(x_0_ptr, index_ptr, sample, exists, element, mask, size, count, scale, shift, ALIGNED)
+    z = training_noise(z_ptr, keys_ptr, step, sample, exists, start, offset, mask, P, FAST)
     x_t = alpha[:, None] * x_0 + sigma[:, None] * z
     tl.store(x_t_ptr + offset, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
 

@@ -106,3 +106,18 @@ def uniform(seed, counter):
     """The first fp32 uniform of each block: multiples of 2^-24 on [0, 1)."""
     w0, _, _, _ = philox(seed, counter)
     return (w0 & 0xFFFFFF).to(tl.float32) * 2.0**-24
+
+
+@triton.jit
+def load_keys(keys_ptr, sample, exists):
+    """The seeds and offsets of samples, from their keys int64 ``[B, 2]``."""
+    seed = tl.load(keys_ptr + 2 * sample, mask=exists, other=0)
+    return seed, tl.load(keys_ptr + 2 * sample + 1, mask=exists, other=0)
+
+
+@triton.jit
+def tile_normal(keys_ptr, sample, exists, start, step, STREAM: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr):
+    """The normals ``[S, 4 P]`` of a draw, from block ``start`` of each sample on."""
+    seed, offset = load_keys(keys_ptr, sample, exists)
+    first = offset + draw_offset(step, STREAM) + start
+    return normal(seed[:, None], first[:, None] + tl.arange(0, P)[None, :], FAST)

@@ -1,11 +1,12 @@
-"""alpha(t), sigma(t) and beta(t) of the VP-SDE (the twin of ``fastsde/sde.py``), and the data as training loads it."""
+"""alpha(t), sigma(t) and beta(t) of the VP-SDE (the twin of ``fastsde/sde.py``), and what a training step loads."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .philox import STREAM_TRAINING_NOISE, draw_offset, normal
+from .philox import STREAM_TRAINING_NOISE, tile_normal
+from .tile import aligned_size
 
 
 @triton.jit
@@ -27,27 +28,32 @@ def alpha_sigma(t, beta_min, beta_max):
 
 
 @triton.jit
-def load_data(x_0_ptr, index_ptr, sample, element, sample_mask, mask, size, count, scale, shift):
+def load_step(step, step_ptr):
+    """The training step: an argument, plus a counter on the device where there is one."""
+    if step_ptr is not None:
+        step += tl.load(step_ptr)
+    return step
+
+
+@triton.jit
+def load_data(x_0_ptr, index_ptr, sample, exists, element, mask, size, count, scale, shift, ALIGNED: tl.constexpr):
     """scale x_0 + shift in fp32 for uint8 or float data, rows gathered by an index where there is one.
 
     An index outside the ``count`` rows of the data gives NaN.
     """
     row = sample
     if index_ptr is not None:
-        row = tl.load(index_ptr + sample, mask=sample_mask, other=0)
+        row = tl.load(index_ptr + sample, mask=exists, other=0)
         mask = mask & ((row >= 0) & (row < count))[:, None]
-    x_0 = tl.load(x_0_ptr + row[:, None] * size + element[None, :], mask=mask, other=0).to(tl.float32)
+    offset = row[:, None] * aligned_size(size, ALIGNED) + element[None, :]
+    x_0 = tl.load(x_0_ptr + offset, mask=mask, other=0).to(tl.float32)
     return tl.where(mask, scale * x_0 + shift, float("nan"))
 
 
 @triton.jit
-def training_noise(
-    z_ptr, keys_ptr, step, sample, start, offset, sample_mask, mask, P: tl.constexpr, FAST: tl.constexpr
-):
+def training_noise(z_ptr, keys_ptr, step, sample, exists, start, offset, mask, P: tl.constexpr, FAST: tl.constexpr):
     """The noise of a training step: as given, or drawn."""
     if z_ptr is not None:
         return tl.load(z_ptr + offset, mask=mask, other=0.0)
-    seed = tl.load(keys_ptr + 2 * sample, mask=sample_mask, other=0)
-    first = tl.load(keys_ptr + 2 * sample + 1, mask=sample_mask, other=0)
-    first += draw_offset(step, STREAM_TRAINING_NOISE) + start
-    return normal(seed[:, None], first[:, None] + tl.arange(0, P)[None, :], FAST)
+    else:
+        return tile_normal(keys_ptr, sample, exists, start, step, STREAM_TRAINING_NOISE, P, FAST)

@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import STREAM_SAMPLING, draw_offset, normal
-from .tile import WARPS, fast_math, on_device, row_size, tile_elements, tile_samples, tile_start, tiling
-
-COLUMNS = ("time", "a", "b", "c", "d", "e", "p", "q")
+from .philox import STREAM_SAMPLING, tile_normal
+from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
 
 
 @triton.jit
@@ -52,18 +50,13 @@ def solver_step_kernel(
     USES_DATA: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if counter_ptr is not None:
+        slot = program_slot()
         count = tl.load(counter_ptr + slot)
         tl.debug_barrier()  # all threads have read the count before one of them moves it
         tl.store(counter_ptr + slot, count + 1)
         row += count
-    sample = tile_samples(S, ROWS_FIRST)
-    start = tile_start(P, ROWS_FIRST)
-    element = tile_elements(start, P)
-    size = row_size(size, ALIGNED)
-    offset = sample[:, None] * size + element[None, :]
-    mask = (sample < batch)[:, None] & (element < size)[None, :]
+    sample, exists, start, _, offset, mask = tile(batch, size, S, P, ALIGNED, ROWS_FIRST)
 
     x = tl.load(x_ptr + offset, mask=mask)
     f = tl.load(f_ptr + offset, mask=mask).to(tl.float32)
@@ -84,14 +77,12 @@ def solver_step_kernel(
     if z_ptr is not None:
         x_next += _coefficient(table_ptr, row, 4) * tl.load(z_ptr + offset, mask=mask)
     elif keys_ptr is not None:
-        seed = tl.load(keys_ptr + 2 * sample, mask=sample < batch)
-        first = tl.load(keys_ptr + 2 * sample + 1, mask=sample < batch) + draw_offset(row + 1, STREAM_SAMPLING) + start
-        z = normal(seed[:, None], first[:, None] + tl.arange(0, P)[None, :], FAST)
+        z = tile_normal(keys_ptr, sample, exists, start, row + 1, STREAM_SAMPLING, P, FAST)
         x_next += _coefficient(table_ptr, row, 4) * z
     tl.store(out_ptr + offset, x_next, mask=mask)
     if time_ptr is not None and start == 0:
         time = _coefficient(table_ptr, tl.minimum(row + 1, rows - 1), 0)
-        tl.store(time_ptr + sample, tl.zeros_like(sample).to(tl.float32) + time, mask=sample < batch)
+        tl.store(time_ptr + sample, tl.zeros_like(sample).to(tl.float32) + time, mask=exists)
 
 
 def counter_slots(batch: int, size: int) -> int:

@@ -49,24 +49,29 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 @triton.jit
-def tile_samples(S: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """The samples of this program, int64 ``[S]``."""
-    return tl.program_id(0 if ROWS_FIRST else 1).to(tl.int64) * S + tl.arange(0, S)
+def tile(batch, size, S: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """This program's part of a batch.
+
+    Returns:
+        The samples ``[S]`` and which of them exist, the first block of the columns, the elements ``[4 P]`` of a sample,
+        their offsets ``[S, 4 P]`` in the batch and which of them exist. All int64 or bool.
+    """
+    sample = tl.program_id(0 if ROWS_FIRST else 1).to(tl.int64) * S + tl.arange(0, S)
+    start = tl.program_id(1 if ROWS_FIRST else 0).to(tl.int64) * P
+    element = start * 4 + tl.arange(0, 4 * P)
+    size = aligned_size(size, ALIGNED)
+    exists = sample < batch
+    offset = sample[:, None] * size + element[None, :]
+    return sample, exists, start, element, offset, exists[:, None] & (element < size)[None, :]
 
 
 @triton.jit
-def tile_start(P: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """The first block of this program's columns, int64."""
-    return tl.program_id(1 if ROWS_FIRST else 0).to(tl.int64) * P
-
-
-@triton.jit
-def row_size(size, ALIGNED: tl.constexpr):
+def aligned_size(size, ALIGNED: tl.constexpr):
     """``size``, from which the compiler can tell that rows start on 16 bytes where they do."""
     return size // 4 * 4 if ALIGNED else size
 
 
 @triton.jit
-def tile_elements(start, P: tl.constexpr):
-    """The elements of a sample in this tile, int64 ``[4 P]``."""
-    return start * 4 + tl.arange(0, 4 * P)
+def program_slot():
+    """The number of this program in the grid, int64."""
+    return tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
