@@ -151,7 +151,8 @@ def _default_picture(model: str) -> Path:
     source = Path(model)
     if source.suffix == ".safetensors":
         return Path(source.stem + ".png")
-    return Path("-".join(part for part in source.parts if part not in ("/", ".", "..")) + ".png")
+    parts = [part for part in source.parts if part not in ("/", ".", "..")] or [source.resolve().name]
+    return Path("-".join(parts) + ".png")
 
 
 def _device(device: str | None) -> torch.device:

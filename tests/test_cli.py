@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastsde
-from fastsde import checkpoints
+from fastsde import checkpoints, cli
 from fastsde.checkpoints import Checkpoint
 from fastsde.models import MLP, UNet
 
@@ -142,3 +142,21 @@ def test_samples_without_a_picture_can_still_be_saved(tmp_path: Path) -> None:
     assert "shape [5] have no picture: write them with --save" in refused.stderr
     saved = run("sample", "five.safetensors", "-n", 2, "--steps", 2, "--save", "x.npz", "--quiet", cwd=tmp_path)
     assert (saved.returncode, saved.stdout) == (0, "x.npz\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "picture"),
+    [
+        ("mnist", "mnist.png"),
+        ("runs/mnist", "runs-mnist.png"),
+        ("runs/mnist/mine.safetensors", "mine.png"),
+        ("../runs", "runs.png"),
+        (".", "here.png"),
+    ],
+)
+def test_a_picture_is_named_after_its_model(
+    model: str, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli._default_picture(model) == Path(picture)
