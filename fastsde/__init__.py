@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "compat", "models", "noise", "sample", "solvers"]
 
-_ON_DEMAND = ("checkpoints", "data", "ops", "plotting", "reference", "training")
+_ON_DEMAND = ("checkpoints", "data", "distributed", "ops", "plotting", "reference", "training", "verify")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__, checkpoints, data, engines, solvers, training
+from . import __version__, checkpoints, data, distributed, engines, solvers, training
+from . import verify as verification
 from .checkpoints import Checkpoint
 from .files import atomic_path, check_writable
 from .reference import WEIGHTINGS
 from .sampler import Sampler
-from .validation import check_device
 
 __all__ = ["main"]
 
@@ -93,6 +93,7 @@ def main() -> None:
 @click.option("--animate", type=_path, callback=_suffix(".gif"), help="The way from noise to data as a GIF.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @_reports_errors
+@distributed.job
 def sample(
     model: str,
     n: int | None,
@@ -108,19 +109,21 @@ def sample(
 ) -> None:
     """Draw samples from MODEL: swiss-roll, mnist, a checkpoint file, or the folder of a training run.
 
-    Prints the files that it writes.
+    Prints the files that it writes. Under torchrun the processes share the work, and the first of them writes.
     """
-    checkpoint = checkpoints.load(model, device=_device(device))
+    on_device, ranks = _device(device), distributed.ranks()
+    leads = ranks is None or ranks.rank == 0
+    checkpoint = checkpoints.load(model, device=on_device)
     images = len(checkpoint.shape) == 3
     if out is None and save is None and animate is None:
         out = _default_picture(model)
     if (out or animate) and not (images and checkpoint.shape[0] in (1, 3)) and checkpoint.shape != (2,):
         raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
     for target in (out, save, animate):
-        if target is not None:
+        if target is not None and leads:
             check_writable(target)
     step, steps = checkpoint.record.get("step", 0), checkpoint.record.get("config", {}).get("steps", 0)
-    if step < steps:
+    if step < steps and leads:
         click.echo(f"{model} has come to step {step:,} of {steps:,}", err=True)
     sampler = Sampler(
         checkpoint.model,
@@ -132,7 +135,10 @@ def sample(
     )
     n = n or (20 if images else 1000)
     every = max(1, len(sampler.table) // _FRAMES) if animate else None
-    result = sampler(n, seed=seed, first_sample=first_sample, trajectory=every, progress=not quiet)
+    draw = sampler if ranks is None else functools.partial(distributed.sample, sampler)
+    result = draw(n, seed=seed, first_sample=first_sample, trajectory=every, progress=not quiet)
+    if not leads:
+        return
     x, states = result if animate else (result, None)
     if save:
         _save_samples(save, x)
@@ -142,7 +148,7 @@ def sample(
         click.echo(out)
     if animate and every and states is not None:
         times = [*sampler.table.time.tolist(), options["t_end"]][::every]
-        _animation(checkpoint, torch.cat((states, x[None])), [*times, options["t_end"]], animate)
+        _animation(checkpoint, torch.cat((states, x[None])).to(on_device), [*times, options["t_end"]], animate)
         click.echo(animate)
 
 
@@ -156,7 +162,7 @@ def _default_picture(model: str) -> Path:
 
 
 def _device(device: str | None) -> torch.device:
-    return check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return distributed.device(device)
 
 
 def _save_samples(path: Path, x: Tensor) -> None:
@@ -294,6 +300,57 @@ def export(model: str, out: Path, dtype: str) -> None:
     """
     checkpoints.save(out, checkpoints.load(model), DTYPES[dtype])
     click.echo(out)
+
+
+@main.command()
+@click.argument("model", default="swiss-roll")
+@click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 256 points, 4 images]")
+@click.option("--solver", type=click.Choice(solvers.SOLVERS), default="euler_maruyama", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(tuple(verification.DTYPES)),
+    multiple=True,
+    help="What the network runs in; may be given again.  [default: float32 and bfloat16, on a GPU float16 too]",
+)
+@click.option("--compile", is_flag=True, help="Run each backend through torch.compile too.")
+@click.option("--json", "out", type=_path, help="Write the results to a file, too.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@_reports_errors
+def verify(
+    model: str,
+    n: int | None,
+    device: str | None,
+    dtypes: tuple[str, ...],
+    out: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Check every backend against the reference, on MODEL: a shipped model, a checkpoint or a training run.
+
+    Prints a table of the differences from the reference in float64. Exit code 1 where a backend fails: where its RMS is
+    above twice that of plain PyTorch in the same dtype and a small constant, or not finite. MODEL is swiss-roll where
+    it is not given.
+    """
+    if out is not None:
+        check_writable(out)
+    checkpoint = checkpoints.load(model, device=_device(device))
+    n = n or verification.default_n(checkpoint.shape)
+    types = [verification.DTYPES[name] for name in dtypes] or None
+    results = verification.verify(checkpoint, n=n, dtypes=types, progress=not quiet, **options)
+    about = {"model": model, "n": n, **options, **verification.machine(_device(device)), "triton": _version("triton")}
+    if out is not None:
+        verification.write_json(out, results, about)
+    click.echo("{model}: {n} samples, {solver}, {steps} steps, seed {seed}".format(**about))
+    click.echo("{device}, torch {torch}, fp32 products: {fp32_products}\n".format(**about))
+    click.echo("\n".join(verification.table(results)))
+    judged = [result for result in results if result.verdict in ("pass", "fail")]
+    failed = ", ".join(str(result) for result in results if result.verdict == "fail")
+    if failed or not judged:
+        raise click.ClickException(f"not as the reference: {failed}" if failed else "no backend could be checked")
 
 
 def _version(package: str) -> str:

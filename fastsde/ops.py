@@ -18,21 +18,26 @@ from torch import Tensor, nn
 
 from . import noise, reference
 from .models.mlp import MLP, ConcatTime, linear_layers
-from .reference import WEIGHTINGS
+from .reference import WEIGHTINGS, non_finite
 from .sde import VPSDE
 from .solvers import PREDICTIONS, StepTable
 from .validation import check_instance, check_int, check_keys, check_number, check_tensor
 
 __all__ = [
+    "check_status",
+    "counted_step",
     "device_table",
     "dsm_loss",
     "fused_step",
     "has_kernels",
     "launch_mlp_sampler",
     "mlp_sampler",
+    "new_status",
+    "normal",
     "pack_mlp",
     "perturb",
     "solver_step",
+    "step_counter",
 ]
 
 _MAX_STEP = 2**28
@@ -82,12 +87,14 @@ def fused_step(
     f_uncond: Tensor | None = None,
     guidance: float | None = None,
     store_data: bool = True,
+    status: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`solver_step` by the Triton kernel, for an fp32 state where `has_kernels` holds. Arguments are trusted.
 
     Args:
         store_data: whether D is stored and returned.
+        status: a `new_status`, which the kernel notes in what is not finite.
         out: where x' goes: contiguous, and possibly ``x`` itself.
     """
     from .kernels import solver_step as kernel
@@ -109,10 +116,91 @@ def fused_step(
         guidance=guidance,
         clip=table.clip,
         uses_data=k["e"] != 0,
+        status=status,
         out=out,
         data=data,
     )
     return out, data
+
+
+def counted_step(
+    x: Tensor,
+    f: Tensor,
+    rows: Tensor,
+    counter: Tensor,
+    *,
+    time: Tensor,
+    status: Tensor,
+    history: Tensor | None,
+    keys: Tensor | None,
+    f_uncond: Tensor | None,
+    guidance: float | None,
+    clip: float | None,
+    uses_data: bool,
+) -> None:
+    """`fused_step` in place, of the row that a counter on the device stands at: the same launch for every row.
+
+    Args:
+        rows: a `device_table`.
+        counter: a `step_counter`, moved on by one.
+        time: fp32 ``[B]``, set to the time of the next row.
+        status: a `new_status`.
+        history, keys: None where no row of the table has c, or d.
+        uses_data: whether a row has e.
+    """
+    from .kernels import solver_step as kernel
+
+    f, f_uncond = _contiguous(f, f_uncond)
+    given = {"history": history, "keys": keys, "f_uncond": f_uncond, "guidance": guidance}
+    kernel.solver_step(
+        x,
+        f,
+        rows,
+        0,
+        clip=clip,
+        uses_data=uses_data,
+        counter=counter,
+        time=time,
+        status=status,
+        out=x,
+        data=history,
+        **given,
+    )
+
+
+def step_counter(batch: int, size: int, device: torch.device) -> Tensor:
+    """A counter for `counted_step` on samples of ``size`` elements, at row 0."""
+    from .kernels import solver_step as kernel
+
+    return torch.zeros(kernel.counter_slots(batch, size), dtype=torch.int64, device=device)
+
+
+def new_status(device: torch.device) -> Tensor:
+    """What the step notes in that the state or the network's output is not finite: int32 ``[1]``."""
+    from .kernels import solver_step as kernel
+
+    return torch.full((1,), kernel.FINITE, dtype=torch.int32, device=device)
+
+
+def check_status(status: Tensor, table: StepTable) -> None:
+    """Waits for the device and raises `NonFiniteError` for the first row with a value that was not finite."""
+    from .kernels import solver_step as kernel
+
+    value = int(status)
+    if value != kernel.FINITE:
+        row, kind = divmod(value, 2)
+        raise non_finite(kernel.STATUS_KINDS[kind], row, float(table.time[row]))
+
+
+def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.STREAM_SAMPLING) -> Tensor:
+    """`fastsde.noise.normal` of one step: one launch where the kernel runs."""
+    if not has_kernels(keys.device):
+        return noise.normal(keys, step, shape, stream)
+    from .kernels import normal as kernel
+
+    out = torch.empty((len(keys), *shape), device=keys.device)
+    kernel.normal(keys.contiguous(), step, stream, out)
+    return out
 
 
 def solver_step(

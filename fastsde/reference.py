@@ -44,7 +44,12 @@ class NonFiniteError(RuntimeError):
 def check_finite(what: str, value: Tensor, row: int, time: float) -> None:
     """Raises `NonFiniteError` where ``value`` is not finite; ``what``, such as "the network returned", is to blame."""
     if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():  # NaN passes through aminmax
-        raise NonFiniteError(f"{what} NaN or infinity in row {row}, at time {time:g}")
+        raise non_finite(what, row, time)
+
+
+def non_finite(what: str, row: int, time: float) -> NonFiniteError:
+    """The error for a row in which, say, ``what`` "the network returned" was not finite."""
+    return NonFiniteError(f"{what} NaN or infinity in row {row}, at time {time:g}")
 
 
 def _given(keys: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import engines, noise, solvers
+from . import engines, noise, ops, solvers
+from .engines import CaptureError, batches
 from .engines.network import Network, device_of, dtype_of
 from .engines.recorder import Recorder
 from .reference import Model, NoiseFunction, RowHook
@@ -31,6 +33,7 @@ from .validation import (
 __all__ = ["Sampler", "sample"]
 
 _NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FAILED = "failed backends"
 _TABLE_DEFAULTS = {"t_end": 0.0, "prediction": "score", "clip": None}
 
 
@@ -53,10 +56,13 @@ class Sampler:
             TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
         device: by default the network's own.
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
-        backend: "auto", "reference" (plain PyTorch), "eager" (row by row; on a GPU each row's step is one kernel) or
-            "persistent" (on a GPU, all rows of an MLP in one launch); "auto" takes the fastest that can run.
-        compile: run the network through ``torch.compile``.
-        max_batch: the most samples that run at once; more are split, with the same result.
+        backend: "auto", "reference" (plain PyTorch), "eager" (row by row; on a GPU each row's step is one kernel),
+            "graph" (on a GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (on a GPU, all
+            rows of an MLP in one launch); "auto" takes the fastest that can run. A network that is captured must
+            depend on its arguments and its weights alone: what it does on the host happens once.
+        compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning.
+        max_batch: the most samples that run at once; more are split, with the same result up to the rounding of the
+            network. "auto" measures which batch is fastest, and halves it where memory runs out.
 
     A `StepTable` fixes steps, t_end, prediction and clip itself: they must then be left at their defaults.
 
@@ -80,7 +86,7 @@ class Sampler:
         guidance: float | None = None,
         backend: str = "auto",
         compile: bool = False,
-        max_batch: int | None = None,
+        max_batch: int | str | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
@@ -88,14 +94,17 @@ class Sampler:
         self.sample_shape = check_shape("sample_shape", sample_shape)
         self.table = _make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
-        self.max_batch = None if max_batch is None else check_int("max_batch", max_batch, 1)
+        if isinstance(max_batch, str) and max_batch != "auto":
+            raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
+        self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
         self.device = _make_device(device, model)
         check_bool("compile", compile)
         runs_in = dtype_of(model) if dtype is None else dtype
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
-        self._network = Network(model, dtype, compile)
+        optimize = backend != "reference" and self.state_dtype == torch.float32
+        self._network = Network(model, dtype, compile, optimize, self.device)
         self._backend, self._compile = backend, compile
         self.backend = self._choose()
 
@@ -106,7 +115,7 @@ class Sampler:
 
     def _choose(self, **options: object) -> str:
         """The backend of a call: not every one has all of its options."""
-        options = {"guidance": self.guidance, **options}
+        used = {name for name, value in {"guidance": self.guidance, **options}.items() if value is not None}
         return engines.choose(
             self._backend,
             self.device,
@@ -114,7 +123,8 @@ class Sampler:
             compile=self._compile,
             network=self._network,
             sample_shape=self.sample_shape,
-            option=next((name for name, value in options.items() if value is not None), None),
+            options=used,
+            without=self._network.cache.get(_FAILED, ()),
         )
 
     def __call__(
@@ -154,15 +164,74 @@ class Sampler:
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
-        batch = self.max_batch or max(n, 1)
         self._network.refresh()
-        with torch.no_grad(), tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
-            for first in range(0, n, batch):
-                part = slice(first, first + batch)
-                states = None if saved is None else saved[:, part]
-                recorder = Recorder(bar, states, trajectory or 1, callback)
+        with torch.no_grad(), tqdm(disable=not progress, unit="row") as bar:
+
+            def run(part: slice, backend: str) -> None:
+                recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)
                 x[part] = self._run(backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
+
+            batch = self._batch(backend, keys, kwargs, uncond)
+            self._run_parts(run, backend, n, batch, bar)
         return x if saved is None else (x, saved)
+
+    def _batch(self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None) -> int:
+        """How many samples are to run at once."""
+        n = len(keys)
+        if self.max_batch is None or n <= 1:
+            return max(n, 1)
+        if isinstance(self.max_batch, int):
+            return self.max_batch
+        if backend == "persistent":  # whose programs take a few samples each in any case
+            return n
+        name = f"batch of {n} {self.sample_shape} in {self._network.dtype}, {self.guidance is not None}"
+        if name not in self._network.cache:
+            plain = self._network.uncompiled()
+
+            def probe(count: int) -> None:
+                first = slice(0, count)
+                engines.get("eager")(
+                    plain,
+                    (count, *self.sample_shape),
+                    self.table.head(1),
+                    keys[first],
+                    model_kwargs=_slice(kwargs, first),
+                    guidance=self.guidance,
+                    uncond_kwargs=None if uncond is None else _slice(uncond, first),
+                    dtype=self.state_dtype,
+                )
+
+            self._network.cache[name] = batches.fastest(lambda count: batches.seconds(probe, count, self.device), n)
+        batch: int = self._network.cache[name]
+        return batch
+
+    def _run_parts(self, run: Callable[[slice, str], None], backend: str, n: int, batch: int, bar: tqdm[Any]) -> None:
+        """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
+        first = 0
+        while first < n:
+            bar.total = bar.n + len(self.table) * -(-(n - first) // batch)
+            done = bar.n
+            try:
+                run(slice(first, min(first + batch, n)), backend)
+            except CaptureError as error:
+                engines.release(self._network)
+                if self._backend != "auto":
+                    raise CaptureError(f"backend {backend!r}: {error}; use 'eager' or 'auto'") from error
+                self._network.cache.setdefault(_FAILED, set()).add(backend)
+                self.backend = self._choose()
+                warnings.warn(
+                    f"the network does not run by backend {backend!r}, so {self.backend!r} takes over: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                backend = self.backend
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if self.max_batch != "auto" or batch == 1 or not batches.is_out_of_memory(error):
+                    raise
+                engines.release(self._network)
+                batch, bar.n = (min(batch, n - first) + 1) // 2, done
+            else:
+                first += batch
 
     def _run(
         self,
@@ -181,7 +250,7 @@ class Sampler:
             # A copy: a network that works in place must not write to the caller's tensor.
             x_init = x_init[part].to(self.state_dtype, copy=True)
         elif backend != "persistent":  # which draws and keeps the initial state in its launch
-            x_init = noise.normal(keys, 0, self.sample_shape).to(self.state_dtype)
+            x_init = ops.normal(keys, 0, self.sample_shape).to(self.state_dtype)
         if x_init is not None:
             recorder.start(x_init)
         return engines.get(backend)(
@@ -221,7 +290,7 @@ def sample(
     uncond_kwargs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     compile: bool = False,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     trajectory: int | None = None,
     callback: RowHook | None = None,
     progress: bool = False,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -101,6 +101,10 @@ class StepTable:
     def row(self, k: int) -> dict[str, float]:
         """The time and coefficients of row k as Python floats."""
         return self._rows[k]
+
+    def head(self, rows: int) -> StepTable:
+        """The table of the first rows."""
+        return replace(self, **{name: getattr(self, name)[:rows] for name in self.columns()})
 
 
 def _float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:

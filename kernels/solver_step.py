@@ -18,6 +18,19 @@ from torch import Tensor
 from .philox import STREAM_SAMPLING, tile_normal
 from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
 
+FINITE = 2**31 - 1  # what a status holds while all is finite
+STATUS_KINDS = ("the network returned", "the state became")  # a status is 2 row + the kind
+
+
+@triton.jit
+def _report(status_ptr, row, f, x_next, mask):
+    """Lowers the status to the first row, and what in it, that is not finite."""
+    limit = float("inf")  # NaN is not below it either
+    kind = tl.where(tl.abs(f) < limit, tl.where(tl.abs(x_next) < limit, 2, 1), 0)
+    kind = tl.min(tl.min(tl.where(mask, kind, 2), 1), 0)
+    if kind < 2:
+        tl.atomic_min(status_ptr, (2 * row).to(tl.int32) + kind)
+
 
 @triton.jit
 def _coefficient(table_ptr, row, NAME: tl.constexpr):
@@ -35,6 +48,7 @@ def solver_step_kernel(
     table_ptr,
     counter_ptr,
     time_ptr,
+    status_ptr,
     out_ptr,
     data_ptr,
     guidance,
@@ -80,6 +94,8 @@ def solver_step_kernel(
         z = tile_normal(keys_ptr, sample, exists, start, row + 1, STREAM_SAMPLING, P, FAST)
         x_next += _coefficient(table_ptr, row, 4) * z
     tl.store(out_ptr + offset, x_next, mask=mask)
+    if status_ptr is not None:
+        _report(status_ptr, row, f, x_next, mask)
     if time_ptr is not None and start == 0:
         time = _coefficient(table_ptr, tl.minimum(row + 1, rows - 1), 0)
         tl.store(time_ptr + sample, tl.zeros_like(sample).to(tl.float32) + time, mask=exists)
@@ -106,6 +122,7 @@ def solver_step(
     uses_data: bool = False,
     counter: Tensor | None = None,
     time: Tensor | None = None,
+    status: Tensor | None = None,
     out: Tensor,
     data: Tensor | None = None,
 ) -> None:
@@ -118,6 +135,7 @@ def solver_step(
         uses_data: whether e is not zero.
         counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel moves on by one.
         time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
+        status: int32 ``[1]``, lowered from ``FINITE`` to 2 row + kind for the first f or x' that is not finite.
     """
     batch = len(x)
     size = x.numel() // batch if batch else 0
@@ -135,6 +153,7 @@ def solver_step(
             table,
             counter,
             time,
+            status,
             out,
             data,
             None if guidance is None else float(guidance),  # an int would be a type, and a variant, of its own

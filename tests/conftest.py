@@ -8,6 +8,7 @@ import pkgutil
 
 import pytest
 import torch
+from cuda_graphs import graphs as graphs  # a fixture
 
 
 def _define_interpreted_kernels() -> None:

@@ -116,7 +116,7 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "-n", "0"], 2, "0 is not in the range x>=1"),
         (["sample", "swiss-roll", "--clip", "1"], 1, "clip bounds a predicted x_0"),
         (["sample", "swiss-roll", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
-        (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' is not part of this version"),
+        (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' needs Triton and a CUDA GPU"),
         (["sample", "swiss-roll", "--t-end", "2"], 1, "t_end must be in [0, 1), got 2.0"),
         (["train", "cifar"], 2, "'cifar' is not one of"),
         (["train", "swiss-roll", "--lr", "-1"], 1, "lr must be positive and finite, got -1.0"),

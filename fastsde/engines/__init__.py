@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops, reference
-from . import eager, persistent
+from . import capture, eager, graph, persistent
+from .capture import CaptureError
+from .graph import release
 from .network import Network
 
-__all__ = ["BACKENDS", "choose", "get", "unavailable_reason"]
+__all__ = ["BACKENDS", "CaptureError", "choose", "get", "release", "unavailable_reason"]
 
 _ENGINES: dict[str, Callable[..., Tensor]] = {
     "reference": reference.sample,
     "eager": eager.sample,
+    "graph": graph.sample,
     "persistent": persistent.sample,
 }
-BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
-_FASTEST_FIRST = ("persistent", "eager", "reference")
+BACKENDS = ("auto", *_ENGINES)
+_FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
+# What a backend is, where it runs rows together, and the options of a call that need the host or another network call.
+_TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "is one launch for a whole trajectory"}
+_WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "guidance", "noise", "callback", "model_kwargs")}
 
 
 def unavailable_reason(
@@ -31,17 +37,15 @@ def unavailable_reason(
     compile: bool = False,
     network: Network | None = None,
     sample_shape: Sequence[int] = (),
-    option: str | None = None,
+    options: Collection[str] = (),
 ) -> str | None:
     """Why a backend cannot run, and what to do; None where it can.
 
     Args:
         dtype: of the state.
         network, sample_shape: what is to be run on samples of which shape, where that is known.
-        option: the name of a call's option that not every backend has, if there is one.
+        options: the names of a call's options that are in use, as far as not every backend has them.
     """
-    if backend not in _ENGINES:
-        return f"backend {backend!r} is not part of this version of fastsde; use 'eager' or 'reference'"
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"device {device} is not there (torch.cuda.is_available() is False); use device='cpu'"
     if compile and dtype == torch.float64:
@@ -50,16 +54,17 @@ def unavailable_reason(
         return "backend 'reference' is plain PyTorch; for compile=True use 'eager'" if compile else None
     if dtype == torch.float64:
         return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
-    if backend == "persistent":
-        if not ops.has_kernels(device):
-            return f"backend 'persistent' needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
-        if compile or option is not None:
-            name = "compile" if compile else option
-            return (
-                f"backend 'persistent' is one launch for a whole trajectory, without {name}; use 'eager' or 'reference'"
-            )
-        reason = None if network is None else persistent.unavailable_reason(network, sample_shape)
-        return None if reason is None else f"backend 'persistent': {reason}; use 'eager' or 'reference'"
+    if backend == "eager":
+        return None
+    if not ops.has_kernels(device) or (backend == "graph" and not capture.can_record(device)):
+        return f"backend {backend!r} needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
+    used = [*options, "compile"] if compile else options
+    missing = next((name for name in _WITHOUT[backend] if name in used), None)
+    if missing is not None:
+        return f"backend {backend!r} {_TOGETHER[backend]}, without {missing}; use 'eager' or 'reference'"
+    if backend == "persistent" and network is not None:
+        reason = persistent.unavailable_reason(network, sample_shape)
+        return None if reason is None else f"backend 'persistent': {reason}; use 'graph' or 'eager'"
     return None
 
 
@@ -71,19 +76,24 @@ def choose(
     compile: bool = False,
     network: Network | None = None,
     sample_shape: Sequence[int] = (),
-    option: str | None = None,
+    options: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> str:
     """The name of the backend that runs: the one asked for, or for "auto" the fastest that can.
+
+    Args:
+        without: backends that "auto" does not take, since they have failed.
 
     Raises:
         ValueError: for an unknown backend, or one that cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    options: dict[str, Any] = {"compile": compile, "network": network, "sample_shape": sample_shape, "option": option}
+    given: dict[str, Any] = {"compile": compile, "network": network, "sample_shape": sample_shape, "options": options}
     reason = None
-    for candidate in _FASTEST_FIRST if backend == "auto" else (backend,):
-        reason = unavailable_reason(candidate, device, dtype, **options)
+    fastest_first = [candidate for candidate in _FASTEST_FIRST if candidate not in without]
+    for candidate in fastest_first if backend == "auto" else (backend,):
+        reason = unavailable_reason(candidate, device, dtype, **given)
         if reason is None and (candidate == backend or _pays(candidate, network)):
             return candidate
     raise ValueError(reason)

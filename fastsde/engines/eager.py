@@ -1,15 +1,13 @@
 """The eager engine: the reference's trajectory with as few and as cheap PyTorch calls a row as it takes.
 
-On a GPU a row is the network, one fused kernel, the times, and reductions that see what is not finite. Elsewhere zero
-terms are skipped, D is computed only where a row uses it, and the noise of several rows is drawn in one go. The samples
-are the reference's up to rounding.
+On a GPU a row is the network, one fused kernel, and the times. Elsewhere zero terms are skipped, D is computed only
+where a row uses it, and the noise of several rows is drawn in one go. The samples are the reference's up to rounding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from .. import noise, ops
 from ..reference import Model, NoiseFunction, RowHook, check_finite
 from ..solvers import StepTable
 
-__all__ = ["FiniteCheck", "sample"]
+__all__ = ["FiniteCheck", "evaluate", "sample"]
 
 # Rows of noise are drawn together while they have at most this many elements (each costs 60 operations on a tensor of
 # int64 blocks, which stay in the L2 cache at this size); at a hundred elements that is 20 times as fast as row by row.
@@ -41,36 +39,90 @@ def sample(
     after_row: RowHook | None = None,
 ) -> Tensor:
     """`fastsde.reference.sample`, faster. Arguments, result and errors are the same."""
-    model_kwargs, uncond_kwargs = model_kwargs or {}, uncond_kwargs or {}
-    x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
-    rows = [table.row(k) for k in range(len(table))]
-    stores_data = [following["c"] != 0 for _, following in pairwise(rows)] + [False]
-    fused = dtype == torch.float32 and ops.has_kernels(x.device)
-    drawn = iter(()) if fused or noise_function is not None else _noise_rows(keys, table, shape[1:])
+    x = ops.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
+    conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
+    run = _fused if dtype == torch.float32 and ops.has_kernels(x.device) else _plain
+    return run(model, x, table, keys, noise_function, conditions, guidance, after_row)
+
+
+def evaluate(
+    model: Model, x: Tensor, t: Tensor, conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None]
+) -> tuple[Tensor, Tensor | None]:
+    """The network's output and, where there is a second set of arguments, the unconditional one."""
+    f = model(x, t, **conditions[0])
+    if conditions[1] is None:
+        return f, None
+    f = f.clone()  # a network may return the same memory at every call
+    return f, model(x, t, **conditions[1])
+
+
+def _fused(
+    model: Model,
+    x: Tensor,
+    table: StepTable,
+    keys: Tensor,
+    noise_function: NoiseFunction | None,
+    conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+    guidance: float | None,
+    after_row: RowHook | None,
+) -> Tensor:
+    """Rows by the fused kernel, which also sees what is not finite. Each state is new: a callback may keep it."""
+    rows = [table.row(row) for row in range(len(table))]
+    status, history = ops.new_status(x.device), None
+    for row, k in enumerate(rows):
+        t = torch.full((len(x),), k["time"], device=x.device)
+        f, f_uncond = evaluate(model, x, t, conditions)
+        z = noise_function(row, x) if k["d"] != 0 and noise_function is not None else None
+        x, history = ops.fused_step(
+            x,
+            f,
+            table,
+            row,
+            history=history,
+            z=z,
+            keys=keys,
+            f_uncond=f_uncond,
+            guidance=guidance,
+            store_data=_is_read(rows, row),
+            status=status,
+        )
+        if after_row is not None:
+            after_row(row, k["time"], x)
+    ops.check_status(status, table)
+    return x
+
+
+def _is_read(rows: Sequence[dict[str, float]], row: int) -> bool:
+    """Whether the next row reads what this one stores."""
+    return row + 1 < len(rows) and rows[row + 1]["c"] != 0
+
+
+def _plain(
+    model: Model,
+    x: Tensor,
+    table: StepTable,
+    keys: Tensor,
+    noise_function: NoiseFunction | None,
+    conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+    guidance: float | None,
+    after_row: RowHook | None,
+) -> Tensor:
+    """Rows by PyTorch's own operations."""
+    rows = [table.row(row) for row in range(len(table))]
+    drawn = iter(()) if noise_function is not None else _noise_rows(keys, table, x.shape[1:])
     finite = FiniteCheck(rows, x.device)
     history = None
     for row, k in enumerate(rows):
-        t = torch.full((len(x),), k["time"], dtype=dtype, device=x.device)
-        f, f_uncond, z = model(x, t, **model_kwargs), None, None
-        finite("the network returned", f, row)
-        if guidance is not None:
-            f = f.clone()  # a network may return the same memory at every call
-            f_uncond = model(x, t, **uncond_kwargs)
-            finite("the network returned", f_uncond, row)
-        if k["d"] != 0 and noise_function is not None:
-            z = noise_function(row, x)
-        if fused:
-            given: dict[str, Any] = {
-                "history": history,
-                "z": z,
-                "keys": keys,
-                "f_uncond": f_uncond,
-                "guidance": guidance,
-            }
-            x, history = ops.fused_step(x, f, table, row, store_data=stores_data[row], **given)
-        else:
-            z = next(drawn) if k["d"] != 0 and z is None else z
-            x, history = _step(x, _guided(f, f_uncond, guidance, dtype), k, table.clip, history, z, stores_data[row])
+        t = torch.full((len(x),), k["time"], dtype=x.dtype, device=x.device)
+        outputs = evaluate(model, x, t, conditions)
+        for f in outputs:
+            if f is not None:
+                finite("the network returned", f, row)
+        z = None
+        if k["d"] != 0:
+            z = next(drawn) if noise_function is None else noise_function(row, x)
+        f = _guided(*outputs, guidance, x.dtype)
+        x, history = _step(x, f, k, table.clip, history, z, _is_read(rows, row))
         finite("the state became", x, row)
         if after_row is not None:
             after_row(row, k["time"], x)

@@ -47,10 +47,11 @@ def _packed(network: Network) -> Any:
     linears, activations = linear_layers(network.model) or ([], [])
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
-    known, packed = network.cache.get("packed", (None, None))
+    name = f"packed in {network.dtype}"
+    known, packed = network.cache.get(name, (None, None))
     if known != identity:
         packed = ops.pack_mlp(linears, activations, network.dtype)
-        network.cache["packed"] = (identity, packed)
+        network.cache[name] = (identity, packed)
     return packed
 
 

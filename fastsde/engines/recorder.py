@@ -34,8 +34,12 @@ class Recorder:
             self.states[0] = x
 
     def __call__(self, row: int, time: float, x: Tensor) -> None:
-        if self.states is not None and (row + 1) % self.every == 0:
-            self.states[(row + 1) // self.every] = x
+        self.advance(row + 1, 1, x)
         if self.callback is not None:
             self.callback(row, time, x)
-        self.bar.update()
+
+    def advance(self, rows: int, count: int, x: Tensor) -> None:
+        """Keeps the state after ``rows`` rows, of which ``count`` are new, for an engine that has no callback."""
+        if self.states is not None and rows % self.every == 0:
+            self.states[rows // self.every] = x
+        self.bar.update(count)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..validation import check_ints
+from .hooks import is_hooked
 
 __all__ = ["ACTIVATIONS", "MLP", "ConcatTime", "linear_layers"]
 
@@ -121,7 +122,5 @@ def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
             activations.append(name)
         else:
             return None
-    hooked = any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    )
-    return None if hooked or not linears or len(activations) != len(linears) - 1 else (linears, activations)
+    whole = linears and len(activations) == len(linears) - 1
+    return (linears, activations) if whole and not is_hooked(model) else None

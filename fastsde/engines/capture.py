@@ -1,0 +1,107 @@
+"""Where CUDA itself is called: work recorded once as a CUDA graph, and replayed.
+
+What is recorded reads and writes the same device memory at every replay; nothing of the host's part runs again.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+__all__ = ["CaptureError", "Recording", "can_record"]
+
+# PyTorch records one graph at a time; another thread's kernels go on meanwhile (capture_error_mode "thread_local").
+_ONE_AT_A_TIME = threading.Lock()
+_ATTEMPTS = 2
+
+
+class CaptureError(RuntimeError):
+    """What was to be recorded does what a CUDA graph cannot hold."""
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether a device has CUDA graphs."""
+    return device.type == "cuda"
+
+
+class Recording:
+    """Graphs that share one pool of memory, and so must be replayed one after the other.
+
+    It waits for streams and never for a whole device, since that would break what another thread records.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """Runs what is to be recorded, on the stream that records: kernels compile, libraries choose and allocate."""
+        with self._on_stream():
+            run()
+        self._stream.synchronize()
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Records ``run``, without running it, and returns what replays it on the current stream.
+
+        Raises:
+            CaptureError: where ``run`` waits for the device, copies from the host, or does else what no graph holds.
+            torch.OutOfMemoryError: where the memory does not suffice.
+        """
+        for attempt in range(_ATTEMPTS):
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with _ONE_AT_A_TIME, _without_gc(), self._on_stream():
+                    _record(graph, self._pool, run)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if attempt + 1 < _ATTEMPTS:
+                    continue  # it may have been another thread, waiting for the whole device
+                raise CaptureError(f"it cannot be captured as a CUDA graph: {error}") from error
+            break
+        return graph.replay
+
+    def wait(self) -> None:
+        """Waits for what was replayed on the current stream."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self.device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                yield
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _record(graph: torch.cuda.CUDAGraph, pool: Any, run: Callable[[], None]) -> None:
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        run()
+    except BaseException:
+        with suppress(RuntimeError):  # what went wrong first is what counts
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Keeps Python from freeing unrelated device memory while a graph is recorded, which would break it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

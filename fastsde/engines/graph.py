@@ -1,0 +1,255 @@
+"""The graph engine: rows of network and fused step, captured as a CUDA graph and replayed.
+
+A graph holds a few dozen rows. Row counter, table, keys, times and conditions are read from device memory, so that new
+seeds, new samples and new values in the table are copied there and need no new capture. Weights are read where they
+are: changed in place they are seen, and where they have moved the rows are captured again.
+
+What the network does on the host happens while it is captured and never again: its result must depend on its
+arguments and its weights alone.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference import NoiseFunction
+from ..solvers import StepTable
+from . import eager
+from .capture import Recording
+from .chunks import chunks
+from .network import Network
+from .recorder import Recorder
+
+__all__ = ["Trajectory", "release", "sample"]
+
+_TRAJECTORIES = 4  # that are kept of a network
+_GRAPHS = 8  # lengths, that are kept of a trajectory; one run needs at most four
+_WARM_UPS = 3
+_LOCK = threading.Lock()
+
+Conditions = tuple[Mapping[str, Any], Mapping[str, Any] | None]
+
+
+def sample(
+    model: Network,
+    shape: Sequence[int],
+    table: StepTable,
+    keys: Tensor,
+    *,
+    x_init: Tensor | None = None,
+    noise_function: NoiseFunction | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    after_row: Recorder | None = None,
+) -> Tensor:
+    """`fastsde.reference.sample` by replays. What needs the host between rows is not there: the sampler sees to that.
+
+    Raises:
+        CaptureError: where the network cannot be captured.
+        NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
+    """
+    x = ops.normal(keys, 0, shape[1:]) if x_init is None else x_init
+    conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
+    if not x.numel():
+        return eager.sample(model, shape, table, keys, x_init=x)
+    form = Form.of(model, x, table, conditions, guidance)
+    return _trajectory(model, form, conditions, x.device).run(model, x, table, keys, conditions, after_row)
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that a capture holds fast. Whatever else varies lies in device memory."""
+
+    shape: tuple[int, ...]
+    rows: int
+    has_noise: bool
+    has_history: bool
+    uses_data: bool
+    clip: float | None
+    guidance: float | None
+    network: tuple[Any, ...]
+    conditions: tuple[Any, ...]
+    settings: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, network: Network, x: Tensor, table: StepTable, conditions: Conditions, guidance: float | None) -> Form:
+        return cls(
+            shape=tuple(x.shape),
+            rows=len(table),
+            has_noise=bool((table.d != 0).any()),
+            has_history=bool((table.c != 0).any()),
+            uses_data=bool((table.e != 0).any()),
+            clip=table.clip,
+            guidance=guidance,
+            network=network.form(),
+            conditions=tuple(_spec(kwargs) for kwargs in conditions),
+            settings=_settings(x.device.type),
+        )
+
+
+def _spec(kwargs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    """What a capture holds fast of a network's arguments: the shapes of tensors, and everything else itself."""
+    if kwargs is None:
+        return None
+    return tuple(
+        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (type(value), value))
+        for name, value in sorted(kwargs.items())
+    )
+
+
+def _settings(device_type: str) -> tuple[Any, ...]:
+    """PyTorch's global settings that choose kernels."""
+    precision: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    return (
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        *(switch.fp32_precision for switch in precision),
+    )
+
+
+def _trajectory(network: Network, form: Form, conditions: Conditions, device: torch.device) -> Trajectory:
+    """The trajectory of a form, from the few that are kept of a network, or a new one."""
+    with _LOCK:
+        kept: OrderedDict[Form, Trajectory] = network.cache.setdefault("trajectories", OrderedDict())
+        if form in kept:
+            kept.move_to_end(form)
+        else:
+            kept[form] = Trajectory(form, conditions, device)
+            while len(kept) > _TRAJECTORIES:
+                kept.popitem(last=False)
+        return kept[form]
+
+
+def release(network: Network) -> None:
+    """Frees the memory of all that is captured of a network."""
+    with _LOCK:
+        network.cache.pop("trajectories", None)
+
+
+class Trajectory:
+    """The device memory of a form, and graphs of rows that work on it. One run at a time uses it."""
+
+    def __init__(self, form: Form, conditions: Conditions, device: torch.device) -> None:
+        self._form, self._device = form, device
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[int, Callable[[], None]] = OrderedDict()
+        self._recording: Recording | None = None
+        self._weights: tuple[Any, ...] | None = None
+        batch, size = form.shape[0], math.prod(form.shape[1:])
+        self._x = torch.zeros(form.shape, device=device)
+        self._history = torch.zeros(form.shape, device=device) if form.has_history else None
+        self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=device)
+        self._rows = torch.zeros((form.rows, 8), device=device)
+        self._time = torch.zeros(batch, device=device)
+        self._counter = ops.step_counter(batch, size, device)
+        self._status = ops.new_status(device)
+        self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
+
+    def run(
+        self,
+        network: Network,
+        x: Tensor,
+        table: StepTable,
+        keys: Tensor,
+        conditions: Conditions,
+        recorder: Recorder | None,
+    ) -> Tensor:
+        """All rows, from the state ``x``. The result is new memory."""
+        lengths = chunks(len(table), None if recorder is None or recorder.states is None else recorder.every)
+        with self._lock:
+            self._record(network, lengths)
+            try:
+                self._start(x, table, keys, conditions)
+                rows = 0
+                for length in lengths:
+                    self._graphs[length]()
+                    rows += length
+                    if recorder is not None:
+                        recorder.advance(rows, length, self._x)
+                result = self._x.clone()
+                ops.check_status(self._status, table)  # which waits, so that the next run finds the memory idle
+            except BaseException:
+                if self._recording is not None:
+                    self._recording.wait()
+                raise
+        return result
+
+    def _record(self, network: Network, lengths: Sequence[int]) -> None:
+        """Captures the graphs that are missing, or all where the weights have moved."""
+        weights = network.weights()
+        if weights != self._weights:
+            self._graphs.clear()
+            self._recording, self._weights = None, None
+        if all(length in self._graphs for length in lengths):
+            return
+        if self._recording is None:
+            recording = Recording(self._device)
+            recording.warm_up(lambda: self._warm_up(network))
+            self._recording, self._weights = recording, network.weights()
+        for length in sorted(set(lengths) - set(self._graphs)):
+            self._graphs[length] = self._recording.record(lambda length=length: self._run_rows(network, length))  # type: ignore[misc]
+        while len(self._graphs) > _GRAPHS:
+            spare = next(length for length in self._graphs if length not in lengths)
+            del self._graphs[spare]
+
+    def _warm_up(self, network: Network) -> None:
+        for _ in range(_WARM_UPS):
+            self._counter.zero_()
+            self._run_rows(network, 1)
+
+    def _run_rows(self, network: Network, count: int) -> None:
+        form = self._form
+        # A cast that autocast keeps would be made outside of the graph, and freed behind its back.
+        kind = self._device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            for _ in range(count):
+                f, f_uncond = eager.evaluate(network, self._x, self._time, self._conditions)
+                ops.counted_step(
+                    self._x,
+                    f,
+                    self._rows,
+                    self._counter,
+                    time=self._time,
+                    status=self._status,
+                    history=self._history,
+                    keys=self._keys if form.has_noise else None,
+                    f_uncond=f_uncond,
+                    guidance=form.guidance,
+                    clip=form.clip,
+                    uses_data=form.uses_data,
+                )
+
+    def _start(self, x: Tensor, table: StepTable, keys: Tensor, conditions: Conditions) -> None:
+        self._x.copy_(x)
+        self._keys.copy_(keys)
+        self._rows.copy_(ops.device_table(table, self._device))
+        self._time.fill_(float(table.time[0]))
+        self._counter.zero_()
+        self._status.copy_(ops.new_status(self._device))
+        if self._history is not None:
+            self._history.zero_()
+        for ours, given in zip(self._conditions, conditions, strict=True):
+            for name, value in (given or {}).items():
+                if isinstance(value, Tensor) and ours is not None:
+                    ours[name].copy_(value)
+
+
+def _own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with tensors of their own memory."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}

@@ -1,0 +1,196 @@
+"""The U-Net as it is sampled from: the same function of the same weights, in fewer and cheaper passes over memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..validation import check_tensor
+from .hooks import is_hooked
+
+if TYPE_CHECKING:
+    from .unet import UNet
+
+__all__ = ["UNetInference", "log_sigmoid_", "supports"]
+
+# The AVX-512 log1p that PyTorch ships loads its result for -0 under a mask. Until something has really read the page
+# that it lies in, each such load that is masked off takes a microcode assist: log1p takes 20 times as long and log
+# sigmoid 6 times, in every thread of the process. This reads it.
+torch.log1p(torch.full((64,), -0.0, dtype=torch.float32, device="cpu"))
+
+
+def supports(model: object) -> bool:
+    """Whether a network is a `UNet` and nothing but: no subclass, no other layers, no hooks."""
+    from .unet import UNet
+
+    if type(model) is not UNet:
+        return False
+    layers = [*model.encoder, *model.decoder, *model.head]
+    kinds = [nn.Conv2d] * len(model.encoder) + [nn.ConvTranspose2d] * len(model.decoder) + [nn.Conv2d] * 2
+    return [type(layer) for layer in layers] == kinds and not is_hooked(model)
+
+
+def log_sigmoid_(v: Tensor) -> Tensor:
+    """min(v, 0) - log1p(exp(-|v|)); ``v`` may be overwritten.
+
+    On the CPU in place and by exp2, half of what F.logsigmoid takes, in fp32 for narrower dtypes.
+    """
+    if torch.compiler.is_compiling() or v.device.type != "cpu":
+        return F.logsigmoid(v)
+    wide = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+    logarithm = wide.abs().mul_(-math.log2(math.e)).exp2_().log1p_()
+    return wide.clamp_(max=0).sub_(logarithm).to(v.dtype)
+
+
+class UNetInference(nn.Module):
+    """A `UNet` for inference, made by `UNet.optimize` and called in the same way. It has no gradients.
+
+    Weights and activations are channels last. Where the Triton kernels run, one kernel follows each convolution: it
+    adds the bias, takes the log sigmoid, pools, and writes into the buffer that the decoder reads signal and skip from,
+    so that nothing is concatenated. The time's part of the first convolution, t times a fixed image, is added there.
+    Elsewhere, and to torch.compile, it is the U-Net in plain PyTorch.
+
+    The weights are copies. `refresh` copies them again, in place.
+
+    Args:
+        unet: whose weights to copy, to the same device.
+        dtype: of the copies; by default that of the weights.
+
+    Raises:
+        TypeError: for a network that is not `supports`-ed, or a dtype that is not floating-point.
+    """
+
+    # Any, since their layers are read, not called.
+    encoder: Any
+    decoder: Any
+    head: Any
+    image_weight: Tensor  # [C, image channels, 3, 3]: the first convolution's weights but those of the time
+    plane: Tensor  # [H, W, C], fp32 or wider: the first convolution's result at t = 1 on an image of zeros, less bias
+
+    def __init__(self, unet: UNet, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not supports(unet):
+            raise TypeError(f"unet must be a UNet as it is, without hooks and other layers, got {unet!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
+        self._config, self.shape = unet.config, unet.shape
+        layers: dict[str, Any] = {"dtype": dtype, "memory_format": torch.channels_last}
+        self.encoder, self.decoder, self.head = (
+            copy.deepcopy(each).requires_grad_(False).to(**layers) for each in (unet.encoder, unet.decoder, unet.head)
+        )
+        self.training = unet.training
+        weight = self.encoder[0].weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
+        self.register_buffer("image_weight", images)
+        self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
+        self._fold_time()
+
+    @torch.no_grad()
+    def refresh(self, unet: UNet) -> None:
+        """Copies the weights of the U-Net again, to where they are.
+
+        Raises:
+            ValueError: for a U-Net of another configuration.
+        """
+        if not supports(unet) or unet.config != self._config:
+            raise ValueError(f"unet must be a UNet of {self._config}, got {getattr(unet, 'config', unet)}")
+        torch._foreach_copy_(list(self.parameters()), list(unet.parameters()))
+        self._fold_time()
+
+    @torch.no_grad()
+    def _fold_time(self) -> None:
+        weight = self.encoder[0].weight
+        self.image_weight.copy_(weight[:, :-1])
+        # The taps that the zero padding leaves, summed one axis after the other; a convolution might do it in TF32.
+        taps = weight[:, -1].to(self.plane.dtype)
+        height, width = (F.pad(taps.new_ones(size), (1, 1)).unfold(0, 3, 1) for size in self.plane.shape[:2])
+        rows = (height[None, :, :, None] * taps[:, None]).sum(2)
+        self.plane.copy_((width * rows[:, :, None]).sum(3).permute(1, 2, 0))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``, contiguous.
+
+        Raises:
+            RuntimeError: where a gradient is wanted.
+            ValueError: for another shape of x or t.
+        """
+        if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
+            raise RuntimeError("UNetInference has no gradients: use the UNet itself, or torch.no_grad()")
+        check_tensor("x", x, shape=(len(x), *self.shape))
+        check_tensor("t", t, shape=(len(x),))
+        # torch.compile fuses plain PyTorch itself, and could not look into the kernels.
+        if not torch.compiler.is_compiling() and x.dtype != torch.float64:
+            from .. import ops
+
+            if ops.has_kernels(x.device):
+                return self._fused(x, t)
+        return self._plain(x, t)
+
+    def _plain(self, x: Tensor, t: Tensor) -> Tensor:
+        """`UNet.forward`, but for layout and log sigmoid. Neither shared buffers nor the folded time pay on a CPU."""
+        plane = t.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        signal = torch.cat((x, plane), dim=1).contiguous(memory_format=torch.channels_last)
+        skips: list[Tensor] = []
+        for level, layer in enumerate(self.encoder):
+            if level:
+                skips.append(signal)
+                height, width = signal.shape[2:]
+                signal = F.max_pool2d(signal, 2, padding=(height % 2, width % 2))
+            signal = log_sigmoid_(F.conv2d(signal, layer.weight, layer.bias, padding=1))
+        for layer in self.decoder:
+            signal = log_sigmoid_(_upsample(layer, signal, layer.bias))
+            signal = torch.cat((signal, skips.pop()), dim=1)
+        first, last = self.head
+        signal = log_sigmoid_(F.conv2d(signal, first.weight, first.bias, padding=1))
+        return F.conv2d(signal, last.weight, last.bias, padding=1).contiguous()
+
+    def _fused(self, x: Tensor, t: Tensor) -> Tensor:
+        """By one kernel after each convolution but the last."""
+        from ..kernels.bias_activation import bias_activation
+
+        buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
+        signal = x.contiguous(memory_format=torch.channels_last)
+        for level, layer in enumerate(self.encoder):
+            weight = layer.weight if level else self.image_weight
+            y = _channels_last(F.conv2d(signal, weight, padding=1))
+            channels, height, width = y.shape[1:]
+            time = {} if level else {"t": t.contiguous(), "plane": self.plane}
+            if level == len(self.encoder) - 1:
+                bias_activation(y, layer.bias, y, **time)
+                signal = y
+                continue
+            buffers.append(_empty(y, 2 * channels, (height, width)))
+            signal = _empty(y, channels, ((height + 1) // 2, (width + 1) // 2))
+            bias_activation(y, layer.bias, buffers[-1], first=channels, pooled=signal, **time)
+        for layer in self.decoder:
+            y = _channels_last(_upsample(layer, signal, None))
+            signal = buffers.pop()
+            bias_activation(y, layer.bias, signal)
+        first, last = self.head
+        y = _channels_last(F.conv2d(signal, first.weight, padding=1))
+        bias_activation(y, first.bias, y)
+        return F.conv2d(y, last.weight, last.bias, padding=1).contiguous()
+
+
+def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:
+    # Four small convolutions, one for the pixels of each parity, or one to four times the channels and a shuffle, were
+    # never faster than PyTorch's own on a CPU.
+    result: Tensor = F.conv_transpose2d(signal, layer.weight, bias, 2, 1, layer.output_padding)
+    return result
+
+
+def _empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    shape = (len(like), channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    """As it is, where a convolution has kept the layout of its weights."""
+    return y.contiguous(memory_format=torch.channels_last)

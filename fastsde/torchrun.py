@@ -1,0 +1,204 @@
+"""Processes that torchrun starts: the group they form, the device of each, and how their errors are told."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from .validation import check_device
+
+__all__ = ["Ranks", "device", "job", "launched", "process_group", "ranks"]
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# How long ranks wait for each other to start, and for each other's gradients.
+_JOIN = timedelta(minutes=30)
+# After an error: how long to wait for another rank to tell of it, or for NCCL to leave a group that lost a member.
+_GRACE = timedelta(seconds=10)
+# By then torchrun has noticed that a rank has failed, and names that one as the cause.
+_NOTICED = timedelta(seconds=2)
+_joined = itertools.count()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all (``rank`` of ``world``) and among those of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def launched() -> bool:
+    """Whether the environment is that of a process which torchrun (or a launcher alike) has started."""
+    return all(name in os.environ for name in _ENVIRONMENT)
+
+
+def ranks() -> Ranks | None:
+    """This process's place in the group of torch.distributed, None outside of one."""
+    from torch import distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, world, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks | None]:
+    """Joins the group that torchrun describes, and leaves it at the end, also after an error.
+
+    Gloo on the CPU, and NCCL on GPUs where there are any. Does nothing where there is a group already, which is then
+    left as it is, or where the process was started otherwise.
+
+    Raises:
+        RuntimeError: where the other ranks do not come.
+    """
+    if ranks() is not None or not launched():
+        yield ranks()
+        return
+    from torch import distributed as dist
+
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    store, rank, world = _store(f"group-{next(_joined)}")  # a group that has been left leaves its addresses behind
+    with _steady_threads():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=_JOIN, store=store, rank=rank, world_size=world
+        )
+        with _leaving():
+            yield ranks()
+
+
+def _store(name: str) -> tuple[Any, int, int]:
+    """Keys and values that all ranks share, with this rank and how many there are."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(rendezvous("env://", timeout=_JOIN))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a store outlives the ranks that torchrun restarts
+    return PrefixStore(f"fastsde-{attempt}-{name}", store), rank, world
+
+
+@contextmanager
+def _leaving() -> Iterator[None]:
+    """Destroys all groups at the end. After an error it waits for that no longer than a dead rank deserves."""
+    from torch import distributed as dist
+
+    try:
+        yield
+    except BaseException:
+
+        def leave() -> None:
+            with contextlib.suppress(Exception):  # the error under way is the one to tell of
+                dist.destroy_process_group()
+
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(_GRACE.total_seconds())
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _steady_threads() -> Iterator[None]:
+    """One thread, unless OMP_NUM_THREADS says otherwise: what torchrun sets for several ranks, but not for one.
+
+    With another number of threads sums are split, and so rounded, otherwise.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def job(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command run on every rank of a `process_group`, where torchrun started the process.
+
+    An error that a user can mend becomes exit code 1. The first rank that has one prints it and passes it to torchrun,
+    which ends the other ranks; those say nothing.
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        if not launched():
+            return command(*args, **kwargs)
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        store, _, _ = _store("errors")
+
+        def run() -> None:
+            try:
+                command(*args, **kwargs)
+            except (ValueError, OSError, RuntimeError) as error:
+                # Told while this rank is in the group still: once it has left, others have errors because of that.
+                if not _told_first(error, store):
+                    raise SystemExit(1) from error
+                raise
+
+        with process_group():
+            try:
+                record(run)()
+            except (ValueError, OSError, RuntimeError) as error:
+                raise SystemExit(1) from error
+
+    return wrapped
+
+
+def _told_first(error: Exception, store: Any) -> bool:
+    """Prints an error, unless another rank had one before: then it only waits until that one is known."""
+    try:
+        if store.add("failed", 1) > 1:
+            store.wait(["told"], _GRACE)
+            time.sleep(_NOTICED.total_seconds())
+            return False
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        store.set("told", "")
+    except RuntimeError:  # the rank that was to print, or that kept the store, is dead
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+    return True
+
+
+def device(asked: str | None = None) -> torch.device:
+    """The device of this rank: of several on a machine, each takes the GPU of its number.
+
+    Args:
+        asked: a device, or None for CUDA where there is one and else the CPU.
+
+    Raises:
+        ValueError: for a device that cannot be used, or that several ranks would share.
+    """
+    asked = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    here = ranks()
+    if here is None or not asked.startswith("cuda") or not torch.cuda.is_available():
+        return check_device(asked)
+    if here.local_world > 1:
+        if asked != "cuda":
+            raise ValueError(
+                f"device {asked!r} would be shared by the {here.local_world} ranks of this machine: give 'cuda', and "
+                f"each takes a GPU of its own, or start one rank"
+            )
+        gpus = torch.cuda.device_count()
+        if here.local_rank >= gpus:
+            raise ValueError(
+                f"rank {here.rank} has no GPU of its own, {here.local_world} ranks share a machine with {gpus}: start "
+                f"--nproc-per-node {gpus}, or give the device 'cpu'"
+            )
+        asked = f"cuda:{here.local_rank}"
+    chosen = check_device(asked)
+    torch.cuda.set_device(chosen)  # where NCCL and Triton look
+    return chosen

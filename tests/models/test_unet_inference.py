@@ -1,0 +1,475 @@
+"""The U-Net's inference form against the U-Net: layer by layer, as a whole, and as its weights change."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastsde import ops
+from fastsde.models import UNet
+from fastsde.models.unet_inference import UNetInference, log_sigmoid_, supports
+
+# What an operation rounds its result to. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+DTYPES = list(ROUNDING)
+ARCHITECTURES = {
+    "of one channel": (1, 28, (8, 12, 16, 20, 24)),
+    "of three channels": (3, (9, 14), (4, 6, 8)),
+    "of two levels, half odd": (3, (7, 16), (4, 8)),
+    "of one pixel": (2, (1, 1), (3, 4, 5)),
+    "narrow": (1, (17, 1), (1, 2, 3)),
+}
+
+
+@pytest.fixture(params=["plain", "kernel"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The code that runs: plain PyTorch, or the Triton kernel in the interpreter."""
+    if request.param == "kernel":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the kernels are compiled where there is a GPU, not interpreted")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.has_kernels(torch.device("cpu")) == (request.param == "kernel")
+    return str(request.param)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What torch.empty returns holds NaN, so that an element that no kernel wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> UNet:
+    torch.manual_seed(0)
+    return UNet(*ARCHITECTURES[name]).to(dtype)
+
+
+def inputs(model: Any, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(batch, *model.shape, generator=generator), torch.rand(batch, generator=generator)
+    return x.to(dtype), t.to(dtype)
+
+
+# Layer by layer -----------------------------------------------------------------------------------------------------
+
+
+class _Convolutions(TorchFunctionMode):
+    """Records what each convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.conv2d, torch.conv_transpose2d, F.conv2d, F.conv_transpose2d):
+            self.read.append(args[0].clone())
+        return function(*args, **(kwargs or {}))
+
+
+def _layer(
+    layer: nn.Module, signal: Tensor, dtype: torch.dtype, activate: bool = True, time: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """A layer of a float64 U-Net, and how far one in ``dtype`` may be from it. ``time``: the time's part, absolute."""
+    u = ROUNDING[dtype]
+    sums = min(u, 2.0**-24)
+    absolute = copy.deepcopy(layer)
+    for parameter in absolute.parameters():
+        parameter.abs_()
+    # A sum of n products is off by as many roundings of at most its absolute terms, which grow like sqrt(n); 9 more are
+    # of the folded time. The result is rounded, before bias and time are added to it.
+    terms = 9 * layer.weight.shape[0 if isinstance(layer, nn.ConvTranspose2d) else 1]
+    v, size = layer(signal), absolute(signal.abs())
+    bound = sums * (terms**0.5 + 9) * size + u * (v.abs() + layer.bias.abs()[:, None, None] + time)
+    if dtype == torch.float16 and isinstance(layer, nn.ConvTranspose2d):
+        bound += 4 * u * size  # on a CPU, fp16 taps are added to each other and to the bias in fp16
+    if not activate:
+        return v, bound
+    # The log sigmoid has a slope of at most 1. Its own error is absolute where 1 + u is rounded, and it is rounded too.
+    a = F.logsigmoid(v)
+    return a, bound + sums * (4 + v.abs()) + u * (a.abs() + bound)
+
+
+def _pool(a: Tensor) -> Tensor:
+    height, width = a.shape[2:]
+    return F.max_pool2d(a, 2, padding=(height % 2, width % 2))
+
+
+def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """What the second and each further convolution should read, and the result, from what the ones before it read."""
+    read = [signal.double() for signal in read]
+    plane = t.double()[:, None, None, None].expand(-1, 1, *x.shape[2:])
+    read[0] = torch.cat((x.double(), plane), dim=1)
+    remaining, results, skips = iter(read), [], []
+    for level, layer in enumerate(unet.encoder):
+        time = 0.0 if level else F.conv2d(plane, layer.weight[:, -1:], padding=1).abs()
+        a, bound = _layer(layer, next(remaining), dtype, time=time)
+        skips.append((a, bound))
+        results.append((_pool(a), _pool(bound)))
+    results[-1] = skips.pop()  # the lowest level is not pooled
+    for layer in unet.decoder:
+        pair = zip(_layer(layer, next(remaining), dtype), skips.pop(), strict=True)
+        results.append(tuple(torch.cat(both, dim=1) for both in pair))
+    results.append(_layer(unet.head[0], next(remaining), dtype))
+    results.append(_layer(unet.head[1], next(remaining), dtype, activate=False))
+    assert next(remaining, None) is None
+    return results
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype) -> None:
+    unet = build(name, dtype)
+    x, t = inputs(unet, dtype=dtype)
+    with torch.no_grad(), _Convolutions() as convolutions:
+        result = unet.optimize()(x, t)
+    with torch.no_grad():
+        expected = _expected(unet.double(), x, t, convolutions.read, dtype)
+    ours = [*convolutions.read[1:], result]
+    assert len(ours) == len(expected)
+    for number, (value, (exact, bound)) in enumerate(zip(ours, expected, strict=True)):
+        assert value.dtype == dtype
+        assert value.shape == exact.shape
+        excess = (value.double() - exact).abs() - bound
+        assert (excess <= 0).all(), f"layer {number}: {excess.max():.3g} beyond a bound of {bound.max():.3g}"
+
+
+# The whole ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_whole_is_as_near_to_the_exact_result_as_the_unet(path: str, name: str, dtype: torch.dtype) -> None:
+    unet = build(name, dtype)
+    x, t = inputs(unet, dtype=dtype)
+    with torch.no_grad():
+        ours, theirs = unet.optimize()(x, t).double(), unet(x, t).double()
+        exact = unet.double()(x.double(), t.double())
+    assert ours.shape == x.shape
+    assert exact.std() > 1e-3 or exact.numel() < 5  # there is something to compare
+    _assert_about_as_near(unet, ours, theirs, exact, dtype)
+
+
+def _assert_about_as_near(unet: UNet, ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Within twice PyTorch's own error, and per layer one rounding of a result of size 1 and, as in test_models, 68."""
+    per_layer = max(ROUNDING[dtype], 68 * min(ROUNDING[dtype], 2.0**-24))
+    excess = (ours - exact).abs().max() - 2 * (theirs - exact).abs().max()
+    assert excess <= (2 * len(unet.channels) + 1) * per_layer
+
+
+def test_the_tutorials_unet(path: str) -> None:
+    torch.manual_seed(0)
+    unet = UNet()
+    x, t = inputs(unet, 1)
+    with torch.no_grad():
+        # Both are within 11 layers' rounding, as in test_models, of the exact result.
+        torch.testing.assert_close(unet.optimize()(x, t), unet(x, t), atol=2 * 11 * 68 * 2.0**-24, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["of one channel", "of three channels", "narrow"])
+def test_any_layout_of_x_and_t_is_taken_and_left_alone(path: str, name: str) -> None:
+    unet = build(name)
+    form = unet.optimize()
+    x, t = inputs(unet, 3)
+    layouts = {
+        "channels last": (x.to(memory_format=torch.channels_last), t),
+        "strided": (torch.stack((x, x), dim=-1)[..., 0], torch.stack((t, t), dim=-1)[:, 0]),
+        "transposed": (x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0), t),
+        "one time": (x, t[:1].expand(3)),
+    }
+    for layout, (x_given, t_given) in layouts.items():
+        before = x_given.clone(), t_given.clone()
+        with torch.no_grad():
+            result = form(x_given, t_given)
+            torch.testing.assert_close(result, unet(x_given, t_given), atol=1e-5, rtol=0, msg=layout)
+        assert result.is_contiguous()
+        assert torch.equal(x_given, before[0])
+        assert torch.equal(t_given, before[1])
+
+
+def test_an_empty_batch_and_samples_apart(path: str) -> None:
+    unet = build("of three channels")
+    form = unet.optimize()
+    x, t = inputs(unet, 4)
+    with torch.no_grad():
+        whole = form(x, t)
+        assert form(x[:0], t[:0]).shape == (0, *unet.shape)
+        # 1e-5: a convolution may sum in another order for another batch.
+        torch.testing.assert_close(form(x[2:3], t[2:3]), whole[2:3], atol=1e-5, rtol=0)
+
+
+def test_calls_share_no_memory(path: str) -> None:
+    unet = build("of three channels")
+    form = unet.optimize()
+    x, t = inputs(unet)
+    with torch.no_grad():
+        first = form(x, t)
+        kept = first.clone()
+        form(x + 1, t)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(path: str, value: float) -> None:
+    unet = build("of two levels, half odd")
+    x, t = inputs(unet)
+    x[0, 0, 3, 3] = value
+    with torch.no_grad():
+        result = unet.optimize()(x, t)
+        assert not result[0].isfinite().all()
+        assert result[1].isfinite().all()
+
+
+# The time -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_time_is_folded_to_the_border(name: str) -> None:
+    unet = build(name)
+    form, weight = unet.optimize(), unet.encoder[0].weight.detach().double()
+    ones = torch.ones(1, 1, *unet.image_size, dtype=torch.float64)
+    expected = F.conv2d(ones, weight[:, -1:], padding=1)[0].permute(1, 2, 0)
+    # Nine terms: eight roundings of at most the sum of their absolute values.
+    bound = 8 * 2.0**-24 * weight[:, -1].abs().sum((1, 2))
+    assert ((form.plane.double() - expected).abs() <= bound).all()
+    assert torch.equal(form.image_weight, unet.encoder[0].weight[:, :-1])
+    assert form.image_weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_time_of_a_narrower_network_is_folded_in_fp32() -> None:
+    unet = build("of three channels")
+    form, wide = unet.optimize(torch.bfloat16), unet.to(torch.bfloat16).float().optimize()
+    assert form.plane.dtype == torch.float32
+    assert torch.equal(form.plane, wide.plane)
+
+
+# The weights --------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_are_copies_without_gradients_and_all_listed() -> None:
+    unet = build("of three channels")
+    form = unet.optimize()
+    assert isinstance(form, UNetInference)
+    assert not any(parameter.requires_grad for parameter in form.parameters())
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+    ours, theirs = list(form.parameters()), list(unet.parameters())
+    assert not {p.data_ptr() for p in ours} & {p.data_ptr() for p in theirs}
+    for copied, original in zip(ours, theirs, strict=True):
+        assert torch.equal(copied, original)
+        assert copied.ndim != 4 or copied.is_contiguous(memory_format=torch.channels_last)
+    assert dict(form.named_buffers()).keys() == {"image_weight", "plane"}
+    tensors = [value for module in form.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    assert not tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_refresh_follows_the_weights_in_place(path: str, dtype: torch.dtype) -> None:
+    unet = build("of three channels")
+    form = unet.optimize(dtype)
+    x, t = inputs(unet, dtype=dtype)
+    tensors = [*form.parameters(), *form.buffers()]
+    before = [(tensor, tensor.data_ptr(), tensor.stride(), tensor.clone()) for tensor in tensors]
+    with torch.no_grad():
+        old = form(x, t)
+        for parameter in unet.parameters():
+            parameter.mul_(1.5).add_(0.01)
+        assert torch.equal(form(x, t), old)
+        form.refresh(unet)
+        new = form(x, t)
+        assert torch.equal(new, unet.optimize(dtype)(x, t))
+    assert (new - old).abs().max() > 1e-2
+    after = [*form.parameters(), *form.buffers()]
+    for (tensor, address, stride, value), now in zip(before, after, strict=True):
+        assert now is tensor
+        assert (now.data_ptr(), now.stride()) == (address, stride)
+        assert not torch.equal(now, value)
+
+
+def test_a_dtype_is_that_of_the_weights_alone() -> None:
+    unet = build("of three channels")
+    form = unet.optimize(torch.bfloat16)
+    assert {parameter.dtype for parameter in form.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    x, t = inputs(unet, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(form(x, t), unet.to(torch.bfloat16).optimize()(x, t))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_it_can_be_copied_and_kept(path: str, how: str) -> None:
+    unet = build("of three channels")
+    form = unet.optimize()
+    x, t = inputs(unet)
+    if how == "torch.save":
+        file = io.BytesIO()
+        torch.save(form, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    else:
+        twin = copy.deepcopy(form) if how == "deepcopy" else pickle.loads(pickle.dumps(form))
+    with torch.no_grad():
+        expected = form(x, t)
+        assert torch.equal(twin(x, t), expected)
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
+        assert torch.equal(form(x, t), expected)
+        twin.refresh(unet)
+        assert torch.equal(twin(x, t), expected)
+
+
+# torch.compile and gradients ----------------------------------------------------------------------------------------
+
+
+def test_torch_compile_takes_it_whole(path: str) -> None:
+    unet = build("of two levels, half odd")
+    form = torch.compile(unet.optimize(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3):
+            x, t = inputs(unet, batch)
+            torch.testing.assert_close(form(x, t), unet(x, t), atol=1e-5, rtol=0)
+
+
+def test_a_gradient_is_refused() -> None:
+    unet = build("of two levels, half odd")
+    form = unet.optimize()
+    x, t = inputs(unet)
+    assert not form(x, t).requires_grad
+    for wants in (x, t):
+        wants.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="UNetInference has no gradients: use the UNet"):
+            form(x, t)
+        with torch.no_grad():
+            assert not form(x, t).requires_grad
+        wants.requires_grad_(False)
+
+
+# The activation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_log_sigmoid_is_accurate_everywhere(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 500.0, -500.0, 6e4, -6e4, float("inf"), -float("inf")])
+    v = torch.cat((torch.linspace(-30, 30, 4001), ends)).to(dtype)
+    exact, narrow = F.logsigmoid(v.double()), dtype in (torch.float16, torch.bfloat16)
+    ours = log_sigmoid_(v.clone())
+    finite = v.isfinite()
+    assert torch.equal(ours[~finite].double(), exact[~finite])
+    # In u = exp(-|v|) the factor log2(e), their product and exp2 are off by (2 |v| + 1) roundings, and log1p and the
+    # difference round once; fp16 and bf16 round the result besides.
+    u = 2.0**-24 if narrow else ROUNDING[dtype]
+    bound = u * ((2 * v.double().abs() + 3) * torch.exp(-v.double().abs()) + exact.abs())
+    bound += narrow * (exact.abs() * ROUNDING[dtype] + 2.0**-25) + 2.0**-126  # what may be flushed to 0
+    assert ((ours.double() - exact).abs()[finite] <= bound[finite]).all()
+    assert log_sigmoid_(torch.tensor([float("nan")], dtype=dtype)).isnan().all()
+
+
+# Wrong arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Subclass(UNet):
+    pass
+
+
+def _with_a_hook() -> UNet:
+    unet = build("narrow")
+    unet.encoder[1].register_forward_hook(lambda *_: None)
+    return unet
+
+
+def _with_another_layer() -> UNet:
+    unet = build("narrow")
+    unet.head[0] = nn.Sequential(unet.head[0], nn.Identity())
+    return unet
+
+
+@pytest.mark.parametrize("make", [lambda: _Subclass(1, 4, (2, 3)), _with_a_hook, _with_another_layer])
+def test_only_the_unet_itself_has_this_form(make: Any) -> None:
+    unet = make()
+    assert not supports(unet)
+    with pytest.raises(TypeError, match="unet must be a UNet as it is"):
+        unet.optimize()
+    form = build("narrow").optimize()
+    with pytest.raises(ValueError, match="unet must be a UNet of"):
+        form.refresh(unet)
+
+
+def test_what_is_supported() -> None:
+    assert supports(build("narrow"))
+    assert not supports(build("narrow").optimize())
+    assert not supports(None)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda unet: unet.optimize("bf16"), TypeError, "dtype must be a floating-point dtype, got 'bf16'"),
+        (lambda unet: unet.optimize(torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
+        (
+            lambda unet: unet.optimize().refresh(build("narrow")),
+            ValueError,
+            r"unet must be .*7, 16.*, got .*17, 1",
+        ),
+        (
+            lambda unet: unet.optimize()(torch.zeros(2, 3, 16, 7), torch.zeros(2)),
+            ValueError,
+            r"x must have shape \[2, 3, 7, 16\], got \[2, 3, 16, 7\]",
+        ),
+        (
+            lambda unet: unet.optimize()(torch.zeros(2, 3, 7, 16), torch.zeros(2, 1)),
+            ValueError,
+            r"t must have shape \[2\], got \[2, 1\]",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(build("of two levels, half odd"))
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    unet = build(name, dtype).cuda()
+    assert ops.has_kernels(torch.device("cuda"))
+    x, t = (value.cuda() for value in inputs(unet, 5, dtype))
+    with torch.no_grad():
+        form = unet.optimize()
+        ours, theirs = form(x, t).double(), unet(x, t).double()
+        exact = unet.double()(x.double(), t.double())
+    _assert_about_as_near(unet, ours, theirs, exact, dtype)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_follows_the_refreshed_weights() -> None:
+    unet = build("of three channels").cuda()
+    form = unet.optimize()
+    x, t = (value.cuda() for value in inputs(unet, 5))
+    with torch.no_grad():
+        form(x, t)  # compiles the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = form(x, t)
+        for parameter in unet.parameters():
+            parameter.mul_(1.5)
+        form.refresh(unet)
+        graph.replay()
+        torch.testing.assert_close(result, form(x, t))

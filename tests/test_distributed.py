@@ -1,0 +1,460 @@
+"""Sampling and training on several ranks. Ranks run this file too: ``torchrun tests/test_distributed.py JOB``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastsde
+from fastsde import NonFiniteError, Sampler, checkpoints, cli, distributed, noise, reference
+from fastsde.data import swiss_roll
+from fastsde.models import MLP
+from fastsde.sde import VPSDE
+
+RANKS = (1, 2, 3)
+LAST = 2**64 - 20  # global indices wrap after twenty samples
+STEPS, BATCH, LR = 5, 10, 1e-3  # three ranks get 4, 3 and 3 of the batch
+
+
+def environment(**values: str) -> dict[str, str]:
+    """What a user's shell has: no number of threads, and nothing of another group."""
+    group = ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group} | values
+
+
+@contextlib.contextmanager
+def started(command: list[object], cwd: Path, **values: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test, nor do those that it starts."""
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=cwd, env=environment(**values), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def torchrun(ranks: int, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments]
+    with started(command, cwd) as process:
+        stdout, stderr = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def errors(stderr: str) -> list[str]:
+    """The lines of this package, among those of torchrun."""
+    return [line for line in stderr.splitlines() if line.startswith("Error: ")]
+
+
+# Sampling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rolls(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """The shipped swiss roll from the command line, on one, two and three ranks."""
+    runs = {}
+    for ranks in RANKS:
+        folder = tmp_path_factory.mktemp(f"roll-{ranks}")
+        result = torchrun(
+            ranks, "-m", "fastsde", "sample", "swiss-roll", "-n", 50, "--steps", 4, "--first-sample", LAST,
+            "--out", "x.png", "--save", "x.npz", "--animate", "x.gif", cwd=folder,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        runs[ranks] = (folder, result)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folders in which one, two and three ranks did `work`."""
+    folders = {}
+    for ranks in RANKS:
+        folders[ranks] = tmp_path_factory.mktemp(f"work-{ranks}")
+        result = torchrun(ranks, Path(__file__).resolve(), "work", cwd=folders[ranks])
+        assert result.returncode == 0, result.stderr
+    return folders
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png", "x.gif"])
+def test_the_files_of_the_roll_do_not_depend_on_the_number_of_ranks(rolls, name: str) -> None:
+    one, *others = [(folder / name).read_bytes() for folder, _ in rolls.values()]
+    assert all(other == one for other in others)
+
+
+def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
+    model = checkpoints.load("swiss-roll")
+    expected = fastsde.sample(model.model, (50, 2), prediction=model.prediction, steps=4, first_sample=LAST)
+    drawn = np.load(rolls[3][0] / "x.npz")["samples"]
+    # The same but for the rounding of matrix products, which depends on their size. Early rows amplify it some.
+    np.testing.assert_allclose(drawn, expected.numpy(), rtol=0, atol=1e-5)
+    first = fastsde.sample(model.model, (1, 2), prediction=model.prediction, steps=4, first_sample=0)
+    np.testing.assert_allclose(drawn[20:21], first.numpy(), rtol=0, atol=1e-5)
+
+
+def test_the_first_rank_alone_prints_writes_and_shows_progress(rolls) -> None:
+    for ranks, (folder, result) in rolls.items():
+        assert result.stdout == "x.npz\nx.png\nx.gif\n"
+        assert sorted(path.name for path in folder.iterdir()) == ["x.gif", "x.npz", "x.png"]
+        mine = -(-13 // ranks)  # of thirteen parts of four samples
+        assert f"{4 * mine}/{4 * mine}" in result.stderr
+        assert result.stderr.count("100%") == 1
+
+
+@pytest.mark.parametrize("name", ["digits.safetensors", "digits.png", "conditions.safetensors"])
+def test_what_ranks_draw_does_not_depend_on_their_number(worked, name: str) -> None:
+    # Five digits are two parts, so that the third rank has none.
+    one, *others = [(folder / name).read_bytes() for folder in worked.values()]
+    assert all(other == one for other in others)
+
+
+def test_conditions_are_dealt_with_their_samples(worked) -> None:
+    drawn = load_file(worked[3] / "conditions.safetensors")
+    sampler = Sampler(conditioned, (2,), steps=4, guidance=1.5)
+    options = {"model_kwargs": {"c": CONDITIONS, "w": 0.5}, "uncond_kwargs": {"c": 0 * CONDITIONS, "w": 0.5}}
+    expected, way = sampler(len(CONDITIONS), seed=3, trajectory=2, **options)
+    # Elementwise arithmetic: it rounds in the same way whatever the batch.
+    assert torch.equal(drawn["x"], expected)
+    assert torch.equal(drawn["states"], way)
+
+
+def test_outside_of_a_group_one_process_draws_the_same(worked) -> None:
+    x, states = distributed.sample(
+        Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
+        model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
+    )  # fmt: skip
+    saved = load_file(worked[2] / "conditions.safetensors")
+    assert torch.equal(x, saved["x"])
+    assert torch.equal(states, saved["states"])
+
+
+@pytest.mark.parametrize(
+    ("n", "max_batch", "part", "calls"),
+    [
+        (9, None, None, [4, 4, 1]),
+        (200, None, None, [9] * 22 + [2]),
+        (9, 2, None, [2, 2, 2, 2, 1]),
+        (9, "auto", None, [4, 4, 1]),
+        (9, 2, 5, [5, 4]),
+        (0, None, None, []),
+    ],
+)
+def test_the_parts(n: int, max_batch: int | str | None, part: int | None, calls: list[int]) -> None:
+    seen: list[int] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(len(x))
+        return -x
+
+    sampler = Sampler(model, (2,), steps=1, max_batch=max_batch)  # type: ignore[arg-type]
+    assert distributed.sample(sampler, n, part=part).shape == (n, 2)
+    assert seen == calls
+    assert sampler.max_batch == max_batch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"n": -1}, ValueError, "n must be at least 0, got -1"),
+        ({"n": 3, "part": 0}, ValueError, "part must be at least 1, got 0"),
+        ({"n": 3, "first_sample": 2**64}, ValueError, r"first_sample must be in \[0, 2\^64\)"),
+        ({"n": 3, "seed": -1}, ValueError, r"seed must be in \[0, 2\^64\)"),
+        ({"n": 3, "trajectory": 0}, ValueError, "trajectory must be at least 1"),
+        ({"n": 3, "model_kwargs": {"c": torch.zeros(2)}}, ValueError, "must have the batch of 3 first"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        distributed.sample(Sampler(lambda x, t: -x, (2,), steps=1), **arguments)  # type: ignore[arg-type]
+
+
+def test_the_sampler_must_be_one() -> None:
+    with pytest.raises(TypeError, match="sampler must be a Sampler, got function"):
+        distributed.sample(conditioned, 3)  # type: ignore[arg-type]
+
+
+def test_alone_the_error_of_a_network_is_left_as_it_is() -> None:
+    with pytest.raises(NonFiniteError, match=r"^the network returned NaN or infinity in row 0"):
+        distributed.sample(Sampler(lambda x, t: x / 0, (2,), steps=1), 3)
+
+
+# Failures -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_told_once_and_fails_the_job(tmp_path: Path) -> None:
+    result = torchrun(2, "-m", "fastsde", "sample", "swiss-roll", "--clip", 1, "--max-batch", 2, cwd=tmp_path)
+    assert result.returncode == 1
+    assert len(errors(result.stderr)) == 1
+    assert "clip bounds a predicted x_0" in errors(result.stderr)[0]
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_whose_samples_break_fails_the_job_with_its_error(tmp_path: Path) -> None:
+    result = torchrun(2, Path(__file__).resolve(), "break", cwd=tmp_path, timeout=60)
+    assert result.returncode == 1
+    told = "rank 1, which draws samples 4 to 7: the network returned NaN or infinity in row 1, at time 0.75"
+    assert errors(result.stderr) == [f"Error: {told}"]
+    assert f"NonFiniteError: {told}" in result.stderr.split("Root Cause")[1]  # torchrun's own summary
+
+
+def test_a_rank_that_is_killed_fails_the_job(tmp_path: Path) -> None:
+    result = torchrun(2, Path(__file__).resolve(), "kill", cwd=tmp_path, timeout=60)
+    assert result.returncode == 1
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert result.stdout == ""
+
+
+def test_without_torchrun_a_dead_rank_is_seen_by_the_first(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, Path(__file__).resolve(), "exit"]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with (
+        started(command, tmp_path, RANK="1", LOCAL_RANK="1", **group) as second,
+        started(command, tmp_path, RANK="0", LOCAL_RANK="0", **group) as first,
+    ):
+        _, stderr = first.communicate(timeout=60)
+        assert second.wait(timeout=60) == 3
+        assert first.returncode == 1, stderr
+        assert len(errors(stderr)) == 1
+        assert errors(stderr)[0].startswith("Error: rank 1 ended before its samples had come (")
+
+
+# The group ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_environment_of_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")  # as other launchers set it too
+    assert not distributed.launched()
+    with distributed.process_group() as here:
+        assert here is None
+    assert distributed.ranks() is None
+    assert distributed.mean_over_ranks(2.5) == 2.5
+    done: list[int] = []
+    distributed.job(done.append)(1)
+    assert done == [1]
+
+
+def test_one_rank_computes_with_one_thread_as_several_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with fastsde.torchrun._steady_threads():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with fastsde.torchrun._steady_threads():
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with four GPUs, as far as the choice of a device sees; the list is of the devices that were set."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(fastsde.torchrun, "check_device", torch.device)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("here", "asked", "expected"),
+    [
+        (None, None, "cuda"),
+        (None, "cuda:1", "cuda:1"),
+        (distributed.Ranks(5, 8, 1, 4), None, "cuda:1"),
+        (distributed.Ranks(5, 8, 1, 4), "cuda", "cuda:1"),
+        (distributed.Ranks(5, 8, 1, 4), "cpu", "cpu"),
+        (distributed.Ranks(1, 2, 0, 1), "cuda:3", "cuda:3"),  # two machines
+    ],
+)
+def test_the_device_of_a_rank(
+    four_gpus: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    here: distributed.Ranks | None,
+    asked: str | None,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(fastsde.torchrun, "ranks", lambda: here)
+    assert distributed.device(asked) == torch.device(expected)
+    assert four_gpus == ([] if here is None or expected == "cpu" else [torch.device(expected)])
+
+
+@pytest.mark.parametrize(
+    ("here", "asked", "message"),
+    [
+        (distributed.Ranks(1, 2, 1, 2), "cuda:1", "device 'cuda:1' would be shared by the 2 ranks of this machine"),
+        (distributed.Ranks(4, 5, 4, 5), None, "rank 4 has no GPU of its own, 5 ranks share a machine with 4"),
+    ],
+)
+def test_devices_that_ranks_cannot_have(
+    four_gpus: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    here: distributed.Ranks,
+    asked: str | None,
+    message: str,
+) -> None:
+    monkeypatch.setattr(fastsde.torchrun, "ranks", lambda: here)
+    with pytest.raises(ValueError, match=message):
+        distributed.device(asked)
+
+
+# Data-parallel training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(10, 1), (10, 2), (10, 3), (3, 3), (64, 7)])
+def test_shards_are_balanced_and_cover_the_batch(batch_size: int, world: int) -> None:
+    shards = [distributed.shard(batch_size, rank, world) for rank in range(world)]
+    assert [i for one in shards for i in range(batch_size)[one]] == list(range(batch_size))
+    lengths = [one.stop - one.start for one in shards]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths == sorted(lengths, reverse=True)
+    weights = [distributed.loss_weight(batch_size, rank, world) for rank in range(world)]
+    assert weights == [length * world / batch_size for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, 0, 3), "batch_size must be at least the number of ranks, 3, got 2"),
+        ((4, 3, 3), r"rank must be in \[0, 3\), got 3"),
+        ((4, 0, 0), "world must be at least 1, got 0"),
+    ],
+)
+def test_shards_that_cannot_be(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        distributed.shard(*arguments)
+
+
+def test_ranks_train_the_weights_that_one_trains(worked) -> None:
+    # In float64. Adam moves a weight by lr m / (sqrt(v) + 1e-8), so that an error of the gradient is multiplied by at
+    # most lr / 1e-8 a step, where the gradient is tiny. Sums of some hundred terms of order one in another order differ
+    # by some 100 * 1.1e-16, and 5 * 1e-3 / 1e-8 * 1.1e-14 = 6e-9.
+    one, *others = [load_file(folder / "weights.safetensors") for folder in worked.values()]
+    names = [name.removeprefix("weighted.") for name in one if name.startswith("weighted.")]
+
+    def distance(ours: dict[str, Tensor], kind: str) -> float:
+        return max(float((ours[f"{kind}.{name}"] - one[f"weighted.{name}"]).abs().max()) for name in names)
+
+    assert max(distance(other, "weighted") for other in others) <= 1e-8
+    # Far from where they began, and from what uneven shards train without their weights.
+    assert distance(one, "start") > 1e-3
+    assert distance(others[1], "plain") > 1e-5
+
+
+def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
+    one, *others = [load_file(folder / "weights.safetensors")["losses"] for folder in worked.values()]
+    assert len(one) == STEPS
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=0)  # losses of order one of weights that close
+
+
+# What ranks run -----------------------------------------------------------------------------------------------------
+
+CONDITIONS = torch.arange(7.0)
+
+
+def conditioned(x: Tensor, t: Tensor, c: Tensor, w: float) -> Tensor:
+    return w * c[:, None] - x
+
+
+def train(weighted: bool) -> tuple[nn.Module, list[float]]:
+    """A few steps of `fastsde.reference.train_step` on this rank's shard of each batch, by DistributedDataParallel."""
+    here, sde = distributed.ranks(), VPSDE()
+    assert here is not None
+    data = swiss_roll(100).x.double()
+    model = initial_model()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    keys = noise.sample_keys(0, BATCH)[distributed.shard(BATCH, here.rank, here.world)]
+    weight = distributed.loss_weight(BATCH, here.rank, here.world) if weighted else 1.0
+    losses = []
+    for step in range(STEPS):
+        index, t, z = reference.training_draws(keys, step, len(data), (2,))
+        t, z = t.double(), z.double()
+        x_t, _ = reference.perturb(data, None, step, sde, index=index, t=t, z=z)
+        loss = weight * reference.dsm_loss(
+            parallel(x_t, t), data, t, None, step, sde, index=index, z=z, prediction="eps"
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(distributed.mean_over_ranks(loss.item()))
+    return model, losses
+
+
+def initial_model() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(2, (16, 16)).double()
+
+
+def work() -> None:
+    """All that does not fail, in one group, since to start one takes seconds."""
+    with distributed.process_group() as here:
+        assert here is not None
+        assert torch.get_num_threads() == 1
+        digits = ["sample", "mnist", "-n", "5", "--steps", "2", "--solver", "dpm_solver_pp_2m", "--quiet"]
+        cli.main([*digits, "--save", "digits.safetensors", "--out", "digits.png"], standalone_mode=False)
+        drawn = distributed.sample(
+            Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
+            model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
+        )  # fmt: skip
+        trained = {"weighted": train(True), "plain": train(False), "start": (initial_model(), [])}
+        assert (drawn is None) == (here.rank != 0)
+        if drawn is not None:
+            save_file({"x": drawn[0], "states": drawn[1]}, "conditions.safetensors")
+            weights = {f"{name}.{k}": v for name, (model, _) in trained.items() for k, v in model.state_dict().items()}
+            save_file({**weights, "losses": torch.tensor(trained["weighted"][1])}, "weights.safetensors")
+    assert distributed.ranks() is None
+    with distributed.process_group():  # what the first group left in torchrun's store is not in the way
+        assert distributed.mean_over_ranks(here.rank) == (here.world - 1) / 2
+
+
+@distributed.job
+def fail(how: str) -> None:
+    """Rank 1 fails in its second row, while rank 0 waits for its samples."""
+    here = distributed.ranks()
+    assert here is not None
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if here.rank == 0 or t[0] > 0.8:
+            return -x
+        time.sleep(0.5)  # until rank 0 waits
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            os._exit(3)
+        return x / 0
+
+    distributed.sample(Sampler(model, (2,), solver="ddim", prediction="eps", steps=4), 8)
+    print("done")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "work":
+        work()
+    else:
+        fail(sys.argv[1])

@@ -1,0 +1,373 @@
+"""The graph engine: what is captured once, what is captured again, and that its samples are the reference's.
+
+Without a GPU the calls of CUDA itself are replaced by those of tests/cuda_graphs.py, where a replay sees none of the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cuda_graphs import Recording
+from torch import Tensor, nn
+
+import fastsde
+from fastsde import VPSDE, NonFiniteError, Sampler, StepTable, solvers
+from fastsde.engines import CaptureError, choose, graph
+from fastsde.engines.chunks import MAX_CHUNK, chunks
+from fastsde.models import MLP
+
+SOLVERS = {"euler_maruyama": "score", "ddpm": "eps", "ddim": "eps", "dpm_solver_pp_2m": "v", "heun": "score"}
+
+
+class Net(nn.Module):
+    """A smooth network of x, t and a condition, whose calls on the host are counted."""
+
+    def __init__(self, dim: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(0.5)
+        self.calls = 0
+        self.eval()
+
+    def forward(self, x: Tensor, t: Tensor, shift: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        self.calls += 1
+        f = self.dropout(torch.tanh(self.linear(x))) * scale - x + t[:, None]
+        return f if shift is None else f + shift
+
+
+def assert_same(ours: Tensor, theirs: Tensor, rows: int) -> None:
+    # Each row rounds the state a few times, and its noise differs by at most 4e-6.
+    scale = max(10.0, float(theirs.abs().max())) if theirs.numel() else 1.0
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=rows * (8 * scale * 2**-24 + 4e-6))
+
+
+@pytest.fixture
+def short(graphs: type[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of few rows, so that short runs are replays of several."""
+    monkeypatch.setattr("fastsde.engines.chunks._MIN_CHUNK", 3)
+    monkeypatch.setattr("fastsde.engines.chunks.MAX_CHUNK", 5)
+
+
+def both(model: Any, shape: tuple[int, ...], **options: Any) -> tuple[Any, Any]:
+    return tuple(fastsde.sample(model, shape, backend=backend, **options) for backend in ("graph", "reference"))
+
+
+# Chunks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [None, 1, 16, 97, 100, 999, 5000])
+@pytest.mark.parametrize("steps", [1, 2, 19, 20, 50, 51, 97, 250, 997, 999, 1000, 5003])
+def test_chunks_add_up_and_stop_where_they_must(steps: int, every: int | None) -> None:
+    lengths = chunks(steps, every)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    assert ends[-1] == steps
+    assert all(1 <= length <= MAX_CHUNK for length in lengths)
+    assert len(set(lengths)) <= 4
+    if every is not None:
+        assert set(range(every, steps + 1, every)) <= set(ends)
+
+
+def test_the_tutorials_999_steps_are_27_replays_of_one_graph() -> None:
+    assert chunks(999) == [37] * 27
+    assert chunks(1000) == [50] * 20
+    assert len(set(chunks(997))) == 2
+
+
+# Samples ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("steps", [1, 5, 13])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
+    options: dict[str, Any] = {"solver": solver, "steps": steps, "prediction": SOLVERS[solver], "seed": steps}
+    clip = 1.5 if solver not in ("euler_maruyama", "heun") else None
+    assert_same(*both(Net(), (7, 3), clip=clip, **options), steps)
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (63, 3), (2, 1000), (1, 2**11 + 17)], ids=str)
+def test_odd_shapes_and_low_precision(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    ours, theirs = both(lambda x, t: torch.sin(x) - x, shape, steps=6, dtype=dtype, solver="ddpm", prediction="eps")
+    assert ours.dtype == torch.float32
+    if dtype is None:
+        assert_same(ours, theirs, 6)
+    else:  # a state that rounds otherwise can round the network's argument to the next number of the dtype
+        assert (ours - theirs).abs().max() <= 6 * 2 * 10 * torch.finfo(dtype).eps
+        assert not torch.equal(ours, fastsde.sample(lambda x, t: torch.sin(x) - x, shape, steps=6, solver="ddpm"))
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0)], ids=str)
+def test_nothing_becomes_nothing(shape: tuple[int, ...]) -> None:
+    assert fastsde.sample(lambda x, t: -x, shape, steps=3, backend="graph").shape == shape
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("every", [1, 3, 7, 20])
+def test_trajectories_keep_the_same_states(every: int) -> None:
+    (ours, states), (theirs, expected) = both(Net(), (4, 3), steps=13, trajectory=every)
+    assert_same(ours, theirs, 13)
+    assert_same(states, expected, 13)
+
+
+def test_conditions_and_guidance_come_from_device_memory(graphs: type[Recording]) -> None:
+    model, options = Net(), {"solver": "ddim", "prediction": "eps", "steps": 8}
+    samplers = [Sampler(model, (3,), guidance=2.0, backend=backend, **options) for backend in ("graph", "reference")]
+    for seed in range(3):
+        conditions = {"shift": torch.randn(5, 3), "scale": 0.5}
+        ours, theirs = (
+            sampler(5, seed=seed, model_kwargs=conditions, uncond_kwargs={"shift": torch.zeros(5, 3)})
+            for sampler in samplers
+        )
+        assert_same(ours, theirs, 8)
+    assert len(graphs.recorded) == 1
+    samplers[0](5, model_kwargs={"shift": torch.randn(5, 3), "scale": 0.25}, uncond_kwargs={})  # a number is held fast
+    assert len(graphs.recorded) == 2
+
+
+@pytest.mark.usefixtures("graphs")
+def test_x_init_and_keys_and_split_batches() -> None:
+    x_init, keys = torch.randn(10, 3), [5, 5, 1, 2, 3, 4, 2**64 - 1, 0, 8, 9]
+    before = x_init.clone()
+    ours, theirs = both(Net(), (10, 3), steps=5, x_init=x_init, keys=keys, max_batch=4)
+    assert_same(ours, theirs, 5)
+    assert torch.equal(x_init, before)
+
+
+# What is captured again, and what is not ----------------------------------------------------------------------------
+
+
+def test_new_seeds_samples_and_table_values_need_no_capture(graphs: type[Recording]) -> None:
+    model = Net()
+    tables = [solvers.euler_maruyama(VPSDE(), torch.linspace(1, end, 6)) for end in (0.0, 0.1, 0.2)]
+    sampler = Sampler(model, (3,), solver=tables[0], backend="graph")
+    results = [sampler(4, seed=seed, first_sample=seed) for seed in range(3)]
+    calls = model.calls
+    kept = [result.clone() for result in results]
+    for table in tables:
+        assert_same(*both(model, (4, 3), solver=table, seed=7), 5)
+    assert len(graphs.recorded) == 1
+    assert model.calls == calls + 15  # of the reference alone
+    assert all(torch.equal(*pair) for pair in zip(results, kept, strict=True))  # results are no static memory
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.linear.weight.data.mul_(1.5),
+        lambda model: torch.nn.utils.vector_to_parameters(torch.randn(12), model.parameters()),
+        lambda model: setattr(model.linear, "weight", nn.Parameter(torch.randn(3, 3))),
+        lambda model: model.load_state_dict(Net().state_dict()),
+        lambda model: setattr(model, "linear", nn.Linear(3, 3)),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: lambda x, t: m(x, t), lambda m: functools.partial(m, scale=1.0)]
+)
+def test_weights_are_seen_in_place_and_where_they_move(
+    graphs: type[Recording], change: Callable[[nn.Module], object], wrap: Callable[[nn.Module], Any]
+) -> None:
+    model = Net()
+    sampler = Sampler(wrap(model), (3,), steps=5, backend="graph")
+    before = sampler(4)
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    change(model)
+    moved = pointers != [parameter.data_ptr() for parameter in model.parameters()]
+    after = sampler(4)
+    assert not torch.equal(before, after)
+    assert_same(after, fastsde.sample(model, (4, 3), steps=5, backend="reference"), 5)
+    assert len(graphs.recorded) == 1 + moved
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_copy_in_another_dtype_sees_weights_that_change() -> None:
+    model = Net()
+    sampler = Sampler(model, (3,), steps=5, backend="graph", dtype=torch.bfloat16)
+    before = sampler(4)
+    model.linear.weight.data.neg_()
+    after = sampler(4)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, Sampler(model, (3,), steps=5, backend="graph", dtype=torch.bfloat16)(4))
+
+
+def test_what_a_capture_holds_fast_makes_another(graphs: type[Recording]) -> None:
+    model, options = Net(), {"solver": "ddim", "prediction": "eps"}
+    changes: list[dict[str, Any]] = [{}, {"steps": 6}, {"clip": 1.0}, {"clip": 2.0}, {"dtype": torch.bfloat16}]
+    for i, change in enumerate(changes):
+        for _ in range(2):
+            fastsde.sample(model, (4, 3), backend="graph", **{"steps": 5, **options, **change})
+        assert len(graphs.recorded) == i + 1
+    fastsde.sample(model, (5, 3), backend="graph", steps=5, **options)  # another batch
+    assert len(graphs.recorded) == len(changes) + 1
+    model.eval()
+    torch.use_deterministic_algorithms(True)
+    try:
+        fastsde.sample(model, (5, 3), backend="graph", steps=5, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(graphs.recorded) == len(changes) + 2
+
+
+def test_training_mode_is_seen(graphs: type[Recording]) -> None:
+    model = Net().eval()
+    sampler = Sampler(model, (3,), steps=3, backend="graph")
+    assert torch.equal(sampler(4), sampler(4))
+    model.train()
+    assert not torch.equal(sampler(4), sampler(4))  # dropout draws anew in each replay
+    assert len(graphs.recorded) == 2
+
+
+def test_few_captures_are_kept_and_none_outlives_its_model(graphs: type[Recording]) -> None:
+    model = Net()
+    sampler = Sampler(model, (3,), steps=2, backend="graph")
+    for n in range(1, 9):
+        sampler(n)
+    kept = sampler._network.cache["trajectories"]
+    assert [form.shape[0] for form in kept] == [5, 6, 7, 8]
+    sampler(5)
+    assert next(reversed(kept)).shape[0] == 5  # used last
+    assert len(graphs.recorded) == 8
+    for every in range(1, 12):
+        Sampler(model, (3,), steps=12, backend="graph")(1, trajectory=every)
+    assert all(len(trajectory._graphs) <= 8 for trajectory in kept.values())
+    dead = [weakref.ref(trajectory) for trajectory in kept.values()]
+    del model, sampler, kept
+    gc.collect()
+    assert all(reference() is None for reference in dead)
+
+
+def test_the_cache_outlives_a_sampler_and_can_be_released(graphs: type[Recording]) -> None:
+    model = Net()
+    for _ in range(3):
+        sampler = Sampler(model, (3,), steps=3, backend="graph")
+        sampler(4)
+    assert len(graphs.recorded) == 1
+    graph.release(sampler._network)
+    sampler(4)
+    assert len(graphs.recorded) == 2
+
+
+# Failures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_network_that_breaks_is_reported_with_its_row_and_the_next_run_is_right(bad: float) -> None:
+    model, row = Net(), 8
+    at = torch.linspace(1, 0, 14)[row].item()
+
+    def breaks(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
+        return torch.where((t < limit)[:, None], bad, model(x, t))
+
+    sampler = Sampler(breaks, (3,), steps=13, backend="graph")
+    limits = torch.zeros(4)
+    limits[2] = at + 1e-4
+    with pytest.raises(NonFiniteError, match=rf"the network returned NaN or infinity in row {row}, at time {at:g}"):
+        sampler(4, model_kwargs={"limit": limits})
+    expected = fastsde.sample(model, (4, 3), steps=13, backend="reference")
+    assert_same(sampler(4, model_kwargs={"limit": torch.zeros(4)}), expected, 13)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_state_that_breaks_is_not_blamed_on_the_network() -> None:
+    ones = torch.ones(5, dtype=torch.float64)
+    columns = dict.fromkeys(StepTable.columns(), 0 * ones)
+    table = StepTable(**columns | {"time": ones, "a": torch.tensor([1.0, 1e38, 1e38, 1.0, 1.0], dtype=torch.float64)})
+    with pytest.raises(NonFiniteError, match="the state became NaN or infinity in row 2, at time 1"):
+        fastsde.sample(lambda x, t: x, (3, 2), solver=table, backend="graph")
+
+
+class Waits(Net):
+    """A network whose host looks at the device."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) if float(t[0]) > 0.5 else -x
+
+
+def test_a_network_that_cannot_be_captured_is_refused_or_runs_eagerly_with_a_warning(graphs: type[Recording]) -> None:
+    model = Waits()
+    with pytest.raises(CaptureError, match=r"backend 'graph': it cannot be captured .*; use 'eager' or 'auto'"):
+        fastsde.sample(model, (4, 3), steps=5, backend="graph")
+    sampler = Sampler(model, (3,), steps=5)
+    assert sampler.backend == "graph"
+    with pytest.warns(RuntimeWarning, match="does not run by backend 'graph', so 'eager' takes over: it cannot be"):
+        x = sampler(4)
+    assert sampler.backend == "eager"
+    expected = fastsde.sample(model, (4, 3), steps=5, backend="reference")
+    assert_same(x, expected, 5)
+    assert_same(sampler(4), expected, 5)  # without another warning, which would be an error here
+    assert_same(fastsde.sample(model, (4, 3), steps=5), expected, 5)
+    assert len(graphs.recorded) == 0
+
+
+@pytest.mark.usefixtures("short")
+def test_an_exception_leaves_a_sampler_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    sampler = Sampler(model, (3,), steps=13, backend="graph")
+    expected = sampler(4)
+    advance, states = fastsde.engines.recorder.Recorder.advance, []
+
+    def interrupted(self: Any, rows: int, count: int, x: Tensor) -> None:
+        states.append(rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastsde.engines.recorder.Recorder.advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sampler(4)
+    monkeypatch.setattr("fastsde.engines.recorder.Recorder.advance", advance)
+    assert torch.equal(sampler(4), expected)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Sampler(model, (5,), steps=3, backend="graph")(4)
+    assert torch.equal(sampler(4), expected)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_threads_wait_for_each_other() -> None:
+    model = Net()
+    sampler = Sampler(model, (3,), steps=6, backend="graph")
+    expected = [fastsde.sample(model, (4, 3), steps=6, seed=seed, backend="reference") for seed in range(4)]
+    found: dict[int, Tensor] = {}
+    # The tape of tests/cuda_graphs.py is the process's own, so that the graph is recorded before the threads begin.
+    sampler(4)
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.update({seed: sampler(4, seed=seed)})) for seed in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert_same(found[seed], expected[seed], 6)
+
+
+# Choice -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("graphs")
+def test_auto_takes_graphs_for_what_is_no_mlp_and_eager_where_the_host_is_needed() -> None:
+    assert Sampler(Net(), (3,)).backend == "graph"
+    assert Sampler(MLP(), (2,)).backend == "persistent"
+    assert Sampler(MLP(), (2,), guidance=2.0).backend == "graph"
+    assert Sampler(Net(), (3,), dtype=torch.float64).backend == "reference"
+    seen: list[int] = []
+    fastsde.sample(Net(), (2, 3), steps=3, callback=lambda row, time, x: seen.append(row))
+    assert seen == [0, 1, 2]
+    for option in ("noise", "callback"):
+        with pytest.raises(
+            ValueError, match=rf"backend 'graph' replays rows as CUDA graphs, without {option}; use 'eag"
+        ):
+            fastsde.sample(Net(), (2, 3), steps=3, backend="graph", **{option: lambda *args: args[-1]})
+
+
+def test_without_a_gpu_it_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"backend 'graph' needs Triton and a CUDA GPU, got device cpu; use 'eager'"):
+        choose("graph", torch.device("cpu"), torch.float32)
