@@ -1,6 +1,7 @@
 """The graph engine: what is captured once, what is captured again, and that its samples are the reference's.
 
-Without a GPU the calls of CUDA itself are replaced by those of tests/cuda_graphs.py, where a replay sees none of the host.
+Without a GPU the calls of CUDA itself are replaced by those of tests/cuda_graphs.py, whose replays see nothing of the
+host.
 """
 
 from __future__ import annotations
