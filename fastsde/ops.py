@@ -286,6 +286,11 @@ def _kernel_takes(x_0: Tensor, t: Tensor | None, z: Tensor | None) -> bool:
     return has_kernels(x_0.device) and not _needs_grad(x_0, t, z)
 
 
+def _refuse_counter(counter: Tensor | None) -> None:
+    if counter is not None:
+        raise ValueError("counter must be None where the kernel does not run (fp32 or uint8 data on a CUDA GPU)")
+
+
 def perturb(
     x_0: Tensor,
     keys: Tensor | None,
@@ -299,8 +304,13 @@ def perturb(
     z: Tensor | None = None,
     t_min: float = 1e-4,
     dtype: torch.dtype | None = None,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastsde.reference.perturb`. Raises as `solver_step` does."""
+    """`fastsde.reference.perturb`. Raises as `solver_step` does.
+
+    Args:
+        counter: int64, one element on the device, that is added to the step where the kernel runs, and only there.
+    """
     _check_data(x_0, keys, step, sde, index, t, z)
     check_number("scale", scale), check_number("shift", shift)
     check_number("t_min", t_min, "in (0, 1)", lambda t: 0 < t < 1)
@@ -309,8 +319,10 @@ def perturb(
     if dtype != torch.float64 and _kernel_takes(x_0, t, z):
         dtype = torch.float32 if dtype is None else dtype
         numbers = (sde.beta_min, sde.beta_max, float(scale), float(shift), t_min)
-        result: tuple[Tensor, Tensor] = torch.ops.fastsde.perturb(x_0, keys, index, t, z, step, *numbers, dtype)
+        given = (x_0, keys, index, t, z, counter)
+        result: tuple[Tensor, Tensor] = torch.ops.fastsde.perturb(*given, step, *numbers, dtype)
         return result
+    _refuse_counter(counter)
     return reference.perturb(
         x_0, keys, step, sde, index=index, scale=scale, shift=shift, t=t, z=z, t_min=t_min, dtype=dtype
     )
@@ -330,8 +342,12 @@ def dsm_loss(
     z: Tensor | None = None,
     prediction: str = "score",
     weighting: str = "sigma2",
+    counter: Tensor | None = None,
 ) -> Tensor:
-    """`fastsde.reference.dsm_loss`. Raises as `solver_step` does. The kernel has a first derivative alone."""
+    """`fastsde.reference.dsm_loss`, with a ``counter`` as for `perturb`. The kernel has a first derivative alone.
+
+    Raises as `solver_step` does.
+    """
     _check_data(x_0, keys, step, sde, index, check_tensor("t", t), z)
     check_number("scale", scale), check_number("shift", shift)
     for name, value, choices in (("prediction", prediction, PREDICTIONS), ("weighting", weighting, WEIGHTINGS)):
@@ -340,8 +356,10 @@ def dsm_loss(
     check_tensor("f", f, shape=(len(t), *x_0.shape[1:]), device=x_0.device, floating=True)
     if f.dtype != torch.float64 and f.numel() and _kernel_takes(x_0, t, z):
         numbers = (sde.beta_min, sde.beta_max, float(scale), float(shift))
-        loss: Tensor = torch.ops.fastsde.dsm_loss(f, x_0, t, keys, index, z, step, *numbers, prediction, weighting)
+        given = (f, x_0, t, keys, index, z, counter)
+        loss: Tensor = torch.ops.fastsde.dsm_loss(*given, step, *numbers, prediction, weighting)
         return loss
+    _refuse_counter(counter)
     return reference.dsm_loss(
         f,
         x_0,
@@ -494,6 +512,7 @@ def _perturb(
     index: Tensor | None,
     t: Tensor | None,
     z: Tensor | None,
+    counter: Tensor | None,
     step: int,
     beta_min: float,
     beta_max: float,
@@ -506,7 +525,7 @@ def _perturb(
 
     x_t, t_out = _perturb_outputs(x_0, index, dtype)
     x_0, keys, index, t, z = _contiguous(x_0, keys, index, t, z)
-    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min}
+    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min, "counter": counter}
     kernel.perturb(x_0, keys, step, beta_min, beta_max, out=x_t, t_out=t_out, **given)
     return x_t, t_out
 
@@ -529,6 +548,7 @@ def _dsm_loss(
     keys: Tensor | None,
     index: Tensor | None,
     z: Tensor | None,
+    counter: Tensor | None,
     step: int,
     beta_min: float,
     beta_max: float,
@@ -539,7 +559,7 @@ def _dsm_loss(
 ) -> Tensor:
     out = f.new_empty((), dtype=torch.float32)
     numbers = (beta_min, beta_max, scale, shift)
-    return _launch_dsm_loss(None, out, f, x_0, t, keys, index, z, step, *numbers, prediction, weighting)
+    return _launch_dsm_loss(None, out, f, x_0, t, keys, index, z, counter, step, *numbers, prediction, weighting)
 
 
 @torch.library.custom_op("fastsde::dsm_loss_backward", mutates_args=())
@@ -551,6 +571,7 @@ def _dsm_loss_backward(
     keys: Tensor | None,
     index: Tensor | None,
     z: Tensor | None,
+    counter: Tensor | None,
     step: int,
     beta_min: float,
     beta_max: float,
@@ -561,7 +582,7 @@ def _dsm_loss_backward(
 ) -> Tensor:
     out = torch.empty_like(f, memory_format=torch.contiguous_format)
     numbers = (beta_min, beta_max, scale, shift)
-    return _launch_dsm_loss(grad, out, f, x_0, t, keys, index, z, step, *numbers, prediction, weighting)
+    return _launch_dsm_loss(grad, out, f, x_0, t, keys, index, z, counter, step, *numbers, prediction, weighting)
 
 
 def _launch_dsm_loss(
@@ -573,6 +594,7 @@ def _launch_dsm_loss(
     keys: Tensor | None,
     index: Tensor | None,
     z: Tensor | None,
+    counter: Tensor | None,
     step: int,
     beta_min: float,
     beta_max: float,
@@ -585,6 +607,7 @@ def _launch_dsm_loss(
 
     grad, f, x_0, t, keys, index, z = _contiguous(grad, f, x_0, t, keys, index, z)
     given = {"index": index, "scale": scale, "shift": shift, "z": z, "prediction": prediction, "weighting": weighting}
+    given["counter"] = counter
     kernel.dsm_loss(f, x_0, t, keys, step, beta_min, beta_max, grad=grad, out=out, **given)
     return out
 
@@ -600,13 +623,13 @@ def _(grad: Tensor, f: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, ctx.rest = inputs[:6], inputs[6:]
+    tensors, ctx.rest = inputs[:7], inputs[7:]
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradient = torch.ops.fastsde.dsm_loss_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return (gradient, *[None] * (5 + len(ctx.rest)))
+    return (gradient, *[None] * (6 + len(ctx.rest)))
 
 
 _dsm_loss.register_autograd(_backward, setup_context=_save_for_backward)

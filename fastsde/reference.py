@@ -298,12 +298,14 @@ def train_step(
     t_min: float = 1e-4,
     autocast: torch.dtype | None = None,
     draws: Draws | None = None,
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """One step of training on a batch drawn from ``data`` ``[N, *shape]``.
 
     Args:
         autocast: the dtype that the network runs in, by ``torch.autocast``, or None.
         draws: the `training_draws` of this step, where they were made ahead.
+        loss_weight: what the loss is multiplied with (`fastsde.distributed.loss_weight`).
         data, keys, step, scale, shift, prediction, weighting, t_min: as for `perturb` and `dsm_loss`.
 
     Returns:
@@ -317,6 +319,7 @@ def train_step(
     with torch.autocast(x_t.device.type, dtype=autocast, enabled=autocast is not None):
         f = model(x_t, t)
     loss = dsm_loss(f.to(x_t.dtype), x_0, t, None, step, sde, z=z, prediction=prediction, weighting=weighting)
+    loss = loss * loss_weight if loss_weight != 1 else loss
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     optimizer.step()

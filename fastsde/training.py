@@ -8,8 +8,9 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoints, models, noise
+from . import checkpoints, distributed, models
 from .checkpoints import RUN_CHECKPOINT, Checkpoint
 from .data import DEFAULT_ROOT, Dataset, load
+from .distributed import Ranks
+from .engines import CaptureError
+from .engines.training import CapturedSteps, EagerSteps, Steps, Work, can_capture
 from .files import atomic_path
-from .reference import WEIGHTINGS, Draws, NonFiniteError, ema_update, train_step, training_draws
+from .reference import WEIGHTINGS, NonFiniteError
 from .sde import VPSDE
 from .solvers import PREDICTIONS
 from .validation import check_bool, check_device, check_instance, check_int, check_number, check_range
@@ -32,8 +36,6 @@ __all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_conf
 LR_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
 LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
-# Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
-_DRAW_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,9 @@ class Trainer:
     resumed run drops the lines of steps that it takes again. On the CPU a resumed run comes to the very weights of one
     that was not interrupted.
 
+    On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`). In a process group
+    (`fastsde.distributed.process_group`) each rank takes its part of every batch, and the first one writes the folder.
+
     Args:
         config: the run.
         directory: its folder.
@@ -233,7 +238,11 @@ class Trainer:
         if self.model.shape != dataset.shape:
             raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {dataset.shape}")
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self._here = distributed.ranks() or Ranks()
+        distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
+        self._captures = can_capture(config, self.dataset, self.device, self._here)
+        on_gpu = self._captures and self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True, capturable=on_gpu)
         self.step = 0
         self.loss: float | None = None
         if resuming:
@@ -272,11 +281,16 @@ class Trainer:
             NonFiniteError: where the loss or the weights become NaN or infinity; the last checkpoint stays.
             RuntimeError: where another process trains, or has trained, in the folder.
         """
-        with _locked(self.directory), _deferred_interrupt() as interrupted:
-            self._begin()
+        distributed.mean_over_ranks(0)  # all have looked at the folder before the first one writes there
+        first = self._here.rank == 0
+        progress = progress and first
+        with _locked(self.directory) if first else nullcontext(), _deferred_interrupt() as interrupted:
+            if first:
+                self._begin()
             bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
             with bar:
                 self._run(bar, interrupted)
+        distributed.mean_over_ranks(0)  # the first one has written the last checkpoint
         return self.checkpoint()
 
     def _begin(self) -> None:
@@ -295,62 +309,50 @@ class Trainer:
 
     def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
         config = self.config
-        network = torch.compile(self.model) if config.compile else self.model
-        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        work = Work(config, self.model, self.ema, self.optimizer, self.dataset, self.device)
+        steps: Steps = CapturedSteps(work) if self._captures else EagerSteps(work, self._here)
         losses: list[Tensor] = []
-        started = time.perf_counter()
-        for draws in self._draws():
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate(self.step)
-            loss = train_step(
-                network,
-                self.optimizer,
-                self.dataset.x,
-                None,
-                self.step,
-                config.sde,
-                scale=self.dataset.scale,
-                shift=self.dataset.shift,
-                prediction=config.prediction,
-                weighting=config.weighting,
-                autocast=autocast,
-                draws=draws,
-            )
-            if self.ema is not None:
-                ema_update(self.ema, self.model, config.ema_decay_at(self.step))
-            losses.append(loss)
-            self.step += 1
+        started, since, stop = time.perf_counter(), self.step, False
+        while self.step < config.steps and not stop:
+            for count in steps.chunks(self._steps_to_next_stop()):
+                try:
+                    losses.append(steps.take(self.step, count))
+                except CaptureError as error:
+                    warnings.warn(f"the steps are taken one by one: {error}", RuntimeWarning, stacklevel=3)
+                    steps = EagerSteps(work, self._here)
+                    break
+                self.step += count
+                stop = self._here.world == 1 and interrupted()
+                if stop:
+                    break
             last = self.step == config.steps
-            if self.step % config.log_every == 0 or last:
-                mean = float(torch.stack(losses).double().mean())  # waits for the device, so read the clock after it
+            if (self.step % config.log_every == 0 or last) and losses:
+                mean = float(torch.cat(losses).double().mean())  # waits for the device, so read the clock after it
                 now = time.perf_counter()
-                self._log(bar, mean, len(losses) / (now - started))
-                losses, started = [], now
-            if self.step % config.checkpoint_every == 0 or last or interrupted():
+                self._log(bar, distributed.mean_over_ranks(mean), (self.step - since) / (now - started))
+                losses, started, since = [], now, self.step
+                # All ranks stop at the same step, or they would wait for each other.
+                stop = stop or distributed.mean_over_ranks(float(interrupted())) > 0
+            if self.step % config.checkpoint_every == 0 or last or stop:
                 self._save()
-            if interrupted():
-                raise KeyboardInterrupt
+        if stop:
+            raise KeyboardInterrupt
+
+    def _steps_to_next_stop(self) -> int:
+        """How many steps there are until something is logged or saved."""
+        every = (self.config.log_every, self.config.checkpoint_every)
+        return min(self.config.steps - self.step, *(each - self.step % each for each in every))
 
     @property
     def _way_out(self) -> str:
         return f"try a lower lr, after deleting {self.directory} or in another folder"
 
-    def _draws(self) -> Iterator[Draws]:
-        """The random numbers of each step from the present one on, drawn for several steps at once."""
-        config = self.config
-        keys = noise.sample_keys(config.seed, config.batch_size, device=self.device)
-        ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(self.dataset.shape))))
-        # Blocks start at multiples of their length, so that a resumed run draws in the same blocks.
-        for first in range(self.step // ahead * ahead, config.steps, ahead):
-            steps = torch.arange(first, min(first + ahead, config.steps), device=self.device)
-            block = training_draws(keys, steps, len(self.dataset), self.dataset.shape, config.t_min)
-            for k in range(max(0, self.step - first), len(steps)):
-                yield Draws(*(values[k] for values in block))
-
     def _log(self, bar: tqdm[Any], loss: float, steps_per_second: float) -> None:
         if not math.isfinite(loss):
             raise NonFiniteError(f"the loss became {loss} before step {self.step}: {self._way_out}")
         self.loss = loss
+        if self._here.rank != 0:
+            return
         line = {
             "step": self.step,
             "loss": loss,
@@ -380,6 +382,8 @@ class Trainer:
     def _save(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             raise NonFiniteError(f"the weights became NaN or infinity before step {self.step}: {self._way_out}")
+        if self._here.rank != 0:
+            return
         tensors = {f"model.{name}": value for name, value in self.sampling_model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})

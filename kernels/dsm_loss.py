@@ -104,7 +104,7 @@ def dsm_loss(
     x_0: Tensor,
     t: Tensor,
     keys: Tensor | None,
-    step: int | Tensor,
+    step: int,
     beta_min: float,
     beta_max: float,
     *,
@@ -114,6 +114,7 @@ def dsm_loss(
     z: Tensor | None = None,
     prediction: str = "score",
     weighting: str = "sigma2",
+    counter: Tensor | None = None,
     grad: Tensor | None = None,
     out: Tensor,
 ) -> None:
@@ -121,12 +122,11 @@ def dsm_loss(
 
     Args:
         f: contiguous fp32, bf16 or fp16 ``[B, *shape]``, not empty.
-        x_0, index, scale, shift, keys, step, z: as for `perturb`.
+        x_0, index, scale, shift, keys, step, counter, z: as for `perturb`.
         t: ``[B]``.
     """
     batch, size = len(f), f.numel() // len(f)
     constants, grid = tiling(batch, size)
-    step, step_ptr = (0, step) if isinstance(step, Tensor) else (step, None)
     partial = f.new_empty(grid[0] * grid[1], dtype=t.dtype) if grad is None else out
     with on_device(f):
         dsm_loss_kernel[grid](
@@ -136,7 +136,7 @@ def dsm_loss(
             keys,
             t,
             z,
-            step_ptr,
+            counter,
             grad,
             partial,
             scale,

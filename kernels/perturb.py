@@ -60,7 +60,7 @@ def perturb_kernel(
 def perturb(
     x_0: Tensor,
     keys: Tensor | None,
-    step: int | Tensor,
+    step: int,
     beta_min: float,
     beta_max: float,
     *,
@@ -70,13 +70,15 @@ def perturb(
     t: Tensor | None = None,
     z: Tensor | None = None,
     t_min: float = 1e-4,
+    counter: Tensor | None = None,
     out: Tensor,
     t_out: Tensor,
 ) -> None:
     """Writes x_t to ``out`` ``[B, *shape]`` and the times to ``t_out`` fp32 ``[B]``.
 
     Args:
-        step: the training step, or an int64 tensor of one element that holds it on the device.
+        step: the training step.
+        counter: int64, one element on the device, that is added to the step.
         t: fp32 ``[B]``, or None to draw them on [t_min, 1].
         z: fp32 ``[B, *shape]``, or None to draw it.
     """
@@ -85,7 +87,6 @@ def perturb(
         return
     size = out.numel() // batch
     constants, grid = tiling(batch, size)
-    step, step_ptr = (0, step) if isinstance(step, Tensor) else (step, None)
     with on_device(out):
         perturb_kernel[grid](
             x_0,
@@ -93,7 +94,7 @@ def perturb(
             keys,
             t,
             z,
-            step_ptr,
+            counter,
             out,
             t_out,
             scale,

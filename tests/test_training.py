@@ -210,7 +210,7 @@ def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.M
 
     target, name = {
         "optimizer": (trainer.optimizer, "step"),
-        "average": (training, "ema_update"),
+        "average": (fastsde.engines.training, "ema_update"),
         "log": (trainer, "_log"),
     }[when]
     monkeypatch.setattr(target, name, interrupting(getattr(target, name)))

@@ -124,10 +124,10 @@ def test_the_noising_is_the_posterior_and_touches_nothing_else(
 
 def test_a_step_on_the_device_is_the_step(device: torch.device) -> None:
     inputs = _inputs(CASES["fp32"], 5, (7,), device)
-    results = []
-    for step in (inputs["step"], torch.tensor([inputs["step"]], device=device)):
+    results, step = [], inputs["step"]
+    for given in ({}, {"step": 0, "counter": torch.tensor([step], device=device)}):
         results.append([torch.full((5, 7), NAN, device=device), torch.full((5,), NAN, device=device)])
-        _launch(inputs | {"step": step}, out=results[-1][0], t_out=results[-1][1])
+        _launch(inputs | given, out=results[-1][0], t_out=results[-1][1])
     for by_number, by_tensor in zip(*results, strict=True):
         assert torch.equal(by_number, by_tensor)
         assert not by_number.isnan().any()

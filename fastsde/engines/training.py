@@ -1,0 +1,211 @@
+"""Ways to take training steps: one after the other, or dozens of them captured as a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed, noise, ops
+from ..data import Dataset
+from ..distributed import Ranks
+from ..reference import Draws, ema_update, train_step, training_draws
+from . import capture
+from .capture import Recording
+from .chunks import MAX_CHUNK, chunks
+
+if TYPE_CHECKING:
+    from ..training import TrainConfig
+
+__all__ = ["CapturedSteps", "EagerSteps", "Steps", "Work", "can_capture"]
+
+# Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
+_DRAW_ELEMENTS = 1 << 17
+_WARM_UPS = 3
+
+
+@dataclass
+class Work:
+    """What is trained, and on what."""
+
+    config: TrainConfig
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    dataset: Dataset
+    device: torch.device
+
+    @property
+    def network(self) -> Any:
+        """The model as a step calls it."""
+        return torch.compile(self.model) if self.config.compile else self.model
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.config.precision == "bf16" else None
+
+
+class Steps(Protocol):
+    """Takes steps, some at once."""
+
+    def chunks(self, count: int) -> list[int]:
+        """How many of the next ``count`` steps to take at once, in order."""
+
+    def take(self, first: int, count: int) -> Tensor:
+        """Takes the steps ``first`` to ``first + count - 1`` and returns their losses, fp32 ``[count]``."""
+
+
+def can_capture(config: TrainConfig, dataset: Dataset, device: torch.device, here: Ranks) -> bool:
+    """Whether steps can be captured: on one GPU, on data that the kernels take."""
+    takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
+    return capture.can_record(device) and ops.has_kernels(device) and takes and here.world == 1
+
+
+class EagerSteps:
+    """`fastsde.reference.train_step` for step after step, on this rank's part of each batch."""
+
+    def __init__(self, work: Work, here: Ranks) -> None:
+        self._work, self._network = work, work.network
+        batch_size = work.config.batch_size
+        self._part = distributed.shard(batch_size, here.rank, here.world)
+        self._weight = distributed.loss_weight(batch_size, here.rank, here.world)
+        if here.world > 1:
+            devices = [work.device] if work.device.type == "cuda" else None
+            self._network = nn.parallel.DistributedDataParallel(self._network, device_ids=devices)
+        self._draws: Iterator[Draws] = iter(())
+        self._next = -1
+
+    def chunks(self, count: int) -> list[int]:
+        return [1] * count
+
+    def take(self, first: int, count: int) -> Tensor:
+        """As `Steps.take`; of several ranks, this one's weighted losses."""
+        if first != self._next:
+            self._draws = self._drawn_ahead(first)
+        losses = [self._step(step) for step in range(first, first + count)]
+        self._next = first + count
+        return torch.stack(losses)
+
+    def _step(self, step: int) -> Tensor:
+        work, config = self._work, self._work.config
+        for group in work.optimizer.param_groups:
+            group["lr"] = config.learning_rate(step)
+        loss = train_step(
+            self._network,
+            work.optimizer,
+            work.dataset.x,
+            None,
+            step,
+            config.sde,
+            scale=work.dataset.scale,
+            shift=work.dataset.shift,
+            prediction=config.prediction,
+            weighting=config.weighting,
+            autocast=work.autocast,
+            draws=next(self._draws),
+            loss_weight=self._weight,
+        )
+        if work.ema is not None:
+            ema_update(work.ema, work.model, config.ema_decay_at(step))
+        return loss
+
+    def _drawn_ahead(self, first: int) -> Iterator[Draws]:
+        """The random numbers of each step from ``first`` on, drawn for several steps at once."""
+        config, dataset = self._work.config, self._work.dataset
+        keys = noise.sample_keys(config.seed, config.batch_size, device=self._work.device)[self._part]
+        ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(dataset.shape))))
+        # Blocks start at multiples of their length, so that a resumed run draws in the same blocks.
+        for start in range(first // ahead * ahead, config.steps, ahead):
+            steps = torch.arange(start, min(start + ahead, config.steps), device=self._work.device)
+            block = training_draws(keys, steps, len(dataset), dataset.shape, config.t_min)
+            for k in range(max(0, first - start), len(steps)):
+                yield Draws(*(values[k] for values in block))
+
+
+class CapturedSteps:
+    """Whole steps as CUDA graphs: gather, noising, network, loss, backward, Adam and the moving average.
+
+    The first steps are taken as they are, which warms up what is then captured. The step number, the rows of the data,
+    the learning rates and the decays lie in device memory, and are written there before each replay.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work, self._network = work, work.network
+        config, device = work.config, work.device
+        self._keys = noise.sample_keys(config.seed, config.batch_size, device=device)
+        self._first = torch.zeros(1, dtype=torch.int64, device=device)
+        self._index = torch.zeros((MAX_CHUNK, config.batch_size), dtype=torch.int64, device=device)
+        self._rates = torch.zeros((MAX_CHUNK, 2), device=device)
+        self._losses = torch.zeros(MAX_CHUNK, device=device)
+        for group in work.optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=device)
+        self._recording = Recording(device)
+        self._graphs: dict[int, Callable[[], None]] = {}
+        self._warm_ups = 0
+
+    def chunks(self, count: int) -> list[int]:
+        first = min(count, _WARM_UPS - self._warm_ups)
+        return [1] * first + (chunks(count - first) if count > first else [])
+
+    def take(self, first: int, count: int) -> Tensor:
+        """As `Steps.take`.
+
+        Raises:
+            CaptureError: where the steps cannot be captured; none of them has then been taken.
+        """
+        if self._warm_ups < _WARM_UPS:
+            self._write(first, count)
+            self._recording.warm_up(lambda: self._steps(count))
+            self._warm_ups += 1
+        else:
+            if count not in self._graphs:
+                self._graphs[count] = self._recording.record(lambda: self._steps(count))
+            self._write(first, count)
+            self._graphs[count]()
+        return self._losses[:count].clone()
+
+    def _write(self, first: int, count: int) -> None:
+        """What is different in each step, into device memory. Copies from the host do not wait for the device."""
+        work, config = self._work, self._work.config
+        steps = torch.arange(first, first + count, device=work.device)
+        order = noise.uniform(self._keys, steps, (), noise.STREAM_DATA_ORDER)
+        self._index[:count] = (order.double() * len(work.dataset)).long()
+        rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
+        self._rates[:count].copy_(torch.tensor(rates), non_blocking=True)
+        self._first.fill_(first)
+
+    def _steps(self, count: int) -> None:
+        for i in range(count):
+            self._losses[i] = self._step(i)
+
+    def _step(self, i: int) -> Tensor:
+        work, config, data = self._work, self._work.config, self._work.dataset
+        given: dict[str, Any] = {"index": self._index[i], "counter": self._first}
+        given |= {"scale": data.scale, "shift": data.shift}
+        x_t, t = ops.perturb(data.x, self._keys, i, config.sde, t_min=config.t_min, **given)
+        # A cast that autocast keeps from one step to the next would not see the weights change.
+        with torch.autocast(x_t.device.type, dtype=work.autocast, enabled=work.autocast is not None):
+            f = self._network(x_t, t)
+        kinds: dict[str, Any] = {"prediction": config.prediction, "weighting": config.weighting}
+        loss = ops.dsm_loss(f, data.x, t, self._keys, i, config.sde, **kinds, **given)
+        work.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        for group in work.optimizer.param_groups:
+            group["lr"].copy_(self._rates[i, 0])
+        work.optimizer.step()
+        if work.ema is not None:
+            _move(work.ema, work.model, self._rates[i, 1])
+        return loss.detach()
+
+
+def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
+    """`fastsde.reference.ema_update` with 1 - decay on the device."""
+    with torch.no_grad():
+        averages: list[Tensor] = list(ema.parameters())
+        steps: list[Tensor] = list(torch._foreach_sub([each.detach() for each in model.parameters()], averages))
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(averages, steps)
