@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsde import NonFiniteError, checkpoints, noise, reference, training
+from fastsde import NonFiniteError, checkpoints, noise, reference
 from fastsde.data import Dataset, swiss_roll
+from fastsde.engines import training as steps
 from fastsde.training import TrainConfig, Trainer, default_config, saved_config, tutorial_config
 
 TINY = replace(
@@ -210,7 +211,7 @@ def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.M
 
     target, name = {
         "optimizer": (trainer.optimizer, "step"),
-        "average": (fastsde.engines.training, "ema_update"),
+        "average": (steps, "ema_update"),
         "log": (trainer, "_log"),
     }[when]
     monkeypatch.setattr(target, name, interrupting(getattr(target, name)))
