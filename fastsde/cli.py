@@ -244,6 +244,7 @@ def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], p
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @_reports_errors
+@distributed.job
 def train(
     dataset: str,
     directory: Path | None,
@@ -274,18 +275,23 @@ def train(
             config = replace(config, precision="bf16")
     config = replace(config, **{name: value for name, value in options.items() if value is not None})
     trainer = training.Trainer(config, directory, device=on_device, data_root=data_root, resume=resume)
-    if not quiet:
+    ranks = distributed.ranks() or distributed.Ranks()
+    leads = ranks.rank == 0
+    if leads and not quiet:
+        processes = f" on {ranks.world} processes" if ranks.world > 1 else ""
         click.echo(
-            f"{directory}: {config.steps:,} steps of batch {config.batch_size}, lr {config.lr:g} {config.lr_schedule}, "
-            f"{config.prediction}, {config.precision}, seed {config.seed}",
+            f"{directory}: {config.steps:,} steps of batch {config.batch_size}{processes}, "
+            f"lr {config.lr:g} {config.lr_schedule}, {config.prediction}, {config.precision}, seed {config.seed}",
             err=True,
         )
     try:
         trainer.train(progress=not quiet)
     except KeyboardInterrupt:
-        click.echo(f"\nstopped at step {trainer.step:,}, which is saved; --resume goes on", err=True)
+        if leads:
+            click.echo(f"\nstopped at step {trainer.step:,}, which is saved; --resume goes on", err=True)
         raise
-    click.echo(checkpoint)
+    if leads:
+        click.echo(checkpoint)
 
 
 @main.command()

@@ -226,20 +226,16 @@ class Trainer:
             raise FileExistsError(
                 f"{self.directory} already holds a run: resume or delete it, or choose another folder"
             )
-        if dataset is None:
-            dataset = load(
-                config.data, size=config.data_size, root=data_root, pixel_range=config.pixel_range, seed=config.seed
-            )
-        self.dataset = dataset.to(self.device)
+        self._here = distributed.ranks() or Ranks()
+        distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
+        self.dataset = (dataset or self._load(data_root)).to(self.device)
         resuming = checkpoint.exists()
         start = checkpoints.load(config.init) if config.init and not resuming else None
         self.model = _initial_model(config, start).to(self.device)
         self.earlier_steps = 0 if start is None else start.record["step"] + start.record.get("earlier_steps", 0)
-        if self.model.shape != dataset.shape:
-            raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {dataset.shape}")
+        if self.model.shape != self.dataset.shape:
+            raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {self.dataset.shape}")
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
-        self._here = distributed.ranks() or Ranks()
-        distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
         self._captures = can_capture(config, self.dataset, self.device, self._here)
         on_gpu = self._captures and self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True, capturable=on_gpu)
@@ -247,6 +243,16 @@ class Trainer:
         self.loss: float | None = None
         if resuming:
             self._restore(*checkpoints.read(checkpoint))
+
+    def _load(self, root: str | Path) -> Dataset:
+        """The data set of the config, on each machine by one rank before the others: it may have to be downloaded."""
+        config, waits = self.config, self._here.local_rank != 0
+        if waits:
+            distributed.mean_over_ranks(0)
+        dataset = load(config.data, size=config.data_size, root=root, pixel_range=config.pixel_range, seed=config.seed)
+        if not waits:
+            distributed.mean_over_ranks(0)
+        return dataset
 
     @property
     def sampling_model(self) -> nn.Module:
@@ -281,7 +287,11 @@ class Trainer:
             NonFiniteError: where the loss or the weights become NaN or infinity; the last checkpoint stays.
             RuntimeError: where another process trains, or has trained, in the folder.
         """
-        distributed.mean_over_ranks(0)  # all have looked at the folder before the first one writes there
+        # All have looked at the folder before the first one writes there.
+        if distributed.mean_over_ranks(self.step) != self.step:
+            raise RuntimeError(
+                f"the ranks are not at the same step: {self.directory} must be one folder for all of them"
+            )
         first = self._here.rank == 0
         progress = progress and first
         with _locked(self.directory) if first else nullcontext(), _deferred_interrupt() as interrupted:
