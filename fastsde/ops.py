@@ -251,7 +251,14 @@ def solver_step(
 
 
 def _check_data(
-    x_0: Tensor, keys: Tensor | None, step: int, sde: VPSDE, index: Tensor | None, t: Tensor | None, z: Tensor | None
+    x_0: Tensor,
+    keys: Tensor | None,
+    step: int,
+    sde: VPSDE,
+    index: Tensor | None,
+    t: Tensor | None,
+    z: Tensor | None,
+    counter: Tensor | None,
 ) -> None:
     check_tensor("x_0", x_0)
     if x_0.ndim < 1 or not (x_0.is_floating_point() or x_0.dtype == torch.uint8):
@@ -263,8 +270,9 @@ def _check_data(
         check_tensor("index", index, device=x_0.device)
         if index.dtype != torch.int64 or index.ndim != 1:
             raise ValueError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
-        # On a GPU a check of values would wait for it, and cut the graph of torch.compile: a kernel then gives NaN.
-        checks = index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index)
+        # A check of values would wait for a GPU, and cut the graph of torch.compile or CUDA: a kernel then gives NaN.
+        waits = index.device.type != "cpu" or torch.compiler.is_compiling() or counter is not None
+        checks = len(index) and not waits
         if checks and not (index.min() >= 0 and index.max() < n):
             raise ValueError(f"index must be in [0, {n}), got {index.min()} .. {index.max()}")
         n = len(index)
@@ -311,7 +319,7 @@ def perturb(
     Args:
         counter: int64, one element on the device, that is added to the step where the kernel runs, and only there.
     """
-    _check_data(x_0, keys, step, sde, index, t, z)
+    _check_data(x_0, keys, step, sde, index, t, z, counter)
     check_number("scale", scale), check_number("shift", shift)
     check_number("t_min", t_min, "in (0, 1)", lambda t: 0 < t < 1)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -348,7 +356,7 @@ def dsm_loss(
 
     Raises as `solver_step` does.
     """
-    _check_data(x_0, keys, step, sde, index, check_tensor("t", t), z)
+    _check_data(x_0, keys, step, sde, index, check_tensor("t", t), z, counter)
     check_number("scale", scale), check_number("shift", shift)
     for name, value, choices in (("prediction", prediction, PREDICTIONS), ("weighting", weighting, WEIGHTINGS)):
         if value not in choices:

@@ -237,8 +237,8 @@ class Trainer:
             raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {self.dataset.shape}")
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
         self._captures = can_capture(config, self.dataset, self.device, self._here)
-        on_gpu = self._captures and self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True, capturable=on_gpu)
+        options: dict[str, Any] = {"lr": config.lr, "fused": True, "capturable": self._captures}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **options)
         self.step = 0
         self.loss: float | None = None
         if resuming:

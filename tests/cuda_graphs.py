@@ -159,5 +159,5 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
     monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
     monkeypatch.setattr(Recording, "made", [])
     monkeypatch.setattr(Recording, "recorded", [])
-    monkeypatch.setattr("fastsde.engines.graph.Recording", Recording)
+    monkeypatch.setattr("fastsde.engines.capture.Recording", Recording)
     return Recording

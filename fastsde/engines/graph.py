@@ -23,8 +23,7 @@ from torch import Tensor
 from .. import ops
 from ..reference import NoiseFunction
 from ..solvers import StepTable
-from . import eager
-from .capture import Recording
+from . import capture, eager
 from .chunks import chunks
 from .network import Network
 from .recorder import Recorder
@@ -148,7 +147,7 @@ class Trajectory:
         self._form, self._device = form, device
         self._lock = threading.Lock()
         self._graphs: OrderedDict[int, Callable[[], None]] = OrderedDict()
-        self._recording: Recording | None = None
+        self._recording: capture.Recording | None = None
         self._weights: tuple[Any, ...] | None = None
         batch, size = form.shape[0], math.prod(form.shape[1:])
         self._x = torch.zeros(form.shape, device=device)
@@ -198,7 +197,7 @@ class Trajectory:
         if all(length in self._graphs for length in lengths):
             return
         if self._recording is None:
-            recording = Recording(self._device)
+            recording = capture.Recording(self._device)
             recording.warm_up(lambda: self._warm_up(network))
             self._recording, self._weights = recording, network.weights()
         for length in sorted(set(lengths) - set(self._graphs)):

@@ -15,7 +15,6 @@ from ..data import Dataset
 from ..distributed import Ranks
 from ..reference import Draws, ema_update, train_step, training_draws
 from . import capture
-from .capture import Recording
 from .chunks import MAX_CHUNK, chunks
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ class CapturedSteps:
         self._losses = torch.zeros(MAX_CHUNK, device=device)
         for group in work.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=device)
-        self._recording = Recording(device)
+        self._recording = capture.Recording(device)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._warm_ups = 0
 

@@ -1,0 +1,164 @@
+"""Training steps captured as CUDA graphs, on the CPU by the tape of tests/cuda_graphs.py, beside those taken singly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_graphs import Recording
+
+from fastsde import checkpoints
+from fastsde.data import Dataset
+from fastsde.engines import training as steps
+from fastsde.models import MLP
+from fastsde.training import TrainConfig, Trainer, default_config
+
+POINTS = replace(
+    default_config("swiss-roll"),
+    model={"architecture": "MLP", "shape": [2], "hidden": [8], "activation": "LogSigmoid"},
+    data_size=50,
+    steps=33,
+    batch_size=16,
+    checkpoint_every=20,
+    log_every=10,
+    seed=3,
+)
+IMAGES = replace(
+    default_config("digits"),
+    model={"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "channels": [2, 3]},
+    data_size=20,
+    steps=8,
+    batch_size=3,
+    checkpoint_every=8,
+    log_every=4,
+    lr_warmup=3,
+)
+
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def plain_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses a capturable Adam of weights on the CPU, where the tape needs none."""
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable, **options: adam(*args, **options))
+
+
+def trained(config: TrainConfig, directory: Path, eagerly: bool, **options: Any) -> Weights:
+    with pytest.MonkeyPatch.context() as patch:
+        if eagerly:
+            patch.setattr("fastsde.training.can_capture", lambda *args: False)
+        Trainer(config, directory, **options).train(progress=False)
+    return checkpoints.read(directory / "checkpoint.safetensors")[0]
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: float) -> None:
+    """Adam moves a weight by at most about lr a step, and rounding changes only a ``share`` of that."""
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        if name.startswith(("model.", "weights.")):
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=config.steps * config.lr * share)
+        elif name.startswith("adam.step"):
+            assert torch.equal(ours[name], value)
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (POINTS, 1e-3),
+        (replace(POINTS, ema_decay=0.0, lr_schedule="constant", prediction="score"), 1e-3),
+        (replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3),
+        (replace(POINTS, precision="bf16"), 0.2),  # the loss takes the network's output before it is widened
+        (IMAGES, 1e-2),
+    ],
+    ids=["swiss roll", "score, no average", "x0, one sample", "bf16", "images"],
+)
+def test_the_weights_are_those_of_the_eager_trainer(
+    graphs: type[Recording], tmp_path: Path, config: TrainConfig, share: float
+) -> None:
+    captured = trained(config, tmp_path / "captured", eagerly=False)
+    assert graphs.recorded
+    assert_same(captured, trained(config, tmp_path / "eager", eagerly=True), config, share)
+    logs = [losses(tmp_path / name) for name in ("captured", "eager")]
+    assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]]
+    tolerance = 0.01 if config.precision == "bf16" else 1e-4
+    assert [loss for _, loss in logs[0]] == pytest.approx([loss for _, loss in logs[1]], rel=tolerance)
+
+
+def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: type[Recording], tmp_path: Path) -> None:
+    whole = trained(POINTS, tmp_path / "whole", eagerly=False)
+    with pytest.MonkeyPatch.context() as patch:
+        take, taken = steps.CapturedSteps.take, []
+
+        def cut(self: Any, first: int, count: int) -> torch.Tensor:
+            if first > 24:
+                raise KeyboardInterrupt
+            taken.append(count)
+            return take(self, first, count)
+
+        patch.setattr(steps.CapturedSteps, "take", cut)
+        with pytest.raises(KeyboardInterrupt):
+            trained(POINTS, tmp_path / "cut", eagerly=False)
+    assert taken == [1, 1, 1, 7, 10, 10]
+    resumed = trained(POINTS, tmp_path / "cut", eagerly=False, resume=True)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    # And by the other kind of steps, either way.
+    eager = trained(replace(POINTS, steps=33), tmp_path / "eager", eagerly=True)
+    assert_same(resumed, eager, POINTS, 1e-3)
+
+
+def test_few_lengths_are_captured_and_each_once(graphs: type[Recording], tmp_path: Path) -> None:
+    trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
+    assert len(graphs.recorded) == 3  # 17 after the three that warm up, 20, and the last 3
+    assert len(graphs.made) == 1
+    assert graphs.recorded[0] % 17 == 0
+
+
+def test_recording_takes_no_step(graphs: type[Recording], tmp_path: Path) -> None:
+    trainer = Trainer(POINTS, tmp_path / "run")
+    work = steps.Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured = steps.CapturedSteps(work)
+    for step in range(3):
+        captured.take(step, 1)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    captured._graphs[2] = captured._recording.record(lambda: captured._steps(2))
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+    result = captured.take(3, 2)
+    assert result.shape == (2,)
+    kept = result.clone()
+    captured.take(5, 2)
+    assert torch.equal(result, kept)
+    assert not any(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_network_that_cannot_be_captured_is_trained_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = MLP.forward
+
+    def waits(self: MLP, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return forward(self, x, t) if float(t[0]) >= 0 else x
+
+    monkeypatch.setattr(MLP, "forward", waits)
+    with pytest.warns(RuntimeWarning, match="the steps are taken one by one: it cannot be captured"):
+        captured = trained(POINTS, tmp_path / "captured", eagerly=False)
+    eager = trained(POINTS, tmp_path / "eager", eagerly=True)
+    assert_same(captured, eager, POINTS, 1e-3)
+    assert [step for step, _ in losses(tmp_path / "captured")] == [10, 20, 30, 33]
+
+
+def test_what_no_kernel_takes_is_trained_eagerly(graphs: type[Recording], tmp_path: Path) -> None:
+    data = Dataset("swiss-roll", torch.randn(20, 2).half())
+    trained(replace(POINTS, steps=5), tmp_path / "run", eagerly=False, dataset=data)
+    assert not graphs.made
