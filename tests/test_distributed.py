@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -363,6 +364,56 @@ def test_ranks_train_the_weights_that_one_trains(worked) -> None:
     # Far from where they began, and from what uneven shards train without their weights.
     assert distance(one, "start") > 1e-3
     assert distance(others[1], "plain") > 1e-5
+
+
+TRAIN = ("-m", "fastsde", "train", "swiss-roll", "--batch-size", 10, "--log-every", 5, "--checkpoint-every", 10)
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "runs/swiss-roll/log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(tmp_path: Path) -> None:
+    folders = {ranks: tmp_path / str(ranks) for ranks in (1, 3)}
+    for ranks, folder in folders.items():
+        folder.mkdir()
+        result = torchrun(ranks, *TRAIN, "--steps", 20, "--lr-schedule", "constant", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "runs/swiss-roll/checkpoint.safetensors\n"
+        assert (f"20 steps of batch 10 on {ranks} processes" in result.stderr) == (ranks > 1)
+    # Gradients are summed in another order: a rounding that Adam turns into a share of lr a step at most.
+    one, three = (logged(folder) for folder in folders.values())
+    assert [step for step, _ in one] == [step for step, _ in three] == [5, 10, 15, 20]
+    assert [loss for _, loss in three] == pytest.approx([loss for _, loss in one], rel=1e-5)
+    weights = [checkpoints.load(folder / "runs/swiss-roll").model.state_dict() for folder in folders.values()]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=20 * 1e-3 * 1e-2)
+    # Two ranks go on with what three have begun.
+    result = torchrun(2, *TRAIN, "--steps", 30, "--resume", cwd=folders[3])
+    assert result.returncode == 0, result.stderr
+    assert [step for step, _ in logged(folders[3])] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_run_that_diverges_tells_so_once(tmp_path: Path) -> None:
+    result = torchrun(2, *TRAIN, "--steps", 20, "--lr", 1e30, cwd=tmp_path)
+    assert result.returncode != 0
+    assert len(errors(result.stderr)) == 1
+    assert "try a lower lr" in errors(result.stderr)[0]
+
+
+def test_a_rank_that_is_killed_while_it_trains_fails_the_job(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *TRAIN]
+    with started([*command, "--steps", 1_000_000], tmp_path) as process:
+        log, end = tmp_path / "runs/swiss-roll/log.jsonl", time.monotonic() + 60
+        while not log.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "Signal 9 (SIGKILL)" in stderr
+    assert checkpoints.load(tmp_path / "runs/swiss-roll").record["step"] % 10 == 0
 
 
 def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
