@@ -130,7 +130,8 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     try:
         for name, kind in (("model", dict), ("sde", dict), ("prediction", str), ("data", str), ("record", dict)):
             check_instance(name, metadata[name], kind)
-        model = models.from_config(metadata["model"])
+        with torch.device("cpu"):
+            model = models.from_config(metadata["model"])
         model.load_state_dict(weights)
         value_range = metadata["value_range"]
         checkpoint = Checkpoint(

@@ -56,7 +56,7 @@ def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
     # Seeds of more than 32 bits, which NumPy's legacy generator refuses as an int, are given to it as two words.
     state = np.random.RandomState(seed if seed < 2**32 else [seed & 0xFFFFFFFF, seed >> 32])
     points, _ = make_swiss_roll(n, noise=noise, random_state=state)
-    return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32))
+    return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32, device="cpu"))
 
 
 def _images(name: str, pixels: Tensor, pixel_range: tuple[float, float]) -> Dataset:
@@ -71,7 +71,7 @@ def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
     """
     from sklearn.datasets import load_digits
 
-    small = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] * (255 / 16)
+    small = torch.tensor(load_digits().images, dtype=torch.float32, device="cpu")[:, None] * (255 / 16)
     large = F.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
     return _images("digits", F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8), pixel_range)
 

@@ -54,7 +54,7 @@ class Sampler:
         dtype: what the network runs in, by default the dtype of its weights; x, t and floating-point arguments are
             cast to it. The state is fp32, or float64 where ``dtype`` is. On a GPU, PyTorch runs fp32 convolutions in
             TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
-        device: by default the network's own.
+        device: by default the network's own, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; on a GPU each row's step is one kernel),
             "graph" (on a GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (on a GPU, all
@@ -379,9 +379,8 @@ def _make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any)
 
 def _make_device(device: torch.device | str | None, model: Model) -> torch.device:
     own = device_of(model)
-    if device is None:
-        return own or torch.device("cpu")
-    asked = check_device(device)
+    default = own or torch.empty(0).device  # PyTorch's default
+    asked = default if device is None else check_device(device)
     if own is not None and own != asked:
         raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
     if asked.type == "meta":
@@ -406,7 +405,7 @@ def _make_keys(
     if len(seeds) != n:
         raise ValueError(f"keys must have one key or seed for each of the {n} samples, got {len(seeds)}")
     bits = [noise.int64_bits(f"keys[{i}]", value) for i, value in enumerate(seeds)]
-    pairs = torch.tensor([[seed, 0] for seed in bits], dtype=torch.int64).reshape(n, 2)
+    pairs = torch.tensor([[seed, 0] for seed in bits], dtype=torch.int64, device="cpu").reshape(n, 2)
     return noise.fold_in(pairs, 0).to(device)
 
 

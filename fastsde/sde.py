@@ -31,7 +31,7 @@ def match_dims(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _tensor(t: Tensor | float) -> Tensor:
-    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)

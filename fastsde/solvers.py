@@ -279,7 +279,7 @@ def heun(
         r, s = score_form(sde, there, prediction)
         slope_x, slope_f = sde.beta(there) / 2 * (1 + r), sde.beta(there) / 2 * s
         rows.append([float(value) for value in (there, half * slope_x, half * slope_f, 1.0, 0.0, 0.0)])
-    time, a, b, c, p, q = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    time, a, b, c, p, q = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
     return _table(time, a=a, b=b, c=c, data=(p, q))
 
 
@@ -408,7 +408,7 @@ def build(
     check_number("t_end", t_end, "in [0, 1)", lambda t: 0 <= t < 1)
     _check_prediction(prediction)
     if solver in _SCHEDULE_SOLVERS:
-        times = torch.linspace(1, t_end, steps + 1, dtype=torch.float64)
+        times = torch.linspace(1, t_end, steps + 1, dtype=torch.float64, device="cpu")
         return _SCHEDULE_SOLVERS[solver](sde.alpha(times), sde.sigma(times), times[:-1], prediction, clip=clip)
     if clip is not None:
         raise ValueError(
@@ -416,7 +416,7 @@ def build(
         )
     if solver == "heun":
         return _heun_of_rows(sde, steps, t_end, prediction)
-    return _SDE_SOLVERS[solver](sde, torch.linspace(1, t_end, steps + 1, dtype=torch.float64), prediction)
+    return _SDE_SOLVERS[solver](sde, torch.linspace(1, t_end, steps + 1, dtype=torch.float64, device="cpu"), prediction)
 
 
 def _heun_of_rows(sde: VPSDE, rows: int, t_end: float, prediction: str) -> StepTable:
@@ -426,5 +426,5 @@ def _heun_of_rows(sde: VPSDE, rows: int, t_end: float, prediction: str) -> StepT
             f"heun down to t = 0 with prediction={prediction!r} takes an odd number of steps, since its last row is "
             f"a lone Euler step: got steps={rows}, take {rows - 1} or {rows + 1}, or a t_end above 0"
         )
-    times = torch.linspace(1, t_end, (rows + 1) // 2 + 1, dtype=torch.float64)
+    times = torch.linspace(1, t_end, (rows + 1) // 2 + 1, dtype=torch.float64, device="cpu")
     return heun(sde, times, prediction, euler_final=rows % 2 == 1)

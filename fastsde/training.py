@@ -466,7 +466,7 @@ def _value_range(dataset: Dataset) -> tuple[float, float] | None:
 
 def _initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
     """The network with the weights of ``start``, or those of the seed; torch's own random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(config.seed)  # of the CPU alone, where the weights are made
         model = models.from_config(config.model)
     if start is not None:

@@ -1,7 +1,8 @@
-"""CUDA graphs on the CPU: what `fastsde.engines.capture` calls CUDA for, by a tape of PyTorch's operations.
+"""CUDA graphs for tests: CUDA's own where there is a GPU, and on the CPU a tape of PyTorch's operations.
 
-As with CUDA, recording changes no memory, a replay reads and writes the memory that was recorded and runs nothing of
-the host's part, and waiting for the device while recording is an error. Kernels are launches of Triton's interpreter.
+The tape stands for what `fastsde.engines.capture` calls CUDA for. As with CUDA, recording changes no memory, a replay
+reads and writes the memory that was recorded and runs nothing of the host's part, and waiting for the device while
+recording is an error. Kernels are launches of Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -105,10 +106,10 @@ def _paused() -> Iterator[None]:
         _current[:] = tapes
 
 
-class Recording:
+class TapeRecording:
     """`fastsde.engines.capture.Recording` on the CPU."""
 
-    made: ClassVar[list[Recording]] = []
+    made: ClassVar[list[TapeRecording]] = []
     recorded: ClassVar[list[int]] = []
 
     def __init__(self, device: torch.device) -> None:
@@ -135,11 +136,43 @@ class Recording:
         pass
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
-    """Lets the CPU have graphs, and kernels by Triton's interpreter."""
+class CudaRecording(capture.Recording):
+    """CUDA's own graphs, counted."""
+
+    made: ClassVar[list[Any]] = []
+    recorded: ClassVar[list[int]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        type(self).made.append(None)  # not itself, which would keep its memory
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        replay = super().record(run)
+        type(self).recorded.append(0)
+        return replay
+
+
+@pytest.fixture(params=["tape", pytest.param("cuda", marks=pytest.mark.gpu)])
+def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Graphs that are counted, of CUDA or of the tape, and their device as the default one."""
+    kind: Any = CudaRecording if request.param == "cuda" else TapeRecording
+    monkeypatch.setattr(kind, "made", [])
+    monkeypatch.setattr(kind, "recorded", [])
+    monkeypatch.setattr("fastsde.engines.capture.Recording", kind)
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+        with torch.device("cuda"):
+            yield kind
+        return
     if torch.cuda.is_available():
         pytest.skip("the graphs are CUDA's own where there is a GPU")
+    _interpret(monkeypatch)
+    monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
+    yield kind
+
+
+def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs kernels by Triton's interpreter, and lets the tape see them."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     launch, one_at_a_time = interpreter.GridExecutor.__call__, threading.Lock()
 
@@ -156,8 +189,3 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded_launch)
-    monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
-    monkeypatch.setattr(Recording, "made", [])
-    monkeypatch.setattr(Recording, "recorded", [])
-    monkeypatch.setattr("fastsde.engines.capture.Recording", Recording)
-    return Recording

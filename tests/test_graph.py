@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_graphs import Recording
 from torch import Tensor, nn
 
 import fastsde
@@ -50,7 +49,7 @@ def assert_same(ours: Tensor, theirs: Tensor, rows: int) -> None:
 
 
 @pytest.fixture
-def short(graphs: type[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+def short(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of few rows, so that short runs are replays of several."""
     monkeypatch.setattr("fastsde.engines.chunks._MIN_CHUNK", 3)
     monkeypatch.setattr("fastsde.engines.chunks.MAX_CHUNK", 5)
@@ -120,7 +119,7 @@ def test_trajectories_keep_the_same_states(every: int) -> None:
     assert_same(states, expected, 13)
 
 
-def test_conditions_and_guidance_come_from_device_memory(graphs: type[Recording]) -> None:
+def test_conditions_and_guidance_come_from_device_memory(graphs: Any) -> None:
     model, options = Net(), {"solver": "ddim", "prediction": "eps", "steps": 8}
     samplers = [Sampler(model, (3,), guidance=2.0, backend=backend, **options) for backend in ("graph", "reference")]
     for seed in range(3):
@@ -147,7 +146,7 @@ def test_x_init_and_keys_and_split_batches() -> None:
 # What is captured again, and what is not ----------------------------------------------------------------------------
 
 
-def test_new_seeds_samples_and_table_values_need_no_capture(graphs: type[Recording]) -> None:
+def test_new_seeds_samples_and_table_values_need_no_capture(graphs: Any) -> None:
     model = Net()
     tables = [solvers.euler_maruyama(VPSDE(), torch.linspace(1, end, 6)) for end in (0.0, 0.1, 0.2)]
     sampler = Sampler(model, (3,), solver=tables[0], backend="graph")
@@ -175,7 +174,7 @@ def test_new_seeds_samples_and_table_values_need_no_capture(graphs: type[Recordi
     "wrap", [lambda m: m, lambda m: lambda x, t: m(x, t), lambda m: functools.partial(m, scale=1.0)]
 )
 def test_weights_are_seen_in_place_and_where_they_move(
-    graphs: type[Recording], change: Callable[[nn.Module], object], wrap: Callable[[nn.Module], Any]
+    graphs: Any, change: Callable[[nn.Module], object], wrap: Callable[[nn.Module], Any]
 ) -> None:
     model = Net()
     sampler = Sampler(wrap(model), (3,), steps=5, backend="graph")
@@ -200,7 +199,7 @@ def test_a_copy_in_another_dtype_sees_weights_that_change() -> None:
     assert torch.equal(after, Sampler(model, (3,), steps=5, backend="graph", dtype=torch.bfloat16)(4))
 
 
-def test_what_a_capture_holds_fast_makes_another(graphs: type[Recording]) -> None:
+def test_what_a_capture_holds_fast_makes_another(graphs: Any) -> None:
     model, options = Net(), {"solver": "ddim", "prediction": "eps"}
     changes: list[dict[str, Any]] = [{}, {"steps": 6}, {"clip": 1.0}, {"clip": 2.0}, {"dtype": torch.bfloat16}]
     for i, change in enumerate(changes):
@@ -218,7 +217,7 @@ def test_what_a_capture_holds_fast_makes_another(graphs: type[Recording]) -> Non
     assert len(graphs.recorded) == len(changes) + 2
 
 
-def test_training_mode_is_seen(graphs: type[Recording]) -> None:
+def test_training_mode_is_seen(graphs: Any) -> None:
     model = Net().eval()
     sampler = Sampler(model, (3,), steps=3, backend="graph")
     assert torch.equal(sampler(4), sampler(4))
@@ -227,7 +226,7 @@ def test_training_mode_is_seen(graphs: type[Recording]) -> None:
     assert len(graphs.recorded) == 2
 
 
-def test_few_captures_are_kept_and_none_outlives_its_model(graphs: type[Recording]) -> None:
+def test_few_captures_are_kept_and_none_outlives_its_model(graphs: Any) -> None:
     model = Net()
     sampler = Sampler(model, (3,), steps=2, backend="graph")
     for n in range(1, 9):
@@ -246,7 +245,7 @@ def test_few_captures_are_kept_and_none_outlives_its_model(graphs: type[Recordin
     assert all(reference() is None for reference in dead)
 
 
-def test_the_cache_outlives_a_sampler_and_can_be_released(graphs: type[Recording]) -> None:
+def test_the_cache_outlives_a_sampler_and_can_be_released(graphs: Any) -> None:
     model = Net()
     for _ in range(3):
         sampler = Sampler(model, (3,), steps=3, backend="graph")
@@ -294,7 +293,7 @@ class Waits(Net):
         return super().forward(x, t) if float(t[0]) > 0.5 else -x
 
 
-def test_a_network_that_cannot_be_captured_is_refused_or_runs_eagerly_with_a_warning(graphs: type[Recording]) -> None:
+def test_a_network_that_cannot_be_captured_is_refused_or_runs_eagerly_with_a_warning(graphs: Any) -> None:
     model = Waits()
     with pytest.raises(CaptureError, match=r"backend 'graph': it cannot be captured .*; use 'eager' or 'auto'"):
         fastsde.sample(model, (4, 3), steps=5, backend="graph")

@@ -94,7 +94,7 @@ def generate_samples(
         options["x_init"] = torch.randn(shape, device=device, dtype=dtype_of(score_network))
         options["noise"] = lambda row, x: torch.randn_like(x)
     # The tutorial's own fp32 time points: fp32 and float64 ones differ in their last bit.
-    table = euler_maruyama(VPSDE(), torch.linspace(1, 0, TIME_POINTS))
+    table = euler_maruyama(VPSDE(), torch.linspace(1, 0, TIME_POINTS, device="cpu"))
     result: Tensor = sample(model, shape, solver=table, **options)
     return result
 

@@ -174,7 +174,7 @@ class CapturedSteps:
         order = noise.uniform(self._keys, steps, (), noise.STREAM_DATA_ORDER)
         self._index[:count] = (order.double() * len(work.dataset)).long()
         rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
-        self._rates[:count].copy_(torch.tensor(rates), non_blocking=True)
+        self._rates[:count].copy_(torch.tensor(rates, device="cpu"), non_blocking=True)
         self._first.fill_(first)
 
     def _steps(self, count: int) -> None:

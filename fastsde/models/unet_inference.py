@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UNetInference", "log_sigmoid_", "supports"]
 
-# The AVX-512 log1p that PyTorch ships loads its result for -0 under a mask. Until something has really read the page
-# that it lies in, each such load that is masked off takes a microcode assist: log1p takes 20 times as long and log
-# sigmoid 6 times, in every thread of the process. This reads it.
-torch.log1p(torch.full((64,), -0.0, dtype=torch.float32, device="cpu"))
-
 
 def supports(model: object) -> bool:
     """Whether a network is a `UNet` and nothing but: no subclass, no other layers, no hooks."""

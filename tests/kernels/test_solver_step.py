@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -294,3 +295,40 @@ def test_a_trajectory_of_fused_steps_is_the_sample(device: torch.device, solver:
     expected = reference.sample(lambda x, t: -x, (5, 7), table, keys, dtype=torch.float64)
     per_row = 4 * EPS * ROUNDINGS + NORMAL_ERROR * float(table.d.max())
     torch.testing.assert_close(x.double(), expected, rtol=0, atol=steps * 4 * per_row)
+
+
+# What is not finite -------------------------------------------------------------------------------------------------
+
+
+def _status(device: torch.device, case: Case, spoil: str | None, value: float, shape: tuple[int, ...]) -> int:
+    """The status after row 2 of a table, with one value of ``spoil`` that is not finite."""
+    table, inputs = case.table(5), _inputs(case, shape, device)
+    if spoil is not None:
+        inputs[spoil].view(-1)[-1] = value
+    status = ops.new_status(device)
+    with np.errstate(invalid="ignore"):  # the interpreter's NumPy warns of inf - inf
+        _launch(table, 2, inputs, out=torch.full_like(inputs["x"], NAN), status=status)
+    return int(status)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5000), (600, 3)], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("spoil", "kind"), [("f", 0), ("f_uncond", 0), ("x", 1), ("history", 1)])
+def test_what_is_not_finite_is_noted_with_its_row(
+    device: torch.device, spoil: str, kind: int, value: float, shape: tuple[int, ...]
+) -> None:
+    case = Case("abcd", guidance=2.0)
+    assert _status(device, case, spoil, value, shape) == 2 * 2 + kind
+    assert kernel.STATUS_KINDS[kind] == ("the network returned", "the state became")[kind]
+    assert _status(device, case, None, 0.0, shape) == kernel.FINITE
+
+
+def test_the_first_row_that_is_not_finite_stays(device: torch.device) -> None:
+    case, status = CASES["noise"], ops.new_status(device)
+    table, inputs = case.table(5), _inputs(case, (3, 5), device)
+    bad = inputs | {"f": torch.full_like(inputs["f"], torch.nan)}
+    for row, given in enumerate([inputs, inputs, bad, bad, inputs]):
+        _launch(table, row, given, out=torch.empty_like(inputs["x"]), status=status)
+    with pytest.raises(reference.NonFiniteError, match=f"the network returned .* row 2, at time {table.time[2]:g}"):
+        ops.check_status(status, table)
+    ops.check_status(ops.new_status(device), table)

@@ -1,0 +1,160 @@
+"""The network as an engine calls it: what is run instead of the model, and what happens where compiling fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastsde
+from fastsde import Sampler
+from fastsde.engines import network as networks
+from fastsde.engines.network import Network
+from fastsde.models import MLP, UNet
+from fastsde.models.unet_inference import UNetInference
+
+X, T = torch.randn(3, 1, 8, 8), torch.rand(3)
+
+
+class Convolution(nn.Module):
+    """A convolution that tells the layout of what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 3, padding=1)
+        self.layouts: list[bool] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.layer(x)
+
+
+def small_unet() -> UNet:
+    return UNet(1, 8, (2, 3))
+
+
+def failing(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("no compiler found\nand much more")
+
+
+# torch.compile ------------------------------------------------------------------------------------------------------
+
+
+def test_where_compiling_fails_the_network_runs_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, **options: failing)
+    model = MLP()
+    expected = fastsde.sample(model, (4, 2), steps=5)
+    sampler = Sampler(model, (2,), steps=5, compile=True)
+    with pytest.warns(RuntimeWarning, match="torch.compile failed, the network runs without it: no compiler found$"):
+        assert torch.equal(sampler(4), expected)
+    assert torch.equal(sampler(4), expected)  # a second warning would be an error here
+
+
+@pytest.mark.parametrize("error", [ValueError("its own"), torch.OutOfMemoryError("memory")])
+def test_an_error_of_the_network_itself_is_its_own(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+
+    def raises(x: Tensor, t: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        Network(raises, compile=True)(X, T)
+
+
+def test_on_a_gpu_no_convolution_is_a_template_and_no_graph_is_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda run, **options: given.update(options) or run)
+    Network(lambda x, t: x, compile=True, device=torch.device("cuda"))
+    assert given["dynamic"] is False
+    assert given["options"]["max_autotune"] is True
+    assert given["options"]["max_autotune_conv_backends"] == "ATEN"
+    assert not given["options"].get("triton.cudagraphs", False)
+
+
+def test_the_uncompiled_network_is_the_same() -> None:
+    network = Network(small_unet(), torch.bfloat16, compile=True, optimize=True)
+    assert torch.equal(network.uncompiled()(X, T), Network(network.model, torch.bfloat16, optimize=True)(X, T))
+
+
+# What is run instead of the model -----------------------------------------------------------------------------------
+
+
+def test_a_convolutional_copy_for_a_gpu_is_channels_last() -> None:
+    model = Convolution()
+    network = Network(model, torch.bfloat16, device=torch.device("cuda"))  # the layout is chosen by the device's name
+    x = torch.randn(2, 2, 5, 5)
+    f = network(x, T[:2])
+    assert f.dtype == torch.bfloat16
+    assert network._run.layouts == [True]
+    assert not model.layouts
+    torch.testing.assert_close(f.float(), model(x, T[:2]), rtol=2**-6, atol=2**-6)
+    Network(model)(x, T[:2])
+    assert model.layouts == [False, False]  # the user's own model stays as it is
+    assert not Network(MLP(), torch.bfloat16, device=torch.device("cuda"))._channels_last
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_unet_is_run_in_its_inference_form_and_its_weights_are_seen(dtype: torch.dtype | None) -> None:
+    model = small_unet()
+    sampler = Sampler(model, (1, 8, 8), steps=4, dtype=dtype)
+    assert isinstance(sampler._network._run, UNetInference)
+    before = sampler(2)
+    with torch.no_grad():
+        model.head[1].weight.mul_(2)
+    after = sampler(2)
+    assert not torch.equal(before, after)
+    expected = fastsde.sample(model, (2, 1, 8, 8), steps=4, dtype=dtype, backend="reference")
+    tolerance = 1e-4 if dtype is None else 0.1
+    torch.testing.assert_close(after, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_the_reference_and_fp64_run_the_model_itself() -> None:
+    model = small_unet()
+    assert Sampler(model, (1, 8, 8), backend="reference")._network._run is model
+    assert isinstance(Sampler(model, (1, 8, 8), dtype=torch.float64)._network._run, UNet)
+
+
+def test_a_unet_that_may_compute_anything_is_run_itself() -> None:
+    hooked = small_unet()
+    hooked.head[0].register_forward_hook(lambda module, args, output: 2 * output)
+    replaced = small_unet()
+    replaced.head[1] = nn.Sequential(replaced.head[1], nn.Tanh())
+    subclass = type("Other", (UNet,), {"forward": lambda self, x, t: -x})(1, 8, (2, 3))
+    for model in (hooked, replaced, subclass):
+        assert Sampler(model, (1, 8, 8))._network._run is model
+
+
+def test_copies_are_shared_by_samplers_and_made_anew_for_another_structure() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    wrapped = fastsde.models.ConcatTime(model)
+    first, second = (Network(wrapped, torch.bfloat16) for _ in range(2))
+    assert first._run is second._run
+    model[0] = nn.Linear(3, 2)
+    x, t = torch.randn(4, 2), torch.rand(4)
+    first.refresh()
+    expected = Network(fastsde.models.ConcatTime(nn.Sequential(model[0])), torch.bfloat16)(x, t)
+    assert torch.equal(first(x, t), expected)
+
+
+def test_what_a_function_uses_is_found() -> None:
+    model, other = MLP(), MLP()
+
+    class Guided:
+        def __init__(self) -> None:
+            self.model = model
+
+        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.model(x, t)
+
+        def method(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.model(x, t)
+
+    def inner(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t) + other(x, t)
+
+    cases = [(lambda x, t: model(x, t), 1), (Guided(), 1), (inner, 2), (lambda x, t: inner(x, t), 2), (torch.sin, 0)]
+    for function, count in cases:
+        assert len(list(networks._modules(function))) == count
+    assert list(networks._modules(model.forward)) == [model]
