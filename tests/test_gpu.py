@@ -1,7 +1,12 @@
-"""Parity on a CUDA device with the CPU: ``python -m pytest -m gpu``."""
+"""Parity on a CUDA device with the CPU, memory, streams and threads: ``python -m pytest -m gpu``.
+
+What tests/test_graph.py and tests/test_captured_training.py test runs with CUDA's own graphs there, too.
+"""
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +16,7 @@ import torch
 
 import fastsde
 from fastsde import NonFiniteError, checkpoints, noise, ops, reference, solvers
+from fastsde.engines import training as steps
 from fastsde.models import MLP, UNet
 from fastsde.training import Trainer, default_config
 
@@ -36,7 +42,7 @@ def test_noise_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(noise.normal(cuda, 5, shape).cpu(), noise.normal(keys, 5, shape), rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "persistent"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "graph", "persistent"])
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddim", "dpm_solver_pp_2m", "heun"])
 def test_samples_are_those_of_the_cpu(backend: str, solver: str) -> None:
     checkpoint = checkpoints.load("swiss-roll")
@@ -59,7 +65,7 @@ def test_the_eager_engine_does_not_synchronise_between_rows() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", ["eager", "persistent"])
+@pytest.mark.parametrize("backend", ["eager", "graph", "persistent"])
 def test_streams_do_not_disturb_each_other(backend: str) -> None:
     model = MLP().cuda()
     sampler = fastsde.Sampler(model, (2,), steps=50, backend=backend)
@@ -77,7 +83,7 @@ def test_streams_do_not_disturb_each_other(backend: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("backend", ["eager", "persistent"])
+@pytest.mark.parametrize("backend", ["eager", "graph", "persistent"])
 def test_the_device_of_the_model_is_used_whatever_the_current_one_is(backend: str) -> None:
     model = MLP().to("cuda:1")
     with torch.cuda.device(0):
@@ -87,9 +93,9 @@ def test_the_device_of_the_model_is_used_whatever_the_current_one_is(backend: st
     torch.testing.assert_close(x.cpu(), fastsde.sample(model.cpu(), (64, 2), steps=20), rtol=1e-5, atol=1e-2)
 
 
-def test_auto_is_persistent_for_an_mlp_and_eager_for_the_rest() -> None:
+def test_auto_is_persistent_for_an_mlp_and_graph_for_the_rest() -> None:
     assert fastsde.Sampler(MLP().cuda(), (2,)).backend == "persistent"
-    assert fastsde.Sampler(UNet().cuda(), (1, 28, 28)).backend == "eager"
+    assert fastsde.Sampler(UNet().cuda(), (1, 28, 28)).backend == "graph"
 
 
 def test_more_than_2_to_the_31_elements() -> None:
@@ -104,7 +110,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     torch.testing.assert_close(out[-2:], expected, rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "graph"])
 def test_a_network_that_breaks_is_reported_with_its_row(backend: str) -> None:
     def broken(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.where(t[:, None] < 0.55, torch.nan, x)
@@ -140,3 +146,126 @@ def test_the_reference_steps_where_its_tensors_are() -> None:
     x_t, t = reference.perturb(torch.rand(3, 5, device="cuda"), keys, 2, fastsde.VPSDE())
     assert x_t.is_cuda
     assert t.is_cuda
+
+
+# Graphs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes waiting for the device an error from the first replay to the status at the end."""
+    from fastsde.engines.graph import Trajectory
+
+    start, check = Trajectory._start, ops.check_status
+
+    def starts(self: Trajectory, *args: object) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        start(self, *args)
+
+    def checks(*args: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        check(*args)
+
+    monkeypatch.setattr(Trajectory, "_start", starts)
+    monkeypatch.setattr(ops, "check_status", checks)
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("trajectory", [None, 30])
+def test_a_graph_run_does_not_synchronise(trajectory: int | None) -> None:
+    sampler = fastsde.Sampler(UNet().cuda(), (1, 28, 28), steps=99, backend="graph")
+    ops.device_table(sampler.table, sampler.device)  # copied from the host once
+    for seed in range(3):
+        sampler(4, seed=seed, trajectory=trajectory)
+
+
+def test_a_thousand_calls_take_no_more_memory_and_a_dead_model_frees_its_own() -> None:
+    gc.collect()
+    empty = torch.cuda.memory_allocated()
+    model = MLP().cuda()
+    sampler = fastsde.Sampler(model, (2,), steps=60, backend="graph")
+    sampler(100)
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for seed in range(1000):
+        sampler(100, seed=seed, first_sample=seed)
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    for batch in range(1, 40):
+        sampler(batch)
+    assert torch.cuda.memory_allocated() <= before[0] + 4 * 2**20  # four captures at most are kept
+    del sampler, model
+    gc.collect()
+    assert torch.cuda.memory_allocated() == empty
+
+
+def test_threads_share_a_sampler_and_capture_beside_each_other() -> None:
+    models = [MLP().cuda() for _ in range(3)]
+    expected = {
+        (i, seed): fastsde.sample(model, (300, 2), steps=60, seed=seed, backend="eager")
+        for i, model in enumerate(models)
+        for seed in range(8)
+    }
+    samplers = [fastsde.Sampler(model, (2,), steps=60, backend="graph") for model in models]
+    found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def work(seed: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for i, sampler in enumerate(samplers):
+                found[i, seed] = sampler(300, seed=seed)
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_a_unet_gives_the_samples_of_the_reference(backend: str, dtype: torch.dtype | None, compile: bool) -> None:
+    checkpoint = checkpoints.load("mnist", device="cuda")
+    options = {"prediction": checkpoint.prediction, "steps": 20, "solver": "ddim", "seed": 3}
+    expected = fastsde.sample(checkpoint.model, (5, 1, 28, 28), backend="reference", **options)
+    rounded = fastsde.sample(checkpoint.model, (5, 1, 28, 28), backend="reference", dtype=dtype, **options)
+    x = fastsde.sample(checkpoint.model, (5, 1, 28, 28), backend=backend, dtype=dtype, compile=compile, **options)
+    # At most twice PyTorch's own error in that dtype, and a small constant.
+    error, own = (float((value - expected).square().mean().sqrt()) for value in (x, rounded))
+    assert error <= 2 * own + 1e-4
+
+
+def test_memory_that_runs_out_halves_the_batch() -> None:
+    model = MLP().cuda()
+    free = torch.cuda.mem_get_info()[0]
+
+    def hungry(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        torch.empty(len(x) * (free // 100), dtype=torch.uint8, device=x.device)  # 150 samples do not fit
+        return model(x, t)
+
+    expected = fastsde.sample(model, (400, 2), steps=30, backend="graph")
+    x = fastsde.sample(hungry, (400, 2), steps=30, device="cuda", max_batch="auto")
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_captured_steps_do_not_synchronise_and_take_no_more_memory(tmp_path: Path) -> None:
+    config = replace(default_config("swiss-roll"), steps=10_000)
+    trainer = Trainer(config, tmp_path, device="cuda")
+    work = steps.Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured = steps.CapturedSteps(work)
+    for step in range(3):
+        captured.take(step, 1)
+    captured.take(3, 50)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(100):
+            losses = captured.take(53 + 50 * i, 50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
+    del losses
+    assert torch.cuda.memory_allocated() <= before
