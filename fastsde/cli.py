@@ -196,7 +196,9 @@ def _animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], p
     def score(x: Tensor, t: float) -> Tensor:
         # Near t = 0 the score grows without bound, so that the last frames show the field of a small time.
         t = max(t, training.TrainConfig.t_min)
-        r, s = solvers.score_form(checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction)
+        r, s = solvers.score_form(
+            checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction
+        )
         with torch.no_grad():
             f: Tensor = checkpoint.model(x, torch.full((len(x),), t, device=x.device))
         return float(r) * x + float(s) * f

@@ -217,6 +217,27 @@ def test_what_a_capture_holds_fast_makes_another(graphs: Any) -> None:
     assert len(graphs.recorded) == len(changes) + 2
 
 
+@pytest.mark.usefixtures("graphs")
+def test_a_capture_in_inference_mode_can_be_used_outside() -> None:
+    sampler = Sampler(Net(), (3,), steps=3, backend="graph")
+    with torch.inference_mode():
+        inside = sampler(4)
+    assert torch.equal(sampler(4), inside)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_autocast_around_a_call_is_that_of_the_capture() -> None:
+    model = Net()
+    sampler = Sampler(model, (3,), steps=5, backend="graph")
+    full, kind = sampler(4), torch.get_default_device().type
+    for _ in range(2):
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            rounded = sampler(4)
+        assert not torch.equal(rounded, full)
+        assert (rounded - full).abs().max() < 0.1 * full.abs().max()
+        assert torch.equal(sampler(4), full)
+
+
 def test_training_mode_is_seen(graphs: Any) -> None:
     model = Net().eval()
     sampler = Sampler(model, (3,), steps=3, backend="graph")

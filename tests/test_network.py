@@ -158,3 +158,14 @@ def test_what_a_function_uses_is_found() -> None:
     for function, count in cases:
         assert len(list(networks._modules(function))) == count
     assert list(networks._modules(model.forward)) == [model]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("make", [MLP, small_unet])
+def test_what_is_made_in_inference_mode_can_be_used_outside(make: Any, dtype: torch.dtype | None) -> None:
+    model = make()
+    with torch.inference_mode():
+        sampler = Sampler(model, model.shape, steps=3, dtype=dtype)
+        inside = sampler(2)
+    assert torch.equal(sampler(2), inside)
+    assert torch.equal(fastsde.sample(model, (2, *model.shape), steps=3, dtype=dtype), inside)

@@ -18,6 +18,8 @@ __all__ = ["CaptureError", "Recording", "can_record"]
 # PyTorch records one graph at a time; another thread's kernels go on meanwhile (capture_error_mode "thread_local").
 _ONE_AT_A_TIME = threading.Lock()
 _ATTEMPTS = 2
+# One stream a device to record on, since cuBLAS keeps a workspace of each stream that it has ever seen.
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class CaptureError(RuntimeError):
@@ -40,14 +42,17 @@ class Recording:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with _ONE_AT_A_TIME:
+            if device not in _streams:
+                _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _streams[device]
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], None]) -> None:
         """Runs what is to be recorded, on the stream that records: kernels compile, libraries choose and allocate."""
-        with self._on_stream():
+        with _ONE_AT_A_TIME, self._on_stream():
             run()
-        self._stream.synchronize()
+            self._stream.synchronize()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Records ``run``, without running it, and returns what replays it on the current stream.
@@ -59,7 +64,7 @@ class Recording:
         for attempt in range(_ATTEMPTS):
             graph = torch.cuda.CUDAGraph()
             try:
-                with _ONE_AT_A_TIME, _without_gc(), self._on_stream():
+                with _ONE_AT_A_TIME, _without_gc(), self._on_stream(), _own_workspace():
                     _record(graph, self._pool, run)
             except torch.OutOfMemoryError:
                 raise
@@ -92,6 +97,17 @@ def _record(graph: torch.cuda.CUDAGraph, pool: Any, run: Callable[[], None]) -> 
             graph.capture_end()
         raise
     graph.capture_end()
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Makes cuBLAS take a workspace of the graph's own pool: graphs that run at the same time must not share one."""
+    clear: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @contextmanager

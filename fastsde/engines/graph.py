@@ -128,7 +128,8 @@ def _trajectory(network: Network, form: Form, conditions: Conditions, device: to
         if form in kept:
             kept.move_to_end(form)
         else:
-            kept[form] = Trajectory(form, conditions, device)
+            with torch.inference_mode(False):  # its memory is written to in other modes too
+                kept[form] = Trajectory(form, conditions, device)
             while len(kept) > _TRAJECTORIES:
                 kept.popitem(last=False)
         return kept[form]

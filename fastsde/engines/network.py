@@ -189,7 +189,9 @@ def _derived(model: Model, form: str, name: str, dtype: torch.dtype, cache: dict
     """What is run instead of the model, made once; None where it is run itself."""
     if form == "itself" or not isinstance(model, nn.Module):
         return None
-    if name not in cache:
+    if name in cache:
+        return cache[name]  # type: ignore[no-any-return]
+    with torch.inference_mode(False):  # its weights are written to in other modes too
         if form == "optimized" and isinstance(model, UNet):
             cache[name] = model.optimize(dtype)
         else:

@@ -137,7 +137,9 @@ class CapturedSteps:
         config, device = work.config, work.device
         self._keys = noise.sample_keys(config.seed, config.batch_size, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
-        self._index = torch.zeros((MAX_CHUNK, config.batch_size), dtype=torch.int64, device=device)
+        # Rows of 16 bytes or a multiple: a kernel would be compiled anew, while it is captured, for one that is not.
+        width = config.batch_size + config.batch_size % 2
+        self._index = torch.zeros((MAX_CHUNK, width), dtype=torch.int64, device=device)
         self._rates = torch.zeros((MAX_CHUNK, 2), device=device)
         self._losses = torch.zeros(MAX_CHUNK, device=device)
         for group in work.optimizer.param_groups:
@@ -172,7 +174,7 @@ class CapturedSteps:
         work, config = self._work, self._work.config
         steps = torch.arange(first, first + count, device=work.device)
         order = noise.uniform(self._keys, steps, (), noise.STREAM_DATA_ORDER)
-        self._index[:count] = (order.double() * len(work.dataset)).long()
+        self._index[:count, : config.batch_size] = (order.double() * len(work.dataset)).long()
         rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
         self._rates[:count].copy_(torch.tensor(rates, device="cpu"), non_blocking=True)
         self._first.fill_(first)
@@ -183,10 +185,9 @@ class CapturedSteps:
 
     def _step(self, i: int) -> Tensor:
         work, config, data = self._work, self._work.config, self._work.dataset
-        given: dict[str, Any] = {"index": self._index[i], "counter": self._first}
+        given: dict[str, Any] = {"index": self._index[i, : config.batch_size], "counter": self._first}
         given |= {"scale": data.scale, "shift": data.shift}
         x_t, t = ops.perturb(data.x, self._keys, i, config.sde, t_min=config.t_min, **given)
-        # A cast that autocast keeps from one step to the next would not see the weights change.
         with torch.autocast(x_t.device.type, dtype=work.autocast, enabled=work.autocast is not None):
             f = self._network(x_t, t)
         kinds: dict[str, Any] = {"prediction": config.prediction, "weighting": config.weighting}
