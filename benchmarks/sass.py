@@ -57,15 +57,16 @@ class Report:
 
 
 def _cases(capability: int) -> Iterator[Case]:
-    from fastsde.kernels import dsm_loss, perturb, solver_step, tile
+    from fastsde.kernels import dsm_loss, normal, perturb, solver_step, tile
 
     constants, _ = tile.tiling(64, 3072)
     shared = {"batch": "i64", "size": "i64", "count": "i64", **constants, "FAST": True}
     elements = constants["S"] * constants["P"] * 4
-    step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "data_ptr"))
+    step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "data_ptr"))
     step |= {"x_ptr": "*fp32", "f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "out_ptr": "*fp32"}
     step |= {"guidance": "fp32", "clip": None, "row": "i64", "rows": "i64", "USES_DATA": False} | shared
-    counted = {"counter_ptr": "*i64", "time_ptr": "*fp32"}
+    counted = {"counter_ptr": "*i64", "time_ptr": "*fp32", "status_ptr": "*i32"}
+    drawing = {"keys_ptr": "*i64", "out_ptr": "*fp32", "step": "i64", "STREAM": 0} | shared
     loss = {"f_ptr": "*fp32", "x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": "*fp32"}
     loss |= {"z_ptr": None, "step_ptr": None, "out_ptr": "*fp32", "step": "i64", "PREDICTION": "score"}
     loss |= {"WEIGHTING": "sigma2", **dict.fromkeys(("scale", "shift", "beta_min", "beta_max"), "fp32")} | shared
@@ -76,16 +77,18 @@ def _cases(capability: int) -> Iterator[Case]:
     pixels = {"x_0_ptr": "*u8", "index_ptr": "*i64", "x_t_ptr": "*bf16"}
     for name, kernel, arguments in (
         ("solver_step", solver_step.solver_step_kernel, step),
-        ("solver_step, counter and time", solver_step.solver_step_kernel, step | counted),
+        ("solver_step, counter, time and status", solver_step.solver_step_kernel, step | counted),
         ("solver_step, no noise", solver_step.solver_step_kernel, step | {"keys_ptr": None}),
         ("solver_step, bf16 network", solver_step.solver_step_kernel, step | {"f_ptr": "*bf16"}),
         ("solver_step, history, clip, guidance", solver_step.solver_step_kernel, step | extended),
+        ("normal", normal.normal_kernel, drawing),
         ("perturb", perturb.perturb_kernel, noising),
         ("perturb, uint8 by index, to bf16", perturb.perturb_kernel, noising | pixels),
         ("dsm_loss", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": None}),
         ("dsm_loss, backward", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": "*fp32"}),
     ):
         yield _case(name, kernel, arguments, elements, tile.WARPS)
+    yield from _unet_cases()
     yield from _mlp_cases(capability)
 
 
@@ -93,6 +96,30 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_
     types = {key: value for key, value in arguments.items() if isinstance(value, str) and key.islower()}
     values = {key: value for key, value in arguments.items() if key not in types}
     return Case(name, kernel, types, values, elements, num_warps)
+
+
+# Type of the images, height and width, channels, whether the layer pools and adds the time.
+UNET_LAYERS = {
+    "bias_activation, bf16, first": ("*bf16", 28, 32, True, True),
+    "bias_activation, bf16, encoder": ("*bf16", 7, 128, True, False),
+    "bias_activation, bf16, decoder": ("*bf16", 14, 64, False, False),
+    "bias_activation, fp32, encoder": ("*fp32", 14, 64, True, False),
+    "bias_activation, fp32, decoder": ("*fp32", 4, 256, False, False),
+}
+
+
+def _unet_cases() -> Iterator[Case]:
+    from fastsde.kernels import bias_activation as kernel
+
+    for name, (images, size, channels, pools, timed) in UNET_LAYERS.items():
+        side = 2 if pools else 1
+        constants, _ = kernel.launch_config(64, size, size, channels, side)
+        arguments: dict[str, Any] = {"y_ptr": images, "bias_ptr": images, "out_ptr": images, "batch": "i64"}
+        arguments |= {"t_ptr": images, "plane_ptr": "*fp32"} if timed else {"t_ptr": None, "plane_ptr": None}
+        arguments |= {"pooled_ptr": images if pools else None, "HEIGHT": size, "WIDTH": size, "CHANNELS": channels}
+        arguments |= {"OUT_CHANNELS": 2 * channels, "FIRST": channels, "FAST": True, **constants}
+        elements = constants["WINDOWS"] * constants["C"] * side**2
+        yield _case(name, kernel.bias_activation_kernel, arguments, elements, kernel.WARPS)
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -171,35 +170,6 @@ def test_programs_cover_a_batch_and_depend_on_the_image_alone(
 
 # What the compiler makes of it, on any machine ----------------------------------------------------------------------
 
-# Type of the images, height and width, channels, whether it pools and adds the time.
-COMPILED = {
-    "bf16, first": ("*bf16", 28, 32, True, True),
-    "bf16, encoder": ("*bf16", 7, 128, True, False),
-    "bf16, decoder": ("*bf16", 14, 64, False, False),
-    "fp32, encoder": ("*fp32", 14, 64, True, False),
-    "fp32, decoder": ("*fp32", 4, 256, False, False),
-}
-
-
-def _compile_for_sm_90() -> dict[str, Any]:
-    from fastsde.benchmarks.sass import Case as Variant
-    from fastsde.benchmarks.sass import compile_case
-
-    reports = {}
-    for name, (images, size, channels, pools, timed) in COMPILED.items():
-        side = 2 if pools else 1
-        constants, _ = kernel.launch_config(64, size, size, channels, side)
-        arguments: dict[str, Any] = {"y_ptr": images, "bias_ptr": images, "out_ptr": images, "batch": "i64"}
-        arguments |= {"t_ptr": images, "plane_ptr": "*fp32"} if timed else {"t_ptr": None, "plane_ptr": None}
-        arguments |= {"pooled_ptr": images if pools else None, "HEIGHT": size, "WIDTH": size, "CHANNELS": channels}
-        arguments |= {"OUT_CHANNELS": 2 * channels, "FIRST": channels, "FAST": True, **constants}
-        types = {key: value for key, value in arguments.items() if isinstance(value, str)}
-        values = {key: value for key, value in arguments.items() if key not in types}
-        elements = constants["WINDOWS"] * constants["C"] * side**2
-        variant = Variant(name, kernel.bias_activation_kernel, types, values, elements, kernel.WARPS)
-        reports[name] = asdict(compile_case(variant, 90))
-    return reports
-
 
 def _count_variants() -> int:
     from test_variants import BATCHES, _compile_only
@@ -212,38 +182,12 @@ def _count_variants() -> int:
     return len(kernel.bias_activation_kernel.device_caches[0][0])
 
 
-@pytest.fixture(scope="module")
-def compiled(compiler_environment: dict[str, str]) -> dict[str, Any]:
-    """Reports of `COMPILED` and the variants that batches make, from a process without the interpreter and a GPU."""
+def test_a_network_compiles_once_for_all_batches(compiler_environment: dict[str, str]) -> None:
     command = [sys.executable, str(Path(__file__))]
     run = subprocess.run(command, env=compiler_environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
-
-
-def test_a_network_compiles_once_for_all_batches(compiled: dict[str, Any]) -> None:
-    assert compiled["variants"] == 1
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_it_accesses_128_bits_spills_nothing_and_is_bound_by_memory(compiled: dict[str, Any], name: str) -> None:
-    images, _, _, pools, timed = COMPILED[name]
-    report = compiled["reports"][name]
-    assert not report["stack_bytes"]
-    assert not report["local_accesses"]
-    # 8 elements of a thread at each of the 4 pixels of a window or at its only one: 16 bytes of bf16, 32 of fp32.
-    pixels, accesses = 4 if pools else 1, 1 if images == "*bf16" else 2
-    wide = [
-        sum(n for op, n in report["global_accesses"].items() if op.startswith(kind) and ".128" in op)
-        for kind in ("LDG", "STG")
-    ]
-    # Biases take up to two more, and the time plane, fp32, two a pixel.
-    assert 0 <= wide[0] - pixels * (accesses + 2 * timed) <= 2, report["global_accesses"]
-    assert wide[1] == pixels * accesses + pools * accesses, report["global_accesses"]
-    # An H200 issues 31 thread-instructions in the time that it reads and writes a bf16 element, at 4.3 TB/s.
-    assert report["instructions_per_element"] < 26
+    assert run.stdout == "1\n"
 
 
 if __name__ == "__main__":
-    print(json.dumps({"reports": _compile_for_sm_90(), "variants": _count_variants()}))
+    print(_count_variants())

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from fastsde.benchmarks.sass import UNET_LAYERS
+
 # Per variant of fp32 tensors whose rows start on 16 bytes: how many [B, *shape] tensors it reads and writes.
 TENSORS = {
     "solver_step": (2, 1),
-    "solver_step, counter and time": (2, 1),
+    "solver_step, counter, time and status": (2, 1),
     "solver_step, no noise": (2, 1),
     "solver_step, bf16 network": (1, 1),  # the network's output is 64 bits wide
     "solver_step, history, clip, guidance": (4, 2),
+    "normal": (0, 1),
     "perturb": (1, 1),
     "dsm_loss": (1, 0),
     "dsm_loss, backward": (1, 1),
@@ -96,3 +99,20 @@ def test_the_noisy_step_is_bound_by_memory(reports: list[dict[str, Any]]) -> Non
 
 def test_the_step_uses_no_shared_memory(reports: list[dict[str, Any]]) -> None:
     assert not _names(reports, lambda report: report["name"].startswith("solver_step") and report["shared_bytes"])
+
+
+@pytest.mark.parametrize("name", UNET_LAYERS)
+def test_a_layer_of_the_unet_accesses_128_bits_and_is_bound_by_memory(reports: list[dict[str, Any]], name: str) -> None:
+    images, _, _, pools, timed = UNET_LAYERS[name]
+    (report,) = (each for each in reports if each["name"] == name and each["capability"] == 90)
+    # 8 elements of a thread at each of the 4 pixels of a window or at its only one: 16 bytes of bf16, 32 of fp32.
+    pixels, accesses = 4 if pools else 1, 1 if images == "*bf16" else 2
+    wide = [
+        sum(n for op, n in report["global_accesses"].items() if op.startswith(kind) and ".128" in op)
+        for kind in ("LDG", "STG")
+    ]
+    # Biases take up to two more, and the time plane, fp32, two a pixel.
+    assert 0 <= wide[0] - pixels * (accesses + 2 * timed) <= 2, report["global_accesses"]
+    assert wide[1] == pixels * accesses + pools * accesses, report["global_accesses"]
+    # An H200 issues 31 thread-instructions in the time that it reads and writes a bf16 element, at 4.3 TB/s.
+    assert report["instructions_per_element"] < 26

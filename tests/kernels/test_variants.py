@@ -21,7 +21,7 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     """Name, kernel and launches that must share one variant of it."""
     from fastsde import ops, solvers
-    from fastsde.kernels import dsm_loss, mlp_sampler, perturb, solver_step
+    from fastsde.kernels import dsm_loss, mlp_sampler, normal, perturb, solver_step
     from fastsde.sde import VPSDE
 
     def loss(n: int, shape: tuple[int, ...], step: int, prediction: str, backward: bool) -> None:
@@ -34,6 +34,9 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         slots = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
         numbers = {"guidance": n / 2, "clip": n / 7, "f_uncond": x}
         solver_step.solver_step(x, x, table, row, keys=keys, counter=slots, uses_data=True, out=x, **numbers)
+
+    def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
+        normal.normal(torch.empty(n, 2, dtype=torch.int64), step, 0, torch.empty(n, *shape))
 
     def noising(n: int, shape: tuple[int, ...], step: int, shift: float) -> None:
         x_0, keys = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64)
@@ -49,6 +52,8 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         for counted in (False, True):
             launches = [partial(step_of, n, shape, step, counted) for n, step in sizes]
             yield f"solver_step {shape} counted={counted}", solver_step.solver_step_kernel, launches
+        launches = [partial(drawing, n, shape, step) for n, step in sizes]
+        yield f"normal {shape}", normal.normal_kernel, launches
         launches = [partial(noising, n, shape, step, float(i)) for i, (n, step) in enumerate(sizes)]
         yield f"perturb {shape}", perturb.perturb_kernel, launches
         for backward in (False, True):
