@@ -124,7 +124,7 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 
 def test_a_run_compiles_each_kernel_once(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
-    assert len(runs) == 13
+    assert len(runs) == 15
     assert runs == dict.fromkeys(runs, 1)
 
 
