@@ -60,6 +60,15 @@ def _suffix(*allowed: str) -> Callable[[click.Context, click.Parameter, Path | N
     return check
 
 
+def _max_batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    """A count, or "auto"."""
+    if value in (None, "auto"):
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value} is neither a count of at least 1 nor auto")
+    return int(value)
+
+
 _path = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -82,7 +91,9 @@ def main() -> None:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="What the network runs in.  [default: float32]")
 @click.option("--backend", type=click.Choice(engines.BACKENDS), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
-@click.option("--max-batch", type=click.IntRange(1), help="The most samples that run at once.")
+@click.option(
+    "--max-batch", callback=_max_batch, help="The most samples that run at once, or auto for as many as are fastest."
+)
 @click.option(
     "--out",
     type=_path,

@@ -165,14 +165,15 @@ class Sampler:
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
         self._network.refresh()
-        with torch.no_grad(), tqdm(disable=not progress, unit="row") as bar:
 
-            def run(part: slice, backend: str) -> None:
-                recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)
-                x[part] = self._run(backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
+        def run(part: slice, backend: str, bar: tqdm[Any]) -> None:
+            recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)
+            x[part] = self._run(backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
 
+        with torch.no_grad():
             batch = self._batch(backend, keys, kwargs, uncond)
-            self._run_parts(run, backend, n, batch, bar)
+            with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
+                self._run_parts(run, backend, n, batch, bar)
         return x if saved is None else (x, saved)
 
     def _batch(self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None) -> int:
@@ -205,14 +206,16 @@ class Sampler:
         batch: int = self._network.cache[name]
         return batch
 
-    def _run_parts(self, run: Callable[[slice, str], None], backend: str, n: int, batch: int, bar: tqdm[Any]) -> None:
+    def _run_parts(
+        self, run: Callable[[slice, str, tqdm[Any]], None], backend: str, n: int, batch: int, bar: tqdm[Any]
+    ) -> None:
         """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
         first = 0
         while first < n:
             bar.total = bar.n + len(self.table) * -(-(n - first) // batch)
             done = bar.n
             try:
-                run(slice(first, min(first + batch, n)), backend)
+                run(slice(first, min(first + batch, n)), backend, bar)
             except CaptureError as error:
                 engines.release(self._network)
                 if self._backend != "auto":

@@ -114,6 +114,8 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "--animate", "a.mp4"], 2, "a.mp4 must end in .gif"),
         (["sample", "swiss-roll", "--solver", "rk45"], 2, "'rk45' is not one of"),
         (["sample", "swiss-roll", "-n", "0"], 2, "0 is not in the range x>=1"),
+        (["sample", "swiss-roll", "--max-batch", "half"], 2, "half is neither a count of at least 1 nor auto"),
+        (["sample", "swiss-roll", "--max-batch", "0"], 2, "0 is neither a count of at least 1 nor auto"),
         (["sample", "swiss-roll", "--clip", "1"], 1, "clip bounds a predicted x_0"),
         (["sample", "swiss-roll", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
         (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' needs Triton and a CUDA GPU"),
