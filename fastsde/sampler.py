@@ -160,7 +160,8 @@ class Sampler:
         kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
 
-        backend = self._choose(noise=noise, callback=callback, model_kwargs=kwargs or None)
+        options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
+        backend = self._choose(**options)
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
@@ -173,7 +174,7 @@ class Sampler:
         with torch.no_grad():
             batch = self._batch(backend, keys, kwargs, uncond)
             with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
-                self._run_parts(run, backend, n, batch, bar)
+                self._run_parts(run, options, n, batch, bar)
         return x if saved is None else (x, saved)
 
     def _batch(self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None) -> int:
@@ -207,10 +208,15 @@ class Sampler:
         return batch
 
     def _run_parts(
-        self, run: Callable[[slice, str, tqdm[Any]], None], backend: str, n: int, batch: int, bar: tqdm[Any]
+        self,
+        run: Callable[[slice, str, tqdm[Any]], None],
+        options: dict[str, Any],
+        n: int,
+        batch: int,
+        bar: tqdm[Any],
     ) -> None:
         """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
-        first = 0
+        backend, first = self._choose(**options), 0
         while first < n:
             bar.total = bar.n + len(self.table) * -(-(n - first) // batch)
             done = bar.n
@@ -221,14 +227,13 @@ class Sampler:
                 if self._backend != "auto":
                     raise CaptureError(f"backend {backend!r}: {error}; use 'eager' or 'auto'") from error
                 self._network.cache.setdefault(_FAILED, set()).add(backend)
-                self.backend = self._choose()
+                failed, backend, self.backend = backend, self._choose(**options), self._choose()
                 warnings.warn(
-                    f"the network does not run by backend {backend!r}, so {self.backend!r} takes over: {error}",
+                    f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
-                backend = self.backend
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if self.max_batch != "auto" or batch == 1 or not batches.is_out_of_memory(error):
                     raise
                 engines.release(self._network)
