@@ -396,7 +396,7 @@ def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(tmp_path: P
 
 
 def test_a_run_that_diverges_tells_so_once(tmp_path: Path) -> None:
-    result = torchrun(2, *TRAIN, "--steps", 20, "--lr", 1e30, cwd=tmp_path)
+    result = torchrun(2, *TRAIN, "--steps", 20, "--lr", 1e30, "--quiet", cwd=tmp_path)
     assert result.returncode != 0
     assert len(errors(result.stderr)) == 1
     assert "try a lower lr" in errors(result.stderr)[0]

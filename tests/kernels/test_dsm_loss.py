@@ -213,8 +213,9 @@ def test_the_gradient_of_the_reference_is_its_derivative(prediction: str, weight
 def test_torch_library_knows_the_loss(device: torch.device, case: Case) -> None:
     inputs = _inputs(case, 3, (5,), device)
     tensors = [inputs[name] for name in ("x_0", "t", "keys")] + [inputs.get("index"), inputs.get("z")]
+    counter = torch.tensor([4], device=device) if case.gathers else None
     numbers = (SDE.beta_min, SDE.beta_max, 1.0, 0.0)
-    arguments = (inputs["f"].requires_grad_(), *tensors, 3, *numbers, "v", "likelihood")
+    arguments = (inputs["f"].requires_grad_(), *tensors, counter, 3, *numbers, "v", "likelihood")
     torch.library.opcheck(torch.ops.fastsde.dsm_loss.default, arguments)
 
 
@@ -223,6 +224,7 @@ def test_torch_library_knows_the_noising(device: torch.device, case: Case) -> No
     inputs = _inputs(case, 3, (5,), device)
     x_0, keys = inputs["x_0"], inputs["keys"]
     given = (inputs.get("index"), None if case.gathers else inputs["t"], inputs.get("z"))
+    given += (torch.tensor([4], device=device) if case.gathers else None,)
     numbers = (SDE.beta_min, SDE.beta_max, 0.5, 0.25, 1e-4)
     torch.library.opcheck(torch.ops.fastsde.perturb.default, (x_0, keys, *given, 3, *numbers, torch.bfloat16))
 
