@@ -8,63 +8,23 @@ bandwidth measured in the same run.
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastsde
 from fastsde import checkpoints, noise, ops, reference, solvers
-from fastsde.files import atomic_path
 
-from .quality import sliced_wasserstein
+from .measure import Run, Score, check, check_roll, fp32_products, measure, settings, tutorial_loop, write_json
 
-Run = Callable[[], object]
 TABLE = solvers.euler_maruyama(fastsde.VPSDE(), torch.linspace(1, 0, 1000))
 ROW = 500
 L2_BYTES = 128 << 20  # more than the cache of any GPU: rotated buffers of a subject together are larger
-
-
-def _seconds(run: Run, device: torch.device, calls: int) -> float:
-    """Seconds a call: on a GPU, of ``calls`` of them between two events, so that the launch of one hides in another."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def measure(
-    providers: dict[str, Run], device: torch.device, rounds: int, calls: int = 1
-) -> dict[str, dict[str, float]]:
-    """Median, 20th and 80th percentile of each provider's seconds, over interleaved rounds after a warm-up of two."""
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for number in range(rounds + 2):
-        for name, run in providers.items():
-            seconds = _seconds(run, device, calls)
-            if number >= 2:
-                times[name].append(seconds)
-    result = {}
-    for name, values in times.items():
-        deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-        result[name] = {"median_s": statistics.median(values), "p20_s": deciles[1], "p80_s": deciles[7]}
-    return result
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
@@ -73,13 +33,6 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
     source, target = torch.randn(elements, device=device), torch.empty(elements, device=device)
     timed = measure({"copy": lambda: target.copy_(source)}, device, rounds, calls=5)
     return 8 * elements / timed["copy"]["median_s"]
-
-
-def _check(name: str, error: float, bound: float) -> None:
-    if not error <= bound:
-        raise click.ClickException(
-            f"{name} is wrong, so it has no time: off by {error:.3g}, at most {bound:.3g} is due"
-        )
 
 
 # One step -----------------------------------------------------------------------------------------------------------
@@ -124,12 +77,12 @@ def solver_step(device: torch.device, elements: int, rounds: int, bandwidth: flo
     expected, _ = reference.solver_step(x[small], f[small], TABLE, ROW, keys=keys[small])
     k = TABLE.row(ROW)
     bound = 4e-6 * k["d"] + 4 * 2**-24 * float((k["a"] * x[small].abs() + k["b"] * f[small].abs()).max())
-    _check("fastsde fused step", float((out[small] - expected).abs().max()), bound)
+    check("fastsde fused step", float((out[small] - expected).abs().max()), bound)
     # On the CPU there is nothing to compile for: the interpreter that runs the kernel there is not worth a time.
     compiled = torch.compile(_tutorial_step) if device.type == "cuda" else _tutorial_step
     for name, step in (("eager PyTorch", _tutorial_step), ("torch.compile", compiled)):
         rest = step(x, f)[small] - (k["a"] * x[small] + k["b"] * f[small])  # what is left is noise
-        _check(name, abs(float(rest.std()) / k["d"] - 1) + abs(float(rest.mean())) / k["d"], 0.05)
+        check(name, abs(float(rest.std()) / k["d"] - 1) + abs(float(rest.mean())) / k["d"], 0.05)
     timed = measure(
         {
             "eager PyTorch": _rotated(_tutorial_step, buffers),
@@ -153,31 +106,6 @@ def solver_step(device: torch.device, elements: int, rounds: int, bandwidth: flo
 # Whole trajectories -------------------------------------------------------------------------------------------------
 
 
-def _tutorial_loop(net: nn.Module, n: int, rows: int, device: torch.device) -> Tensor:
-    """The tutorial's sampling loop, for a network that predicts the score of x and t."""
-    with torch.no_grad():
-        times = torch.linspace(1, 0, rows + 1, device=device)
-        x = torch.randn(n, 2, device=device)
-        for here, there in pairwise(times):
-            step = here - there
-            beta = 0.1 + (20 - 0.1) * here
-            score = net(x, here.expand(n))
-            x = x - (-0.5 * beta * x - beta * score) * step + (beta * step).sqrt() * torch.randn_like(x)
-    return x
-
-
-class _Score(nn.Module):
-    """The shipped network, which predicts eps, as one that predicts the score."""
-
-    def __init__(self, model: nn.Module, sde: fastsde.VPSDE) -> None:
-        super().__init__()
-        self.model, self.sde = model, sde
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        result: Tensor = -self.model(x, t) / self.sde.sigma(t)[:, None]
-        return result
-
-
 def swiss_roll(device: torch.device, n: int, rows: int, rounds: int, baseline: bool) -> dict[str, Any]:
     """``n`` samples of ``rows`` steps by the persistent engine in each precision, and as the ``baseline`` the tutorial.
 
@@ -191,43 +119,23 @@ def swiss_roll(device: torch.device, n: int, rows: int, rounds: int, baseline: b
     }
 
     def persistent(precision: str, n: int = n) -> Tensor:
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
-        try:
+        with fp32_products(torch.backends.cuda.matmul, "tf32" if precision == "tf32" else "ieee"):
             x: Tensor = samplers["bf16" if precision == "bf16" else "fp32"](n, seed=1)
-        finally:
-            matmul.fp32_precision = before
         return x
 
     few = min(n, 1000)
     expected = fastsde.sample(checkpoint.model, (few, 2), backend="reference", seed=1, **options)
-    _check("fp32", float((persistent("fp32", few) - expected).abs().max()), 1e-4)
-    for precision in ("tf32", "bf16"):
-        _check(precision, sliced_wasserstein(persistent(precision, few).cpu(), expected.cpu()), 0.02)
-    score = _Score(checkpoint.model, checkpoint.sde)
+    for precision in ("fp32", "tf32", "bf16"):
+        check_roll(precision, persistent(precision, few), expected, exact=precision == "fp32")
+    score = Score(checkpoint.model, checkpoint.sde, checkpoint.prediction, rows)
     providers: dict[str, Run] = {}
     if baseline:
-        loop = _tutorial_loop(score, few, rows, device)  # other noise, so the distribution is compared
-        _check("the tutorial's loop", sliced_wasserstein(loop.cpu(), expected.cpu()), 0.1)
-        providers = dict.fromkeys(("tutorial", "tutorial again"), lambda: _tutorial_loop(score, n, rows, device))
+        loop = tutorial_loop(score, (few, 2), rows, device)
+        check_roll("the tutorial's loop", loop, expected, same_noise=False)
+        providers = dict.fromkeys(("tutorial", "tutorial again"), lambda: tutorial_loop(score, (n, 2), rows, device))
     for precision in ("fp32", "tf32", "bf16"):
         providers[f"fastsde persistent, {precision}"] = lambda precision=precision: persistent(precision)
     return {"n": n, "rows": rows, "providers": measure(providers, device, rounds)}
-
-
-def _settings(device: torch.device) -> dict[str, Any]:
-    import triton
-
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "fastsde": fastsde.__version__,
-        "commit": git.stdout.strip() or None,
-    }
 
 
 @click.command()
@@ -243,7 +151,7 @@ def main(device: str, rounds: int, quick: bool, out: Path | None) -> None:
     sizes, samples = ((3072 * 8,), (16,)) if quick else ((784_000, 50_331_648), (1000, 20_000, 1_000_000))
     bandwidth = copy_bandwidth(place, rounds)
     result = {
-        **_settings(place),
+        **settings(place),
         "copy_bandwidth_bytes_per_s": bandwidth,
         "solver_step": [solver_step(place, size, rounds, bandwidth) for size in sizes],
         "swiss_roll": [
@@ -259,8 +167,7 @@ def main(device: str, rounds: int, quick: bool, out: Path | None) -> None:
             if "share_of_limit" in case:
                 click.echo(f"  {case['share_of_limit']:.0%} of the limit, {case['limit_s'] * 1e3:.4g} ms")
     if out is not None:
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(out, result)
 
 
 if __name__ == "__main__":
