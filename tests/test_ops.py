@@ -118,7 +118,7 @@ def test_history_is_not_needed_where_c_is_zero() -> None:
 def test_kernels_run_on_the_cpu_in_the_interpreter_alone(
     monkeypatch: pytest.MonkeyPatch, device: str, interpret: str | None, triton: bool, expected: bool
 ) -> None:
-    monkeypatch.setattr(ops, "_HAS_TRITON", triton)
+    monkeypatch.setattr(ops.dispatch, "_HAS_TRITON", triton)
     if interpret is not None:
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
     assert ops.has_kernels(torch.device(device)) is expected

@@ -149,7 +149,9 @@ def test_the_operation_takes_the_kernel_where_it_fits(
 ) -> None:
     launches = []
     launch = ops.launch_mlp_sampler
-    monkeypatch.setattr(ops, "launch_mlp_sampler", lambda *args, **given: launches.append(1) or launch(*args, **given))
+    monkeypatch.setattr(
+        ops.mlp, "launch_mlp_sampler", lambda *args, **given: launches.append(1) or launch(*args, **given)
+    )
     model = _tame(MLP(dim, (16,)))
     expected = _expected(model, 5)
     keys = noise.sample_keys(3, 5, device=device)

@@ -1,0 +1,210 @@
+"""The step of a solver, and the draw of its initial state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .. import noise, reference
+from ..reference import non_finite
+from ..solvers import StepTable
+from ..validation import check_instance, check_int, check_keys, check_number, check_tensor
+from .dispatch import contiguous, has_kernels, needs_grad
+
+__all__ = [
+    "check_status",
+    "counted_step",
+    "device_table",
+    "fused_step",
+    "new_status",
+    "normal",
+    "solver_step",
+    "step_counter",
+]
+
+_device_tables: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()
+
+
+def device_table(table: StepTable, device: torch.device) -> Tensor:
+    """The table as the kernels read it, fp32 ``[K, 8]`` on the device; made once."""
+    copies = _device_tables.setdefault(table, {})
+    if device not in copies:
+        columns = torch.stack([getattr(table, name) for name in StepTable.columns()], dim=1)
+        copies[device] = columns.to(device, torch.float32)
+    return copies[device]
+
+
+def fused_step(
+    x: Tensor,
+    f: Tensor,
+    table: StepTable,
+    row: int,
+    *,
+    history: Tensor | None = None,
+    z: Tensor | None = None,
+    keys: Tensor | None = None,
+    f_uncond: Tensor | None = None,
+    guidance: float | None = None,
+    store_data: bool = True,
+    status: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`solver_step` by the Triton kernel, for an fp32 state where `has_kernels` holds. Arguments are trusted.
+
+    Args:
+        store_data: whether D is stored and returned.
+        status: a `new_status`, which the kernel notes in what is not finite.
+        out: where x' goes: contiguous, and possibly ``x`` itself.
+    """
+    from ..kernels import solver_step as kernel
+
+    k = table.row(row)
+    x, f, f_uncond = contiguous(x, f, f_uncond)
+    history, z, keys = contiguous(history if k["c"] else None, z if k["d"] else None, keys if k["d"] else None)
+    out = torch.empty_like(x) if out is None else out
+    data = torch.empty_like(x) if store_data else None
+    kernel.solver_step(
+        x,
+        f,
+        device_table(table, x.device),
+        row,
+        history=history,
+        z=z,
+        keys=keys,
+        f_uncond=f_uncond,
+        guidance=guidance,
+        clip=table.clip,
+        uses_data=k["e"] != 0,
+        status=status,
+        out=out,
+        data=data,
+    )
+    return out, data
+
+
+def counted_step(
+    x: Tensor,
+    f: Tensor,
+    rows: Tensor,
+    counter: Tensor,
+    *,
+    time: Tensor,
+    status: Tensor,
+    history: Tensor | None,
+    keys: Tensor | None,
+    f_uncond: Tensor | None,
+    guidance: float | None,
+    clip: float | None,
+    uses_data: bool,
+) -> None:
+    """`fused_step` in place, of the row that a counter on the device stands at: the same launch for every row.
+
+    Args:
+        rows: a `device_table`.
+        counter: a `step_counter`, moved on by one.
+        time: fp32 ``[B]``, set to the time of the next row.
+        status: a `new_status`.
+        history, keys: None where no row of the table has c, or d.
+        uses_data: whether a row has e.
+    """
+    from ..kernels import solver_step as kernel
+
+    f, f_uncond = contiguous(f, f_uncond)
+    given = {"history": history, "keys": keys, "f_uncond": f_uncond, "guidance": guidance}
+    kernel.solver_step(
+        x,
+        f,
+        rows,
+        0,
+        clip=clip,
+        uses_data=uses_data,
+        counter=counter,
+        time=time,
+        status=status,
+        out=x,
+        data=history,
+        **given,
+    )
+
+
+def step_counter(batch: int, size: int, device: torch.device) -> Tensor:
+    """A counter for `counted_step` on samples of ``size`` elements, at row 0."""
+    from ..kernels import solver_step as kernel
+
+    return torch.zeros(kernel.counter_slots(batch, size), dtype=torch.int64, device=device)
+
+
+def new_status(device: torch.device) -> Tensor:
+    """What the step notes in that the state or the network's output is not finite: int32 ``[1]``."""
+    from ..kernels import solver_step as kernel
+
+    return torch.full((1,), kernel.FINITE, dtype=torch.int32, device=device)
+
+
+def check_status(status: Tensor, table: StepTable) -> None:
+    """Waits for the device and raises `NonFiniteError` for the first row with a value that was not finite."""
+    from ..kernels import solver_step as kernel
+
+    value = int(status)
+    if value != kernel.FINITE:
+        row, kind = divmod(value, 2)
+        raise non_finite(kernel.STATUS_KINDS[kind], row, float(table.time[row]))
+
+
+def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.STREAM_SAMPLING) -> Tensor:
+    """`fastsde.noise.normal` of one step: one launch where the kernel runs."""
+    if not has_kernels(keys.device):
+        return noise.normal(keys, step, shape, stream)
+    from ..kernels import normal as kernel
+
+    out = torch.empty((len(keys), *shape), device=keys.device)
+    kernel.normal(keys.contiguous(), step, stream, out)
+    return out
+
+
+def solver_step(
+    x: Tensor,
+    f: Tensor,
+    table: StepTable,
+    row: int,
+    *,
+    history: Tensor | None = None,
+    z: Tensor | None = None,
+    keys: Tensor | None = None,
+    f_uncond: Tensor | None = None,
+    guidance: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fastsde.reference.solver_step` for x fp32 or float64 and f of any floating-point dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    check_tensor("x", x, floating=True)
+    if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
+    check_instance("table", table, StepTable)
+    check_int("row", row, 0, len(table))
+    check_tensor("f", f, shape=x.shape, device=x.device, floating=True)
+    options: dict[str, Any] = {"history": history, "z": z, "f_uncond": f_uncond}
+    for name, value in options.items():
+        if value is not None:
+            options[name] = check_tensor(name, value, shape=x.shape, device=x.device, floating=True).to(x.dtype)
+    if z is None and table.d[row] != 0:
+        if keys is None:
+            raise ValueError(f"z or keys must be given for row {row}, where d is {table.d[row]:g}, got neither")
+        keys = check_keys(keys, len(x), x.device)
+    if history is None and table.c[row] != 0:
+        raise ValueError(f"history must be given for row {row}, where c is {table.c[row]:g}, got None")
+    if (f_uncond is None) != (guidance is None):
+        raise ValueError("f_uncond and guidance go together: give both or neither")
+    if guidance is not None:
+        check_number("guidance", guidance)
+    if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(x, f, *options.values()):
+        x_next, data = fused_step(x, f, table, row, keys=keys, guidance=guidance, **options)
+        assert data is not None
+        return x_next, data
+    return reference.solver_step(x, f, table, row, keys=keys, guidance=guidance, **options)
