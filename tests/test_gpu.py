@@ -239,6 +239,27 @@ def test_a_unet_gives_the_samples_of_the_reference(backend: str, dtype: torch.dt
     assert error <= 2 * own + 1e-4
 
 
+def test_a_capture_that_fails_leaves_cuda_as_it_was() -> None:
+    def waits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.randn_like(x) if float(t[0]) > 2 else -x
+
+    def fail() -> None:
+        with pytest.warns(RuntimeWarning, match="'eager' takes over"):
+            fastsde.sample(waits, (64, 2), steps=30, device="cuda")
+
+    fail()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        fail()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+    assert torch.randn(5, device="cuda").isfinite().all()  # the generator is not capturing any more
+    model = MLP().cuda()
+    x = fastsde.sample(model, (64, 2), steps=30, backend="graph")
+    torch.testing.assert_close(x, fastsde.sample(model, (64, 2), steps=30, backend="eager"), rtol=1e-5, atol=1e-3)
+
+
 def test_memory_that_runs_out_halves_the_batch() -> None:
     model = MLP().cuda()
     free = torch.cuda.mem_get_info()[0]

@@ -65,10 +65,11 @@ class Recording:
             graph = torch.cuda.CUDAGraph()
             try:
                 with _ONE_AT_A_TIME, _without_gc(), self._on_stream(), _own_workspace():
-                    _record(graph, self._pool, run)
+                    _record(graph, self._pool, self.device, run)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                self._pool = torch.cuda.graph_pool_handle()  # the other one has been given up
                 if attempt + 1 < _ATTEMPTS:
                     continue  # it may have been another thread, waiting for the whole device
                 raise CaptureError(f"it cannot be captured as a CUDA graph: {error}") from error
@@ -88,15 +89,39 @@ class Recording:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-def _record(graph: torch.cuda.CUDAGraph, pool: Any, run: Callable[[], None]) -> None:
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+def _record(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, run: Callable[[], None]) -> None:
+    ended = False
     try:
-        run()
-    except BaseException:
-        with suppress(RuntimeError):  # what went wrong first is what counts
-            graph.capture_end()
-        raise
-    graph.capture_end()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            run()
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong first is what counts
+                graph.capture_end()
+                ended = True
+            raise
+        graph.capture_end()
+        ended = True
+    finally:
+        if not ended:
+            _clean_up(pool, device)
+
+
+def _clean_up(pool: Any, device: torch.device) -> None:
+    """Undoes what PyTorch leaves undone where a capture could not be ended.
+
+    The allocator believes that it goes on and keeps its pool, and the generator of random numbers refuses to draw
+    until a capture has been ended as it should.
+    """
+    with suppress(RuntimeError):  # where the pool was not in use any more
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    element = torch.zeros(1, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with suppress(RuntimeError):
+        graph.capture_begin(capture_error_mode="thread_local")
+        element.zero_()
+        graph.capture_end()
 
 
 @contextmanager
