@@ -75,8 +75,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
-        NonFiniteError: on the rank whose samples, which the message names, became NaN or infinity.
-        RuntimeError: where another rank has ended.
+        NonFiniteError: on every rank, where samples, which the message names, became NaN or infinity.
+        RuntimeError: where another rank has had an error, or has ended.
     """
     check_instance("sampler", sampler, Sampler)
     check_int("n", n, 0)
@@ -95,12 +95,14 @@ def sample(
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress and here.rank == 0, **conditions}
     start, end = ((first_sample + i) % 2**64 for i in (mine.start, mine.stop - 1))
     with _working_group(here) as group:
+        error: Exception | None = None
         try:
             drawn = own(mine.stop - mine.start, seed=seed, first_sample=start, **options)
-        except NonFiniteError as error:
+        except Exception as raised:
             if here.world == 1:
                 raise
-            raise NonFiniteError(f"rank {here.rank}, which draws samples {start} to {end}: {error}") from error
+            error = raised
+        _raise_together(error, f"rank {here.rank}, which draws samples {start} to {end}", here, group)
         if trajectory is None:
             return _gather(drawn, 0, bounds, here, group)
         x, states = (_gather(value, axis, bounds, here, group) for axis, value in enumerate(drawn))
@@ -132,6 +134,25 @@ def _working_group(here: Ranks) -> Iterator[Any]:
     yield group
     dist.barrier(group)  # all is received: to leave before could cut it off
     dist.destroy_process_group(group)
+
+
+def _raise_together(error: Exception | None, who: str, here: Ranks, group: Any) -> None:
+    """Raises on all ranks where one has had an error, so that none waits for the samples of that one."""
+    if here.world == 1:
+        return
+    from torch import distributed as dist
+
+    told: list[tuple[bool, str] | None] = [None] * here.world
+    mine = None if error is None else (isinstance(error, NonFiniteError), f"{who}: {error}")
+    try:
+        dist.all_gather_object(told, mine, group=group)
+    except RuntimeError as lost:
+        if error is None:
+            raise RuntimeError(f"a rank ended before its samples had come ({lost})") from lost
+    if error is not None and not isinstance(error, NonFiniteError):
+        raise error
+    for not_finite, message in filter(None, [mine, *told]):
+        raise (NonFiniteError if not_finite else RuntimeError)(message) from error
 
 
 def _gather(own: Tensor, axis: int, bounds: list[int], here: Ranks, group: Any) -> Tensor | None:

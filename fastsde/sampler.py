@@ -59,7 +59,7 @@ class Sampler:
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; on a GPU each row's step is one kernel),
             "graph" (on a GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (on a GPU, all
             rows of an MLP in one launch); "auto" takes the fastest that can run. A network that is captured must
-            depend on its arguments and its weights alone: what it does on the host happens once.
+            depend on its arguments, weights and attributes alone: what it does on the host happens once.
         compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning.
         max_batch: the most samples that run at once; more are split, with the same result up to the rounding of the
             network. "auto" measures which batch is fastest, and halves it where memory runs out.
@@ -234,9 +234,11 @@ class Sampler:
                     stacklevel=3,
                 )
             except RuntimeError as error:
-                if self.max_batch != "auto" or batch == 1 or not batches.is_out_of_memory(error):
+                if not batches.is_out_of_memory(error):
                     raise
-                engines.release(self._network)
+                engines.release(self._network)  # whoever tries again with less wants the memory
+                if self.max_batch != "auto" or batch == 1:
+                    raise
                 batch, bar.n = (min(batch, n - first) + 1) // 2, done
             else:
                 first += batch

@@ -193,12 +193,14 @@ def device(asked: str | None = None) -> torch.device:
                 f"each takes a GPU of its own, or start one rank"
             )
         gpus = torch.cuda.device_count()
-        if here.local_rank >= gpus:
+        # A launcher other than torchrun may show each rank a GPU of its own, and that one alone.
+        own = gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        if here.local_rank >= gpus and not own:
             raise ValueError(
                 f"rank {here.rank} has no GPU of its own, {here.local_world} ranks share a machine with {gpus}: start "
                 f"--nproc-per-node {gpus}, or give the device 'cpu'"
             )
-        asked = f"cuda:{here.local_rank}"
+        asked = "cuda:0" if own else f"cuda:{here.local_rank}"
     chosen = check_device(asked)
     torch.cuda.set_device(chosen)  # where NCCL and Triton look
     return chosen

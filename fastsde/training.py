@@ -228,6 +228,8 @@ class Trainer:
             )
         self._here = distributed.ranks() or Ranks()
         distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
+        if self._here.world > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where NCCL looks
         self.dataset = (dataset or self._load(data_root)).to(self.device)
         resuming = checkpoint.exists()
         start = checkpoints.load(config.init) if config.init and not resuming else None
@@ -288,7 +290,7 @@ class Trainer:
             RuntimeError: where another process trains, or has trained, in the folder.
         """
         # All have looked at the folder before the first one writes there.
-        if distributed.mean_over_ranks(self.step) != self.step:
+        if distributed.mean_over_ranks(float(distributed.mean_over_ranks(self.step) != self.step)) > 0:
             raise RuntimeError(
                 f"the ranks are not at the same step: {self.directory} must be one folder for all of them"
             )

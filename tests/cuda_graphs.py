@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from fastsde.benchmarks.measure import fp32_products
 from fastsde.engines import capture
 
 _WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default}
@@ -132,9 +133,6 @@ class TapeRecording:
         type(self).recorded.append(len(tape._calls))
         return tape.replay
 
-    def wait(self) -> None:
-        pass
-
 
 class CudaRecording(capture.Recording):
     """CUDA's own graphs, counted."""
@@ -160,8 +158,7 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(kind, "recorded", [])
     monkeypatch.setattr("fastsde.engines.capture.Recording", kind)
     if request.param == "cuda":
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-        with torch.device("cuda"):
+        with fp32_products(torch.backends.cudnn.conv, "ieee"), torch.device("cuda"):
             yield kind
         return
     if torch.cuda.is_available():

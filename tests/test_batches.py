@@ -27,6 +27,9 @@ def out_of_memory(batch: int) -> float:
         (lambda b: max(1.0, b / 64), 1000, 63),  # bound by the device from 64 on: 16 equal parts
         (lambda b: b * (1 if b <= 100 else 3), 1000, 16),  # a cache that overflows
         (lambda b: 1.0 if b <= 300 else out_of_memory(b), 1000, 250),
+        (lambda b: 1.0 if b <= 5 else out_of_memory(b), 1000, 4),
+        (lambda b: 1.0 if b <= 5 else out_of_memory(b), 10, 5),
+        (lambda b: 1.0 if b == 1 else out_of_memory(b), 7, 1),
     ],
 )
 def test_the_fastest_batch_is_found_and_parts_are_equal(seconds: Any, n: int, expected: int) -> None:

@@ -110,7 +110,7 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
         patch.setattr(steps.CapturedSteps, "take", cut)
         with pytest.raises(KeyboardInterrupt):
             trained(POINTS, tmp_path / "cut", eagerly=False)
-    assert taken == [1, 1, 1, 7, 10, 10]
+    assert taken == [1, 1, 1, 5, 1, 1, 5, 5, 5]
     resumed = trained(POINTS, tmp_path / "cut", eagerly=False, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     # And by the other kind of steps, either way.
@@ -120,9 +120,20 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
 
 def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> None:
     trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
-    assert len(graphs.recorded) == 3  # 17 after the three that warm up, 20, and the last 3
+    assert len(graphs.recorded) == 3  # 20, 5 and 1
     assert len(graphs.made) == 1
-    assert graphs.recorded[0] % 17 == 0
+    assert graphs.recorded[0] % 5 == 0  # 17 after the three that warm up: 5, 5, 5, 1, 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 23, 99, 100, 1000])
+def test_any_number_of_steps_is_made_of_few_lengths(graphs: Any, tmp_path: Path, count: int) -> None:
+    trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
+    work = steps.Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    lengths = steps.CapturedSteps(work).chunks(count)
+    assert sum(lengths) == count
+    assert lengths[: steps._WARM_UPS] == [1] * min(count, steps._WARM_UPS)
+    assert set(lengths) <= set(steps._LENGTHS)
+    assert len(lengths) <= steps._WARM_UPS + count // 50 + 9
 
 
 def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:

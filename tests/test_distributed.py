@@ -236,7 +236,7 @@ def test_without_torchrun_a_dead_rank_is_seen_by_the_first(tmp_path: Path) -> No
         assert second.wait(timeout=60) == 3
         assert first.returncode == 1, stderr
         assert len(errors(stderr)) == 1
-        assert errors(stderr)[0].startswith("Error: rank 1 ended before its samples had come (")
+        assert errors(stderr)[0].startswith("Error: a rank ended before its samples had come (")
 
 
 # The group ----------------------------------------------------------------------------------------------------------
@@ -302,6 +302,18 @@ def test_the_device_of_a_rank(
     monkeypatch.setattr(fastsde.torchrun, "ranks", lambda: here)
     assert distributed.device(asked) == torch.device(expected)
     assert four_gpus == ([] if here is None or expected == "cpu" else [torch.device(expected)])
+
+
+def test_a_rank_that_is_shown_one_gpu_takes_it_unless_it_is_everybodys(
+    four_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(fastsde.torchrun, "ranks", lambda: distributed.Ranks(5, 8, 1, 4))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert distributed.device() == torch.device("cuda:0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun shows all ranks the same
+    with pytest.raises(ValueError, match="rank 5 has no GPU of its own, 4 ranks share a machine with 1"):
+        distributed.device()
 
 
 @pytest.mark.parametrize(
@@ -473,6 +485,7 @@ def work() -> None:
             Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
             model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
         )  # fmt: skip
+        break_together(here)
         trained = {"weighted": train(True), "plain": train(False), "start": (initial_model(), [])}
         assert (drawn is None) == (here.rank != 0)
         if drawn is not None:
@@ -482,6 +495,25 @@ def work() -> None:
     assert distributed.ranks() is None
     with distributed.process_group():  # what the first group left in torchrun's store is not in the way
         assert distributed.mean_over_ranks(here.rank) == (here.world - 1) / 2
+
+
+def break_together(here: distributed.Ranks) -> None:
+    """An error of the last rank is raised on all, which then go on together."""
+
+    def infinite(x: Tensor, t: Tensor) -> Tensor:
+        return x / 0 if here.rank == here.world - 1 else -x
+
+    def mistaken(x: Tensor, t: Tensor) -> Tensor:
+        if here.rank == here.world - 1:
+            raise KeyError("conditions")
+        return -x
+
+    of_rank = rf"^rank {here.world - 1}, which draws samples \d+ to 23: " if here.world > 1 else "^"
+    with pytest.raises(NonFiniteError, match=of_rank + "the network returned NaN or infinity in row 0"):
+        distributed.sample(Sampler(infinite, (2,), steps=2), 24)
+    own = here.rank == here.world - 1
+    with pytest.raises(KeyError if own else RuntimeError, match="conditions" if own else of_rank + "'conditions'$"):
+        distributed.sample(Sampler(mistaken, (2,), steps=2), 24)
 
 
 @distributed.job

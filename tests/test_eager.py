@@ -16,14 +16,16 @@ ROWS = [{"time": 1.0 - row / 4} for row in range(4)]
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("what", ["the network returned", "the state became"])
-def test_the_first_bad_row_is_reported(what: str, deferred: bool, bad: float) -> None:
+def test_the_first_bad_row_is_reported(what: str, dtype: torch.dtype, deferred: bool, bad: float) -> None:
     check = FiniteCheck(ROWS, torch.device("cpu"), deferred)
 
     def rows() -> None:
         for row in range(4):
-            f, x = torch.randn(3, 2), torch.randn(3, 2)
-            (f if what == "the network returned" else x)[1, 1] = bad if row >= 2 else 3e38
+            f, x = torch.randn(3, 2, dtype=dtype), torch.randn(3, 2)
+            value = f if what == "the network returned" else x
+            value[1, 1] = bad if row >= 2 else torch.finfo(value.dtype).max
             check("the network returned", f, row)
             check("the state became", x, row)
         check.finish()

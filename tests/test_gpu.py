@@ -16,6 +16,7 @@ import torch
 
 import fastsde
 from fastsde import NonFiniteError, checkpoints, noise, ops, reference, solvers
+from fastsde.benchmarks.measure import fp32_products
 from fastsde.engines import training as steps
 from fastsde.models import MLP, UNet
 from fastsde.training import Trainer, default_config
@@ -26,10 +27,8 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def full_fp32() -> Iterator[None]:
     # PyTorch runs fp32 convolutions in TF32 by default, which is 2^-11 off a call.
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with fp32_products(torch.backends.cudnn.conv, "ieee"):
+        yield
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (63,), (1000,), (2**16 + 17,)])
@@ -248,12 +247,16 @@ def test_a_capture_that_fails_leaves_cuda_as_it_was() -> None:
             fastsde.sample(waits, (64, 2), steps=30, device="cuda")
 
     fail()
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+
+    def memory() -> tuple[int, int]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    before = memory()
     for _ in range(20):
         fail()
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before
+    assert memory() <= before
     assert torch.randn(5, device="cuda").isfinite().all()  # the generator is not capturing any more
     model = MLP().cuda()
     x = fastsde.sample(model, (64, 2), steps=30, backend="graph")

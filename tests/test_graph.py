@@ -6,6 +6,7 @@ host.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import threading
@@ -108,7 +109,15 @@ def test_odd_shapes_and_low_precision(shape: tuple[int, ...], dtype: torch.dtype
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0)], ids=str)
 def test_nothing_becomes_nothing(shape: tuple[int, ...]) -> None:
+    def conditioned(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return y[:, None] * x
+
     assert fastsde.sample(lambda x, t: -x, shape, steps=3, backend="graph").shape == shape
+    y = torch.ones(shape[0])
+    options: dict[str, Any] = {"model_kwargs": {"y": y}, "guidance": 2.0, "uncond_kwargs": {"y": 0 * y}}
+    x, states = fastsde.sample(conditioned, shape, steps=3, backend="graph", trajectory=1, **options)
+    assert x.shape == shape
+    assert states.shape == (4, *shape)
 
 
 @pytest.mark.usefixtures("short")
@@ -186,6 +195,42 @@ def test_weights_are_seen_in_place_and_where_they_move(
     assert not torch.equal(before, after)
     assert_same(after, fastsde.sample(model, (4, 3), steps=5, backend="reference"), 5)
     assert len(graphs.recorded) == 1 + moved
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "scale", 5.0),
+        lambda model: model.linear.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda model: setattr(model, "table", torch.ones(3)),
+        lambda model: setattr(model, "forward", lambda x, t: -x),
+    ],
+    ids=["a number", "a hook", "a tensor", "a forward"],
+)
+def test_what_a_model_computes_with_is_seen_to_change(graphs: Any, change: Callable[[nn.Module], object]) -> None:
+    class Scaled(Net):
+        scale, table = 1.0, torch.zeros(3)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x, t) * self.scale + self.table.to(x.device)
+
+    model = Scaled()
+    before = fastsde.sample(model, (4, 3), steps=5, backend="graph")
+    assert torch.equal(fastsde.sample(model, (4, 3), steps=5, backend="graph"), before)
+    assert len(graphs.recorded) == 1
+    change(model)
+    ours, theirs = both(model, (4, 3), steps=5)
+    assert not torch.equal(ours, before)
+    assert_same(ours, theirs, 5)
+    assert len(graphs.recorded) == 2
+
+
+@pytest.mark.usefixtures("graphs")
+def test_captures_of_one_device_are_not_those_of_another() -> None:
+    x, table = torch.zeros(4, 3), solvers.euler_maruyama(VPSDE(), torch.linspace(1, 0, 6))
+    form = graph.Form.of(Sampler(Net(), (3,), backend="graph")._network, x, table, ({}, None), None)
+    assert form.device == x.device
+    assert dataclasses.replace(form, device=torch.device("cuda:7")) != form
 
 
 @pytest.mark.usefixtures("graphs")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 
 import fastsde
 from fastsde import Sampler
-from fastsde.engines import network as networks
 from fastsde.engines.network import Network
 from fastsde.models import MLP, UNet
 from fastsde.models.unet_inference import UNetInference
@@ -121,8 +122,14 @@ def test_a_unet_that_may_compute_anything_is_run_itself() -> None:
     hooked.head[0].register_forward_hook(lambda module, args, output: 2 * output)
     replaced = small_unet()
     replaced.head[1] = nn.Sequential(replaced.head[1], nn.Tanh())
+    circular = small_unet()
+    circular.encoder[1].padding_mode = "circular"
+    dilated = small_unet()
+    dilated.head[0] = nn.Conv2d(4, 2, 3, padding=2, dilation=2)
+    unbiased = small_unet()
+    unbiased.head[1] = nn.Conv2d(2, 1, 3, padding=1, bias=False)
     subclass = type("Other", (UNet,), {"forward": lambda self, x, t: -x})(1, 8, (2, 3))
-    for model in (hooked, replaced, subclass):
+    for model in (hooked, replaced, circular, dilated, unbiased, subclass):
         assert Sampler(model, (1, 8, 8))._network._run is model
 
 
@@ -138,26 +145,66 @@ def test_copies_are_shared_by_samplers_and_made_anew_for_another_structure() -> 
     assert torch.equal(first(x, t), expected)
 
 
-def test_what_a_function_uses_is_found() -> None:
-    model, other = MLP(), MLP()
+class Scaled(nn.Module):
+    """A network with attributes that are no weights."""
 
-    class Guided:
-        def __init__(self) -> None:
-            self.model = model
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(2, 2), nn.SiLU()
+        self.scale, self.shift, self.mean = 1.0, [0.0], torch.zeros(2)
 
-        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.model(x, t)
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f = self.activation(self.linear(x)) * self.scale + self.shift[0] - x
+        return f + self.mean.to(x.dtype)
 
-        def method(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.model(x, t)
 
-    def inner(x: Tensor, t: Tensor) -> Tensor:
-        return model(x, t) + other(x, t)
+CHANGES = {
+    "a number": lambda model: setattr(model, "scale", 5.0),
+    "a number in a list": lambda model: model.shift.__setitem__(0, 1.0),
+    "a layer": lambda model: setattr(model, "activation", nn.ReLU()),
+    "a hook": lambda model: model.linear.register_forward_hook(lambda module, args, output: 2 * output),
+    "a forward": lambda model: setattr(model, "forward", lambda x, t: -x),
+    "a tensor": lambda model: setattr(model, "mean", torch.ones(2)),
+    "a tensor in place": lambda model: model.mean.add_(1),
+    "a weight": lambda model: model.linear.weight.data.mul_(3),
+}
 
-    cases = [(lambda x, t: model(x, t), 1), (Guided(), 1), (inner, 2), (lambda x, t: inner(x, t), 2), (torch.sin, 0)]
-    for function, count in cases:
-        assert len(list(networks._modules(function))) == count
-    assert list(networks._modules(model.forward)) == [model]
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_copy_is_made_again_where_the_model_has_changed(change: Callable[[nn.Module], object]) -> None:
+    model = Scaled()
+    sampler = Sampler(model, (2,), steps=4, dtype=torch.bfloat16)
+    before, copied = sampler(3), sampler._network._run
+    assert torch.equal(sampler(3), before)
+    assert sampler._network._run is copied
+    change(model)
+    expected = fastsde.sample(copy.deepcopy(model), (3, 2), steps=4, dtype=torch.bfloat16)
+    assert not torch.equal(expected, before)
+    assert torch.equal(sampler(3), expected)
+    assert torch.equal(fastsde.sample(model, (3, 2), steps=4, dtype=torch.bfloat16), expected)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_with_the_dtype() -> None:
+    model = Scaled()
+    model.kept = model.linear(torch.ones(2))  # which has a gradient's history
+    with pytest.raises(ValueError, match=r"dtype is torch.bfloat16, for which the model is copied, but it cannot be:"):
+        Sampler(model, (2,), dtype=torch.bfloat16)
+    Sampler(model, (2,), steps=2)(1)
+
+
+def test_a_unet_that_changes_is_run_as_what_it_has_become() -> None:
+    model = small_unet()
+    sampler = Sampler(model, (1, 8, 8), steps=3)
+    before = sampler(2)
+    handle = model.head[1].register_forward_hook(lambda module, args, output: 2 * output)
+    hooked = sampler(2)
+    assert sampler._network._run is model
+    assert not torch.equal(hooked, before)
+    handle.remove()
+    assert torch.equal(sampler(2), before)
+    model.head[1] = nn.Conv2d(2, 1, 3, padding=2, dilation=2)
+    expected = fastsde.sample(model, (2, 1, 8, 8), steps=3, backend="reference")
+    torch.testing.assert_close(sampler(2), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import capture
+
 __all__ = ["fastest", "is_out_of_memory", "seconds"]
 
 _SMALLEST = 16
@@ -17,7 +19,8 @@ _WORSE, _AS_GOOD = 1.2, 1.02  # a time a sample beside the best: where the searc
 def fastest(seconds: Callable[[int], float], n: int) -> int:
     """The batch of at most ``n`` samples, in equal parts of them, that takes the least time a sample.
 
-    Doubles the batch until that is clearly worse, or memory runs out. Of equally fast batches it is the smallest.
+    Doubles the batch until that is clearly worse, or memory runs out; halves it first where not even the smallest
+    fits. Of equally fast batches it is the smallest.
 
     Args:
         seconds: how long a batch takes.
@@ -28,9 +31,12 @@ def fastest(seconds: Callable[[int], float], n: int) -> int:
         try:
             costs[batch] = seconds(batch) / batch
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not costs:
+            if not is_out_of_memory(error) or batch == 1:
                 raise
-            break
+            if costs:
+                break
+            batch //= 2
+            continue
         if batch == n or costs[batch] > _WORSE * min(costs.values()):
             break
         batch = min(2 * batch, n)
@@ -45,8 +51,7 @@ def seconds(run: Callable[[int], None], count: int, device: torch.device) -> flo
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()
         run(count)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        capture.wait(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
 

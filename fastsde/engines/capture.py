@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["CaptureError", "Recording", "can_record"]
+__all__ = ["CaptureError", "Recording", "can_record", "wait"]
 
 # PyTorch records one graph at a time; another thread's kernels go on meanwhile (capture_error_mode "thread_local").
-_ONE_AT_A_TIME = threading.Lock()
+# Entered again by a network that itself samples while it warms up.
+_ONE_AT_A_TIME = threading.RLock()
 _ATTEMPTS = 2
 # One stream a device to record on, since cuBLAS keeps a workspace of each stream that it has ever seen.
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -29,6 +30,12 @@ class CaptureError(RuntimeError):
 def can_record(device: torch.device) -> bool:
     """Whether a device has CUDA graphs."""
     return device.type == "cuda"
+
+
+def wait(device: torch.device) -> None:
+    """Waits for what is under way on the current stream, which on a CPU is nothing."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Recording:
@@ -76,16 +83,17 @@ class Recording:
             break
         return graph.replay
 
-    def wait(self) -> None:
-        """Waits for what was replayed on the current stream."""
-        torch.cuda.current_stream(self.device).synchronize()
-
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                yield
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong first is what counts
+                    torch.cuda.current_stream().wait_stream(self._stream)
+                raise
             torch.cuda.current_stream().wait_stream(self._stream)
 
 

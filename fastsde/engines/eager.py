@@ -188,7 +188,10 @@ class FiniteCheck:
             check_finite(what, value, row, self._rows[row]["time"])
         elif value.numel():
             place = self._magnitudes[row, self._WHAT.index(what)]
-            torch.linalg.vector_norm(value, math.inf, dtype=torch.float32, out=place)
+            if value.dtype == torch.float64:  # whose magnitude may be too large for fp32; times 0 it is 0 or NaN
+                place.copy_(torch.linalg.vector_norm(value, math.inf).mul_(0))
+            else:
+                torch.linalg.vector_norm(value, math.inf, dtype=torch.float32, out=place)
 
     def finish(self) -> None:
         """Raises for the first value that was not finite, where the check was deferred."""

@@ -5,7 +5,8 @@ seeds, new samples and new values in the table are copied there and need no new 
 are: changed in place they are seen, and where they have moved the rows are captured again.
 
 What the network does on the host happens while it is captured and never again: its result must depend on its
-arguments and its weights alone.
+arguments, its weights and its attributes alone. Where those have changed, as far as a `Fingerprint` tells, it is
+captured again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..reference import NoiseFunction
 from ..solvers import StepTable
 from . import capture, eager
 from .chunks import chunks
+from .fingerprint import Fingerprint
 from .network import Network
 from .recorder import Recorder
 
@@ -61,15 +63,26 @@ def sample(
     x = ops.normal(keys, 0, shape[1:]) if x_init is None else x_init
     conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
     if not x.numel():
-        return eager.sample(model, shape, table, keys, x_init=x)
+        return eager.sample(
+            model,
+            shape,
+            table,
+            keys,
+            x_init=x,
+            model_kwargs=model_kwargs,
+            guidance=guidance,
+            uncond_kwargs=uncond_kwargs,
+            after_row=after_row,
+        )
     form = Form.of(model, x, table, conditions, guidance)
-    return _trajectory(model, form, conditions, x.device).run(model, x, table, keys, conditions, after_row)
+    return _trajectory(model, form, conditions).run(model, x, table, keys, conditions, after_row)
 
 
 @dataclass(frozen=True)
 class Form:
     """All that a capture holds fast. Whatever else varies lies in device memory."""
 
+    device: torch.device
     shape: tuple[int, ...]
     rows: int
     has_noise: bool
@@ -84,6 +97,7 @@ class Form:
     @classmethod
     def of(cls, network: Network, x: Tensor, table: StepTable, conditions: Conditions, guidance: float | None) -> Form:
         return cls(
+            device=x.device,
             shape=tuple(x.shape),
             rows=len(table),
             has_noise=bool((table.d != 0).any()),
@@ -110,7 +124,15 @@ def _spec(kwargs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
 def _settings(device_type: str) -> tuple[Any, ...]:
     """PyTorch's global settings that choose kernels."""
     precision: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    cuda: Any = torch.backends.cuda
+    attention = (
+        cuda.flash_sdp_enabled,
+        cuda.mem_efficient_sdp_enabled,
+        cuda.math_sdp_enabled,
+        cuda.cudnn_sdp_enabled,
+    )
     return (
+        torch.get_default_dtype(),
         torch.is_autocast_enabled(device_type),
         torch.get_autocast_dtype(device_type),
         torch.are_deterministic_algorithms_enabled(),
@@ -118,10 +140,13 @@ def _settings(device_type: str) -> tuple[Any, ...]:
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
         *(switch.fp32_precision for switch in precision),
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        *(enabled() for enabled in attention),
     )
 
 
-def _trajectory(network: Network, form: Form, conditions: Conditions, device: torch.device) -> Trajectory:
+def _trajectory(network: Network, form: Form, conditions: Conditions) -> Trajectory:
     """The trajectory of a form, from the few that are kept of a network, or a new one."""
     with _LOCK:
         kept: OrderedDict[Form, Trajectory] = network.cache.setdefault("trajectories", OrderedDict())
@@ -129,7 +154,7 @@ def _trajectory(network: Network, form: Form, conditions: Conditions, device: to
             kept.move_to_end(form)
         else:
             with torch.inference_mode(False):  # its memory is written to in other modes too
-                kept[form] = Trajectory(form, conditions, device)
+                kept[form] = Trajectory(form, conditions)
             while len(kept) > _TRAJECTORIES:
                 kept.popitem(last=False)
         return kept[form]
@@ -144,21 +169,23 @@ def release(network: Network) -> None:
 class Trajectory:
     """The device memory of a form, and graphs of rows that work on it. One run at a time uses it."""
 
-    def __init__(self, form: Form, conditions: Conditions, device: torch.device) -> None:
-        self._form, self._device = form, device
+    def __init__(self, form: Form, conditions: Conditions) -> None:
+        self._form = form
         self._lock = threading.Lock()
         self._graphs: OrderedDict[int, Callable[[], None]] = OrderedDict()
         self._recording: capture.Recording | None = None
-        self._weights: tuple[Any, ...] | None = None
+        self._network: Fingerprint | None = None  # when it was recorded last
+        self._counts: frozenset[int] = frozenset()  # where that differs whenever it is called, in a count of calls
         batch, size = form.shape[0], math.prod(form.shape[1:])
-        self._x = torch.zeros(form.shape, device=device)
-        self._history = torch.zeros(form.shape, device=device) if form.has_history else None
-        self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=device)
-        self._rows = torch.zeros((form.rows, 8), device=device)
-        self._time = torch.zeros(batch, device=device)
-        self._counter = ops.step_counter(batch, size, device)
-        self._status = ops.new_status(device)
+        self._x = torch.zeros(form.shape, device=form.device)
+        self._history = torch.zeros(form.shape, device=form.device) if form.has_history else None
+        self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=form.device)
+        self._rows = torch.zeros((form.rows, 8), device=form.device)
+        self._time = torch.zeros(batch, device=form.device)
+        self._counter = ops.step_counter(batch, size, form.device)
+        self._status = ops.new_status(form.device)
         self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
+        capture.wait(form.device)  # for all that was written just now: another thread's stream may use it first
 
     def run(
         self,
@@ -184,28 +211,28 @@ class Trajectory:
                 result = self._x.clone()
                 ops.check_status(self._status, table)  # which waits, so that the next run finds the memory idle
             except BaseException:
-                if self._recording is not None:
-                    self._recording.wait()
+                capture.wait(self._form.device)
                 raise
         return result
 
     def _record(self, network: Network, lengths: Sequence[int]) -> None:
-        """Captures the graphs that are missing, or all where the weights have moved."""
-        weights = network.weights()
-        if weights != self._weights:
+        """Captures the graphs that are missing, or all where the network has changed or its weights have moved."""
+        found = network.fingerprint()
+        if self._network is None or not found.is_run_as(self._network, self._counts):
             self._graphs.clear()
-            self._recording, self._weights = None, None
+            self._recording = None
         if all(length in self._graphs for length in lengths):
             return
         if self._recording is None:
-            recording = capture.Recording(self._device)
+            recording = capture.Recording(self._form.device)
             recording.warm_up(lambda: self._warm_up(network))
-            self._recording, self._weights = recording, network.weights()
+            self._recording, self._counts = recording, network.fingerprint().differences(found)
         for length in sorted(set(lengths) - set(self._graphs)):
             self._graphs[length] = self._recording.record(lambda length=length: self._run_rows(network, length))  # type: ignore[misc]
         while len(self._graphs) > _GRAPHS:
             spare = next(length for length in self._graphs if length not in lengths)
             del self._graphs[spare]
+        self._network = network.fingerprint()
 
     def _warm_up(self, network: Network) -> None:
         for _ in range(_WARM_UPS):
@@ -215,7 +242,7 @@ class Trajectory:
     def _run_rows(self, network: Network, count: int) -> None:
         form = self._form
         # A cast that autocast keeps would be made outside of the graph, and freed behind its back.
-        kind = self._device.type
+        kind = self._form.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
             for _ in range(count):
@@ -238,10 +265,10 @@ class Trajectory:
     def _start(self, x: Tensor, table: StepTable, keys: Tensor, conditions: Conditions) -> None:
         self._x.copy_(x)
         self._keys.copy_(keys)
-        self._rows.copy_(ops.device_table(table, self._device))
+        self._rows.copy_(ops.device_table(table, self._form.device))
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
-        self._status.copy_(ops.new_status(self._device))
+        self._status.copy_(ops.new_status(self._form.device))
         if self._history is not None:
             self._history.zero_()
         for ours, given in zip(self._conditions, conditions, strict=True):

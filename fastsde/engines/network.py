@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import types
+import threading
 import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,12 +15,14 @@ from torch import Tensor, nn
 from ..models.unet import UNet
 from ..models.unet_inference import UNetInference, supports
 from ..reference import Model
+from .fingerprint import Fingerprint, fingerprint
 
 __all__ = ["Network", "device_of", "dtype_of"]
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # What is kept of a model while it lives, whichever sampler made it.
 _caches: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_LOCK = threading.RLock()  # of what is run instead of a model
 
 
 def device_of(model: Model) -> torch.device | None:
@@ -81,47 +81,32 @@ class Network:
         self.cache = _cache(model)  # what an engine keeps of this network
         self._device = device or device_of(model) or torch.device("cpu")
         self._compile, self._arguments = compile, (dtype, optimize)
-        self._form = _form(model, dtype, optimize, self._device)
-        self._make()
-
-    def _make(self) -> None:
-        """Finds or makes what is run."""
-        self._derived = _derived(self.model, self._form, self._name, self.dtype, self.cache)
-        self._run: Model = self.model if self._derived is None else self._derived
-        self._compiled = _compiled(self._run, self._device) if self._compile else None
-        self._channels_last = self._form == "channels_last"
+        self._run: Model | None = None
+        self.refresh()
 
     def uncompiled(self) -> Network:
         """The same network without ``torch.compile``."""
         dtype, optimize = self._arguments
         return Network(self.model, dtype, False, optimize, self._device)
 
-    @property
-    def _name(self) -> str:
-        return f"{self._form} in {self.dtype} on {self._device}"
-
     def refresh(self) -> None:
-        """Copies the weights of the model again where a copy of it is run, since they may have changed."""
-        if self._derived is None or not isinstance(self.model, nn.Module):
-            return
-        try:
-            _refresh(self._derived, self.model)
-        except _OtherStructureError:
-            self.cache.pop(self._name, None)
-            self._make()
+        """Brings what is run instead of the model up to date: its weights, and where more has changed, all of it."""
+        self._form = _form(self.model, *self._arguments, self._device)
+        run = self.model
+        if isinstance(run, nn.Module) and self._form != "itself":
+            run = _derived(run, self._form, self.dtype, self._device, self.cache)
+        if run is not self._run:
+            self._run = run
+            self._compiled = _compiled(run, self._device) if self._compile else None
+        self._channels_last = self._form == "channels_last"
 
     def form(self) -> tuple[Any, ...]:
-        """What the network's work on the device depends on, beside weights and arguments."""
-        modes = tuple(module.training for root in _modules(self._run) for module in root.modules())
-        return self._form, self.dtype, self._compiled is not None, modes
+        """How the network is run, beside what its `fingerprint` tells."""
+        return self._form, self.dtype, self._compiled is not None
 
-    def weights(self) -> tuple[Any, ...]:
-        """Where the weights that are run lie. Of a function: those of the modules that it can be seen to use."""
-        return tuple(
-            (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            for root in _modules(self._run)
-            for tensor in _tensors(root)
-        )
+    def fingerprint(self) -> Fingerprint:
+        """What is run, at this moment."""
+        return fingerprint(self._run)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
@@ -140,14 +125,15 @@ class Network:
         return result
 
     def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
+        run: Any = self._run
         if self._compiled is None:
-            return self._run(x, t, **kwargs)
+            return run(x, t, **kwargs)
         try:
             return self._compiled(x, t, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            f = self._run(x, t, **kwargs)  # raises the network's own error, if it was that
+            f = run(x, t, **kwargs)  # raises the network's own error, if it was that
             self._compiled = None
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             warnings.warn(f"torch.compile failed, the network runs without it: {reason}", RuntimeWarning, stacklevel=2)
@@ -160,8 +146,12 @@ class Network:
 # What is run instead of the model itself ----------------------------------------------------------------------------
 
 
-class _OtherStructureError(Exception):
-    """A model has other weights than when it was copied."""
+@dataclass
+class _Derived:
+    """What is run instead of a model, and the model as it was when that was made."""
+
+    module: nn.Module
+    model: Fingerprint
 
 
 def _cache(model: Model) -> dict[str, Any]:
@@ -185,37 +175,35 @@ def _form(model: Model, dtype: torch.dtype | None, optimize: bool, device: torch
     return "channels_last" if convolutional and device.type == "cuda" else "copy"
 
 
-def _derived(model: Model, form: str, name: str, dtype: torch.dtype, cache: dict[str, Any]) -> nn.Module | None:
-    """What is run instead of the model, made once; None where it is run itself."""
-    if form == "itself" or not isinstance(model, nn.Module):
-        return None
-    if name in cache:
-        return cache[name]  # type: ignore[no-any-return]
-    with torch.inference_mode(False):  # its weights are written to in other modes too
-        if form == "optimized" and isinstance(model, UNet):
-            cache[name] = model.optimize(dtype)
+def _derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, cache: dict[str, Any]) -> nn.Module:
+    """What is run instead of the model, with its weights as they are now. It is made again where more has changed."""
+    name = f"{form} in {dtype} on {device}"
+    with _LOCK, torch.inference_mode(False):  # its weights are written to in other modes too
+        found = fingerprint(model)
+        kept: _Derived | None = cache.get(name)
+        if kept is None or not found.is_copied_as(kept.model):
+            kept = cache[name] = _Derived(_make(model, form, dtype), found)
+        elif isinstance(kept.module, UNetInference) and isinstance(model, UNet):
+            kept.module.refresh(model)
         else:
-            cache[name] = copy.deepcopy(model).to(dtype)
-            if form == "channels_last":
-                cache[name].to(memory_format=torch.channels_last)
-    derived: nn.Module = cache[name]
-    return derived
+            with torch.no_grad():
+                for tensor, original in zip(_tensors(kept.module), _tensors(model), strict=True):
+                    tensor.copy_(original)
+        return kept.module
 
 
-def _refresh(derived: nn.Module, model: nn.Module) -> None:
-    """Gives what is run instead of a model the model's weights and modes, in place."""
-    if isinstance(derived, UNetInference) and isinstance(model, UNet):
-        derived.refresh(model)
-        return
-    ours, theirs = _tensors(derived), _tensors(model)
-    modules = list(derived.modules()), list(model.modules())
-    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs] or len(modules[0]) != len(modules[1]):
-        raise _OtherStructureError
-    with torch.no_grad():
-        for tensor, original in zip(ours, theirs, strict=True):
-            tensor.copy_(original)
-    for module, original_module in zip(*modules, strict=True):
-        module.training = original_module.training
+def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
+    if form == "optimized" and isinstance(model, UNet):
+        return model.optimize(dtype)
+    try:
+        made = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"dtype is {dtype}, for which the model is copied, but it cannot be: {error}; convert its weights yourself "
+            f"and leave dtype out, or call it under torch.autocast in a function"
+        ) from error
+    made.to(dtype)
+    return made.to(memory_format=torch.channels_last) if form == "channels_last" else made
 
 
 def _compiled(run: Model, device: torch.device) -> Model:
@@ -225,24 +213,3 @@ def _compiled(run: Model, device: torch.device) -> Model:
     # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.
     options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
     return torch.compile(run, dynamic=False, options=options)
-
-
-def _modules(model: Any, depth: int = 3) -> Iterator[nn.Module]:
-    """The modules that a callable uses: itself, or those that a function, or an object, refers to directly."""
-    if isinstance(model, nn.Module):
-        yield model
-    elif depth:
-        for part in _parts(model):
-            if isinstance(part, (nn.Module, functools.partial, types.MethodType, types.FunctionType)):
-                yield from _modules(part, depth - 1)
-
-
-def _parts(function: Any) -> list[Any]:
-    if isinstance(function, functools.partial):
-        return [function.func, *function.args, *function.keywords.values()]
-    if isinstance(function, types.MethodType):
-        return [function.__self__, function.__func__]
-    if isinstance(function, types.FunctionType):
-        variables = inspect.getclosurevars(function)
-        return [*variables.nonlocals.values(), *variables.globals.values(), *(function.__defaults__ or ())]
-    return list(getattr(function, "__dict__", {}).values())

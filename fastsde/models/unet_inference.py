@@ -26,9 +26,17 @@ def supports(model: object) -> bool:
 
     if type(model) is not UNet:
         return False
-    layers = [*model.encoder, *model.decoder, *model.head]
-    kinds = [nn.Conv2d] * len(model.encoder) + [nn.ConvTranspose2d] * len(model.decoder) + [nn.Conv2d] * 2
-    return [type(layer) for layer in layers] == kinds and not is_hooked(model)
+    convolutions = all(_is_plain(layer, nn.Conv2d, stride=1) for layer in (*model.encoder, *model.head))
+    transposed = all(_is_plain(layer, nn.ConvTranspose2d, stride=2) for layer in model.decoder)
+    return convolutions and transposed and len(model.head) == 2 and not is_hooked(model)
+
+
+def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
+    """Whether a layer is a 3x3 convolution of the stride, padded with zeros, and has a bias."""
+    if type(layer) is not kind or layer.bias is None:
+        return False
+    form = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+    return bool(form == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros"))
 
 
 def log_sigmoid_(v: Tensor) -> Tensor:

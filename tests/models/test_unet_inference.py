@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsde import ops
+from fastsde.benchmarks.measure import fp32_products
 from fastsde.models import UNet
 from fastsde.models.unet_inference import UNetInference, log_sigmoid_, supports
 
@@ -446,12 +447,11 @@ def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: s
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     unet = build(name, dtype).cuda()
     assert ops.has_kernels(torch.device("cuda"))
     x, t = (value.cuda() for value in inputs(unet, 5, dtype))
-    with torch.no_grad():
+    with torch.no_grad(), fp32_products(torch.backends.cudnn.conv, "ieee"):
         form = unet.optimize()
         ours, theirs = form(x, t).double(), unet(x, t).double()
         exact = unet.double()(x.double(), t.double())
