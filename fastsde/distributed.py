@@ -99,8 +99,6 @@ def sample(
         try:
             drawn = own(mine.stop - mine.start, seed=seed, first_sample=start, **options)
         except Exception as raised:
-            if here.world == 1:
-                raise
             error = raised
         _raise_together(error, f"rank {here.rank}, which draws samples {start} to {end}", here, group)
         if trajectory is None:
@@ -139,6 +137,8 @@ def _working_group(here: Ranks) -> Iterator[Any]:
 def _raise_together(error: Exception | None, who: str, here: Ranks, group: Any) -> None:
     """Raises on all ranks where one has had an error, so that none waits for the samples of that one."""
     if here.world == 1:
+        if error is not None:
+            raise error
         return
     from torch import distributed as dist
 

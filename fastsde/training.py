@@ -290,7 +290,8 @@ class Trainer:
             RuntimeError: where another process trains, or has trained, in the folder.
         """
         # All have looked at the folder before the first one writes there.
-        if distributed.mean_over_ranks(float(distributed.mean_over_ranks(self.step) != self.step)) > 0:
+        differs = distributed.mean_over_ranks(self.step) != self.step
+        if distributed.mean_over_ranks(float(differs)) > 0:  # a rank that is at the mean does not see it by itself
             raise RuntimeError(
                 f"the ranks are not at the same step: {self.directory} must be one folder for all of them"
             )

@@ -13,6 +13,7 @@ import torch
 from fastsde import checkpoints
 from fastsde.data import Dataset
 from fastsde.engines import training as steps
+from fastsde.engines.chunks import FIXED_LENGTHS
 from fastsde.models import MLP
 from fastsde.training import TrainConfig, Trainer, default_config
 
@@ -132,7 +133,7 @@ def test_any_number_of_steps_is_made_of_few_lengths(graphs: Any, tmp_path: Path,
     lengths = steps.CapturedSteps(work).chunks(count)
     assert sum(lengths) == count
     assert lengths[: steps._WARM_UPS] == [1] * min(count, steps._WARM_UPS)
-    assert set(lengths) <= set(steps._LENGTHS)
+    assert set(lengths) <= set(FIXED_LENGTHS)
     assert len(lengths) <= steps._WARM_UPS + count // 50 + 9
 
 

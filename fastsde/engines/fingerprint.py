@@ -22,7 +22,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_MODULES = frozenset(vars(nn.Module()))
 # Objects and functions of these are taken for what they are: nothing is looked for inside.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
-_CONTAINERS = (types.SimpleNamespace,)
 _DEPTH = 8  # of objects inside of objects, other than modules
 _LENGTH = 1000  # of a container that is looked through
 
@@ -81,17 +80,10 @@ class _Same:
         try:
             self._reference: Any = weakref.ref(value)
         except TypeError:
-            self._reference = None
+            self._reference = lambda: _Same  # such a one cannot be seen to have gone
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or self._id != other._id:
-            return False
-        return self._reference is other._reference is None or (
-            self._reference is not None
-            and other._reference is not None
-            and self._reference() is other._reference()
-            and self._reference() is not None
-        )
+        return isinstance(other, _Same) and self._id == other._id and self._reference() is other._reference()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -105,7 +97,7 @@ class _Look:
         self.versions: list[Any] = []
         self._seen: dict[int, int] = {}
 
-    def at(self, value: Any, depth: int) -> None:
+    def at(self, value: Any, depth: int, is_weight: bool = False) -> None:
         if isinstance(value, _VALUES):
             self.structure.append((type(value), repr(value) if value != value else value))  # NaN is not equal to itself
             return
@@ -116,7 +108,7 @@ class _Look:
         if isinstance(value, nn.Module):
             self._at_module(value)
         elif isinstance(value, Tensor):
-            self._at_tensor(value)
+            self._at_tensor(value, is_weight)
         elif depth:
             self._at_object(value, depth - 1)
 
@@ -126,24 +118,17 @@ class _Look:
         for weights in (own["_parameters"], own["_buffers"]):
             for name, tensor in list(weights.items()):
                 self.structure.append(name)
-                self._at_weight(tensor)
+                self.at(tensor, 0, is_weight=True)
         for hooks in _HOOKS:
             self._at_items(own[hooks], _DEPTH)
         self._at_items({name: value for name, value in list(own.items()) if name not in _OF_MODULES}, _DEPTH)
         self._at_items(own["_modules"], _DEPTH)
 
-    def _at_weight(self, tensor: Tensor | None) -> None:
-        if tensor is None or id(tensor) in self._seen:
-            self.structure.append(None if tensor is None else self._seen[id(tensor)])
-            return
-        self._seen[id(tensor)] = len(self._seen)
+    def _at_tensor(self, tensor: Tensor, is_weight: bool) -> None:
         self.structure.append((tuple(tensor.shape), tensor.dtype))
         self.places.append(_place(tensor))
-
-    def _at_tensor(self, tensor: Tensor) -> None:
-        self.structure.append((tuple(tensor.shape), tensor.dtype))
-        self.places.append(_place(tensor))
-        self.versions.append((_Same(tensor), None if tensor.is_inference() else tensor._version))
+        if not is_weight:
+            self.versions.append((_Same(tensor), None if tensor.is_inference() else tensor._version))
 
     def _at_object(self, value: Any, depth: int) -> None:
         if isinstance(value, types.MethodType):
@@ -166,7 +151,7 @@ class _Look:
         else:
             self.structure.append(_Same(value))
             if not isinstance(value, (type, types.ModuleType)) and (
-                isinstance(value, _CONTAINERS) or not _is_of_library(type(value))
+                isinstance(value, types.SimpleNamespace) or not _is_of_library(type(value))
             ):
                 self._at_items(getattr(value, "__dict__", {}), depth)
 

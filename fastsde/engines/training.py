@@ -15,6 +15,7 @@ from ..data import Dataset
 from ..distributed import Ranks
 from ..reference import Draws, ema_update, train_step, training_draws
 from . import capture
+from .chunks import MAX_CHUNK, chunks_of_fixed_lengths
 
 if TYPE_CHECKING:
     from ..training import TrainConfig
@@ -24,8 +25,6 @@ __all__ = ["CapturedSteps", "EagerSteps", "Steps", "Work", "can_capture"]
 # Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
 _DRAW_ELEMENTS = 1 << 17
 _WARM_UPS = 3
-# How many steps are captured at once: few lengths, since each is a capture, of which any number can be put together.
-_LENGTHS = (50, 20, 5, 1)
 
 
 @dataclass
@@ -140,9 +139,9 @@ class CapturedSteps:
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
         # Rows of 16 bytes or a multiple: a kernel would be compiled anew, while it is captured, for one that is not.
         width = config.batch_size + config.batch_size % 2
-        self._index = torch.zeros((_LENGTHS[0], width), dtype=torch.int64, device=device)
-        self._rates = torch.zeros((_LENGTHS[0], 2), device=device)
-        self._losses = torch.zeros(_LENGTHS[0], device=device)
+        self._index = torch.zeros((MAX_CHUNK, width), dtype=torch.int64, device=device)
+        self._rates = torch.zeros((MAX_CHUNK, 2), device=device)
+        self._losses = torch.zeros(MAX_CHUNK, device=device)
         for group in work.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=device)
         self._recording = capture.Recording(device)
@@ -151,11 +150,7 @@ class CapturedSteps:
 
     def chunks(self, count: int) -> list[int]:
         first = min(count, _WARM_UPS - self._warm_ups)
-        lengths, rest = [1] * first, count - first
-        for length in _LENGTHS:
-            lengths += [length] * (rest // length)
-            rest %= length
-        return lengths
+        return [1] * first + chunks_of_fixed_lengths(count - first)
 
     def take(self, first: int, count: int) -> Tensor:
         """As `Steps.take`.
