@@ -18,9 +18,6 @@ from torch import Tensor
 from .philox import STREAM_SAMPLING, tile_normal
 from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
 
-FINITE = 2**31 - 1  # what a status holds while all is finite
-STATUS_KINDS = ("the network returned", "the state became")  # a status is 2 row + the kind
-
 
 @triton.jit
 def _report(status_ptr, row, f, x_next, mask):
@@ -135,7 +132,7 @@ def solver_step(
         uses_data: whether e is not zero.
         counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel moves on by one.
         time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
-        status: int32 ``[1]``, lowered from ``FINITE`` to 2 row + kind for the first f or x' that is not finite.
+        status: int32 ``[1]``, lowered to 2 row + kind (`fastsde.kernels.status`) for the first f or x' that is not finite.
     """
     batch = len(x)
     size = x.numel() // batch if batch else 0

@@ -56,14 +56,17 @@ def unavailable_reason(
         return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
     if backend == "eager":
         return None
-    if not ops.has_kernels(device) or (backend == "graph" and not capture.can_record(device)):
-        return f"backend {backend!r} needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
+    if backend == "graph" and not (ops.has_triton(device) and capture.can_record(device)):
+        return f"backend 'graph' needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
+    if backend == "persistent" and not ops.has_kernels(device):
+        needs = "Triton and a CUDA GPU, or the CPU and a C++ compiler"
+        return f"backend 'persistent' needs {needs}, got device {device}; use 'eager' or 'reference'"
     used = [*options, "compile"] if compile else options
     missing = next((name for name in _WITHOUT[backend] if name in used), None)
     if missing is not None:
         return f"backend {backend!r} {_TOGETHER[backend]}, without {missing}; use 'eager' or 'reference'"
     if backend == "persistent" and network is not None:
-        reason = persistent.unavailable_reason(network, sample_shape)
+        reason = persistent.unavailable_reason(network, sample_shape, device)
         return None if reason is None else f"backend 'persistent': {reason}; use 'graph' or 'eager'"
     return None
 
@@ -94,14 +97,14 @@ def choose(
     fastest_first = [candidate for candidate in _FASTEST_FIRST if candidate not in without]
     for candidate in fastest_first if backend == "auto" else (backend,):
         reason = unavailable_reason(candidate, device, dtype, **given)
-        if reason is None and (candidate == backend or _pays(candidate, network)):
+        if reason is None and (candidate == backend or _pays(candidate, network, device)):
             return candidate
     raise ValueError(reason)
 
 
-def _pays(backend: str, network: Network | None) -> bool:
+def _pays(backend: str, network: Network | None, device: torch.device) -> bool:
     """Whether "auto" takes a backend that can run."""
-    return backend != "persistent" or network is None or persistent.pays(network)
+    return backend != "persistent" or network is None or persistent.pays(network, device)
 
 
 def get(backend: str) -> Callable[..., Tensor]:

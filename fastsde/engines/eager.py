@@ -1,7 +1,8 @@
 """The eager engine: the reference's trajectory with as few and as cheap PyTorch calls a row as it takes.
 
-On a GPU a row is the network, one fused kernel, and the times. Elsewhere zero terms are skipped, D is computed only
-where a row uses it, and the noise of several rows is drawn in one go. The samples are the reference's up to rounding.
+Where the kernels run, a row is the network, one fused kernel, and the times. Elsewhere zero terms are skipped, D is
+computed only where a row uses it, and the noise of several rows is drawn in one go. The samples are the reference's up
+to rounding.
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ def _fused(
     guidance: float | None,
     after_row: RowHook | None,
 ) -> Tensor:
-    """Rows by the fused kernel, which also sees what is not finite. Each state is new: a callback may keep it."""
+    """Rows by the fused kernel, which also sees what is not finite. Each state is new: a callback may keep it.
+
+    On a GPU that is looked at once, at the end, since it waits for the device.
+    """
+    at_once = x.device.type == "cpu"
     rows = [table.row(row) for row in range(len(table))]
     status, history = ops.new_status(x.device), None
     for row, k in enumerate(rows):
@@ -86,6 +91,8 @@ def _fused(
             store_data=_is_read(rows, row),
             status=status,
         )
+        if at_once:
+            ops.check_status(status, table)
         if after_row is not None:
             after_row(row, k["time"], x)
     ops.check_status(status, table)

@@ -1,4 +1,7 @@
-"""The persistent engine: the whole trajectory of an MLP in one launch, by the kernel ``mlp_sampler``."""
+"""The persistent engine: the whole trajectory of an MLP in one launch, by the kernel ``mlp_sampler``.
+
+On the CPU it runs MLPs in fp32 alone.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,28 @@ __all__ = ["pays", "sample", "unavailable_reason"]
 _FP32_WIDTH = 64
 
 
-def unavailable_reason(network: Network, sample_shape: Sequence[int]) -> str | None:
-    """Why the engine cannot run a network on samples of a shape; None where it can."""
+def unavailable_reason(network: Network, sample_shape: Sequence[int], device: torch.device) -> str | None:
+    """Why the engine cannot run a network on samples of a shape on a device; None where it can."""
     layers = linear_layers(network.model)
     if layers is None:
         return "it runs MLPs alone: fastsde.models.MLP, or fastsde.models.ConcatTime of a Sequential of Linear layers"
-    if network.dtype not in (torch.float32, torch.bfloat16):
-        return f"it runs networks in fp32 or bf16, not in {network.dtype}"
+    dtypes = (torch.float32,) if ops.has_native(device) else (torch.float32, torch.bfloat16)
+    if network.dtype not in dtypes:
+        return f"on {device.type} it runs networks in {' or '.join(map(str, dtypes))}, not in {network.dtype}"
     dim, widths = layers[0][-1].out_features, [linear.out_features for linear in layers[0]]
-    if layers[0][0].in_features != dim + 1 or dim > ops.MAX_MLP_DIM or max(widths) > ops.MAX_MLP_WIDTH:
-        return f"it runs MLPs of x and t with up to {ops.MAX_MLP_DIM} data and {ops.MAX_MLP_WIDTH} hidden units"
+    max_dim, max_width = ops.mlp_limits(device)
+    if layers[0][0].in_features != dim + 1 or dim > max_dim or max(widths) > max_width:
+        return f"it runs MLPs of x and t with up to {max_dim} data and {max_width} hidden units"
     fits = math.prod(sample_shape) == dim if isinstance(network.model, MLP) else tuple(sample_shape) == (dim,)
     return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
 
 
-def pays(network: Network) -> bool:
-    """Whether "auto" takes the engine: not for wide layers in fp32, which spill registers and take long to compile."""
+def pays(network: Network, device: torch.device) -> bool:
+    """Whether "auto" takes the engine: on a GPU not for wide layers in fp32, which spill registers and take long to
+    compile.
+    """
+    if ops.has_native(device):
+        return True
     linears, _ = linear_layers(network.model) or ([], [])
     return network.dtype == torch.bfloat16 or all(linear.out_features <= _FP32_WIDTH for linear in linears)
 

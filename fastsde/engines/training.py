@@ -61,7 +61,7 @@ class Steps(Protocol):
 def can_capture(config: TrainConfig, dataset: Dataset, device: torch.device, here: Ranks) -> bool:
     """Whether steps can be captured: on one GPU, on data that the kernels take."""
     takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
-    return capture.can_record(device) and ops.has_kernels(device) and takes and here.world == 1
+    return capture.can_record(device) and ops.has_triton(device) and takes and here.world == 1
 
 
 class EagerSteps:

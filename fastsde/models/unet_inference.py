@@ -132,7 +132,7 @@ class UNetInference(nn.Module):
         if not torch.compiler.is_compiling() and x.dtype != torch.float64:
             from .. import ops
 
-            if ops.has_kernels(x.device):
+            if ops.has_triton(x.device):
                 return self._fused(x, t)
         return self._plain(x, t)
 

@@ -1,14 +1,14 @@
 """The operations of `fastsde.reference`, with their arguments checked and sent to the fastest code that can run them.
 
-That is a Triton kernel for an fp32 state on a CUDA GPU (or on the CPU while Triton's interpreter is on), and the
-reference everywhere else: without Triton, in float64, and where a gradient is wanted that a kernel does not have.
-`perturb` and `dsm_loss` are ``torch.library`` operations to ``torch.compile``, which takes them whole.
+For an fp32 state that is a Triton kernel on a CUDA GPU (or on the CPU while Triton's interpreter is on) and a native
+one on the CPU; it is the reference everywhere else: without Triton or a compiler, in float64, and where a gradient is
+wanted that a kernel does not have. Each is a ``torch.library`` operation, which ``torch.compile`` takes whole.
 """
 
 from __future__ import annotations
 
-from .dispatch import has_kernels
-from .mlp import MAX_MLP_DIM, MAX_MLP_WIDTH, PRECISIONS, launch_mlp_sampler, mlp_sampler, pack_mlp
+from .dispatch import has_kernels, has_native, has_triton
+from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp
 from .step import (
     check_status,
     counted_step,
@@ -22,8 +22,6 @@ from .step import (
 from .training import dsm_loss, perturb
 
 __all__ = [
-    "MAX_MLP_DIM",
-    "MAX_MLP_WIDTH",
     "PRECISIONS",
     "check_status",
     "counted_step",
@@ -31,7 +29,10 @@ __all__ = [
     "dsm_loss",
     "fused_step",
     "has_kernels",
+    "has_native",
+    "has_triton",
     "launch_mlp_sampler",
+    "mlp_limits",
     "mlp_sampler",
     "new_status",
     "normal",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -9,18 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "has_kernels", "needs_grad"]
+__all__ = ["contiguous", "has_kernels", "has_native", "has_triton", "kernel", "needs_grad"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def has_kernels(device: torch.device) -> bool:
+def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on a device: a GPU of capability 8.0 up, or the CPU under TRITON_INTERPRET."""
     if not _HAS_TRITON:
         return False
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def has_native(device: torch.device) -> bool:
+    """Whether the native kernels run on a device: the CPU, where a compiler has been found and Triton's interpreter is
+    off. The first question compiles them, which takes about two seconds, unless an earlier process has done so.
+    """
+    if device.type != "cpu" or has_triton(device):
+        return False
+    from ..kernels.cpu import build
+
+    return build.load() is not None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether either of them does."""
+    return has_triton(device) or has_native(device)
+
+
+def kernel(name: str, device: torch.device) -> Any:
+    """The module of a kernel's launcher for a device that `has_kernels`."""
+    return importlib.import_module(f"..kernels.{'' if has_triton(device) else 'cpu.'}{name}", __package__)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

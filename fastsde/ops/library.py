@@ -1,15 +1,96 @@
-"""What torch.library knows of the training kernels: torch.compile takes each whole, and autograd its backward."""
+"""What torch.library knows of the kernels: torch.compile takes each whole, and autograd the backward of the loss.
+
+The engines go past these, to the launchers themselves: an operation of Python takes some ten microseconds a call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import contiguous
+from .dispatch import contiguous, kernel
 
 __all__: list[str] = []
+
+
+@torch.library.custom_op("fastsde::normal", mutates_args=())
+def _normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
+    out = torch.empty((len(keys), *shape), device=keys.device)
+    kernel("normal", keys.device).normal(keys.contiguous(), step, stream, out)
+    return out
+
+
+@_normal.register_fake
+def _(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
+    return torch.empty((len(keys), *shape), device=keys.device)
+
+
+@torch.library.custom_op("fastsde::solver_step", mutates_args=())
+def _solver_step(
+    x: Tensor,
+    f: Tensor,
+    table: Tensor,
+    row: int,
+    history: Tensor | None,
+    z: Tensor | None,
+    keys: Tensor | None,
+    f_uncond: Tensor | None,
+    guidance: float | None,
+    clip: float | None,
+    uses_data: bool,
+) -> tuple[Tensor, Tensor]:
+    x, f, history, z, keys, f_uncond = contiguous(x, f, history, z, keys, f_uncond)
+    out, data = torch.empty_like(x), torch.empty_like(x)
+    given = {"history": history, "z": z, "keys": keys, "f_uncond": f_uncond, "guidance": guidance}
+    step = kernel("solver_step", x.device).solver_step
+    step(x, f, table, row, clip=clip, uses_data=uses_data, out=out, data=data, **given)
+    return out, data
+
+
+@_solver_step.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(out)
+
+
+@torch.library.custom_op("fastsde::mlp_sampler", mutates_args=())
+def _mlp_sampler(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: str,
+    table: Tensor,
+    keys: Tensor,
+    x_init: Tensor | None,
+    clip: float | None,
+    has_noise: bool,
+    has_history: bool,
+    uses_data: bool,
+    precision: str,
+    every: int,
+    states: int,
+) -> tuple[Tensor, Tensor]:
+    module = kernel("mlp_sampler", keys.device)
+    dtype = torch.bfloat16 if precision == "bf16" and keys.is_cuda else torch.float32
+    packed = module.Packed(list(zip(weights, biases, strict=True)), activations.split(","), dtype)
+    out, kept = _mlp_sampler_outputs(weights, keys, states)
+    x_init, table, keys = contiguous(x_init, table, keys)
+    known = {"has_noise": has_noise, "has_history": has_history, "uses_data": uses_data, "precision": precision}
+    given = {"x_init": x_init, "clip": clip, "every": every, "states": kept if states else None}
+    module.mlp_sampler(packed, table, keys, out=out, **given, **known)
+    return out, kept
+
+
+def _mlp_sampler_outputs(weights: Sequence[Tensor], keys: Tensor, states: int) -> tuple[Tensor, Tensor]:
+    shape = (len(keys), len(weights[-1]))
+    return torch.empty(shape, device=keys.device), torch.empty((states, *shape), device=keys.device)
+
+
+@_mlp_sampler.register_fake
+def _(weights: Sequence[Tensor], biases: Any, activations: str, table: Tensor, keys: Tensor, *rest: Any) -> Any:
+    return _mlp_sampler_outputs(weights, keys, rest[-1])
 
 
 @torch.library.custom_op("fastsde::perturb", mutates_args=())
@@ -28,13 +109,17 @@ def _perturb(
     t_min: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    from ..kernels import perturb as kernel
-
     x_t, t_out = _perturb_outputs(x_0, index, dtype)
     x_0, keys, index, t, z = contiguous(x_0, keys, index, t, z)
-    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min, "counter": counter}
-    kernel.perturb(x_0, keys, step, beta_min, beta_max, out=x_t, t_out=t_out, **given)
+    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min}
+    given |= _counter(counter)
+    kernel("perturb", x_0.device).perturb(x_0, keys, step, beta_min, beta_max, out=x_t, t_out=t_out, **given)
     return x_t, t_out
+
+
+def _counter(counter: Tensor | None) -> dict[str, Any]:
+    """The argument of a kernel that has one; the native kernels have none."""
+    return {} if counter is None else {"counter": counter}
 
 
 def _perturb_outputs(x_0: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -110,12 +195,10 @@ def _launch_dsm_loss(
     prediction: str,
     weighting: str,
 ) -> Tensor:
-    from ..kernels import dsm_loss as kernel
-
     grad, f, x_0, t, keys, index, z = contiguous(grad, f, x_0, t, keys, index, z)
     given = {"index": index, "scale": scale, "shift": shift, "z": z, "prediction": prediction, "weighting": weighting}
-    given["counter"] = counter
-    kernel.dsm_loss(f, x_0, t, keys, step, beta_min, beta_max, grad=grad, out=out, **given)
+    given |= _counter(counter)
+    kernel("dsm_loss", f.device).dsm_loss(f, x_0, t, keys, step, beta_min, beta_max, grad=grad, out=out, **given)
     return out
 
 

@@ -12,20 +12,23 @@ from .. import noise, reference
 from ..models.mlp import MLP, ConcatTime, linear_layers
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_tensor
-from .dispatch import contiguous, has_kernels
+from . import library  # noqa: F401 (registers the operations)
+from .dispatch import contiguous, has_kernels, has_native, kernel
 from .step import device_table
 
-__all__ = ["MAX_MLP_DIM", "MAX_MLP_WIDTH", "PRECISIONS", "launch_mlp_sampler", "mlp_sampler", "pack_mlp"]
+__all__ = ["PRECISIONS", "launch_mlp_sampler", "mlp_limits", "mlp_sampler", "pack_mlp"]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-MAX_MLP_DIM, MAX_MLP_WIDTH = 64, 256  # that the kernel takes
+
+
+def mlp_limits(device: torch.device) -> tuple[int, int]:
+    """The most data and hidden units that the kernel takes."""
+    return (1024, 1024) if has_native(device) else (64, 256)
 
 
 def pack_mlp(linears: Sequence[nn.Linear], activations: Sequence[str], dtype: torch.dtype) -> Any:
     """The layers of an MLP (`fastsde.models.mlp.linear_layers`) as `launch_mlp_sampler` takes them."""
-    from ..kernels.mlp_sampler import Packed
-
-    packed = Packed([(linear.weight, linear.bias) for linear in linears], activations, dtype)
+    packed = kernel("mlp_sampler", linears[0].weight.device).Packed([(linear.weight, linear.bias) for linear in linears], activations, dtype)
     if linears[0].weight.is_cuda:
         torch.cuda.current_stream(linears[0].weight.device).synchronize()  # another stream may be the first to read it
     return packed
@@ -41,30 +44,32 @@ def launch_mlp_sampler(
     every: int = 1,
     states: Tensor | None = None,
 ) -> Tensor:
-    """`mlp_sampler` by the Triton kernel, for an MLP that is packed. Arguments are trusted.
+    """`mlp_sampler` by its kernel, for an MLP that is packed. Arguments are trusted.
 
     Args:
         states: contiguous fp32 ``[K // every + 1, B, d]`` that the states go to, or None.
     """
-    from ..kernels import mlp_sampler as kernel
-
     out = torch.empty((len(keys), packed.dim), device=keys.device)
     x_init, keys = contiguous(x_init, keys)
-    kernel.mlp_sampler(
+    known = dict(zip(("has_noise", "has_history", "uses_data"), _terms(table), strict=True))
+    kernel("mlp_sampler", out.device).mlp_sampler(
         packed,
         device_table(table, out.device),
         keys,
         x_init=x_init,
         clip=table.clip,
-        has_noise=bool((table.d != 0).any()),
-        has_history=bool((table.c != 0).any()),
-        uses_data=bool((table.e != 0).any()),
         precision=precision,
         every=every,
         states=states,
         out=out,
+        **known,
     )
     return out
+
+
+def _terms(table: StepTable) -> list[bool]:
+    """Whether a row of a table has noise, history, and D."""
+    return [bool((column != 0).any()) for column in (table.d, table.c, table.e)]
 
 
 def mlp_sampler(
@@ -83,7 +88,7 @@ def mlp_sampler(
             is fed with ``cat((x, t), -1)``, or a `fastsde.models.MLP` or `ConcatTime`. Its weights are fp32.
         keys: int64 ``[B, 2]``.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
-        precision: of the kernel's products: "fp32", "tf32" or "bf16". The reference's are fp32.
+        precision: of the products on a GPU: "fp32", "tf32" or "bf16". They are fp32 on the CPU.
         every: m, to return the states after 0, m, 2m, ... rows too.
 
     Returns:
@@ -110,15 +115,17 @@ def mlp_sampler(
         check_tensor("x_init", x_init, shape=(len(keys), dim), device=weight.device, floating=True)
         x_init = x_init.float()
     count = len(table) // check_int("every", every, 1) + 1 if every is not None else 0
-    states = torch.empty((count, len(keys), dim), device=weight.device) if every is not None else None
+    max_dim, max_width = mlp_limits(weight.device)
     with torch.no_grad():
-        if has_kernels(weight.device) and dim <= MAX_MLP_DIM and max(widths) <= MAX_MLP_WIDTH:
-            packed = pack_mlp(linears, activations, torch.bfloat16 if precision == "bf16" else torch.float32)
-            given: dict[str, Any] = {"x_init": x_init, "precision": precision, "every": every or 1, "states": states}
-            x = launch_mlp_sampler(packed, table, keys, **given)
+        if has_kernels(weight.device) and dim <= max_dim and max(widths) <= max_width:
+            parameters = ([linear.weight for linear in linears], [linear.bias for linear in linears])
+            drawn = (device_table(table, weight.device), keys, x_init, table.clip, *_terms(table))
+            packed = (*parameters, ",".join(activations), *drawn)
+            x, states = torch.ops.fastsde.mlp_sampler(*packed, precision, every or 1, count)
         else:
+            states = torch.empty((count, len(keys), dim), device=weight.device)
             x = _reference_mlp_sampler(model, table, keys, x_init, dim, every, states)
-    return x if states is None else (x, states)
+    return x if every is None else (x, states)
 
 
 def _reference_mlp_sampler(
@@ -128,14 +135,14 @@ def _reference_mlp_sampler(
     x_init: Tensor | None,
     dim: int,
     every: int | None,
-    states: Tensor | None,
+    states: Tensor,
 ) -> Tensor:
     network = ConcatTime(model.net if isinstance(model, (MLP, ConcatTime)) else model)
-    if states is not None:
+    if every is not None:
         states[0] = noise.normal(keys, 0, (dim,)) if x_init is None else x_init
 
     def keep(row: int, time: float, x: Tensor) -> None:
-        if states is not None and every is not None and (row + 1) % every == 0:
+        if every is not None and (row + 1) % every == 0:
             states[(row + 1) // every] = x
 
     return reference.sample(network, (len(keys), dim), table, keys, x_init=x_init, after_row=keep)

@@ -13,7 +13,8 @@ from .. import noise, reference
 from ..reference import non_finite
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_number, check_tensor
-from .dispatch import contiguous, has_kernels, needs_grad
+from . import library  # noqa: F401 (registers the operations)
+from .dispatch import contiguous, has_kernels, kernel, needs_grad
 
 __all__ = [
     "check_status",
@@ -53,21 +54,19 @@ def fused_step(
     status: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`solver_step` by the Triton kernel, for an fp32 state where `has_kernels` holds. Arguments are trusted.
+    """`solver_step` by its kernel, for an fp32 state where `has_kernels` holds. Arguments are trusted.
 
     Args:
         store_data: whether D is stored and returned.
         status: a `new_status`, which the kernel notes in what is not finite.
         out: where x' goes: contiguous, and possibly ``x`` itself.
     """
-    from ..kernels import solver_step as kernel
-
     k = table.row(row)
     x, f, f_uncond = contiguous(x, f, f_uncond)
     history, z, keys = contiguous(history if k["c"] else None, z if k["d"] else None, keys if k["d"] else None)
     out = torch.empty_like(x) if out is None else out
     data = torch.empty_like(x) if store_data else None
-    kernel.solver_step(
+    kernel("solver_step", x.device).solver_step(
         x,
         f,
         device_table(table, x.device),
@@ -111,11 +110,9 @@ def counted_step(
         history, keys: None where no row of the table has c, or d.
         uses_data: whether a row has e.
     """
-    from ..kernels import solver_step as kernel
-
     f, f_uncond = contiguous(f, f_uncond)
     given = {"history": history, "keys": keys, "f_uncond": f_uncond, "guidance": guidance}
-    kernel.solver_step(
+    kernel("solver_step", x.device).solver_step(
         x,
         f,
         rows,
@@ -133,37 +130,32 @@ def counted_step(
 
 def step_counter(batch: int, size: int, device: torch.device) -> Tensor:
     """A counter for `counted_step` on samples of ``size`` elements, at row 0."""
-    from ..kernels import solver_step as kernel
-
-    return torch.zeros(kernel.counter_slots(batch, size), dtype=torch.int64, device=device)
+    return torch.zeros(kernel("solver_step", device).counter_slots(batch, size), dtype=torch.int64, device=device)
 
 
 def new_status(device: torch.device) -> Tensor:
     """What the step notes in that the state or the network's output is not finite: int32 ``[1]``."""
-    from ..kernels import solver_step as kernel
+    from ..kernels.status import FINITE
 
-    return torch.full((1,), kernel.FINITE, dtype=torch.int32, device=device)
+    return torch.full((1,), FINITE, dtype=torch.int32, device=device)
 
 
 def check_status(status: Tensor, table: StepTable) -> None:
     """Waits for the device and raises `NonFiniteError` for the first row with a value that was not finite."""
-    from ..kernels import solver_step as kernel
+    from ..kernels.status import FINITE, STATUS_KINDS
 
     value = int(status)
-    if value != kernel.FINITE:
+    if value != FINITE:
         row, kind = divmod(value, 2)
-        raise non_finite(kernel.STATUS_KINDS[kind], row, float(table.time[row]))
+        raise non_finite(STATUS_KINDS[kind], row, float(table.time[row]))
 
 
 def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.STREAM_SAMPLING) -> Tensor:
     """`fastsde.noise.normal` of one step: one launch where the kernel runs."""
     if not has_kernels(keys.device):
         return noise.normal(keys, step, shape, stream)
-    from ..kernels import normal as kernel
-
-    out = torch.empty((len(keys), *shape), device=keys.device)
-    kernel.normal(keys.contiguous(), step, stream, out)
-    return out
+    drawn: Tensor = torch.ops.fastsde.normal(keys, step, stream, list(shape))
+    return drawn
 
 
 def solver_step(
@@ -204,7 +196,12 @@ def solver_step(
     if guidance is not None:
         check_number("guidance", guidance)
     if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(x, f, *options.values()):
-        x_next, data = fused_step(x, f, table, row, keys=keys, guidance=guidance, **options)
-        assert data is not None
-        return x_next, data
+        k = table.row(row)
+        columns = device_table(table, x.device)
+        given = (options["history"] if k["c"] else None, options["z"] if k["d"] else None, keys if k["d"] else None)
+        guided = (options["f_uncond"], guidance)
+        result: tuple[Tensor, Tensor] = torch.ops.fastsde.solver_step(
+            x, f, columns, row, *given, *guided, table.clip, k["e"] != 0
+        )
+        return result
     return reference.solver_step(x, f, table, row, keys=keys, guidance=guidance, **options)

@@ -14,6 +14,7 @@ from fastsde import VPSDE, noise, ops, reference, solvers
 from fastsde.solvers import StepTable
 
 kernel = pytest.importorskip("fastsde.kernels.solver_step")
+status = pytest.importorskip("fastsde.kernels.status")
 tile = pytest.importorskip("fastsde.kernels.tile")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -319,8 +320,8 @@ def test_what_is_not_finite_is_noted_with_its_row(
 ) -> None:
     case = Case("abcd", guidance=2.0)
     assert _status(device, case, spoil, value, shape) == 2 * 2 + kind
-    assert kernel.STATUS_KINDS[kind] == ("the network returned", "the state became")[kind]
-    assert _status(device, case, None, 0.0, shape) == kernel.FINITE
+    assert status.STATUS_KINDS[kind] == ("the network returned", "the state became")[kind]
+    assert _status(device, case, None, 0.0, shape) == status.FINITE
 
 
 def test_the_first_row_that_is_not_finite_stays(device: torch.device) -> None:

@@ -1,0 +1,204 @@
+"""The native kernels, compiled on first use by the machine's own C++ compiler for its own CPU.
+
+The shared library is kept in ``$FASTSDE_CACHE_DIR``, ``$XDG_CACHE_HOME/fastsde`` or ``~/.cache/fastsde`` under a name
+that tells its sources, its flags, the compiler, the CPU and the OpenMP runtime. It is written whole or not at all, so
+that any number of processes may do so at once. ``$CXX`` names a compiler, ``$FASTSDE_CXXFLAGS`` has more flags, and
+``$FASTSDE_NATIVE=0`` leaves all this out.
+
+OpenMP's threads are those of the runtime that PyTorch has loaded: there is one pool, and ``torch.set_num_threads``
+rules it. ctypes lets go of the GIL while a kernel runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["load", "unavailable_reason"]
+
+_HERE = Path(__file__).parent
+_SOURCE = "fastsde.cpp"
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi", "-w")
+_COMPILERS = ("g++", "c++", "clang++")
+_TIMEOUT_S = 300
+_STALE_S = 3600  # after which what a killed process has left is deleted
+
+_lock = threading.Lock()
+_outcome: tuple[ctypes.CDLL | None, str | None] | None = None
+
+
+def load() -> ctypes.CDLL | None:
+    """The library, compiled where it has to be; None, with one warning, where it cannot be had."""
+    global _outcome
+    if _outcome is None:
+        with _lock:
+            if _outcome is None:
+                _outcome = _load()
+                if _outcome[1] is not None and os.environ.get("FASTSDE_NATIVE") != "0":
+                    warnings.warn(f"fastsde runs without native kernels: {_outcome[1]}", RuntimeWarning, stacklevel=3)
+    return _outcome[0]
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no library, and what to do; None where there is."""
+    load()
+    return None if _outcome is None else _outcome[1]
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("FASTSDE_NATIVE") == "0":
+        return None, "FASTSDE_NATIVE is 0; unset it"
+    compiler = find_compiler()
+    if compiler is None:
+        wanted = os.environ.get("CXX") or ", ".join(_COMPILERS)
+        return None, f"no C++ compiler was found ({wanted}); install one, such as g++, or name it in CXX"
+    reason = ""
+    for march, openmp in _attempts():
+        try:
+            library = ctypes.CDLL(str(build(compiler, march, openmp)))
+        except subprocess.TimeoutExpired:
+            return None, f"{compiler[0]} took more than {_TIMEOUT_S} s"
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = reason or _first_line(error)
+            continue
+        if not openmp:
+            warnings.warn(f"the native kernels run in one thread, without OpenMP: {reason}", RuntimeWarning, 4)
+        return library, None
+    return None, f"{compiler[0]} did not compile them ({reason}); name another compiler in CXX"
+
+
+def _attempts() -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Flags for the CPU, and whether with OpenMP, from the best on."""
+    for openmp in (True, False):
+        yield ("-march=native",), openmp
+        yield (), openmp
+
+
+def _first_line(error: Exception) -> str:
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = [line for line in (text or "").splitlines() if "error" in line] or (text or str(error)).splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler, or None."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [[name] for name in _COMPILERS]:
+        path = shutil.which(command[0])
+        if path is not None:
+            return [path, *command[1:]]
+    return None
+
+
+def build(compiler: list[str], march: tuple[str, ...], openmp: bool, more: tuple[str, ...] | None = None) -> Path:
+    """The path of the library for these flags, which is compiled where the cache does not have it.
+
+    Args:
+        compiler: the command.
+        march: flags for the CPU.
+        openmp: whether with threads.
+        more: flags behind all others; by default those of ``$FASTSDE_CXXFLAGS``.
+
+    Raises:
+        CalledProcessError, TimeoutExpired, OSError: where that fails.
+    """
+    more = tuple(shlex.split(os.environ.get("FASTSDE_CXXFLAGS", ""))) if more is None else more
+    runtime = _openmp_runtime() if openmp else None
+    flags = [*_FLAGS, *march, *(["-fopenmp"] if openmp else []), *more]
+    # Linked by name, the runtime is the one that is loaded already; -fopenmp would name the compiler's own.
+    link = [str(runtime)] if runtime is not None else ["-fopenmp"] if openmp else []
+    cache = cache_dir()
+    path = cache / f"cpu-{_key(compiler, flags, link)}.so"
+    if not _is_whole(path):
+        _compile([*compiler, *flags], [*compiler, "-shared", *more], link, path)
+    return path
+
+
+def _compile(compile_command: list[str], link_command: list[str], link: list[str], path: Path) -> None:
+    _delete_stale(path.parent)
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=path.parent) as folder:
+        part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
+        _run([*compile_command, "-c", str(_HERE / _SOURCE), "-o", str(part)])
+        _run([*link_command, str(part), *link, "-o", str(whole)])
+        os.replace(whole, path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there. A disk that was full when it was written leaves one that cannot be loaded."""
+    if not path.exists():
+        return False
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
+
+
+def _delete_stale(cache: Path) -> None:
+    for folder in cache.glob("tmp-*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # another process was faster
+            continue
+
+
+def cache_dir() -> Path:
+    """The folder for compiled libraries; one of this process alone where no other can be written to."""
+    named = os.environ.get("FASTSDE_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    folder = Path(named) if named else home / "fastsde"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="fastsde-"))
+
+
+def _key(compiler: list[str], flags: list[str], link: list[str]) -> str:
+    content = hashlib.sha256()
+    for source in sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp")]):
+        content.update(source.name.encode() + source.read_bytes())
+    binary = Path(compiler[0]).resolve()
+    stat = binary.stat()
+    content.update(repr((compiler, str(binary), stat.st_size, stat.st_mtime_ns, flags, link, _cpu())).encode())
+    return content.hexdigest()[:32]
+
+
+def _cpu() -> tuple[str, ...]:
+    """What tells this CPU from one that may not run the same code."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return (platform.machine(), platform.processor())
+    names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    lines = [line for line in first.splitlines() if line.split("\t")[0].split(":")[0].strip() in names]
+    return (platform.machine(), *lines)
+
+
+def _openmp_runtime() -> Path | None:
+    """The OpenMP runtime of this process: PyTorch's own, where it brings one."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    found = dict.fromkeys(re.findall(r"(/.*/lib(?:gomp|iomp5|omp)[^/\n]*\.so[^/\n]*)$", maps, re.MULTILINE))
+    torch_first = sorted(found, key=lambda path: "torch" not in path)
+    return Path(torch_first[0]) if torch_first else None

@@ -1,0 +1,54 @@
+// Denoising score matching, forward and backward (the twin of fastsde.reference.dsm_loss):
+//
+//     loss = mean of (factor (f - target))^2,   d loss / d f = 2 factor^2 (f - target) / n
+//
+// Both passes draw z again from the keys. Each part has a sum of its own, and these are added in their order.
+
+#include <vector>
+
+#include "training.h"
+
+using namespace fastsde;
+
+// The loss; or, with the ``grad`` of the loss, the gradient of f [n, size] to ``out``. Nullable: index, z, keys, grad.
+extern "C" float fastsde_dsm_loss(const float* f, const void* x_0, int bytes, const int64_t* index, int64_t rows,
+                                  const float* t, const int64_t* keys, const float* z, int64_t step, float scale,
+                                  float shift, float beta_min, float beta_max, int prediction, int weighting,
+                                  int64_t n, int64_t size, const float* grad, float* out, int threads) {
+    const Data data{x_0, bytes != 0, index, rows, size, scale, shift};
+    const Schedule sde{beta_min, beta_max};
+    const Parts parts(n, size);
+    std::vector<double> sums(parts.count());
+    const double mean = 1.0 / ((double)n * (double)size);
+    const float outer = grad ? (float)(2.0 * mean * (double)*grad) : 0.0f;
+    for_parts(parts, threads, [&](int64_t index_of_part, const Part& part) {
+        const int64_t start = part.start(size);
+        float x[PART] = {}, drawn[PART] = {};
+        if (prediction == X0 || prediction == V) data.read(part, x);
+        const float* noise = z ? z + start : drawn;
+        if (!z && prediction != X0) draw_normals(keys, draw_offset(step, TRAINING_NOISE), part, n, drawn);
+        double sum = 0;
+        for_lanes(part.samples, [&](int64_t first, int64_t here) {
+            const Floats time = load(t + part.first_sample + first, here);
+            const Target target(sde, (Prediction)prediction, (Weighting)weighting, time);
+            for (int64_t i = 0; i < here; i++) {
+                const int64_t at = (first + i) * part.elements;
+                const float from_z = target.from_z[i], from_x = target.from_x[i], factor = target.factor[i];
+                const bool has_z = from_z != 0, has_x = from_x != 0;
+                for (int64_t e = at; e < at + part.elements; e++) {
+                    // What has no part in the target must not, being infinite, make it NaN.
+                    const float wanted = (has_z ? from_z * noise[e] : 0.0f) + (has_x ? from_x * x[e] : 0.0f);
+                    const float residual = factor * (f[start + e] - wanted);
+                    if (grad)
+                        out[start + e] = outer * factor * residual;
+                    else
+                        sum += (double)residual * residual;
+                }
+            }
+        });
+        sums[index_of_part] = sum;
+    });
+    double sum = 0;
+    for (const double of_part : sums) sum += of_part;
+    return (float)(sum * mean);
+}

@@ -1,0 +1,112 @@
+// Matrix products whose operands stay in the cache: c [m, n] = a b, with the strides of a left open.
+
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+namespace fastsde {
+
+// What a sum starts from: c itself, a number a row, a number a column, or 0.
+struct Start {
+    bool from_c = false;
+    const float* of_row = nullptr;
+    const float* of_column = nullptr;
+};
+
+// a [m, k], any strides; b [k, n], rows of neighbours.
+struct Product {
+    const float* a;
+    int64_t a_row, a_column;
+    const float* b;
+    int64_t b_row;
+    float* c;
+    int64_t c_row, depth;
+    Start start;
+};
+
+// Keeps a vector in its register: GCC would load it again in each of its uses, and loads are what the products wait for.
+static inline void in_register(Floats& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
+// ROWS rows of c from ``row`` on, and VECTORS vectors of them from ``column`` on, which stay in registers.
+template <int ROWS, int VECTORS>
+__attribute__((noinline)) static void product_tile(const Product& p, int64_t row, int64_t column) {
+    Floats sum[ROWS][VECTORS];
+    float* c = p.c + row * p.c_row + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++)
+            sum[i][j] = p.start.from_c      ? load(c + i * p.c_row + j * LANES)
+                        : p.start.of_row    ? all(p.start.of_row[row + i])
+                        : p.start.of_column ? load(p.start.of_column + column + j * LANES)
+                                            : Floats{};
+    const float* a = p.a + row * p.a_row;
+    const float* b = p.b + column;
+    for (int64_t k = 0; k < p.depth; k++, a += p.a_column, b += p.b_row) {
+        Floats vectors[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) {
+            vectors[j] = load(b + j * LANES);
+            in_register(vectors[j]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            const Floats factor = all(a[i * p.a_row]);
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; j++) sum[i][j] += factor * vectors[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) store(c + i * p.c_row + j * LANES, sum[i][j]);
+}
+
+template <int VECTORS>
+static void product_columns(const Product& p, int64_t rows, int64_t column) {
+    int64_t row = 0;
+    for (; row + 6 <= rows; row += 6) product_tile<6, VECTORS>(p, row, column);
+    for (; row + 4 <= rows; row += 4) product_tile<4, VECTORS>(p, row, column);
+    for (; row < rows; row++) product_tile<1, VECTORS>(p, row, column);
+}
+
+constexpr int64_t COLUMNS = 16;  // a width is a multiple of it
+
+// c [rows, columns], for columns a multiple of COLUMNS.
+static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
+    constexpr int WIDE = LANES == 16 ? 4 : 2, NARROW = LANES == 16 ? 1 : 2;  // that fit the registers
+    int64_t column = 0;
+    for (; column + WIDE * LANES <= columns; column += WIDE * LANES) product_columns<WIDE>(p, rows, column);
+    for (; column < columns; column += NARROW * LANES) product_columns<NARROW>(p, rows, column);
+}
+
+static inline int64_t padded(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+// Floats at a multiple of 64 bytes, zero at first.
+class Buffer {
+  public:
+    explicit Buffer(int64_t count) {
+        const size_t bytes = (size_t)padded(count + 1) * sizeof(float);
+        data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+        if (!data_) throw std::bad_alloc();
+        std::memset(data_, 0, bytes);
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    operator float*() { return data_; }
+
+  private:
+    float* data_;
+};
+
+}  // namespace fastsde

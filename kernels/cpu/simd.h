@@ -1,0 +1,197 @@
+// Vectors of floats as wide as the CPU's, by the vector extensions of GCC and Clang, and functions of them.
+//
+// A few operations that the extensions lack are written for x86 and, lane by lane, for everything else. Polynomials are
+// least-maximum fits; the error of each is that of its coefficients in exact arithmetic.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define FASTSDE_AVX512 1
+#elif defined(__AVX2__)
+#define FASTSDE_AVX2 1
+#elif defined(__SSE2__)
+#define FASTSDE_SSE2 1
+#endif
+
+namespace fastsde {
+
+#if defined(FASTSDE_AVX512)
+constexpr int LANES = 16;
+#elif defined(FASTSDE_AVX2)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));  // LANES / 2 of them
+
+template <class To, class From>
+static inline To bits_of(From from) {
+    static_assert(sizeof(To) == sizeof(From), "as many bits");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+static inline Floats load(const float* from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+}
+
+static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof(v)); }
+
+static inline Floats all(float x) { return x - Floats{}; }
+
+// Both return NaN for a NaN in x.
+static inline Floats at_least(Floats x, float low) { return all(low) > x ? all(low) : x; }
+static inline Floats at_most(Floats x, float high) { return all(high) < x ? all(high) : x; }
+
+// To the nearest integer, for |x| < 2^22.
+static inline Floats nearest(Floats x) {
+#if defined(FASTSDE_AVX512)
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(FASTSDE_AVX2)
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Floats magic = all(12582912.0f);  // 1.5 * 2^23, whose last bit is 1
+    return (x + magic) - magic;
+#endif
+}
+
+static inline Floats square_root(Floats x) {
+#if defined(FASTSDE_AVX512)
+    return _mm512_sqrt_ps(x);
+#elif defined(FASTSDE_AVX2)
+    return _mm256_sqrt_ps(x);
+#elif defined(FASTSDE_SSE2)
+    return _mm_sqrt_ps(x);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
+// The 64-bit products of the low 32 bits of a with b.
+static inline Longs multiply_low(Longs a, uint32_t b) {
+#if defined(FASTSDE_AVX512)
+    return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(FASTSDE_AVX2)
+    return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(FASTSDE_SSE2)
+    return (Longs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+    return (a & 0xFFFFFFFFull) * (uint64_t)b;
+#endif
+}
+
+// The low (or high) pair of a and b in every 128 bits, as 64-bit elements: a0 b0 | a2 b2 ... (or a1 b1 | a3 b3 ...).
+static inline Longs interleave_even(Longs a, Longs b) {
+#if defined(FASTSDE_AVX512)
+    return (Longs)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+#elif defined(FASTSDE_AVX2)
+    return (Longs)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+#else
+    return Longs{a[0], b[0]};
+#endif
+}
+
+static inline Longs interleave_odd(Longs a, Longs b) {
+#if defined(FASTSDE_AVX512)
+    return (Longs)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+#elif defined(FASTSDE_AVX2)
+    return (Longs)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#else
+    return Longs{a[1], b[1]};
+#endif
+}
+
+static inline Floats polynomial(Floats, float last) { return all(last); }
+
+// first + x (next + x (...)).
+template <class... Rest>
+static inline Floats polynomial(Floats x, float first, Rest... rest) {
+    return polynomial(x, rest...) * x + first;
+}
+
+// 2^x to 1e-7, for x up to 0; below 2^-126 it stays there.
+static inline Floats exp2_negative(Floats x) {
+    x = at_least(x, -126.0f);
+    const Floats whole = nearest(x);
+    const Floats fraction = x - whole;
+    const Floats mantissa = polynomial(fraction, 1.00000007f, 0.693146967f, 0.240221197f, 0.0555071327f,
+                                       0.00967554133f, 0.00132764718f);
+#if defined(FASTSDE_AVX512)
+    return _mm512_scalef_ps(mantissa, whole);
+#else
+    // NaN has no integer, but the mantissa, which is NaN too, makes the product so.
+    const Ints exponent = __builtin_convertvector(whole == whole ? whole : Floats{}, Ints);
+    return mantissa * bits_of<Floats>((exponent + 127) << 23);
+#endif
+}
+
+// e^x to 1e-7; above 2^127 it stays there.
+static inline Floats exp(Floats x) {
+    x = at_most(x * 1.44269504f, 127.0f);
+    return x > 0.0f ? 1.0f / exp2_negative(-x) : exp2_negative(x);
+}
+
+// ln x to 1e-7, for normal x.
+static inline Floats log(Floats x) {
+    // The exponent is counted from sqrt(1/2), so that the mantissa is in [sqrt(1/2), sqrt(2)).
+    const Ints offset = bits_of<Ints>(x) - 0x3F3504F3;
+    const Ints exponent = offset >> 23;
+    const Floats f = bits_of<Floats>((offset & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
+    const Floats tail = polynomial(f, 0.333333317f, -0.25000821f, 0.200012269f, -0.166233573f, 0.14201758f,
+                                   -0.131601824f, 0.12761577f, -0.0763449653f);
+    const Floats series = f - f * f * (0.5f - f * tail);
+    return __builtin_convertvector(exponent, Floats) * 0.693147181f + series;
+}
+
+// ln(1 + x) for x in [0, 1], to 1e-7.
+static inline Floats log1p(Floats x) {
+    return x * polynomial(x, 0.999999328f, -0.499970943f, 0.332896681f, -0.246726879f, 0.185698189f, -0.126908895f,
+                          0.0680847117f, -0.0238554681f, 0.00393046022f);
+}
+
+// 1 - exp(-x) for x >= 0 to a relative 1e-7: without the cancellation of the difference where x is small.
+static inline Floats one_minus_exp(Floats x) {
+    const Floats small = x * polynomial(x, 1.0f, -0.499999971f, 0.166666012f, -0.041661121f, 0.00831071845f,
+                                        -0.00134084117f, 0.000146212646f);
+    return x < 0.7f ? small : 1.0f - exp(-x);
+}
+
+// sin and cos of 2 pi turns, for turns in [0, 1], to 1e-7.
+static inline void sin_cos_turns(Floats turns, Floats& sine, Floats& cosine) {
+    const Floats quarters = turns * 4.0f;
+    const Floats whole = nearest(quarters);
+    const Floats r = quarters - whole;  // exact
+    const Floats square = r * r;
+    const Floats s = r * polynomial(square, 1.57079631f, -0.645962938f, 0.079675903f, -0.00459228907f);
+    const Floats c = polynomial(square, 1.0f, -1.23370054f, 0.253669204f, -0.0208600713f, 0.000903631702f);
+    const Ints quadrant = __builtin_convertvector(whole, Ints);
+    const Ints swapped = (quadrant & 1) == 0 ? Ints{} : ~Ints{};
+    const Ints sine_sign = (quadrant & 2) << 30, cosine_sign = ((quadrant + 1) & 2) << 30;
+    sine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? c : s) ^ sine_sign);
+    cosine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? s : c) ^ cosine_sign);
+}
+
+// erf x to 1e-7: for |x| up to 4.2, 1 - erf |x| is 2^-(|x| Q(|x|)) with a polynomial Q.
+static inline Floats erf(Floats x) {
+    const Floats size = at_most(x < 0.0f ? -x : x, 4.2f);
+    const Floats q = polynomial(size, 1.62790727f, 0.918442901f, 0.148307911f, -0.027724477f, -8.48036246e-05f,
+                                0.00227478386f, -0.000848233462f, 0.000152964103f, -1.1604781e-05f);
+    const Floats result = 1.0f - exp2_negative(-size * q);
+    return x < 0.0f ? -result : result;
+}
+
+}  // namespace fastsde

@@ -1,0 +1,62 @@
+// What perturb and dsm_loss share: the schedule of the VP-SDE, and the data and noise of a training step.
+
+#pragma once
+
+#include "parts.h"
+
+namespace fastsde {
+
+struct Schedule {
+    float beta_min, beta_max;
+
+    Floats beta(Floats t) const { return beta_min + (beta_max - beta_min) * t; }
+    Floats integral(Floats t) const { return (beta_min + 0.5f * (beta_max - beta_min) * t) * t; }
+    Floats alpha(Floats t) const { return exp(-0.5f * integral(t)); }
+    Floats sigma(Floats t) const { return square_root(one_minus_exp(integral(t))); }
+};
+
+// scale x + shift of the rows ``index`` of the data [rows, size], uint8 or fp32. A row that is not there is NaN.
+struct Data {
+    const void* x;
+    bool bytes;
+    const int64_t* index;
+    int64_t rows, size;
+    float scale, shift;
+
+    void read(int64_t sample, int64_t first_element, int64_t count, float* to) const {
+        const int64_t row = index ? index[sample] : sample;
+        if (row < 0 || row >= rows) return std::fill(to, to + count, std::numeric_limits<float>::quiet_NaN());
+        const int64_t start = row * size + first_element;
+        if (bytes)
+            for (int64_t i = 0; i < count; i++) to[i] = scale * (float)((const uint8_t*)x)[start + i] + shift;
+        else
+            for (int64_t i = 0; i < count; i++) to[i] = scale * ((const float*)x)[start + i] + shift;
+    }
+
+    void read(const Part& part, float* to) const {
+        for (int64_t i = 0; i < part.samples; i++)
+            read(part.first_sample + i, part.first_element, part.elements, to + i * part.elements);
+    }
+};
+
+enum Prediction { SCORE, EPS, X0, V };
+enum Weighting { SIGMA2, LIKELIHOOD, TARGET };
+
+// The residual of the loss is factor (f - (from_z z + from_x x_0)), for LANES times.
+struct Target {
+    Floats from_z, from_x, factor;
+
+    Target(const Schedule& sde, Prediction prediction, Weighting weighting, Floats t) {
+        const Floats alpha = sde.alpha(t), sigma = sde.sigma(t), one = all(1.0f), none{};
+        switch (prediction) {
+            case SCORE: from_z = -one / sigma, from_x = none, factor = sigma; break;
+            case EPS: from_z = one, from_x = none, factor = one; break;
+            case X0: from_z = none, from_x = one, factor = alpha / sigma; break;
+            case V: from_z = alpha, from_x = -sigma, factor = alpha; break;
+        }
+        if (weighting == LIKELIHOOD) factor *= square_root(sde.beta(t)) / sigma;
+        if (weighting == TARGET) factor = one;
+    }
+};
+
+}  // namespace fastsde
