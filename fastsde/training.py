@@ -24,7 +24,7 @@ from .checkpoints import RUN_CHECKPOINT, Checkpoint
 from .data import DEFAULT_ROOT, Dataset, load
 from .distributed import Ranks
 from .engines import CaptureError
-from .engines.training import CapturedSteps, EagerSteps, Steps, Work, can_capture
+from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Work, can_capture, can_run_natively
 from .files import atomic_path
 from .reference import WEIGHTINGS, NonFiniteError
 from .sde import VPSDE
@@ -193,7 +193,8 @@ class Trainer:
     resumed run drops the lines of steps that it takes again. On the CPU a resumed run comes to the very weights of one
     that was not interrupted.
 
-    On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`). In a process group
+    On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`); on the CPU those of an
+    MLP are taken by a native kernel (`NativeSteps`). In a process group
     (`fastsde.distributed.process_group`) each rank takes its part of every batch, and the first one writes the folder.
 
     Args:
@@ -323,7 +324,7 @@ class Trainer:
     def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
         config = self.config
         work = Work(config, self.model, self.ema, self.optimizer, self.dataset, self.device)
-        steps: Steps = CapturedSteps(work) if self._captures else EagerSteps(work, self._here)
+        steps = self._steps(work)
         losses: list[Tensor] = []
         started, since, stop = time.perf_counter(), self.step, False
         while self.step < config.steps and not stop:
@@ -350,6 +351,14 @@ class Trainer:
                 self._save()
         if stop:
             raise KeyboardInterrupt
+
+    def _steps(self, work: Work) -> Steps:
+        """The fastest way to take steps that there is."""
+        if self._captures:
+            return CapturedSteps(work)
+        if can_run_natively(self.config, self.model, self.dataset, self.device, self._here):
+            return NativeSteps(work)
+        return EagerSteps(work, self._here)
 
     def _steps_to_next_stop(self) -> int:
         """How many steps there are until something is logged or saved."""

@@ -1,4 +1,4 @@
-"""Ways to take training steps: one after the other, or dozens of them captured as a CUDA graph and replayed."""
+"""Ways to take training steps: one after the other, or dozens of them at once, by a native kernel or as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import distributed, noise, ops
 from ..data import Dataset
 from ..distributed import Ranks
+from ..models.mlp import linear_layers
 from ..reference import Draws, ema_update, train_step, training_draws
 from . import capture
 from .chunks import MAX_CHUNK, chunks_of_fixed_lengths
@@ -20,11 +21,12 @@ from .chunks import MAX_CHUNK, chunks_of_fixed_lengths
 if TYPE_CHECKING:
     from ..training import TrainConfig
 
-__all__ = ["CapturedSteps", "EagerSteps", "Steps", "Work", "can_capture"]
+__all__ = ["CapturedSteps", "EagerSteps", "NativeSteps", "Steps", "Work", "can_capture", "can_run_natively"]
 
 # Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
 _DRAW_ELEMENTS = 1 << 17
 _WARM_UPS = 3
+_NATIVE_STEPS = 500  # that a native call takes at most: between two, Ctrl-C is heard
 
 
 @dataclass
@@ -62,6 +64,15 @@ def can_capture(config: TrainConfig, dataset: Dataset, device: torch.device, her
     """Whether steps can be captured: on one GPU, on data that the kernels take."""
     takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
     return capture.can_record(device) and ops.has_triton(device) and takes and here.world == 1
+
+
+def can_run_natively(config: TrainConfig, model: nn.Module, dataset: Dataset, device: torch.device, here: Ranks) -> bool:
+    """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
+    if linear_layers(model) is None or config.compile or config.precision != "fp32" or here.world > 1:
+        return False
+    takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
+    plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
+    return takes and plain and ops.has_native(device)
 
 
 class EagerSteps:
@@ -123,6 +134,68 @@ class EagerSteps:
             block = training_draws(keys, steps, len(dataset), dataset.shape, config.t_min)
             for k in range(max(0, first - start), len(steps)):
                 yield Draws(*(values[k] for values in block))
+
+
+class NativeSteps:
+    """Whole steps of an MLP by a kernel of the CPU: draws, network, loss, backward, Adam and the moving average."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._keys = noise.sample_keys(work.config.seed, work.config.batch_size)
+        self._x_0 = work.dataset.x.contiguous()
+
+    def chunks(self, count: int) -> list[int]:
+        return [min(_NATIVE_STEPS, count - first) for first in range(0, count, _NATIVE_STEPS)]
+
+    def take(self, first: int, count: int) -> Tensor:
+        """As `Steps.take`."""
+        from ..kernels.cpu.mlp_training import Parameters, mlp_training
+
+        work, config, data = self._work, self._work.config, self._work.dataset
+        linears, activations = linear_layers(work.model) or ([], [])
+        weights = [each for linear in linears for each in (linear.weight, linear.bias)]
+        states = [None if each is None else self._state(each) for each in weights]
+        moving = None
+        if work.ema is not None:
+            moving = [each for linear in (linear_layers(work.ema) or ([], []))[0] for each in (linear.weight, linear.bias)]
+        rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
+        group = work.optimizer.param_groups[0]
+        with torch.no_grad():
+            losses = mlp_training(
+                Parameters(
+                    weights,
+                    [None if state is None else state["exp_avg"] for state in states],
+                    [None if state is None else state["exp_avg_sq"] for state in states],
+                    moving,
+                ),
+                activations,
+                self._x_0,
+                self._keys,
+                config.sde.beta_min,
+                config.sde.beta_max,
+                scale=data.scale,
+                shift=data.shift,
+                t_min=config.t_min,
+                prediction=config.prediction,
+                weighting=config.weighting,
+                betas=group["betas"],
+                epsilon=group["eps"],
+                first=first,
+                taken=int(states[0]["step"]),
+                rates=torch.tensor(rates),
+            )
+        for state in states:
+            if state is not None:
+                state["step"] += count
+        return losses
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What Adam keeps of a parameter, as PyTorch makes it before the first step."""
+        state: dict[str, Tensor] = self._work.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
 
 
 class CapturedSteps:

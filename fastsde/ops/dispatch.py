@@ -24,6 +24,7 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+@torch.compiler.assume_constant_result
 def has_native(device: torch.device) -> bool:
     """Whether the native kernels run on a device: the CPU, where a compiler has been found and Triton's interpreter is
     off. The first question compiles them, which takes about two seconds, unless an earlier process has done so.

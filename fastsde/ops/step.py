@@ -30,6 +30,7 @@ __all__ = [
 _device_tables: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()
 
 
+@torch.compiler.assume_constant_result
 def device_table(table: StepTable, device: torch.device) -> Tensor:
     """The table as the kernels read it, fp32 ``[K, 8]`` on the device; made once."""
     copies = _device_tables.setdefault(table, {})

@@ -29,35 +29,35 @@ from pathlib import Path
 __all__ = ["load", "unavailable_reason"]
 
 _HERE = Path(__file__).parent
-_SOURCE = "fastsde.cpp"
+MAIN = "fastsde.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi", "-w")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
 _STALE_S = 3600  # after which what a killed process has left is deleted
 
 _lock = threading.Lock()
-_outcome: tuple[ctypes.CDLL | None, str | None] | None = None
+_outcomes: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
 
 
-def load() -> ctypes.CDLL | None:
-    """The library, compiled where it has to be; None, with one warning, where it cannot be had."""
-    global _outcome
-    if _outcome is None:
+def load(source: str = MAIN) -> ctypes.CDLL | None:
+    """The library of a source, compiled where it has to be; None, with one warning, where it cannot be had."""
+    if source not in _outcomes:
         with _lock:
-            if _outcome is None:
-                _outcome = _load()
-                if _outcome[1] is not None and os.environ.get("FASTSDE_NATIVE") != "0":
-                    warnings.warn(f"fastsde runs without native kernels: {_outcome[1]}", RuntimeWarning, stacklevel=3)
-    return _outcome[0]
+            if source not in _outcomes:
+                _outcomes[source] = _load(source)
+                reason = _outcomes[source][1]
+                if reason is not None and os.environ.get("FASTSDE_NATIVE") != "0":
+                    warnings.warn(f"fastsde runs without native kernels: {reason}", RuntimeWarning, stacklevel=3)
+    return _outcomes[source][0]
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(source: str = MAIN) -> str | None:
     """Why there is no library, and what to do; None where there is."""
-    load()
-    return None if _outcome is None else _outcome[1]
+    load(source)
+    return _outcomes[source][1]
 
 
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
+def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("FASTSDE_NATIVE") == "0":
         return None, "FASTSDE_NATIVE is 0; unset it"
     compiler = find_compiler()
@@ -67,7 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     reason = ""
     for march, openmp in _attempts():
         try:
-            library = ctypes.CDLL(str(build(compiler, march, openmp)))
+            library = ctypes.CDLL(str(build(source, compiler, march, openmp)))
         except subprocess.TimeoutExpired:
             return None, f"{compiler[0]} took more than {_TIMEOUT_S} s"
         except (OSError, subprocess.CalledProcessError) as error:
@@ -102,10 +102,13 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def build(compiler: list[str], march: tuple[str, ...], openmp: bool, more: tuple[str, ...] | None = None) -> Path:
+def build(
+    source: str, compiler: list[str], march: tuple[str, ...], openmp: bool, more: tuple[str, ...] | None = None
+) -> Path:
     """The path of the library for these flags, which is compiled where the cache does not have it.
 
     Args:
+        source: the file in this folder.
         compiler: the command.
         march: flags for the CPU.
         openmp: whether with threads.
@@ -120,9 +123,9 @@ def build(compiler: list[str], march: tuple[str, ...], openmp: bool, more: tuple
     # Linked by name, the runtime is the one that is loaded already; -fopenmp would name the compiler's own.
     link = [str(runtime)] if runtime is not None else ["-fopenmp"] if openmp else []
     cache = cache_dir()
-    path = cache / f"cpu-{_key(compiler, flags, link)}.so"
+    path = cache / f"{Path(source).stem}-{_key(compiler, flags, link)}.so"
     if not _is_whole(path):
-        _compile([*compiler, *flags], [*compiler, "-shared", *more], link, path)
+        _compile([*compiler, *flags, "-c", str(_HERE / source)], [*compiler, "-shared", *more], link, path)
     return path
 
 
@@ -130,7 +133,7 @@ def _compile(compile_command: list[str], link_command: list[str], link: list[str
     _delete_stale(path.parent)
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=path.parent) as folder:
         part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
-        _run([*compile_command, "-c", str(_HERE / _SOURCE), "-o", str(part)])
+        _run([*compile_command, "-o", str(part)])
         _run([*link_command, str(part), *link, "-o", str(whole)])
         os.replace(whole, path)
 

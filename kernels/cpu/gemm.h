@@ -76,6 +76,7 @@ static void product_columns(const Product& p, int64_t rows, int64_t column) {
     int64_t row = 0;
     for (; row + 6 <= rows; row += 6) product_tile<6, VECTORS>(p, row, column);
     for (; row + 4 <= rows; row += 4) product_tile<4, VECTORS>(p, row, column);
+    for (; row + 2 <= rows; row += 2) product_tile<2, VECTORS>(p, row, column);
     for (; row < rows; row++) product_tile<1, VECTORS>(p, row, column);
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import call
+from .library import call, pointers
 
 ACTIVATIONS = ("Identity", "LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh", "Softplus")  # as the C++ enum
 # Between two calls, Ctrl-C is heard: a call has about this many multiply-adds a thread, a few tenths of a second.
@@ -67,8 +67,8 @@ def mlp_sampler(
     count = len(weights)
     network = (
         count,
-        _pointers(weights),
-        _pointers(biases),
+        pointers(weights),
+        pointers(biases),
         (ctypes.c_int64 * (count + 1))(*packed.widths),
         (ctypes.c_int32 * max(1, count - 1))(*packed.activations),
     )
@@ -78,7 +78,3 @@ def mlp_sampler(
     for first in range(0, batch, blocks * _BLOCK):
         part = (first, min(first + blocks * _BLOCK, batch), batch)
         call("mlp_sampler", *network, table, len(table), keys, x_init, limit, *part, every, states, out)
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(None if each is None else each.data_ptr() for each in tensors))

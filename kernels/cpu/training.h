@@ -23,8 +23,7 @@ struct Data {
     int64_t rows, size;
     float scale, shift;
 
-    void read(int64_t sample, int64_t first_element, int64_t count, float* to) const {
-        const int64_t row = index ? index[sample] : sample;
+    void read_row(int64_t row, int64_t first_element, int64_t count, float* to) const {
         if (row < 0 || row >= rows) return std::fill(to, to + count, std::numeric_limits<float>::quiet_NaN());
         const int64_t start = row * size + first_element;
         if (bytes)
@@ -34,8 +33,10 @@ struct Data {
     }
 
     void read(const Part& part, float* to) const {
-        for (int64_t i = 0; i < part.samples; i++)
-            read(part.first_sample + i, part.first_element, part.elements, to + i * part.elements);
+        for (int64_t i = 0; i < part.samples; i++) {
+            const int64_t sample = part.first_sample + i;
+            read_row(index ? index[sample] : sample, part.first_element, part.elements, to + i * part.elements);
+        }
     }
 };
 

@@ -1,0 +1,89 @@
+"""Training steps of an MLP score network: forward, backward, Adam and the moving average, dozens in a call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dsm_loss import PREDICTIONS, WEIGHTINGS
+from .library import call, pointers
+from .mlp_sampler import ACTIVATIONS
+
+
+class Parameters(NamedTuple):
+    """Tensors of an MLP's parameters: weight ``[out, in]`` and bias ``[out]`` or None of each layer, in order.
+
+    All are contiguous fp32. ``average`` and ``square`` are Adam's of the gradient and its square.
+    """
+
+    weights: Sequence[Tensor | None]
+    average: Sequence[Tensor | None]
+    square: Sequence[Tensor | None]
+    moving: Sequence[Tensor | None] | None
+
+
+def mlp_training(
+    parameters: Parameters,
+    activations: Sequence[str],
+    x_0: Tensor,
+    keys: Tensor,
+    beta_min: float,
+    beta_max: float,
+    *,
+    scale: float,
+    shift: float,
+    t_min: float,
+    prediction: str,
+    weighting: str,
+    betas: tuple[float, float],
+    epsilon: float,
+    first: int,
+    taken: int,
+    rates: Tensor,
+) -> Tensor:
+    """Takes steps in place and returns their losses, fp32 ``[count]``.
+
+    Args:
+        activations: the one after each layer but the last.
+        x_0: the data, contiguous uint8 or fp32 ``[N, d]``, N at least 1.
+        keys: int64 ``[B, 2]``, of the places in the batch.
+        betas, epsilon: Adam's.
+        first: the number of the first step, which its random numbers depend on.
+        taken: how many steps Adam has taken before.
+        rates: contiguous fp32 ``[count, 2]``, of each step the learning rate and 1 - the decay of the moving average.
+    """
+    weights = parameters.weights[::2]
+    widths = [weight.shape[1] for weight in weights if weight is not None] + [x_0[0].numel()]
+    codes = [ACTIVATIONS.index(name) for name in activations]
+    losses = torch.empty(len(rates))
+    call(
+        "mlp_training",
+        len(weights),
+        (ctypes.c_int64 * len(widths))(*widths),
+        (ctypes.c_int32 * max(1, len(codes)))(*codes),
+        *(None if each is None else pointers(each) for each in parameters),
+        x_0,
+        x_0.dtype == torch.uint8,
+        len(x_0),
+        scale,
+        shift,
+        keys,
+        len(keys),
+        t_min,
+        beta_min,
+        beta_max,
+        PREDICTIONS.index(prediction),
+        WEIGHTINGS.index(weighting),
+        *betas,
+        epsilon,
+        first,
+        len(rates),
+        taken,
+        rates,
+        losses,
+    )
+    return losses
