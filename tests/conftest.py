@@ -20,6 +20,7 @@ def _define_interpreted_kernels() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         kernels = importlib.import_module("fastsde.kernels")
+        importlib.import_module("torch._inductor.utils")  # which looks at Triton, and must see it as it will be
         for module in pkgutil.iter_modules(kernels.__path__, "fastsde.kernels."):
             importlib.import_module(module.name)
 

@@ -103,7 +103,7 @@ def test_the_batch_is_measured_once_for_a_model(monkeypatch: pytest.MonkeyPatch)
     model, seen = MLP(), []
     expected = fastsde.sample(model, (100, 2), steps=3)
     for _ in range(2):
-        sampler = Sampler(model, (2,), steps=3, max_batch="auto")
+        sampler = Sampler(model, (2,), steps=3, max_batch="auto", backend="eager")
         x = sampler(100, callback=lambda row, time, x: seen.append(len(x)))
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
     assert searches == [100]

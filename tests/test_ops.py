@@ -115,13 +115,13 @@ def test_history_is_not_needed_where_c_is_zero() -> None:
         ("meta", "1", True, False),
     ],
 )
-def test_kernels_run_on_the_cpu_in_the_interpreter_alone(
+def test_triton_runs_on_the_cpu_in_the_interpreter_alone(
     monkeypatch: pytest.MonkeyPatch, device: str, interpret: str | None, triton: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(ops.dispatch, "_HAS_TRITON", triton)
     if interpret is not None:
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    assert ops.has_kernels(torch.device(device)) is expected
+    assert ops.has_triton(torch.device(device)) is expected
 
 
 # mlp_sampler --------------------------------------------------------------------------------------------------------

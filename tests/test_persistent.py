@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastsde
-from fastsde import Sampler, checkpoints
+from fastsde import Sampler, checkpoints, ops
 from fastsde.engines import choose, unavailable_reason
 from fastsde.models import MLP, ConcatTime, UNet
 
@@ -33,10 +33,11 @@ def _hooked() -> nn.Module:
     return model
 
 
-def test_without_kernels_the_reason_is_said_and_auto_takes_another() -> None:
+def test_without_kernels_the_reason_is_said_and_auto_takes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.dispatch, "has_native", lambda device: False)
     reason = unavailable_reason("persistent", CPU)
     assert reason is not None
-    assert "needs Triton and a CUDA GPU, got device cpu; use 'eager'" in reason
+    assert "needs Triton and a CUDA GPU, or the CPU and a C++ compiler, got device cpu; use 'eager'" in reason
     assert choose("auto", CPU, torch.float32) == "eager"
     assert Sampler(MLP(), (2,)).backend == "eager"
     assert repr(Sampler(MLP(), (2,), steps=7)) == "Sampler(MLP, (2,), 7 rows, backend='eager', device='cpu')"

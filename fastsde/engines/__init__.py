@@ -67,7 +67,8 @@ def unavailable_reason(
         return f"backend {backend!r} {_TOGETHER[backend]}, without {missing}; use 'eager' or 'reference'"
     if backend == "persistent" and network is not None:
         reason = persistent.unavailable_reason(network, sample_shape, device)
-        return None if reason is None else f"backend 'persistent': {reason}; use 'graph' or 'eager'"
+        others = "'graph' or 'eager'" if device.type == "cuda" else "'eager' or 'reference'"
+        return None if reason is None else f"backend 'persistent': {reason}; use {others}"
     return None
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "has_kernels", "has_native", "has_triton", "kernel", "needs_grad"]
+__all__ = ["constant", "contiguous", "has_kernels", "has_native", "has_triton", "kernel", "needs_grad"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def constant(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which would import the compiler, and Triton with it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def has_triton(device: torch.device) -> bool:
@@ -24,7 +33,7 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_native(device: torch.device) -> bool:
     """Whether the native kernels run on a device: the CPU, where a compiler has been found and Triton's interpreter is
     off. The first question compiles them, which takes about two seconds, unless an earlier process has done so.

@@ -74,7 +74,7 @@ def _mlp_sampler(
 ) -> tuple[Tensor, Tensor]:
     module = kernel("mlp_sampler", keys.device)
     dtype = torch.bfloat16 if precision == "bf16" and keys.is_cuda else torch.float32
-    packed = module.Packed(list(zip(weights, biases, strict=True)), activations.split(","), dtype)
+    packed = module.Packed(list(zip(weights, biases, strict=True)), activations.split(",") if activations else [], dtype)
     out, kept = _mlp_sampler_outputs(weights, keys, states)
     x_init, table, keys = contiguous(x_init, table, keys)
     known = {"has_noise": has_noise, "has_history": has_history, "uses_data": uses_data, "precision": precision}
@@ -111,15 +111,9 @@ def _perturb(
 ) -> tuple[Tensor, Tensor]:
     x_t, t_out = _perturb_outputs(x_0, index, dtype)
     x_0, keys, index, t, z = contiguous(x_0, keys, index, t, z)
-    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min}
-    given |= _counter(counter)
+    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min, "counter": counter}
     kernel("perturb", x_0.device).perturb(x_0, keys, step, beta_min, beta_max, out=x_t, t_out=t_out, **given)
     return x_t, t_out
-
-
-def _counter(counter: Tensor | None) -> dict[str, Any]:
-    """The argument of a kernel that has one; the native kernels have none."""
-    return {} if counter is None else {"counter": counter}
 
 
 def _perturb_outputs(x_0: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -197,7 +191,7 @@ def _launch_dsm_loss(
 ) -> Tensor:
     grad, f, x_0, t, keys, index, z = contiguous(grad, f, x_0, t, keys, index, z)
     given = {"index": index, "scale": scale, "shift": shift, "z": z, "prediction": prediction, "weighting": weighting}
-    given |= _counter(counter)
+    given["counter"] = counter
     kernel("dsm_loss", f.device).dsm_loss(f, x_0, t, keys, step, beta_min, beta_max, grad=grad, out=out, **given)
     return out
 

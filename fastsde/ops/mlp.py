@@ -13,7 +13,7 @@ from ..models.mlp import MLP, ConcatTime, linear_layers
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_tensor
 from . import library  # noqa: F401 (registers the operations)
-from .dispatch import contiguous, has_kernels, has_native, kernel
+from .dispatch import constant, contiguous, has_kernels, has_native, kernel
 from .step import device_table
 
 __all__ = ["PRECISIONS", "launch_mlp_sampler", "mlp_limits", "mlp_sampler", "pack_mlp"]
@@ -67,6 +67,7 @@ def launch_mlp_sampler(
     return out
 
 
+@constant
 def _terms(table: StepTable) -> list[bool]:
     """Whether a row of a table has noise, history, and D."""
     return [bool((column != 0).any()) for column in (table.d, table.c, table.e)]

@@ -14,7 +14,7 @@ from ..reference import non_finite
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_number, check_tensor
 from . import library  # noqa: F401 (registers the operations)
-from .dispatch import contiguous, has_kernels, kernel, needs_grad
+from .dispatch import constant, contiguous, has_kernels, kernel, needs_grad
 
 __all__ = [
     "check_status",
@@ -30,7 +30,7 @@ __all__ = [
 _device_tables: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def device_table(table: StepTable, device: torch.device) -> Tensor:
     """The table as the kernels read it, fp32 ``[K, 8]`` on the device; made once."""
     copies = _device_tables.setdefault(table, {})
@@ -38,6 +38,11 @@ def device_table(table: StepTable, device: torch.device) -> Tensor:
         columns = torch.stack([getattr(table, name) for name in StepTable.columns()], dim=1)
         copies[device] = columns.to(device, torch.float32)
     return copies[device]
+
+
+@constant
+def _row(table: StepTable, row: int) -> dict[str, float]:
+    return table.row(row)
 
 
 def fused_step(
@@ -186,18 +191,18 @@ def solver_step(
     for name, value in options.items():
         if value is not None:
             options[name] = check_tensor(name, value, shape=x.shape, device=x.device, floating=True).to(x.dtype)
-    if z is None and table.d[row] != 0:
+    k = _row(table, row)
+    if z is None and k["d"] != 0:
         if keys is None:
-            raise ValueError(f"z or keys must be given for row {row}, where d is {table.d[row]:g}, got neither")
+            raise ValueError(f"z or keys must be given for row {row}, where d is {k['d']:g}, got neither")
         keys = check_keys(keys, len(x), x.device)
-    if history is None and table.c[row] != 0:
-        raise ValueError(f"history must be given for row {row}, where c is {table.c[row]:g}, got None")
+    if history is None and k["c"] != 0:
+        raise ValueError(f"history must be given for row {row}, where c is {k['c']:g}, got None")
     if (f_uncond is None) != (guidance is None):
         raise ValueError("f_uncond and guidance go together: give both or neither")
     if guidance is not None:
         check_number("guidance", guidance)
     if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(x, f, *options.values()):
-        k = table.row(row)
         columns = device_table(table, x.device)
         given = (options["history"] if k["c"] else None, options["z"] if k["d"] else None, keys if k["d"] else None)
         guided = (options["f_uncond"], guidance)

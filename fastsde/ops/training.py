@@ -11,7 +11,7 @@ from ..sde import VPSDE
 from ..solvers import PREDICTIONS
 from ..validation import check_instance, check_int, check_keys, check_number, check_tensor
 from . import library  # noqa: F401 (registers the operations)
-from .dispatch import has_kernels, has_triton, needs_grad
+from .dispatch import has_kernels, needs_grad
 
 __all__ = ["dsm_loss", "perturb"]
 
@@ -54,18 +54,17 @@ def _check_data(
         raise ValueError("keys must be given unless t and z both are, got None")
 
 
-def _kernel_takes(x_0: Tensor, t: Tensor | None, z: Tensor | None, counter: Tensor | None) -> bool:
+def _kernel_takes(x_0: Tensor, t: Tensor | None, z: Tensor | None) -> bool:
     """Whether the training kernels run on these: their arithmetic is that of the reference for uint8 and fp32 alone."""
     dtypes = [each.dtype for each in (t, z) if each is not None]
     if x_0.dtype not in (torch.uint8, torch.float32) or any(dtype != torch.float32 for dtype in dtypes):
         return False
-    runs = has_kernels(x_0.device) if counter is None else has_triton(x_0.device)
-    return runs and not needs_grad(x_0, t, z)
+    return has_kernels(x_0.device) and not needs_grad(x_0, t, z)
 
 
 def _refuse_counter(counter: Tensor | None) -> None:
     if counter is not None:
-        raise ValueError("counter must be None where no Triton kernel runs (fp32 or uint8 data on a CUDA GPU)")
+        raise ValueError("counter must be None where no kernel runs (they take fp32 or uint8 data)")
 
 
 def perturb(
@@ -86,14 +85,14 @@ def perturb(
     """`fastsde.reference.perturb`. Raises as `solver_step` does.
 
     Args:
-        counter: int64, one element on the device, that is added to the step where a Triton kernel runs, and only there.
+        counter: int64, one element on the device, that is added to the step where a kernel runs, and only there.
     """
     _check_data(x_0, keys, step, sde, index, t, z, counter)
     check_number("scale", scale), check_number("shift", shift)
     check_number("t_min", t_min, "in (0, 1)", lambda t: 0 < t < 1)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-    if dtype != torch.float64 and _kernel_takes(x_0, t, z, counter):
+    if dtype != torch.float64 and _kernel_takes(x_0, t, z):
         dtype = torch.float32 if dtype is None else dtype
         numbers = (sde.beta_min, sde.beta_max, float(scale), float(shift), t_min)
         given = (x_0, keys, index, t, z, counter)
@@ -131,7 +130,7 @@ def dsm_loss(
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     check_tensor("f", f, shape=(len(t), *x_0.shape[1:]), device=x_0.device, floating=True)
-    if f.dtype != torch.float64 and f.numel() and _kernel_takes(x_0, t, z, counter):
+    if f.dtype != torch.float64 and f.numel() and _kernel_takes(x_0, t, z):
         numbers = (sde.beta_min, sde.beta_max, float(scale), float(shift))
         given = (f, x_0, t, keys, index, z, counter)
         loss: Tensor = torch.ops.fastsde.dsm_loss(*given, step, *numbers, prediction, weighting)

@@ -26,6 +26,7 @@ def dsm_loss(
     z: Tensor | None = None,
     prediction: str = "score",
     weighting: str = "sigma2",
+    counter: Tensor | None = None,
     grad: Tensor | None = None,
     out: Tensor,
 ) -> None:
@@ -33,12 +34,13 @@ def dsm_loss(
 
     Args:
         f: contiguous fp32, bf16 or fp16 ``[B, *shape]``, not empty.
-        x_0, index, scale, shift, keys, step, z: as for `perturb`.
+        x_0, index, scale, shift, keys, step, counter, z: as for `perturb`.
         t: fp32 ``[B]``.
         grad: fp32 ``[]``.
         out: with ``grad``, shaped like ``f``.
     """
     gradient = None if grad is None else torch.empty_like(f, dtype=torch.float32)
+    step += 0 if counter is None else int(counter)
     kinds = (PREDICTIONS.index(prediction), WEIGHTINGS.index(weighting))
     loss = call(
         "dsm_loss",

@@ -17,6 +17,7 @@ _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": cty
 # Of each kernel: what it returns (or -), and its arguments but for the last, the number of threads.
 _SIGNATURES = {
     "normal": "- p l l l l p",
+    "bits": "- p l l l l p",
     "solver_step": "l p p p p p p p l f f l l p p",
     "perturb": "- p i p l p p p l f f f f f l l p p",
     "dsm_loss": "f p p i p l p p p l f f f f i i l l p p",

@@ -56,7 +56,7 @@ static inline void for_parts(const Parts& parts, int threads, Body body) {
 
 // The part's normals, to ``to`` [samples, elements].
 static inline void draw_normals(const int64_t* keys, uint64_t draw, const Part& part, int64_t samples, float* to) {
-    if (part.elements < 2 * LANES) {
+    if (part.first_element == 0 && part.elements < 2 * LANES) {
         for (int64_t first = 0; first < part.samples; first += LANES) {
             const Keys lanes = Keys::load(keys, part.first_sample + first, samples);
             const int64_t here = std::min<int64_t>(LANES, part.samples - first);

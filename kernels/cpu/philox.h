@@ -77,18 +77,27 @@ struct Keys {
     }
 };
 
-// The first ``count`` of the normals 4 j to 4 j + 3 of LANES samples, where ``draw`` is the draw's offset plus j: to[i]
-// holds the i-th of each.
-static inline void normals_across(const Keys& keys, uint64_t draw, int64_t count, Floats to[4]) {
+// The four words of LANES samples' blocks, where ``draw`` is the draw's offset plus the block: words[i] holds the i-th
+// of each.
+static inline void words_across(const Keys& keys, uint64_t draw, Words words[4]) {
     const Block a = philox(keys.seed[0], keys.offset[0] + draw), b = philox(keys.seed[1], keys.offset[1] + draw);
-    box_muller(halves(a.w0, b.w0), halves(a.w1, b.w1), to[0], to[1]);
-    if (count > 2) box_muller(halves(a.w2, b.w2), halves(a.w3, b.w3), to[2], to[3]);
+    words[0] = halves(a.w0, b.w0), words[1] = halves(a.w1, b.w1);
+    words[2] = halves(a.w2, b.w2), words[3] = halves(a.w3, b.w3);
+}
+
+// The first ``count`` of the four normals of the same.
+static inline void normals_across(const Keys& keys, uint64_t draw, int64_t count, Floats to[4]) {
+    Words words[4];
+    words_across(keys, draw, words);
+    box_muller(words[0], words[1], to[0], to[1]);
+    if (count > 2) box_muller(words[2], words[3], to[2], to[3]);
 }
 
 // The uniform of element 0 of LANES samples.
 static inline Floats uniforms_across(const Keys& keys, uint64_t draw) {
-    const Block a = philox(keys.seed[0], keys.offset[0] + draw), b = philox(keys.seed[1], keys.offset[1] + draw);
-    return __builtin_convertvector(halves(a.w0, b.w0) & 0xFFFFFFu, Floats) * 0x1p-24f;
+    Words words[4];
+    words_across(keys, draw, words);
+    return __builtin_convertvector(words[0] & 0xFFFFFFu, Floats) * 0x1p-24f;
 }
 
 }  // namespace fastsde

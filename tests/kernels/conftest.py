@@ -1,10 +1,15 @@
-"""Kernels run interpreted on the CPU, or compiled on a GPU: Triton decides when it defines one (tests/conftest.py)."""
+"""Where kernels run: Triton's interpreted on the CPU or compiled on a GPU, and the native ones in three builds.
+
+Triton decides when it defines a kernel whether it is interpreted (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +17,55 @@ import torch
 import fastsde
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels run. `fastsde.ops` sends to them there."""
+_TRITON = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The native build is that of the machine's own CPU.
+_NATIVE = {"native": "", "avx2": "-march=x86-64-v3", "baseline": "-march=x86-64"}
+_taken: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # what is loaded and found of a build
+
+
+def _triton_on(where: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     pytest.importorskip("triton")
-    if request.param == "cuda":
+    if where == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled where there is a GPU, not interpreted")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return torch.device("cpu")
+
+
+def _native(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    from fastsde.kernels.cpu import build, library
+
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    if name != "native" and platform.machine() != "x86_64":
+        pytest.skip(f"{name} is a build for x86-64")
+    if name == "avx2" and " avx2 " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX2")
+    outcomes, functions = _taken.setdefault(name, ({}, {}))
+    monkeypatch.setattr(build, "_outcomes", outcomes)
+    monkeypatch.setattr(library, "_functions", functions)
+    monkeypatch.setenv("FASTSDE_CXXFLAGS", _NATIVE[name])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=[*_TRITON, *_NATIVE])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run. `fastsde.ops` sends to them there."""
+    return _native(request.param, monkeypatch) if request.param in _NATIVE else _triton_on(request.param, monkeypatch)
+
+
+@pytest.fixture(params=_TRITON)
+def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where Triton's kernels run."""
+    return _triton_on(request.param, monkeypatch)
+
+
+@pytest.fixture(params=_NATIVE)
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the native kernels run."""
+    return _native(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -15,6 +15,11 @@ from torch import Tensor
 
 kernel = pytest.importorskip("fastsde.kernels.bias_activation")
 
+
+@pytest.fixture
+def device(triton_device: torch.device) -> torch.device:
+    return triton_device
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 EPS = 2.0**-24

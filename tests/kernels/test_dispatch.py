@@ -63,7 +63,7 @@ def _wants_grad(x: Tensor) -> Tensor:
 def test_calls_go_to_the_kernel_that_takes_them(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[..., Any], launches: int
 ) -> None:
-    module = importlib.import_module(f"fastsde.kernels.{name}")
+    module = ops.dispatch.kernel(name, device)
     launcher, launched = getattr(module, name), []
 
     def spy(*args: Any, **options: Any) -> None:
@@ -85,8 +85,13 @@ def test_a_gradient_that_no_kernel_has_is_that_of_the_reference(device: torch.de
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU takes the reference where there is a GPU")
-def test_without_the_interpreter_the_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_without_the_interpreter_the_cpu_takes_native_kernels_or_the_reference(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not native:
+        monkeypatch.setattr(ops.dispatch, "has_native", lambda device: False)
     module = importlib.import_module("fastsde.kernels.solver_step")
     monkeypatch.setattr(module, "solver_step", lambda *args, **options: pytest.fail("the kernel ran"))
     assert _step(torch.randn(3, 5), noise.sample_keys(0, 3)).isfinite().all()

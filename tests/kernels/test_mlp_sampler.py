@@ -13,8 +13,6 @@ import fastsde
 from fastsde import VPSDE, StepTable, checkpoints, noise, ops, reference, solvers
 from fastsde.models import MLP, ConcatTime
 
-kernel = pytest.importorskip("fastsde.kernels.mlp_sampler")
-
 SDE = VPSDE()
 TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 6))
 
@@ -32,19 +30,25 @@ def _tame(model: MLP) -> MLP:
     return model
 
 
+def _kernel(device: torch.device) -> Any:
+    return ops.dispatch.kernel("mlp_sampler", device)
+
+
 def _run(
     model: MLP, n: int, device: torch.device, table: StepTable = TABLE, precision: str = "fp32", **options: Any
 ) -> Tensor:
     linears = [module for module in model.net if isinstance(module, nn.Linear)]
     names = [type(module).__name__ for module in model.net if not isinstance(module, nn.Linear)]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    packed = kernel.Packed([(linear.weight.to(device), linear.bias.to(device)) for linear in linears], names, dtype)
+    layers = [(linear.weight.to(device), linear.bias.to(device)) for linear in linears]
+    packed = _kernel(device).Packed(layers, names, dtype)
     out = torch.full((n, math.prod(model.shape)), math.nan, device=device)
     keys = noise.sample_keys(3, n, device=device)
     switches = {"has_noise": "d", "has_history": "c", "uses_data": "e"}
     used = {name: bool((getattr(table, column) != 0).any()) for name, column in switches.items()}
     on_device = ops.device_table(table, device)
-    kernel.mlp_sampler(packed, on_device, keys, clip=table.clip, precision=precision, out=out, **used, **options)
+    options |= {"clip": table.clip, "precision": precision, **used}
+    _kernel(device).mlp_sampler(packed, on_device, keys, out=out, **options)
     return out.cpu()
 
 
@@ -71,10 +75,10 @@ def test_every_width_depth_and_dimension(device: torch.device, dim: int, hidden:
 def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int) -> None:
     model = _tame(MLP(2, (16,)))
     linears = [(linear.weight.to(device), linear.bias.to(device)) for linear in (model.net[0], model.net[2])]
-    packed = kernel.Packed(linears, ["LogSigmoid"], torch.float32)
+    packed = _kernel(device).Packed(linears, ["LogSigmoid"], torch.float32)
     guarded = torch.full((n + 2, 2), math.nan, device=device)
     keys = noise.sample_keys(3, n, device=device)
-    kernel.mlp_sampler(packed, ops.device_table(TABLE, device), keys, out=guarded[1 : n + 1])
+    _kernel(device).mlp_sampler(packed, ops.device_table(TABLE, device), keys, out=guarded[1 : n + 1])
     assert guarded[0].isnan().all()
     assert guarded[-1].isnan().all()
     _assert_close(guarded[1 : n + 1].cpu(), _expected(model, n))
@@ -113,10 +117,10 @@ def test_states_and_an_initial_state(device: torch.device, every: int) -> None:
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("hidden", [(64, 64, 64), (128,)])
 def test_lower_precisions_are_as_close_as_their_products(
-    device: torch.device, precision: str, hidden: tuple[int, ...]
+    triton_device: torch.device, precision: str, hidden: tuple[int, ...]
 ) -> None:
     model = _tame(MLP(2, hidden))
-    error = (_run(model, 40, device, precision=precision) - _expected(model, 40)).abs().max()
+    error = (_run(model, 40, triton_device, precision=precision) - _expected(model, 40)).abs().max()
     # A product's operands are rounded to 8 or 11 bits (the interpreter truncates to bf16); |f| is of order 1, and
     # the five rows weigh it by beta h, at most 4 each.
     assert error <= 5 * 4 * 4 * {"bf16": 2**-7, "tf32": 2**-10}[precision] * 0.5
@@ -126,10 +130,10 @@ def test_a_linear_without_bias_and_activations_between(device: torch.device) -> 
     net = nn.Sequential(nn.Linear(4, 32, bias=False), nn.Tanh(), nn.Linear(32, 3, bias=False))
     with torch.no_grad():
         net[2].weight.mul_(0.05)
-    packed = kernel.Packed([(net[i].weight.to(device), None) for i in (0, 2)], ["Tanh"], torch.float32)
+    packed = _kernel(device).Packed([(net[i].weight.to(device), None) for i in (0, 2)], ["Tanh"], torch.float32)
     out = torch.full((6, 3), math.nan, device=device)
     keys = noise.sample_keys(3, 6)
-    kernel.mlp_sampler(packed, ops.device_table(TABLE, device), keys.to(device), out=out)
+    _kernel(device).mlp_sampler(packed, ops.device_table(TABLE, device), keys.to(device), out=out)
     with torch.no_grad():
         expected = reference.sample(ConcatTime(net), (6, 3), TABLE, keys)
     _assert_close(out.cpu(), expected)
@@ -143,19 +147,17 @@ def test_the_shipped_swiss_roll_over_999_rows(device: torch.device) -> None:
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dim", [2, 65])
+@pytest.mark.parametrize("fits", [True, False])
 def test_the_operation_takes_the_kernel_where_it_fits(
-    device: torch.device, dim: int, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches = []
-    launch = ops.launch_mlp_sampler
-    monkeypatch.setattr(
-        ops.mlp, "launch_mlp_sampler", lambda *args, **given: launches.append(1) or launch(*args, **given)
-    )
+    launches, kernel, dim = [], _kernel(device), 2 if fits else ops.mlp_limits(device)[0] + 1
+    launch = kernel.mlp_sampler
+    monkeypatch.setattr(kernel, "mlp_sampler", lambda *args, **given: launches.append(1) or launch(*args, **given))
     model = _tame(MLP(dim, (16,)))
     expected = _expected(model, 5)
     keys = noise.sample_keys(3, 5, device=device)
     ours, states = ops.mlp_sampler(model.to(device).net, TABLE, keys, every=5)
-    assert len(launches) == (dim == 2)
+    assert len(launches) == fits
     _assert_close(ours.cpu(), expected)
     assert torch.equal(states[-1], ours)

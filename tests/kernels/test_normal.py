@@ -7,8 +7,6 @@ import torch
 
 from fastsde import noise, ops
 
-kernel = pytest.importorskip("fastsde.kernels.normal")
-
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference
 
-kernel = pytest.importorskip("fastsde.kernels.perturb")
-
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 SDE = VPSDE()
@@ -100,7 +98,7 @@ def _assert_times(ours: Tensor, inputs: dict[str, Any], t_min: float = 1e-4) -> 
 
 def _launch(inputs: dict[str, Any], **outputs: Tensor) -> None:
     given = {name: value for name, value in inputs.items() if name not in ("x_0", "keys", "step")}
-    kernel.perturb(
+    ops.dispatch.kernel("perturb", inputs["x_0"].device).perturb(
         inputs["x_0"], inputs["keys"], inputs["step"], SDE.beta_min, SDE.beta_max, **given, t_min=1e-4, **outputs
     )
 
@@ -188,6 +186,7 @@ def test_a_row_that_the_data_have_not_is_nan_and_never_read(device: torch.device
     data, index = torch.randint(256, (7, 5)).byte().to(device), torch.tensor([3, bad, 0], device=device)
     out, t_out = torch.zeros(3, 5, device=device), torch.zeros(3, device=device)
     keys = noise.sample_keys(0, 3, device=device)
-    kernel.perturb(data, keys, 0, 0.1, 20.0, index=index, out=out, t_out=t_out)
+    perturb = ops.dispatch.kernel("perturb", device).perturb
+    perturb(data, keys, 0, 0.1, 20.0, index=index, out=out, t_out=t_out)
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()

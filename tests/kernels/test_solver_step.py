@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,8 @@ import torch
 from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference, solvers
+from fastsde.kernels import status
 from fastsde.solvers import StepTable
-
-kernel = pytest.importorskip("fastsde.kernels.solver_step")
-status = pytest.importorskip("fastsde.kernels.status")
-tile = pytest.importorskip("fastsde.kernels.tile")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -108,7 +106,7 @@ def _launch(table: StepTable, row: int, inputs: dict[str, Any], **outputs: Any) 
     x = inputs["x"]
     given = {name: value for name, value in inputs.items() if name not in ("x", "f")}
     uses_data = float(table.e[row]) != 0
-    kernel.solver_step(
+    ops.dispatch.kernel("solver_step", x.device).solver_step(
         x,
         inputs["f"],
         ops.device_table(table, x.device),
@@ -155,8 +153,11 @@ def test_a_sample_of_more_than_2_16_elements(device: torch.device, case: Case) -
 
 
 @pytest.mark.parametrize("case", [CASES["noise"], CASES["everything"]], ids=["noise", "everything"])
-def test_a_grid_with_its_axes_exchanged(device: torch.device, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    table, inputs = case.table(), _inputs(case, (3, 4099), device)
+def test_a_grid_with_its_axes_exchanged(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    tile = importlib.import_module("fastsde.kernels.tile")
+    table, inputs = case.table(), _inputs(case, (3, 4099), triton_device)
     outputs = [torch.full_like(inputs["x"], NAN) for _ in range(2)]
     _launch(table, 0, inputs, out=outputs[0])
     monkeypatch.setattr(tile, "_GRID_AXIS_1", 1)  # instead of samples of 2^27 elements
@@ -250,8 +251,11 @@ def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("batch", "shape"), [(300, (63,)), (2, (5000,))], ids=str)
 @pytest.mark.parametrize("case", [CASES["noise"], CASES["everything"]], ids=["noise", "everything"])
-def test_a_counter_walks_the_table(device: torch.device, case: Case, batch: int, shape: tuple[int, ...]) -> None:
-    rows = 3
+def test_a_counter_walks_the_table(
+    triton_device: torch.device, case: Case, batch: int, shape: tuple[int, ...]
+) -> None:
+    rows, device = 3, triton_device
+    kernel = importlib.import_module("fastsde.kernels.solver_step")
     table, inputs = case.table(rows), _inputs(case, (batch, *shape), device)
     slots = kernel.counter_slots(batch, inputs["x"][0].numel())
     assert slots > 1
@@ -274,8 +278,9 @@ def test_a_counter_walks_the_table(device: torch.device, case: Case, batch: int,
     assert time[batch:].isnan().all()
 
 
-def test_a_row_is_added_to_the_counter(device: torch.device) -> None:
-    case = CASES["noise"]
+def test_a_row_is_added_to_the_counter(triton_device: torch.device) -> None:
+    kernel = importlib.import_module("fastsde.kernels.solver_step")
+    case, device = CASES["noise"], triton_device
     table, inputs = case.table(5), _inputs(case, (3, 5), device)
     outputs = [torch.full_like(inputs["x"], NAN) for _ in range(2)]
     counter = torch.full((kernel.counter_slots(3, 5),), 2, device=device)

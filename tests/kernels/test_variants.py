@@ -94,6 +94,9 @@ def _compile_only() -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from fastsde.ops import dispatch
+
+    dispatch.has_triton = lambda device: True  # these tensors are on the CPU
     run = JITFunction.run
     driver.set_active(_Driver())
     JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)

@@ -39,7 +39,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled where there is a GPU, not interpreted")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.has_kernels(torch.device("cpu")) == (request.param == "kernel")
+    assert ops.has_triton(torch.device("cpu")) == (request.param == "kernel")
     return str(request.param)
 
 
@@ -449,7 +449,7 @@ def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: s
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     unet = build(name, dtype).cuda()
-    assert ops.has_kernels(torch.device("cuda"))
+    assert ops.has_triton(torch.device("cuda"))
     x, t = (value.cuda() for value in inputs(unet, 5, dtype))
     with torch.no_grad(), fp32_products(torch.backends.cudnn.conv, "ieee"):
         form = unet.optimize()

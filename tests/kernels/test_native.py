@@ -1,0 +1,236 @@
+"""What is the native kernels' own: exact words, independence of the number of threads, the GIL, and no bad access."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsde
+from fastsde import VPSDE, noise, ops, solvers
+from fastsde.models import MLP
+
+SDE = VPSDE()
+TABLE = solvers.build("ddpm", SDE, 6, prediction="eps", clip=2.0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _bits(keys: Tensor, step: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+    bits: Tensor = ops.dispatch.kernel("normal", keys.device).bits(keys, step, stream, shape)
+    return bits
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("stream", [0, 3, 15])
+@pytest.mark.parametrize("step", [0, 1, 2**28 - 1])
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 63), (63, 2), (17, 5), (16, 1000), (0, 3), (3, 0), (1, 2**16 + 17)])
+def test_words_are_exactly_those_of_the_contract(n: int, size: int, step: int, stream: int) -> None:
+    low, high = -(2**63), 2**63 - 1
+    keys = torch.randint(low, high, (n, 2))
+    keys[: n // 2, 1] = -1 - torch.arange(n // 2)  # offsets that wrap
+    assert torch.equal(_bits(keys, step, stream, (size,)), noise.bits(keys, step, (size,), stream))
+
+
+@pytest.mark.usefixtures("native")
+def test_the_published_known_answer() -> None:
+    # Random123, kat_vectors: philox4x32 10, counter and key of zeros.
+    words = _bits(torch.zeros(1, 2, dtype=torch.int64), 0, 0, (4,))
+    assert [f"{word:08x}" for word in words[0].tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+def _results(batch: int, size: int) -> list[Tensor]:
+    """Of every operation but training, on inputs that depend on the shape alone."""
+    generator = torch.Generator().manual_seed(batch * size)
+    x, f, z = torch.randn(3, batch, size, generator=generator)
+    keys, t = noise.sample_keys(1, batch), torch.rand(batch, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = MLP(size, (20,)) if size <= 100 else None
+    results = [ops.normal(keys, 3, (size,)), *ops.solver_step(x, f, TABLE, 1, keys=keys, history=z)]
+    results += ops.perturb(x, keys, 4, SDE)
+    f.requires_grad_()
+    loss = ops.dsm_loss(f, x, t, keys, 5, SDE, prediction="v")
+    results += [loss.detach(), *torch.autograd.grad(loss, f)]
+    if model is not None:
+        results += ops.mlp_sampler(model, TABLE, keys, every=2)
+    return results
+
+
+@pytest.mark.usefixtures("native", "threads")
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (300, 2), (63, 100), (2, 10_007), (5000, 3)])
+def test_results_do_not_depend_on_the_number_of_threads(batch: int, size: int) -> None:
+    torch.set_num_threads(1)
+    alone = _results(batch, size)
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        for ours, theirs in zip(_results(batch, size), alone, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    model = MLP(3, (33, 20), "SiLU")
+    keys = noise.sample_keys(1, 200)
+    whole = ops.mlp_sampler(model, TABLE, keys)
+    assert isinstance(whole, Tensor)
+    for first, end in ((0, 1), (5, 70), (64, 128), (199, 200)):
+        assert torch.equal(ops.mlp_sampler(model, TABLE, keys[first:end]), whole[first:end])
+
+
+@pytest.mark.usefixtures("native")
+def test_a_call_in_pieces_is_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, keys = MLP(2, (16,)), noise.sample_keys(1, 1000)
+    whole, states = ops.mlp_sampler(model, TABLE, keys, every=2)
+    monkeypatch.setattr(ops.dispatch.kernel("mlp_sampler", keys.device), "_PRODUCTS", 1.0)
+    pieces, kept = ops.mlp_sampler(model, TABLE, keys, every=2)
+    assert torch.equal(pieces, whole)
+    assert torch.equal(kept, states)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("activation", ["LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "Softplus"])
+@pytest.mark.parametrize(("layer", "value"), [(0, torch.nan), (-1, torch.nan), (-1, torch.inf)])
+def test_what_is_not_finite_in_a_network_is_reported(activation: str, layer: int, value: float) -> None:
+    model = MLP(2, (16, 16), activation)
+    with torch.no_grad():
+        model.net[layer].bias[1] = value
+    with pytest.raises(fastsde.NonFiniteError, match="row 0, at time 1"):
+        fastsde.sample(model, (70, 2), steps=5, backend="persistent")
+
+
+@pytest.mark.usefixtures("native", "threads")
+def test_other_threads_run_meanwhile() -> None:
+    torch.set_num_threads(1)
+    model, done, count = MLP(), threading.Event(), 0
+
+    def run() -> None:
+        fastsde.sample(model, (2000, 2), backend="persistent")
+        done.set()
+
+    fastsde.sample(model, (1, 2), backend="persistent")
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not done.is_set():
+        count += 1
+        done.wait(0.001)
+    thread.join()
+    assert count > 5
+
+
+@pytest.mark.usefixtures("native")
+def test_two_samplers_at_once() -> None:
+    model = MLP()
+    expected = fastsde.sample(model, (500, 2), steps=50, backend="persistent")
+    found: list[Tensor] = []
+
+    def run() -> None:
+        found.append(fastsde.sample(model, (500, 2), steps=50, backend="persistent"))
+
+    workers = [threading.Thread(target=run) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4
+    assert all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.usefixtures("native")
+def test_torch_library_knows_step_draw_and_trajectory() -> None:
+    keys, x = noise.sample_keys(0, 3), torch.randn(3, 5)
+    table = ops.device_table(TABLE, x.device)
+    torch.library.opcheck(torch.ops.fastsde.normal.default, (keys, 3, 0, [5]))
+    step = (x, x.bfloat16(), table, 2, None, None, keys, None, None, 1.0, True)
+    torch.library.opcheck(torch.ops.fastsde.solver_step.default, step)
+    layers = [torch.randn(8, 6), torch.randn(5, 8)], [torch.randn(8), None]
+    trajectory = (*layers, "Tanh", table, keys, x, None, True, False, True, "fp32", 2, 4)
+    torch.library.opcheck(torch.ops.fastsde.mlp_sampler.default, trajectory)
+
+
+@pytest.mark.usefixtures("native")
+def test_torch_compile_takes_each_operation_whole() -> None:
+    keys, x, model = noise.sample_keys(0, 3), torch.randn(3, 2), MLP(2, (8,))
+
+    def run(x: Tensor, keys: Tensor) -> Tensor:
+        start = ops.normal(keys, 0, (2,)) + x
+        after, _ = ops.solver_step(start, start, TABLE, 0, keys=keys)
+        result: Tensor = ops.mlp_sampler(model, TABLE, keys, x_init=after) * 2
+        return result
+
+    expected = run(x, keys)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, keys), expected)
+    torch._dynamo.reset()
+
+
+# A run of every kernel on odd sizes, of tensors that end where their memory does.
+_EVERYTHING = """
+import torch
+from fastsde import VPSDE, noise, ops, solvers
+from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
+from fastsde.models import MLP
+from fastsde.models.mlp import linear_layers
+
+torch.set_num_threads(2)
+sde, table = VPSDE(), solvers.build("ddpm", VPSDE(), 3, prediction="eps", clip=1.0)
+for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 17), (0, 5), (3, 0), (17, 31), (5, 33)):
+    keys, x = noise.sample_keys(0, batch), torch.randn(batch, size)
+    pixels, index = torch.zeros(7, size, dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64) + 6
+    ops.normal(keys, 1, (size,))
+    ops.dispatch.kernel("normal", x.device).bits(keys, 1, 0, (size,))
+    for row in range(3):
+        ops.solver_step(x, x, table, row, keys=keys, f_uncond=x, guidance=2.0)
+    ops.solver_step(x, x.half(), table, 0, z=x, history=x)
+    ops.perturb(x, keys, 2, sde)
+    _, t = ops.perturb(pixels, keys, 2, sde, index=index, dtype=torch.bfloat16)
+    f = x.clone().requires_grad_()
+    ops.dsm_loss(f, pixels, t, keys, 2, sde, index=index, prediction="v").backward()
+for dim, hidden, batch in ((1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (20,), 1)):
+    for activation in ("LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "Softplus"):
+        model, keys = MLP(dim, hidden, activation), noise.sample_keys(0, batch)
+        ops.mlp_sampler(model, table, keys, x_init=torch.randn(batch, dim), every=2)
+        linears, activations = linear_layers(model)
+        weights = [each.detach() for linear in linears for each in (linear.weight, linear.bias)]
+        zeros = [[torch.zeros_like(each) for each in weights] for _ in range(3)]
+        options = dict(scale=1.0, shift=0.0, t_min=1e-4, prediction="eps", weighting="sigma2", betas=(0.9, 0.999))
+        options |= dict(epsilon=1e-8, first=0, taken=0, rates=torch.full((3, 2), 1e-3))
+        mlp_training(Parameters(weights, *zeros), activations, torch.randn(9, dim), keys, 0.1, 20.0, **options)
+print("all ran")
+"""
+
+
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path: Path) -> None:
+    from fastsde.kernels.cpu import build
+
+    compiler = build.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    libraries = [
+        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(each).is_absolute() for each in libraries):
+        pytest.skip(f"{compiler[0]} has no sanitizers of GCC's names")
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "FASTSDE_CXXFLAGS": flags,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(Path(fastsde.__file__).parents[1]),
+    }
+    run = subprocess.run([sys.executable, "-c", _EVERYTHING], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip() == "all ran"
