@@ -124,7 +124,7 @@ def build(
     link = [str(runtime)] if runtime is not None else ["-fopenmp"] if openmp else []
     cache = cache_dir()
     path = cache / f"{Path(source).stem}-{_key(compiler, flags, link)}.so"
-    if not _is_whole(path):
+    if not _can_be_loaded(path):
         _compile([*compiler, *flags, "-c", str(_HERE / source)], [*compiler, "-shared", *more], link, path)
     return path
 
@@ -135,6 +135,8 @@ def _compile(compile_command: list[str], link_command: list[str], link: list[str
         part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
         _run([*compile_command, "-o", str(part)])
         _run([*link_command, str(part), *link, "-o", str(whole)])
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(whole, path)
 
 
@@ -142,8 +144,7 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a library is there. A disk that was full when it was written leaves one that cannot be loaded."""
+def _can_be_loaded(path: Path) -> bool:
     if not path.exists():
         return False
     try:

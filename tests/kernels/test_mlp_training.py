@@ -1,0 +1,186 @@
+"""Native training steps of an MLP beside `fastsde.reference.train_step` with PyTorch's Adam."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastsde import VPSDE, checkpoints, noise, reference
+from fastsde.data import Dataset
+from fastsde.engines.training import NativeSteps
+from fastsde.models import MLP
+from fastsde.models.mlp import linear_layers
+from fastsde.reference import WEIGHTINGS
+from fastsde.solvers import PREDICTIONS
+from fastsde.training import TrainConfig, Trainer, default_config
+
+pytestmark = pytest.mark.usefixtures("native")
+
+SDE = VPSDE()
+EPS = 2.0**-24
+ACTIVATIONS = ("LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "Softplus")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _native_gradients(model: nn.Module, data: Tensor, keys: Tensor, step: int, **given: Any) -> tuple[Tensor, list[Any]]:
+    """The loss and the gradients of a step: ten times Adam's average after its first."""
+    from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
+
+    linears, activations = linear_layers(model) or ([], [])
+    weights = [None if each is None else each.detach() for linear in linears for each in (linear.weight, linear.bias)]
+    average, square = ([None if each is None else torch.zeros_like(each) for each in weights] for _ in range(2))
+    options = {"scale": 1.0, "shift": 0.0, "t_min": 1e-4, "prediction": "score", "weighting": "sigma2"} | given
+    options |= {"betas": (0.9, 0.999), "epsilon": 1e-8, "first": step, "taken": 0, "rates": torch.zeros(1, 2)}
+    parameters = Parameters(weights, average, square, None)
+    losses = mlp_training(parameters, activations, data, keys, SDE.beta_min, SDE.beta_max, **options)
+    return losses[0], [10 * each for each in average if each is not None]
+
+
+def _assert_gradients(model: MLP, data: Tensor, batch: int, t_min: float = 1e-4, **given: Any) -> None:
+    """As near to float64 as PyTorch's own fp32 is, which is measured, with the error of the noise beside it."""
+    keys, step = noise.sample_keys(3, batch), 5
+    draws = reference.training_draws(keys, step, len(data), data.shape[1:], t_min)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        network = copy.deepcopy(model).to(dtype)
+        cast = reference.Draws(draws.data_index, draws.t.to(dtype), draws.z.to(dtype))
+        data_in = data.to(dtype) if data.is_floating_point() else data
+        sgd = torch.optim.SGD(network.parameters(), lr=0.0)
+        kinds = {name: given[name] for name in ("prediction", "weighting", "scale", "shift") if name in given}
+        loss = reference.train_step(network, sgd, data_in, None, step, SDE, draws=cast, **kinds)
+        results.append([loss, *(each.grad for each in network.parameters())])
+    ours = _native_gradients(model, data, keys, step, t_min=t_min, **given)
+    for mine, exact, theirs in zip([ours[0], *ours[1]], *results, strict=True):
+        scale = float(exact.abs().max())
+        error = float((mine.double() - exact).abs().max())
+        allowed = 4 * float((theirs.double() - exact).abs().max()) + (100 * EPS + 4e-6) * scale
+        assert error <= allowed, f"{error / scale:.3g} of the largest, beyond {allowed / scale:.3g}"
+
+
+@pytest.mark.parametrize(("prediction", "weighting"), list(product(PREDICTIONS, WEIGHTINGS)))
+def test_every_objective(prediction: str, weighting: str) -> None:
+    data = torch.randn(50, 2)
+    _assert_gradients(MLP(2, (20, 16)), data, 77, t_min=0.01, prediction=prediction, weighting=weighting)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", [(), (1,), (64, 64, 64), (33, 5)])
+def test_every_activation_and_depth(activation: str, hidden: tuple[int, ...]) -> None:
+    _assert_gradients(MLP(3, hidden, activation), torch.randn(50, 3), 40)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 31, 32, 33, 63, 256, 1000])
+@pytest.mark.parametrize("dim", [1, 2, 16, 65])
+def test_every_batch_and_dimension(batch: int, dim: int) -> None:
+    _assert_gradients(MLP(dim, (24,)), torch.randn(7, dim), batch)
+
+
+def test_pixels_are_scaled() -> None:
+    pixels = torch.randint(256, (9, 5)).byte()
+    _assert_gradients(MLP(5, (16,)), pixels, 33, scale=1 / 127.5, shift=-1.0)
+
+
+def test_layers_without_bias() -> None:
+    model = MLP(2, (16,))
+    model.net[0] = nn.Linear(3, 16, bias=False)
+    _assert_gradients(model, torch.randn(9, 2), 33)
+
+
+# Whole runs ---------------------------------------------------------------------------------------------------------
+
+CONFIG = replace(
+    default_config("swiss-roll"),
+    model={"architecture": "MLP", "shape": [2], "hidden": [16, 16], "activation": "LogSigmoid"},
+    data_size=500,
+    steps=60,
+    batch_size=70,
+    checkpoint_every=25,
+    log_every=10,
+    lr_warmup=5,
+    seed=3,
+)
+Weights = dict[str, Tensor]
+
+
+def _trained(config: TrainConfig, directory: Path, natively: bool = True, **options: Any) -> Weights:
+    taken: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if not natively:
+            patch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+        take = NativeSteps.take
+        patch.setattr(NativeSteps, "take", lambda self, first, n: taken.append(n) or take(self, first, n))
+        Trainer(config, directory, **options).train(progress=False)
+    assert bool(taken) == natively
+    return checkpoints.read(directory / "checkpoint.safetensors")[0]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+def test_a_run_comes_to_the_weights_of_eager_steps(tmp_path: Path, ema: float) -> None:
+    config = replace(CONFIG, ema_decay=ema)
+    ours, theirs = (_trained(config, tmp_path / str(natively), natively) for natively in (True, False))
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert ours[name].shape == value.shape
+        if name.startswith("adam.step"):
+            assert torch.equal(ours[name], value)
+        else:  # Adam moves a weight by about lr a step, and rounding changes a thousandth of that
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=config.steps * config.lr * 1e-3)
+    logs = [(tmp_path / str(natively) / "log.jsonl").read_text().splitlines() for natively in (True, False)]
+    assert len(logs[0]) == len(logs[1])
+
+
+def test_it_resumes_to_the_very_weights_and_threads_and_chunks_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _trained(CONFIG, tmp_path / "whole")
+    monkeypatch.setattr("fastsde.engines.training._NATIVE_STEPS", 3)
+    torch.set_num_threads(1)
+    assert _equal(_trained(CONFIG, tmp_path / "chunks"), whole)
+    torch.set_num_threads(3)
+    save, saves = Trainer._save, []
+
+    def interrupted(trainer: Trainer) -> None:
+        save(trainer)
+        saves.append(trainer.step)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(CONFIG, tmp_path / "cut").train(progress=False)
+    assert saves == [0, 25]
+    assert _equal(_trained(CONFIG, tmp_path / "cut", resume=True), whole)
+
+
+def _equal(ours: Weights, theirs: Weights) -> bool:
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_it_does_not_take_is_trained_eagerly(tmp_path: Path) -> None:
+    _trained(replace(CONFIG, precision="bf16", steps=3), tmp_path / "bf16", natively=False)
+    doubled = Dataset("points", torch.randn(20, 2).double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeSteps, "take", lambda *args: pytest.fail("native steps of float64 data"))
+        trainer = Trainer(replace(CONFIG, steps=1), tmp_path / "double", dataset=doubled)
+        with pytest.raises(RuntimeError):  # the network is fp32
+            trainer.train(progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(reference.NonFiniteError, match="before step 10"):
+        Trainer(replace(CONFIG, lr=1e30, lr_schedule="constant"), tmp_path).train(progress=False)
