@@ -146,7 +146,7 @@ def swiss_roll(device: torch.device, n: int, rows: int, rounds: int, baseline: b
 def main(device: str, rounds: int, quick: bool, out: Path | None) -> None:
     """Time the fused kernels beside eager PyTorch and torch.compile, on a GPU."""
     place = torch.device(device)
-    if not ops.has_kernels(place) or (place.type == "cuda" and not torch.cuda.is_available()):
+    if not ops.has_triton(place) or (place.type == "cuda" and not torch.cuda.is_available()):
         raise click.ClickException(f"the kernels do not run on {device}")
     sizes, samples = ((3072 * 8,), (16,)) if quick else ((784_000, 50_331_648), (1000, 20_000, 1_000_000))
     bandwidth = copy_bandwidth(place, rounds)

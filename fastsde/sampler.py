@@ -260,7 +260,8 @@ class Sampler:
             # A copy: a network that works in place must not write to the caller's tensor.
             x_init = x_init[part].to(self.state_dtype, copy=True)
         elif backend != "persistent":  # which draws and keeps the initial state in its launch
-            x_init = ops.normal(keys, 0, self.sample_shape).to(self.state_dtype)
+            draw = noise.normal if backend == "reference" else ops.normal
+            x_init = draw(keys, 0, self.sample_shape).to(self.state_dtype)
         if x_init is not None:
             recorder.start(x_init)
         return engines.get(backend)(

@@ -101,7 +101,7 @@ def test_the_batch_is_measured_once_for_a_model(monkeypatch: pytest.MonkeyPatch)
     searches: list[int] = []
     monkeypatch.setattr(batches, "fastest", lambda seconds, n: searches.append(n) or 40)
     model, seen = MLP(), []
-    expected = fastsde.sample(model, (100, 2), steps=3)
+    expected = fastsde.sample(model, (100, 2), steps=3, backend="eager")
     for _ in range(2):
         sampler = Sampler(model, (2,), steps=3, max_batch="auto", backend="eager")
         x = sampler(100, callback=lambda row, time, x: seen.append(len(x)))

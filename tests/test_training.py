@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -67,6 +68,13 @@ def test_training_leaves_the_generator_of_torch_alone(tmp_path: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.fixture
+def eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an MLP too: tests/kernels/test_mlp_training.py has the native ones."""
+    monkeypatch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+
+
+@pytest.mark.usefixtures("eager_steps")
 def test_the_trainer_takes_the_steps_of_the_reference(tmp_path: Path) -> None:
     # The trainer draws noise for many steps at once; the reference draws each step's own. The result is the same.
     config = replace(TINY, ema_decay=0.0, lr_schedule="constant")
@@ -191,6 +199,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert saved_step(tmp_path) == 40
 
 
+@pytest.mark.usefixtures("eager_steps")
 @pytest.mark.parametrize("when", ["optimizer", "average", "log"])
 def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -200,6 +209,7 @@ def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.M
     calls = 0
 
     def interrupting(original):
+        @functools.wraps(original)
         def wrapped(*args, **kwargs):
             nonlocal calls
             calls += 1
@@ -219,7 +229,7 @@ def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.M
         trainer.train(progress=False)
     assert saved_step(tmp_path / "cut") == 13
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
-    monkeypatch.undo()
+    monkeypatch.setattr(target, name, getattr(target, name).__wrapped__)
     Trainer(config, tmp_path / "cut", resume=True).train(progress=False)
     assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
 

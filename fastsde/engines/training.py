@@ -66,7 +66,9 @@ def can_capture(config: TrainConfig, dataset: Dataset, device: torch.device, her
     return capture.can_record(device) and ops.has_triton(device) and takes and here.world == 1
 
 
-def can_run_natively(config: TrainConfig, model: nn.Module, dataset: Dataset, device: torch.device, here: Ranks) -> bool:
+def can_run_natively(
+    config: TrainConfig, model: nn.Module, dataset: Dataset, device: torch.device, here: Ranks
+) -> bool:
     """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
     if linear_layers(model) is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False
@@ -141,7 +143,7 @@ class NativeSteps:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._keys = noise.sample_keys(work.config.seed, work.config.batch_size)
+        self._keys = noise.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
         self._x_0 = work.dataset.x.contiguous()
 
     def chunks(self, count: int) -> list[int]:
@@ -157,7 +159,9 @@ class NativeSteps:
         states = [None if each is None else self._state(each) for each in weights]
         moving = None
         if work.ema is not None:
-            moving = [each for linear in (linear_layers(work.ema) or ([], []))[0] for each in (linear.weight, linear.bias)]
+            moving = [
+                each for linear in (linear_layers(work.ema) or ([], []))[0] for each in (linear.weight, linear.bias)
+            ]
         rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
         group = work.optimizer.param_groups[0]
         with torch.no_grad():
@@ -182,7 +186,7 @@ class NativeSteps:
                 epsilon=group["eps"],
                 first=first,
                 taken=int(states[0]["step"]),
-                rates=torch.tensor(rates),
+                rates=torch.tensor(rates, dtype=torch.float32, device="cpu"),
             )
         for state in states:
             if state is not None:
@@ -193,7 +197,7 @@ class NativeSteps:
         """What Adam keeps of a parameter, as PyTorch makes it before the first step."""
         state: dict[str, Tensor] = self._work.optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
 

@@ -18,14 +18,14 @@ __all__: list[str] = []
 
 @torch.library.custom_op("fastsde::normal", mutates_args=())
 def _normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
-    out = torch.empty((len(keys), *shape), device=keys.device)
+    out = torch.empty((len(keys), *shape), dtype=torch.float32, device=keys.device)
     kernel("normal", keys.device).normal(keys.contiguous(), step, stream, out)
     return out
 
 
 @_normal.register_fake
 def _(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
-    return torch.empty((len(keys), *shape), device=keys.device)
+    return torch.empty((len(keys), *shape), dtype=torch.float32, device=keys.device)
 
 
 @torch.library.custom_op("fastsde::solver_step", mutates_args=())
@@ -74,7 +74,9 @@ def _mlp_sampler(
 ) -> tuple[Tensor, Tensor]:
     module = kernel("mlp_sampler", keys.device)
     dtype = torch.bfloat16 if precision == "bf16" and keys.is_cuda else torch.float32
-    packed = module.Packed(list(zip(weights, biases, strict=True)), activations.split(",") if activations else [], dtype)
+    packed = module.Packed(
+        list(zip(weights, biases, strict=True)), activations.split(",") if activations else [], dtype
+    )
     out, kept = _mlp_sampler_outputs(weights, keys, states)
     x_init, table, keys = contiguous(x_init, table, keys)
     known = {"has_noise": has_noise, "has_history": has_history, "uses_data": uses_data, "precision": precision}
@@ -84,8 +86,8 @@ def _mlp_sampler(
 
 
 def _mlp_sampler_outputs(weights: Sequence[Tensor], keys: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    shape = (len(keys), len(weights[-1]))
-    return torch.empty(shape, device=keys.device), torch.empty((states, *shape), device=keys.device)
+    out = torch.empty((len(keys), len(weights[-1])), dtype=torch.float32, device=keys.device)
+    return out, out.new_empty((states, *out.shape))
 
 
 @_mlp_sampler.register_fake

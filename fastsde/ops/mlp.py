@@ -28,7 +28,9 @@ def mlp_limits(device: torch.device) -> tuple[int, int]:
 
 def pack_mlp(linears: Sequence[nn.Linear], activations: Sequence[str], dtype: torch.dtype) -> Any:
     """The layers of an MLP (`fastsde.models.mlp.linear_layers`) as `launch_mlp_sampler` takes them."""
-    packed = kernel("mlp_sampler", linears[0].weight.device).Packed([(linear.weight, linear.bias) for linear in linears], activations, dtype)
+    packed = kernel("mlp_sampler", linears[0].weight.device).Packed(
+        [(linear.weight, linear.bias) for linear in linears], activations, dtype
+    )
     if linears[0].weight.is_cuda:
         torch.cuda.current_stream(linears[0].weight.device).synchronize()  # another stream may be the first to read it
     return packed
@@ -49,7 +51,7 @@ def launch_mlp_sampler(
     Args:
         states: contiguous fp32 ``[K // every + 1, B, d]`` that the states go to, or None.
     """
-    out = torch.empty((len(keys), packed.dim), device=keys.device)
+    out = torch.empty((len(keys), packed.dim), dtype=torch.float32, device=keys.device)
     x_init, keys = contiguous(x_init, keys)
     known = dict(zip(("has_noise", "has_history", "uses_data"), _terms(table), strict=True))
     kernel("mlp_sampler", out.device).mlp_sampler(
@@ -124,7 +126,7 @@ def mlp_sampler(
             packed = (*parameters, ",".join(activations), *drawn)
             x, states = torch.ops.fastsde.mlp_sampler(*packed, precision, every or 1, count)
         else:
-            states = torch.empty((count, len(keys), dim), device=weight.device)
+            states = torch.empty((count, len(keys), dim), dtype=torch.float32, device=weight.device)
             x = _reference_mlp_sampler(model, table, keys, x_init, dim, every, states)
     return x if every is None else (x, states)
 

@@ -1,4 +1,7 @@
-"""Calls of the native kernels: tensors go as pointers, and the number of threads is PyTorch's own."""
+"""Calls of the native kernels: tensors go as pointers, and the number of threads is PyTorch's own.
+
+A pointer of another dtype would be read and written past its end, so each tensor is looked at.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,17 @@ from . import build
 
 __all__ = ["call", "pointers"]
 
-_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
+_TYPES = {"l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
+_DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; those of p are the launcher's affair
 # Of each kernel: what it returns (or -), and its arguments but for the last, the number of threads.
 _SIGNATURES = {
-    "normal": "- p l l l l p",
-    "bits": "- p l l l l p",
-    "solver_step": "l p p p p p p p l f f l l p p",
-    "perturb": "- p i p l p p p l f f f f f l l p p",
-    "dsm_loss": "f p p i p l p p p l f f f f i i l l p p",
-    "mlp_sampler": "- l p p p p p l p p f l l l l p p",
-    "mlp_training": "- l p p p p p p p i l f f p l f f f i i d d d l l l p p",
+    "normal": "- L l l l l F",
+    "bits": "- L l l l l I",
+    "solver_step": "l F F F F F L F l f f l l F F",
+    "perturb": "- p i L l L F F l f f f f f l l F F",
+    "dsm_loss": "f F p i L l F L F l f f f f i i l l F F",
+    "mlp_sampler": "- l p p p p F l L F f l l l l F F",
+    "mlp_training": "- l p p p p p p p i l f f L l f f f i i d d d l l l F F",
 }
 _SOURCES = {"mlp_training": "mlp_training.cpp"}  # of the kernels that have a library of their own
 _functions: dict[str, Any] = {}
@@ -37,17 +41,37 @@ def _function(name: str) -> Any:
         function = getattr(library, f"fastsde_{name}")
         result, *arguments = _SIGNATURES[name].split()
         function.restype = _TYPES.get(result)
-        function.argtypes = [*(_TYPES[each] for each in arguments), ctypes.c_int]
-        _functions[name] = function
+        function.argtypes = [*(_TYPES.get(each, ctypes.c_void_p) for each in arguments), ctypes.c_int]
+        _functions[name] = (function, [_DTYPES.get(each) for each in arguments])
     return _functions[name]
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Runs a kernel on as many threads as PyTorch would. Tensors must be contiguous and on the CPU."""
-    values = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
-    return _function(name)(*values, torch.get_num_threads())
+    """Runs a kernel on as many threads as PyTorch would.
+
+    Raises:
+        TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype than the kernel's.
+    """
+    function, dtypes = _function(name)
+    values = [
+        _pointer(each, dtype) if isinstance(each, Tensor) else each
+        for each, dtype in zip(arguments, dtypes, strict=True)
+    ]
+    return function(*values, torch.get_num_threads())
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> Any:
-    """An array of pointers, null for None; it does not keep the tensors alive."""
-    return (ctypes.c_void_p * len(tensors))(*(None if each is None else each.data_ptr() for each in tensors))
+    """An array of pointers to fp32 tensors, null for None; it does not keep the tensors alive.
+
+    Raises:
+        TypeError: as `call`.
+    """
+    addresses = (None if each is None else _pointer(each, torch.float32) for each in tensors)
+    return (ctypes.c_void_p * len(tensors))(*addresses)
+
+
+def _pointer(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or dtype not in (None, tensor.dtype):
+        wanted = f"contiguous{'' if dtype is None else f' {dtype}'} on the CPU"
+        raise TypeError(f"a native kernel takes tensors that are {wanted}, got {tensor.dtype} on {tensor.device}")
+    return tensor.data_ptr()

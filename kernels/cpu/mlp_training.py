@@ -59,7 +59,7 @@ def mlp_training(
     weights = parameters.weights[::2]
     widths = [weight.shape[1] for weight in weights if weight is not None] + [x_0[0].numel()]
     codes = [ACTIVATIONS.index(name) for name in activations]
-    losses = torch.empty(len(rates))
+    losses = torch.empty_like(rates[:, 0])
     call(
         "mlp_training",
         len(weights),

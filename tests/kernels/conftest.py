@@ -16,7 +16,6 @@ import torch
 
 import fastsde
 
-
 _TRITON = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 # The native build is that of the machine's own CPU.
 _NATIVE = {"native": "", "avx2": "-march=x86-64-v3", "baseline": "-march=x86-64"}

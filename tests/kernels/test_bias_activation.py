@@ -20,6 +20,7 @@ kernel = pytest.importorskip("fastsde.kernels.bias_activation")
 def device(triton_device: torch.device) -> torch.device:
     return triton_device
 
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 EPS = 2.0**-24

@@ -36,7 +36,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _native_gradients(model: nn.Module, data: Tensor, keys: Tensor, step: int, **given: Any) -> tuple[Tensor, list[Any]]:
+def _native_gradients(
+    model: nn.Module, data: Tensor, keys: Tensor, step: int, **given: Any
+) -> tuple[Tensor, list[Any]]:
     """The loss and the gradients of a step: ten times Adam's average after its first."""
     from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
 

@@ -55,7 +55,10 @@ def test_several_processes_at_once_leave_one_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
-        ("/nonexistent/g++", "no C++ compiler was found (/nonexistent/g++); install one, such as g++, or name it in CXX"),
+        (
+            "/nonexistent/g++",
+            "no C++ compiler was found (/nonexistent/g++); install one, such as g++, or name it in CXX",
+        ),
         ("false", "false did not compile them"),
     ],
 )

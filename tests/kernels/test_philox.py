@@ -22,6 +22,7 @@ tile = pytest.importorskip("fastsde.kernels.tile")
 def device(triton_device: torch.device) -> torch.device:
     return triton_device
 
+
 BLOCKS = 8
 LAST_STEP = 2**28 - 1
 # (seed, offset): zeros, all bits, a carry from the low word of a counter to the high one, a wrap at 2^64, sign bits.

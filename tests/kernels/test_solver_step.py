@@ -251,9 +251,7 @@ def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("batch", "shape"), [(300, (63,)), (2, (5000,))], ids=str)
 @pytest.mark.parametrize("case", [CASES["noise"], CASES["everything"]], ids=["noise", "everything"])
-def test_a_counter_walks_the_table(
-    triton_device: torch.device, case: Case, batch: int, shape: tuple[int, ...]
-) -> None:
+def test_a_counter_walks_the_table(triton_device: torch.device, case: Case, batch: int, shape: tuple[int, ...]) -> None:
     rows, device = 3, triton_device
     kernel = importlib.import_module("fastsde.kernels.solver_step")
     table, inputs = case.table(rows), _inputs(case, (batch, *shape), device)
