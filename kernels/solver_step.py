@@ -132,7 +132,8 @@ def solver_step(
         uses_data: whether e is not zero.
         counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel moves on by one.
         time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
-        status: int32 ``[1]``, lowered to 2 row + kind (`fastsde.kernels.status`) for the first f or x' that is not finite.
+        status: int32 ``[1]``, lowered to 2 row + kind (`fastsde.kernels.status`) for the first f or x' that is not
+            finite.
     """
     batch = len(x)
     size = x.numel() // batch if batch else 0

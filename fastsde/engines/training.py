@@ -26,6 +26,7 @@ __all__ = ["CapturedSteps", "EagerSteps", "NativeSteps", "Steps", "Work", "can_c
 # Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
 _DRAW_ELEMENTS = 1 << 17
 _WARM_UPS = 3
+_ADAM_KINDS = ("exp_avg", "exp_avg_sq")
 _NATIVE_STEPS = 500  # that a native call takes at most: between two, Ctrl-C is heard
 
 
@@ -154,24 +155,15 @@ class NativeSteps:
         from ..kernels.cpu.mlp_training import Parameters, mlp_training
 
         work, config, data = self._work, self._work.config, self._work.dataset
-        linears, activations = linear_layers(work.model) or ([], [])
-        weights = [each for linear in linears for each in (linear.weight, linear.bias)]
+        weights, activations = _parameters(work.model)
         states = [None if each is None else self._state(each) for each in weights]
-        moving = None
-        if work.ema is not None:
-            moving = [
-                each for linear in (linear_layers(work.ema) or ([], []))[0] for each in (linear.weight, linear.bias)
-            ]
+        average, square = ([None if state is None else state[kind] for state in states] for kind in _ADAM_KINDS)
+        moving = None if work.ema is None else _parameters(work.ema)[0]
         rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
-        group = work.optimizer.param_groups[0]
+        adam = work.optimizer.param_groups[0]
         with torch.no_grad():
-            losses = mlp_training(
-                Parameters(
-                    weights,
-                    [None if state is None else state["exp_avg"] for state in states],
-                    [None if state is None else state["exp_avg_sq"] for state in states],
-                    moving,
-                ),
+            losses: Tensor = mlp_training(
+                Parameters(weights, average, square, moving),
                 activations,
                 self._x_0,
                 self._keys,
@@ -182,10 +174,10 @@ class NativeSteps:
                 t_min=config.t_min,
                 prediction=config.prediction,
                 weighting=config.weighting,
-                betas=group["betas"],
-                epsilon=group["eps"],
+                betas=adam["betas"],
+                epsilon=adam["eps"],
                 first=first,
-                taken=int(states[0]["step"]),
+                taken=int(next(state["step"] for state in states if state is not None)),
                 rates=torch.tensor(rates, dtype=torch.float32, device="cpu"),
             )
         for state in states:
@@ -193,13 +185,19 @@ class NativeSteps:
                 state["step"] += count
         return losses
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """What Adam keeps of a parameter, as PyTorch makes it before the first step."""
         state: dict[str, Tensor] = self._work.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state |= {kind: torch.zeros_like(parameter, requires_grad=False) for kind in _ADAM_KINDS}
         return state
+
+
+def _parameters(model: nn.Module) -> tuple[list[Any], list[str]]:
+    """Weight and bias, or None, of each layer of an MLP, and the activations."""
+    linears, activations = linear_layers(model) or ([], [])
+    return [each for linear in linears for each in (linear.weight, linear.bias)], activations
 
 
 class CapturedSteps:

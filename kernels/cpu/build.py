@@ -137,7 +137,7 @@ def _compile(compile_command: list[str], link_command: list[str], link: list[str
         _run([*link_command, str(part), *link, "-o", str(whole)])
         with whole.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(whole, path)
+        whole.replace(path)
 
 
 def _run(command: list[str]) -> None:

@@ -36,9 +36,7 @@ def _bits(keys: Tensor, step: int, stream: int, shape: tuple[int, ...]) -> Tenso
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("stream", [0, 3, 15])
 @pytest.mark.parametrize("step", [0, 1, 2**28 - 1])
-@pytest.mark.parametrize(
-    ("n", "size"), [(1, 1), (1, 63), (63, 2), (17, 5), (16, 1000), (0, 3), (3, 0), (1, 2**16 + 17)]
-)
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 63), (63, 2), (16, 1000), (0, 3), (3, 0), (1, 2**16 + 17)])
 def test_words_are_exactly_those_of_the_contract(n: int, size: int, step: int, stream: int) -> None:
     low, high = -(2**63), 2**63 - 1
     keys = torch.randint(low, high, (n, 2))
