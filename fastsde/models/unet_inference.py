@@ -57,7 +57,8 @@ class UNetInference(nn.Module):
     Weights and activations are channels last. Where the Triton kernels run, one kernel follows each convolution: it
     adds the bias, takes the log sigmoid, pools, and writes into the buffer that the decoder reads signal and skip from,
     so that nothing is concatenated. The time's part of the first convolution, t times a fixed image, is added there.
-    Elsewhere, and to torch.compile, it is the U-Net in plain PyTorch.
+    On the CPU the whole network is one native kernel, in fp32 and, where the CPU multiplies it, bf16, for channels that
+    are multiples of 16. Elsewhere, and to torch.compile, it is the U-Net in plain PyTorch.
 
     The weights are copies. `refresh` copies them again, in place.
 
@@ -93,7 +94,11 @@ class UNetInference(nn.Module):
         images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
         self.register_buffer("image_weight", images)
         self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
+        self._packed: tuple[Any, Any] | None = None  # for the native kernel, and the weights that it is of
         self._fold_time()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
     @torch.no_grad()
     def refresh(self, unet: UNet) -> None:
@@ -105,6 +110,7 @@ class UNetInference(nn.Module):
         if not supports(unet) or unet.config != self._config:
             raise ValueError(f"unet must be a UNet of {self._config}, got {getattr(unet, 'config', unet)}")
         torch._foreach_copy_(list(self.parameters()), list(unet.parameters()))
+        self._packed = None
         self._fold_time()
 
     @torch.no_grad()
@@ -134,6 +140,11 @@ class UNetInference(nn.Module):
 
             if ops.has_triton(x.device):
                 return self._fused(x, t)
+            if ops.has_native(x.device) and x.dtype == t.dtype == self.image_weight.dtype:
+                from ..kernels.cpu import unet as native
+
+                if native.takes(self._config["channels"], x.dtype):
+                    return self._native(native, x, t)
         return self._plain(x, t)
 
     def _plain(self, x: Tensor, t: Tensor) -> Tensor:
@@ -153,6 +164,27 @@ class UNetInference(nn.Module):
         first, last = self.head
         signal = log_sigmoid_(F.conv2d(signal, first.weight, first.bias, padding=1))
         return F.conv2d(signal, last.weight, last.bias, padding=1).contiguous()
+
+    def _native(self, native: Any, x: Tensor, t: Tensor) -> Tensor:
+        """By one native kernel, of weights in its own layout."""
+        convolutions = [
+            *(
+                (layer.weight if level else self.image_weight, layer.bias, False)
+                for level, layer in enumerate(self.encoder)
+            ),
+            *((layer.weight, layer.bias, True) for layer in self.decoder),
+            *((layer.weight, layer.bias, False) for layer in self.head),
+        ]
+        tensors = [each for weight, bias, _ in convolutions for each in (weight, bias)]
+        of = [(each.data_ptr(), None if each.is_inference() else each._version) for each in tensors]
+        known, packed = self._packed or (None, None)
+        if known != of:
+            with torch.no_grad():
+                packed = native.Packed(convolutions, self.plane, x.dtype)
+            self._packed = (of, packed)
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        native.unet(packed, self._config["channels"], x.float().contiguous(), t.float().contiguous(), out)
+        return out.to(x.dtype)
 
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:
         """By one kernel after each convolution but the last."""

@@ -1,4 +1,4 @@
-// The native kernels of the CPU, but for training, in one translation unit: it compiles faster than several.
+// The native kernels of the CPU, but for training and the U-Net, in one translation unit: it compiles faster than several.
 
 #include "dsm_loss.cpp"
 #include "mlp_sampler.cpp"

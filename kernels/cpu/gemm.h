@@ -36,14 +36,30 @@ static inline void in_register(Floats& v) {
 #endif
 }
 
+// How a product's 32-bit elements are multiplied: as floats ...
+struct Single {
+    static Floats factor(const float* a) { return all(*a); }
+    static Floats add(Floats sum, Floats factor, Floats vector) { return sum + factor * vector; }
+};
+
+// ... or as pairs of bf16, whose two products are added.
+#if defined(FASTSDE_BF16)
+struct Pairs {
+    static Floats factor(const float* a) { return bits_of<Floats>(_mm512_set1_epi32(bits_of<int32_t>(*a))); }
+    static Floats add(Floats sum, Floats factor, Floats vector) {
+        return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(factor), bits_of<__m512bh>(vector));
+    }
+};
+#endif
+
 // ROWS rows of c from ``row`` on, and VECTORS vectors of them from ``column`` on, which stay in registers.
-template <int ROWS, int VECTORS>
+template <class Kind, int ROWS, int VECTORS>
 __attribute__((noinline)) static void product_tile(const Product& p, int64_t row, int64_t column) {
     Floats sum[ROWS][VECTORS];
     float* c = p.c + row * p.c_row + column;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < VECTORS; j++)
             sum[i][j] = p.start.from_c      ? load(c + i * p.c_row + j * LANES)
                         : p.start.of_row    ? all(p.start.of_row[row + i])
@@ -53,41 +69,48 @@ __attribute__((noinline)) static void product_tile(const Product& p, int64_t row
     const float* b = p.b + column;
     for (int64_t k = 0; k < p.depth; k++, a += p.a_column, b += p.b_row) {
         Floats vectors[VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < VECTORS; j++) {
             vectors[j] = load(b + j * LANES);
             in_register(vectors[j]);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) {
-            const Floats factor = all(a[i * p.a_row]);
-#pragma GCC unroll 8
-            for (int j = 0; j < VECTORS; j++) sum[i][j] += factor * vectors[j];
+            const Floats factor = Kind::factor(a + i * p.a_row);
+#pragma GCC unroll 16
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = Kind::add(sum[i][j], factor, vectors[j]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < VECTORS; j++) store(c + i * p.c_row + j * LANES, sum[i][j]);
 }
 
-template <int VECTORS>
+template <class Kind, int VECTORS>
 static void product_columns(const Product& p, int64_t rows, int64_t column) {
+    constexpr int MANY = LANES == 16 && VECTORS == 2 ? 12 : 6;  // whose sums fit the registers
     int64_t row = 0;
-    for (; row + 6 <= rows; row += 6) product_tile<6, VECTORS>(p, row, column);
-    for (; row + 4 <= rows; row += 4) product_tile<4, VECTORS>(p, row, column);
-    for (; row + 2 <= rows; row += 2) product_tile<2, VECTORS>(p, row, column);
-    for (; row < rows; row++) product_tile<1, VECTORS>(p, row, column);
+    for (; row + MANY <= rows; row += MANY) product_tile<Kind, MANY, VECTORS>(p, row, column);
+    for (; MANY > 6 && row + 6 <= rows; row += 6) product_tile<Kind, 6, VECTORS>(p, row, column);
+    for (; row + 4 <= rows; row += 4) product_tile<Kind, 4, VECTORS>(p, row, column);
+    for (; row + 2 <= rows; row += 2) product_tile<Kind, 2, VECTORS>(p, row, column);
+    for (; row < rows; row++) product_tile<Kind, 1, VECTORS>(p, row, column);
 }
 
 constexpr int64_t COLUMNS = 16;  // a width is a multiple of it
 
 // c [rows, columns], for columns a multiple of COLUMNS.
+template <class Kind = Single>
 static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
-    constexpr int WIDE = LANES == 16 ? 4 : 2, NARROW = LANES == 16 ? 1 : 2;  // that fit the registers
     int64_t column = 0;
-    for (; column + WIDE * LANES <= columns; column += WIDE * LANES) product_columns<WIDE>(p, rows, column);
-    for (; column < columns; column += NARROW * LANES) product_columns<NARROW>(p, rows, column);
+    if (LANES == 16) {
+        for (; column + 4 * LANES <= columns; column += 4 * LANES) product_columns<Kind, 4>(p, rows, column);
+        for (; column + 2 * LANES <= columns; column += 2 * LANES) product_columns<Kind, 2>(p, rows, column);
+        for (; column < columns; column += LANES) product_columns<Kind, 1>(p, rows, column);
+    } else {
+        for (; column < columns; column += 2 * LANES) product_columns<Kind, 2>(p, rows, column);
+    }
 }
 
 static inline int64_t padded(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }

@@ -13,6 +13,9 @@
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define FASTSDE_AVX512 1
+#if defined(__AVX512BF16__)
+#define FASTSDE_BF16 1
+#endif
 #elif defined(__AVX2__)
 #define FASTSDE_AVX2 1
 #elif defined(__SSE2__)

@@ -180,7 +180,7 @@ _EVERYTHING = """
 import torch
 from fastsde import VPSDE, noise, ops, solvers
 from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
-from fastsde.models import MLP
+from fastsde.models import MLP, UNet
 from fastsde.models.mlp import linear_layers
 
 torch.set_num_threads(2)
@@ -207,6 +207,10 @@ for dim, hidden, batch in ((1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1
         options = dict(scale=1.0, shift=0.0, t_min=1e-4, prediction="eps", weighting="sigma2", betas=(0.9, 0.999))
         options |= dict(epsilon=1e-8, first=0, taken=0, rates=torch.full((3, 2), 1e-3))
         mlp_training(Parameters(weights, *zeros), activations, torch.randn(9, dim), keys, 0.1, 20.0, **options)
+for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13), ((1, 1, (16, 16)), 1)):
+    model = UNet(*options)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.optimize(dtype)(torch.randn(batch, *model.shape).to(dtype), torch.rand(batch).to(dtype))
 print("all ran")
 """
 

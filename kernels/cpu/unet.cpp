@@ -1,0 +1,355 @@
+// The U-Net of the tutorial (the twin of fastsde.models.UNet), on the CPU from image to score.
+//
+// Signals are channels last, in fp32 or bf16. A convolution is a sum over its nine taps of products of pixels
+// [pixels, in] and a tap's weights [in, out], added up in fp32 in a part of the output that stays in the cache. A tap
+// moves the pixels that it can reach, and no others, so that nothing is padded. Of a transposed convolution of stride 2
+// it moves them to every second place. The rows of a product are neighbours in an image or, where images are small, the
+// same pixel of neighbouring images.
+
+#include <vector>
+
+#include "activations.h"
+#include "gemm.h"
+#include "parts.h"
+
+using namespace fastsde;
+
+namespace {
+
+constexpr int64_t GROUP = 64;           // output channels of a part
+constexpr int64_t IMAGES = 12;          // at most, of a part
+constexpr int64_t PART_FLOATS = 8192;   // of a part of one image, about
+constexpr int64_t DEPTH_FLOATS = 8192;  // of a tap's weights that are used at once: half a first-level cache
+
+typedef uint16_t Half;  // bf16
+
+static inline Half to_bf16(float x) {
+    const uint32_t word = bits_of<uint32_t>(x);
+    if (x != x) return (Half)(word >> 16 | 0x40);
+    return (Half)((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+}
+
+static inline void store_as(float* to, Floats v) { store(to, v); }
+
+static inline void store_as(Half* to, Floats v) {
+#if defined(FASTSDE_BF16)
+    const __m256bh narrow = _mm512_cvtneps_pbh(v);
+    std::memcpy(to, &narrow, sizeof(narrow));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = to_bf16(v[i]);
+#endif
+}
+
+static inline Floats load_as(const float* from) { return load(from); }
+
+static inline Floats load_as(const Half* from) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    Halves v;
+    std::memcpy(&v, from, sizeof(v));
+    return bits_of<Floats>(__builtin_convertvector(v, Words) << 16);
+}
+
+// [images, height, width, stride]; a pixel's channels from its start on are the signal's.
+template <class T>
+struct Signal {
+    T* data;
+    int64_t height, width, stride;
+
+    T* at(int64_t image, int64_t y, int64_t x) const { return data + ((image * height + y) * width + x) * stride; }
+};
+
+// weights [9, in, out] fp32, or [9, in / 2, out, 2] bf16; in and out are multiples of 2 and of COLUMNS, or in is 1.
+struct Convolution {
+    int64_t in, out;
+    bool transposed;
+    const void* weights;
+    const float* bias;
+};
+
+// The time's share of the first convolution: t of the image times the plane [height, width, out].
+struct Time {
+    const float *t, *plane;
+};
+
+template <class T>
+struct KindOf {
+    using Type = Single;
+    static constexpr int64_t PER_WORD = 1;
+};
+#if defined(FASTSDE_BF16)
+template <>
+struct KindOf<Half> {
+    using Type = Pairs;
+    static constexpr int64_t PER_WORD = 2;
+};
+#endif
+
+// The places i of the input, of ``size``, that a tap moves to i stride + offset within [first, end) of the output.
+struct Reach {
+    int64_t first, end;
+
+    Reach(int64_t size, int64_t stride, int64_t offset, int64_t low, int64_t high) {
+        first = std::max<int64_t>(0, low - offset > 0 ? ceil_div(low - offset, stride) : 0);
+        end = high - offset > 0 ? std::min(size, ceil_div(high - offset, stride)) : 0;
+    }
+};
+
+// One part of a convolution's output: some images, rows and channels.
+template <class In, class Out>
+class PartOfConvolution {
+  public:
+    PartOfConvolution(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t first_image, int64_t images,
+                      int64_t first_row, int64_t rows, int64_t first_channel, float* sums)
+        : by_(by), in_(in), out_(out), first_image_(first_image), images_(images), first_row_(first_row), rows_(rows),
+          first_channel_(first_channel), channels_(std::min(GROUP, by.out - first_channel)), sums_(sums) {}
+
+    void run(const Time* time) {
+        start(time);
+        for (int64_t ky = 0; ky < 3; ky++)
+            for (int64_t kx = 0; kx < 3; kx++) tap(ky, kx);
+        finish();
+    }
+
+  private:
+    float* sums(int64_t image, int64_t row, int64_t x) {
+        return sums_ + ((image * rows_ + row) * out_.width + x) * channels_;
+    }
+
+    void start(const Time* time) {
+        const float* bias = by_.bias + first_channel_;
+        for (int64_t i = 0; i < images_; i++)
+            for (int64_t place = 0; place < rows_ * out_.width; place++)
+                for (int64_t c = 0; c < channels_; c += LANES) {
+                    Floats sum = load(bias + c);
+                    if (time) {
+                        const int64_t at = first_row_ * out_.width + place;
+                        sum += time->t[first_image_ + i] * load(time->plane + at * by_.out + first_channel_ + c);
+                    }
+                    store(sums(i, 0, 0) + place * channels_ + c, sum);
+                }
+    }
+
+    void tap(int64_t ky, int64_t kx) {
+        const int64_t stride = by_.transposed ? 2 : 1;
+        const int64_t down = by_.transposed ? ky - 1 : 1 - ky, right = by_.transposed ? kx - 1 : 1 - kx;
+        const Reach y(in_.height, stride, down, first_row_, first_row_ + rows_);
+        const Reach x(in_.width, stride, right, 0, out_.width);
+        const int64_t depth = by_.in / PER_WORD, image = in_.height * in_.width * in_.stride / PER_WORD;
+        const int64_t deep = std::max<int64_t>(1, DEPTH_FLOATS / channels_);
+        const float* weights = (const float*)by_.weights + (ky * 3 + kx) * depth * by_.out + first_channel_;
+        const bool across = images_ > x.end - x.first;  // the rows of a product are images
+        Product p{nullptr, across ? image : in_.stride / PER_WORD, 1, nullptr, by_.out, nullptr, 0, 0, {}};
+        p.c_row = across ? rows_ * out_.width * channels_ : stride * channels_;
+        p.start.from_c = true;
+        for (int64_t k = 0; k < depth; k += deep) {
+            p.depth = std::min(deep, depth - k), p.b = weights + k * by_.out;
+            for (int64_t i = 0; i < (across ? 1 : images_); i++)
+                for (int64_t row = y.first; row < y.end; row++)
+                    for (int64_t column = x.first; column < (across ? x.end : x.first + 1); column++) {
+                        p.a = (const float*)in_.at(first_image_ + i, row, column) + k;
+                        p.c = sums(i, stride * row + down - first_row_, stride * column + right);
+                        multiply<typename KindOf<In>::Type>(p, across ? images_ : x.end - x.first, channels_);
+                    }
+        }
+    }
+
+    void finish() {
+        for (int64_t i = 0; i < images_; i++)
+            for (int64_t row = 0; row < rows_; row++)
+                for (int64_t x = 0; x < out_.width; x++) {
+                    const float* from = sums(i, row, x);
+                    Out* to = out_.at(first_image_ + i, first_row_ + row, x) + first_channel_;
+                    for (int64_t c = 0; c < channels_; c += LANES) {
+                        Floats value, slope;
+                        activate<LOG_SIGMOID>(load(from + c), value, slope);
+                        store_as(to + c, value);
+                    }
+                }
+    }
+
+    static constexpr int64_t PER_WORD = KindOf<In>::PER_WORD;
+    const Convolution& by_;
+    const Signal<const In> in_;
+    const Signal<Out> out_;
+    const int64_t first_image_, images_, first_row_, rows_, first_channel_, channels_;
+    float* sums_;
+};
+
+// How a convolution's output is cut into parts, by its shape alone.
+struct Cut {
+    int64_t images, rows, groups, per_image, image_parts;
+
+    Cut(int64_t batch, int64_t height, int64_t width, int64_t channels) {
+        const int64_t pixels = std::max<int64_t>(1, PART_FLOATS / std::min(GROUP, channels));
+        const bool large = height * width > pixels / 2;
+        image_parts = large ? batch : ceil_div(batch, IMAGES);
+        images = ceil_div(batch, image_parts);
+        image_parts = ceil_div(batch, images);
+        rows = large ? std::min(height, std::max<int64_t>(1, pixels / width)) : height;
+        rows = ceil_div(height, ceil_div(height, rows));
+        per_image = ceil_div(height, rows);
+        groups = ceil_div(channels, GROUP);
+    }
+
+    int64_t count() const { return image_parts * per_image * groups; }
+    int64_t floats(int64_t width) const { return images * rows * width * GROUP; }
+};
+
+// To be called by all threads of a team.
+template <class In, class Out>
+void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t batch, float* sums,
+              const Time* time = nullptr) {
+    const Cut cut(batch, out.height, out.width, by.out);
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < cut.count(); part++) {
+        const int64_t group = part % cut.groups, rest = part / cut.groups;
+        const int64_t row = rest % cut.per_image * cut.rows, image = rest / cut.per_image * cut.images;
+        PartOfConvolution<In, Out>(by, in, out, image, std::min(cut.images, batch - image), row,
+                                   std::min(cut.rows, out.height - row), group * GROUP, sums)
+            .run(time);
+    }
+}
+
+// The last convolution, to few channels: weights [out, 9, in] fp32, and no activation. Writes [images, out, y, x].
+template <class In>
+void convolve_last(const Convolution& by, Signal<const In> in, float* out, int64_t batch) {
+#pragma omp for schedule(static)
+    for (int64_t line = 0; line < batch * in.height; line++) {
+        const int64_t image = line / in.height, y = line % in.height;
+        for (int64_t channel = 0; channel < by.out; channel++)
+            for (int64_t x = 0; x < in.width; x++) {
+                Floats sum{};
+                for (int64_t ky = std::max<int64_t>(0, 1 - y); ky < std::min<int64_t>(3, in.height + 1 - y); ky++)
+                    for (int64_t kx = std::max<int64_t>(0, 1 - x); kx < std::min<int64_t>(3, in.width + 1 - x); kx++) {
+                        const In* pixel = in.at(image, y + ky - 1, x + kx - 1);
+                        const float* weights = (const float*)by.weights + (channel * 9 + ky * 3 + kx) * by.in;
+                        for (int64_t c = 0; c < by.in; c += LANES) sum += load_as(pixel + c) * load(weights + c);
+                    }
+                float total = by.bias[channel];
+                for (int i = 0; i < LANES; i++) total += sum[i];
+                out[((image * by.out + channel) * in.height + y) * in.width + x] = total;
+            }
+    }
+}
+
+// The largest of 2 x 2 pixels; an odd size has a row or column of its own in front. NaN stays.
+template <class T>
+void pool(Signal<const T> in, Signal<T> out, int64_t channels, int64_t batch) {
+#pragma omp for schedule(static)
+    for (int64_t line = 0; line < batch * out.height; line++) {
+        const int64_t image = line / out.height, y = line % out.height;
+        const int64_t top = 2 * y - in.height % 2;
+        for (int64_t x = 0; x < out.width; x++) {
+            const int64_t left = 2 * x - in.width % 2;
+            for (int64_t c = 0; c < channels; c += LANES) {
+                Floats most = load_as(in.at(image, top + 1, left + 1) + c);
+                for (int64_t i = std::max<int64_t>(top, 0); i <= top + 1; i++)
+                    for (int64_t j = std::max<int64_t>(left, 0); j <= left + 1; j++) {
+                        const Floats next = load_as(in.at(image, i, j) + c);
+                        most = most > next ? most : next == next ? (most == most ? next : most) : next;
+                    }
+                store_as(out.at(image, y, x) + c, most);
+            }
+        }
+    }
+}
+
+struct Shape {
+    int64_t batch, image_channels, height, width, levels;
+    const int64_t* channels;
+};
+
+// Memory for signals, which is not touched before it is written.
+template <class T>
+Signal<T> allocate(std::vector<void*>& memory, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    void* data = std::aligned_alloc(64, padded(batch * height * width * channels * (int64_t)sizeof(T) + 64) / 64 * 64);
+    if (!data) throw std::bad_alloc();
+    memory.push_back(data);
+    return Signal<T>{(T*)data, height, width, channels};
+}
+
+template <class T>
+Signal<const T> readable(Signal<T> signal) {
+    return Signal<const T>{signal.data, signal.height, signal.width, signal.stride};
+}
+
+template <class T>
+void run(const Shape& shape, const void* const* weights, const float* const* biases, const float* plane,
+         const float* x, const float* t, float* out, int threads) {
+    const int64_t batch = shape.batch, levels = shape.levels;
+    std::vector<Signal<T>> wide, pooled;  // of each level: the decoder's signal in front, the encoder's behind
+    std::vector<void*> memory;
+    int64_t height = shape.height, width = shape.width, floats = 0;
+    for (int64_t l = 0; l < levels; l++, height = (height + 1) / 2, width = (width + 1) / 2) {
+        const int64_t channels = shape.channels[l], last = l + 1 == levels;
+        wide.push_back(allocate<T>(memory, batch, height, width, last ? channels : 2 * channels));
+        if (l) pooled.push_back(allocate<T>(memory, batch, height, width, shape.channels[l - 1]));
+        floats = std::max(floats, Cut(batch, height, width, channels).floats(width));
+    }
+    const Signal<T> head = allocate<T>(memory, batch, shape.height, shape.width, shape.channels[0]);
+    const Signal<float> image = allocate<float>(memory, batch, shape.height, shape.width, shape.image_channels);
+    const Time time{t, plane};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Buffer sums(floats);
+#pragma omp for schedule(static)
+        for (int64_t place = 0; place < batch * shape.height * shape.width; place++) {
+            const int64_t pixels = shape.height * shape.width;
+            for (int64_t c = 0; c < shape.image_channels; c++)
+                image.data[place * shape.image_channels + c] =
+                    x[(place / pixels * shape.image_channels + c) * pixels + place % pixels];
+        }
+        for (int64_t l = 0; l < levels; l++) {
+            const int64_t channels = shape.channels[l];
+            Signal<T> to = wide[l];
+            if (l + 1 < levels) to.data += channels;
+            if (l == 0) {
+                const Convolution by{shape.image_channels, channels, false, weights[0], biases[0]};
+                convolve<float, T>(by, readable(image), to, batch, sums, &time);
+            } else {
+                const Convolution by{shape.channels[l - 1], channels, false, weights[l], biases[l]};
+                Signal<const T> behind = readable(wide[l - 1]);
+                behind.data += shape.channels[l - 1];
+                pool<T>(behind, pooled[l - 1], by.in, batch);
+                convolve<T, T>(by, readable(pooled[l - 1]), to, batch, sums);
+            }
+        }
+        for (int64_t l = levels - 1; l > 0; l--) {
+            const int64_t layer = 2 * levels - 1 - l;
+            const Convolution by{wide[l].stride, shape.channels[l - 1], true, weights[layer], biases[layer]};
+            convolve<T, T>(by, readable(wide[l]), wide[l - 1], batch, sums);
+        }
+        const int64_t layer = 2 * levels - 1;
+        const Convolution first{wide[0].stride, shape.channels[0], false, weights[layer], biases[layer]};
+        convolve<T, T>(first, readable(wide[0]), head, batch, sums);
+        const Convolution last{shape.channels[0], shape.image_channels, false, weights[layer + 1], biases[layer + 1]};
+        convolve_last<T>(last, readable(head), out, batch);
+    }
+    for (void* each : memory) std::free(each);
+}
+
+}  // namespace
+
+// Whether bf16 is there.
+extern "C" int fastsde_unet_has_bf16(int) {
+#if defined(FASTSDE_BF16)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], all fp32. Of the
+// layers (encoder, decoder, head): weights [9, in, out] and biases; those of the first and the last layer are fp32 in any
+// case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so.
+extern "C" void fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
+                             const int64_t* channels, const void* const* weights, const float* const* biases,
+                             const float* plane, const float* x, const float* t, float* out, int bf16, int threads) {
+    const Shape shape{batch, image_channels, height, width, levels, channels};
+#if defined(FASTSDE_BF16)
+    if (bf16) return run<Half>(shape, weights, biases, plane, x, t, out, threads);
+#else
+    (void)bf16;
+#endif
+    run<float>(shape, weights, biases, plane, x, t, out, threads);
+}

@@ -1,0 +1,73 @@
+"""The U-Net of the tutorial from image to score (the twin of ``fastsde.models.UNet``) in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import call, pointers
+
+CHANNELS = 16  # that those of the levels must be multiples of
+
+
+def takes(channels: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the kernel runs U-Nets of these channels in a dtype: fp32, or bf16 where the CPU multiplies it."""
+    known = dtype == torch.float32 or (dtype == torch.bfloat16 and bool(call("unet_has_bf16")))
+    return known and all(each % CHANNELS == 0 for each in channels)
+
+
+class Packed:
+    """A U-Net's weights as the kernel reads them: copies, in fp32 or bf16.
+
+    Args:
+        convolutions: (weight, bias, whether transposed) of encoder, decoder and head, in the order of their use. The
+            first one's weight is that of the image alone, without the time's.
+        plane: fp32 ``[H, W, channels[0]]``: what a time of 1 adds to the first convolution.
+        dtype: of the products.
+    """
+
+    def __init__(self, convolutions: Sequence[tuple[Tensor, Tensor, bool]], plane: Tensor, dtype: torch.dtype) -> None:
+        self.dtype, self.plane = dtype, plane.contiguous()
+        self.biases = [bias.float().contiguous() for _, bias, _ in convolutions]
+        self.weights: list[Tensor] = []
+        for number, (weight, _, transposed) in enumerate(convolutions):
+            taps = weight.permute((2, 3, 0, 1) if transposed else (2, 3, 1, 0)).flatten(0, 1)  # [9, in, out]
+            if number == len(convolutions) - 1:
+                self.weights.append(taps.permute(2, 0, 1).float().contiguous())
+            elif number == 0 or dtype == torch.float32:
+                self.weights.append(taps.float().contiguous())
+            else:  # pairs of inputs lie side by side
+                self.weights.append(taps.unflatten(1, (-1, 2)).transpose(2, 3).to(dtype).contiguous())
+
+
+def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, out: Tensor) -> None:
+    """Writes the network's output to ``out``.
+
+    Args:
+        channels: of the levels.
+        x, out: contiguous fp32 ``[B, C, H, W]``.
+        t: contiguous fp32 ``[B]``.
+    """
+    if not x.numel():
+        return
+    call(
+        "unet",
+        *x.shape,
+        len(channels),
+        (ctypes.c_int64 * len(channels))(*channels),
+        _addresses(packed.weights),
+        pointers(packed.biases),
+        packed.plane,
+        x,
+        t,
+        out,
+        packed.dtype == torch.bfloat16,
+    )
+
+
+def _addresses(weights: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(weights))(*(each.data_ptr() for each in weights))

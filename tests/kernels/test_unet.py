@@ -1,0 +1,139 @@
+"""The native U-Net beside the U-Net in float64, in fp32 and bf16, and its place in `UNetInference`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsde
+from fastsde.models import UNet
+
+ARCHITECTURES = {
+    "the tutorial's": (1, 28, (32, 64, 128, 256, 256)),
+    "odd, three channels": (3, (9, 14), (16, 32, 48)),
+    "one pixel": (1, 1, (16, 16)),
+    "wide": (2, (5, 32), (32, 96, 80)),
+    "narrow": (1, (17, 1), (16, 16, 32)),
+    "large": (1, (40, 33), (16, 80)),
+}
+
+
+@pytest.fixture(autouse=True)
+def native_kernel(native: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Counts the calls of the kernel."""
+    from fastsde.kernels.cpu import unet as kernel
+
+    calls: list[int] = []
+    run = kernel.unet
+    monkeypatch.setattr(kernel, "unet", lambda *args: calls.append(1) or run(*args))
+    threads = torch.get_num_threads()
+    yield calls
+    torch.set_num_threads(threads)
+
+
+def _unet(name: str) -> UNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet(*ARCHITECTURES[name])
+
+
+def _inputs(model: UNet, batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, *model.shape), torch.rand(batch)
+
+
+@torch.no_grad()
+def _errors(model: UNet, batch: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Of the kernel and of the U-Net in PyTorch in that dtype, and the largest value."""
+    x, t = _inputs(model, batch)
+    exact = copy.deepcopy(model).double()(x.double(), t.double())
+    plain = copy.deepcopy(model).to(dtype)(x.to(dtype), t.to(dtype))
+    ours = model.optimize(dtype)(x.to(dtype), t.to(dtype))
+    assert ours.dtype == dtype
+    assert ours.shape == x.shape
+    assert ours.is_contiguous()
+    errors = (float((each.double() - exact).abs().max()) for each in (ours, plain))
+    return *errors, float(exact.abs().max())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 13, 20])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_it_is_as_near_to_float64_as_pytorch(native_kernel: list[int], name: str, batch: int) -> None:
+    ours, theirs, largest = _errors(_unet(name), batch, torch.float32)
+    assert native_kernel
+    assert ours <= 2 * theirs + 16 * 2**-24 * largest
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_so_it_is_in_bf16_where_the_cpu_multiplies_it(native_kernel: list[int], name: str) -> None:
+    from fastsde.kernels.cpu import library
+
+    ours, theirs, largest = _errors(_unet(name), 7, torch.bfloat16)
+    assert bool(native_kernel) == bool(library.call("unet_has_bf16"))
+    assert ours <= 2 * theirs + 2 * 2**-8 * largest
+
+
+def test_neither_threads_nor_the_batch_matter() -> None:
+    model = _unet("the tutorial's").optimize()
+    x, t = _inputs(_unet("the tutorial's"), 30)
+    torch.set_num_threads(1)
+    alone = model(x, t)
+    for count in (2, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(model(x, t), alone)
+    for first, end in ((0, 1), (3, 16), (29, 30)):
+        torch.testing.assert_close(model(x[first:end], t[first:end]), alone[first:end], rtol=0, atol=1e-6)
+
+
+def test_any_layout_is_taken() -> None:
+    model = _unet("odd, three channels")
+    x, t = _inputs(model, 4)
+    fast = model.optimize()
+    expected = fast(x, t)
+    assert torch.equal(fast(x.contiguous(memory_format=torch.channels_last), torch.stack([t, t], 1)[:, 0]), expected)
+    assert fast(x[:0], t[:0]).shape == (0, *model.shape)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows(value: float) -> None:
+    model = _unet("odd, three channels")
+    x, t = _inputs(model, 3)
+    x[1, 0, 4, 4] = value
+    finite = model.optimize()(x, t).isfinite().flatten(1).all(1)
+    assert finite.tolist() == [True, False, True]
+
+
+def test_it_follows_the_weights() -> None:
+    model = _unet("one pixel")
+    x, t = _inputs(model, 3)
+    fast = model.optimize()
+    before = fast(x, t)
+    with torch.no_grad():
+        model.head[1].bias += 1
+    fast.refresh(model)
+    torch.testing.assert_close(fast(x, t), before + 1)
+    with torch.no_grad():
+        fast.head[1].bias += 1  # its own
+    torch.testing.assert_close(fast(x, t), before + 2)
+    fast.load_state_dict(model.optimize().state_dict())
+    torch.testing.assert_close(fast(x, t), before + 1)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(again(x, t), fast(x, t))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_eager_engine_takes_it(native_kernel: list[int], dtype: torch.dtype | None) -> None:
+    model = _unet("odd, three channels")
+    options = {"steps": 4, "seed": 3, "dtype": dtype}
+    ours = fastsde.sample(model, (5, *model.shape), **options)
+    calls = len(native_kernel)
+    theirs = fastsde.sample(model, (5, *model.shape), backend="reference", **options)
+    assert len(native_kernel) == calls
+    tolerance = 1e-4 if dtype is None else 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+    if dtype is None:
+        assert calls == 4
