@@ -30,7 +30,7 @@ import fastsde
 from fastsde import checkpoints, data, noise, solvers
 from fastsde.compat.tutorial import calc_loss
 from fastsde.distributed import Ranks
-from fastsde.engines.training import CapturedSteps, EagerSteps, Work, can_capture
+from fastsde.engines.training import CapturedSteps, EagerSteps, NativeSteps, Work, can_capture, can_run_natively
 from fastsde.reference import load_batch
 from fastsde.training import TrainConfig, Trainer, tutorial_config
 
@@ -368,6 +368,12 @@ class Training:
     def eager(self) -> Run:
         return self._run(EagerSteps(self._work(self.config), Ranks()))
 
+    def native(self) -> Run:
+        work = self._work(self.config)
+        if not can_run_natively(self.config, work.model, self.dataset, self.device, Ranks()):
+            raise UnavailableError(f"native steps need an MLP in fp32 on the CPU and a compiler, got {self.device}")
+        return self._run(NativeSteps(work))
+
     def captured(self, compile: bool = False) -> Run:
         self._check_capture()
         return self._run(CapturedSteps(self._work(replace(self.config, compile=compile))))
@@ -388,21 +394,29 @@ class Training:
 
         return run
 
+    def prove_native(self, run: Run, losses: Tensor) -> Figures:
+        """As `prove_captured`."""
+        return self._prove(NativeSteps, self.config, run, losses)
+
     def prove_captured(self, compile: bool, run: Run, losses: Tensor) -> Figures:
         """After some steps the weights are those of eager ones, by the tolerance of tests/test_captured_training.py."""
+        return self._prove(CapturedSteps, replace(self.config, compile=compile), run, losses)
+
+    def _prove(self, kind: Callable[[Work], Any], config: TrainConfig, run: Run, losses: Tensor) -> Figures:
         share = 0.2 if self.config.precision == "bf16" else 1e-3 if len(self.dataset.shape) == 1 else 1e-2
         count = 33 if len(self.dataset.shape) == 1 else 8
         weights = []
         with fp32_products(torch.backends.cudnn.conv, "ieee"):  # rounding in TF32 is no small share of Adam's step
-            for kind in (CapturedSteps, partial(EagerSteps, here=Ranks())):
-                work = self._work(replace(self.config, compile=compile and kind is CapturedSteps))
-                taker, first = kind(work), 0
+            ways = ((kind, config), (partial(EagerSteps, here=Ranks()), self.config))
+            for make, each in ways:
+                work = self._work(each)
+                taker, first = make(work), 0
                 for length in taker.chunks(count):
                     taker.take(first, length)
                     first += length
                 weights.append(torch.cat([weight.detach().flatten() for weight in work.model.parameters()]))
         error, allowed = float((weights[0] - weights[1]).abs().max()), count * self.config.lr * share
-        check("captured training", error, allowed)
+        check("training", error, allowed)
         return {"error": error, "allowed": allowed, **prove_finite(run, losses)}
 
 

@@ -34,6 +34,9 @@ __all__ = ["Sampler", "sample"]
 
 _NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FAILED = "failed backends"
+# With compile="auto": where the network may be compiled, and from how many seconds of work on. Compiling takes some 10
+# to 60 s, and what it gains is hardly more than half of the work.
+_MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
 _TABLE_DEFAULTS = {"t_end": 0.0, "prediction": "score", "clip": None}
 
 
@@ -60,7 +63,9 @@ class Sampler:
             "graph" (on a GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (on a GPU, all
             rows of an MLP in one launch); "auto" takes the fastest that can run. A network that is captured must
             depend on its arguments, weights and attributes alone: what it does on the host happens once.
-        compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning.
+        compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning. "auto"
+            does so in calls whose work is worth the time that it takes, and only where it has then made the network
+            faster.
         max_batch: the most samples that run at once; more are split, with the same result up to the rounding of the
             network. "auto" measures which batch is fastest, and halves it where memory runs out.
 
@@ -85,7 +90,7 @@ class Sampler:
         device: torch.device | str | None = None,
         guidance: float | None = None,
         backend: str = "auto",
-        compile: bool = False,
+        compile: bool | str = False,
         max_batch: int | str | None = None,
     ) -> None:
         if not callable(model):
@@ -98,13 +103,14 @@ class Sampler:
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
         self.device = _make_device(device, model)
-        check_bool("compile", compile)
+        if not isinstance(compile, bool) and compile != "auto":
+            raise TypeError(f"compile must be True, False or 'auto', got {compile!r}")
         runs_in = dtype_of(model) if dtype is None else dtype
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
         optimize = backend != "reference" and self.state_dtype == torch.float32
-        self._network = Network(model, dtype, compile, optimize, self.device)
+        self._network = Network(model, dtype, compile is True, optimize, self.device)
         self._backend, self._compile = backend, compile
         self.backend = self._choose()
 
@@ -120,7 +126,7 @@ class Sampler:
             self._backend,
             self.device,
             self.state_dtype,
-            compile=self._compile,
+            compile=self._compile is True,
             network=self._network,
             sample_shape=self.sample_shape,
             options=used,
@@ -166,13 +172,15 @@ class Sampler:
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
         self._network.refresh()
+        network = self._network
 
         def run(part: slice, backend: str, bar: tqdm[Any]) -> None:
             recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)
-            x[part] = self._run(backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
+            x[part] = self._run(network, backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
 
         with torch.no_grad():
             batch = self._batch(backend, keys, kwargs, uncond)
+            network = self._faster(backend, keys, kwargs, uncond, batch)
             with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
                 self._run_parts(run, options, n, batch, bar)
         return x if saved is None else (x, saved)
@@ -188,24 +196,52 @@ class Sampler:
             return n
         name = f"batch of {n} {self.sample_shape} in {self._network.dtype}, {self.guidance is not None}"
         if name not in self._network.cache:
-            plain = self._network.uncompiled()
-
-            def probe(count: int) -> None:
-                first = slice(0, count)
-                engines.get("eager")(
-                    plain,
-                    (count, *self.sample_shape),
-                    self.table.head(1),
-                    keys[first],
-                    model_kwargs=_slice(kwargs, first),
-                    guidance=self.guidance,
-                    uncond_kwargs=None if uncond is None else _slice(uncond, first),
-                    dtype=self.state_dtype,
-                )
-
+            probe = self._probe(self._network.again(compile=False), keys, kwargs, uncond)
             self._network.cache[name] = batches.fastest(lambda count: batches.seconds(probe, count, self.device), n)
         batch: int = self._network.cache[name]
         return batch
+
+    def _probe(
+        self, network: Network, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None
+    ) -> Callable[[int], None]:
+        """Runs the first row of some samples."""
+
+        def probe(count: int) -> None:
+            first = slice(0, count)
+            engines.get("eager")(
+                network,
+                (count, *self.sample_shape),
+                self.table.head(1),
+                keys[first],
+                model_kwargs=_slice(kwargs, first),
+                guidance=self.guidance,
+                uncond_kwargs=None if uncond is None else _slice(uncond, first),
+                dtype=self.state_dtype,
+            )
+
+        return probe
+
+    def _faster(
+        self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None, batch: int
+    ) -> Network:
+        """The network as it is or, with compile="auto", compiled: whichever is faster, where the work repays that."""
+        plain = self._network
+        if self._compile != "auto" or backend not in _MAY_COMPILE or plain.is_native or not len(keys):
+            return plain
+        count = min(batch, len(keys))
+        name = f"compiled for {count} {self.sample_shape} in {plain.dtype}, {self.guidance is not None}"
+        if name not in plain.cache:
+            run = self._probe(plain, keys, kwargs, uncond)
+            seconds = batches.seconds(run, count, self.device)
+            if seconds * len(self.table) * -(-len(keys) // count) < _WORK_S:
+                return plain
+            compiled = plain.again(compile=True)
+            run = self._probe(compiled, keys, kwargs, uncond)
+            plain.cache[name] = compiled if batches.seconds(run, count, self.device) < seconds else None
+        faster: Network | None = plain.cache[name]
+        if faster is not None:
+            faster.refresh()
+        return faster or plain
 
     def _run_parts(
         self,
@@ -245,6 +281,7 @@ class Sampler:
 
     def _run(
         self,
+        network: Network,
         backend: str,
         keys: Tensor,
         x_init: Tensor | None,
@@ -265,7 +302,7 @@ class Sampler:
         if x_init is not None:
             recorder.start(x_init)
         return engines.get(backend)(
-            self._network,
+            network,
             shape,
             self.table,
             keys,
@@ -300,7 +337,7 @@ def sample(
     guidance: float | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     backend: str = "auto",
-    compile: bool = False,
+    compile: bool | str = False,
     max_batch: int | str | None = None,
     trajectory: int | None = None,
     callback: RowHook | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsde
-from fastsde import Sampler
+from fastsde import Sampler, ops
 from fastsde.engines.network import Network
 from fastsde.models import MLP, UNet
 from fastsde.models.unet_inference import UNetInference
@@ -53,6 +54,91 @@ def test_where_compiling_fails_the_network_runs_with_one_warning(monkeypatch: py
     assert torch.equal(sampler(4), expected)  # a second warning would be an error here
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is given to torch.compile, which returns it as it is."""
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda run, **options: given.append(run) or run)
+    return given
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_on_the_cpu_weights_are_constants_of_the_code_until_they_change(
+    compiled: list[Any], dtype: torch.dtype | None
+) -> None:
+    model = MLP()
+    sampler = Sampler(model, (2,), steps=2, compile=True, dtype=dtype)
+    for _ in range(2):
+        sampler(3)
+    assert len(compiled) == 1
+    with torch.no_grad():
+        model.net[0].weight.data.mul_(2)  # of which no version counter tells
+    changed = sampler(3)
+    sampler(3)
+    assert len(compiled) == 2
+    assert compiled[0].__code__ is not compiled[1].__code__
+    assert torch.equal(changed, fastsde.sample(model, (3, 2), steps=2, backend="eager", dtype=dtype))
+
+
+def test_a_frozen_network_follows_the_weights() -> None:
+    model = MLP(2, (4,))
+    sampler = Sampler(model, (2,), steps=2, compile=True)
+    for _ in range(2):
+        torch.testing.assert_close(sampler(3), fastsde.sample(model, (3, 2), steps=2, backend="eager"))
+        with torch.no_grad():
+            model.net[2].bias += 1
+    torch._dynamo.reset()
+
+
+class _Slow(MLP):
+    """Slow, unless it is compiled by the fixture below."""
+
+    pause = 0.002
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time.sleep(self.pause)
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize(("gains", "work", "compiles", "stays"), [(1, 0, 1, 1), (-1, 0, 1, 0), (1, 1e6, 0, 0)])
+def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
+    monkeypatch: pytest.MonkeyPatch, gains: int, work: float, compiles: int, stays: int
+) -> None:
+    given, calls = [], []
+
+    def fake(run: Any, **options: Any) -> Any:
+        def compiled(x: Tensor, t: Tensor) -> Tensor:
+            calls.append(1)
+            monkeypatch.setattr(_Slow, "pause", 0.002 - gains * 0.0019)
+            result: Tensor = run(x, t)
+            monkeypatch.setattr(_Slow, "pause", 0.002)
+            return result
+
+        given.append(run)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr("fastsde.sampler._WORK_S", work)
+    sampler = Sampler(_Slow(), (2,), steps=3, compile="auto")
+    x = sampler(5)
+    assert len(given) == compiles
+    calls.clear()
+    assert torch.equal(sampler(5), x)
+    assert len(calls) == 3 * stays
+    assert len(given) == compiles
+
+
+def test_auto_compiles_nothing_that_a_native_kernel_runs(monkeypatch: pytest.MonkeyPatch, compiled: list[Any]) -> None:
+    if not ops.has_native(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr("fastsde.sampler._WORK_S", 0.0)
+    Sampler(MLP(), (2,), steps=3, compile="auto")(2)
+    Sampler(UNet(1, 8, (16, 16)), (1, 8, 8), steps=3, compile="auto")(2)
+    assert not compiled
+    Sampler(UNet(1, 8, (2, 3)), (1, 8, 8), steps=3, compile="auto")(2)
+    assert compiled
+
+
 @pytest.mark.parametrize("error", [ValueError("its own"), torch.OutOfMemoryError("memory")])
 def test_an_error_of_the_network_itself_is_its_own(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
@@ -76,7 +162,7 @@ def test_on_a_gpu_no_convolution_is_a_template_and_no_graph_is_inductors(monkeyp
 
 def test_the_uncompiled_network_is_the_same() -> None:
     network = Network(small_unet(), torch.bfloat16, compile=True, optimize=True)
-    assert torch.equal(network.uncompiled()(X, T), Network(network.model, torch.bfloat16, optimize=True)(X, T))
+    assert torch.equal(network.again(compile=False)(X, T), Network(network.model, torch.bfloat16, optimize=True)(X, T))
 
 
 # What is run instead of the model -----------------------------------------------------------------------------------

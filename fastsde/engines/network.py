@@ -82,12 +82,18 @@ class Network:
         self._device = device or device_of(model) or torch.device("cpu")
         self._compile, self._arguments = compile, (dtype, optimize)
         self._run: Model | None = None
+        self._compiled: Model | None = None
         self.refresh()
 
-    def uncompiled(self) -> Network:
-        """The same network without ``torch.compile``."""
+    def again(self, compile: bool) -> Network:
+        """The same network, with or without ``torch.compile``."""
         dtype, optimize = self._arguments
-        return Network(self.model, dtype, False, optimize, self._device)
+        return Network(self.model, dtype, compile, optimize, self._device)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether a native kernel runs it, which ``torch.compile`` does not make faster."""
+        return isinstance(self._run, UNetInference) and self._run.is_native
 
     def refresh(self) -> None:
         """Brings what is run instead of the model up to date: its weights, and where more has changed, all of it."""
@@ -95,7 +101,8 @@ class Network:
         run = self.model
         if isinstance(run, nn.Module) and self._form != "itself":
             run = _derived(run, self._form, self.dtype, self._device, self.cache)
-        if run is not self._run:
+        stale = isinstance(self._compiled, Frozen) and not self._compiled.is_of(run)
+        if run is not self._run or stale:
             self._run = run
             self._compiled = _compiled(run, self._device) if self._compile else None
         self._channels_last = self._form == "channels_last"
@@ -206,10 +213,39 @@ def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
     return made.to(memory_format=torch.channels_last) if form == "channels_last" else made
 
 
+class Frozen:
+    """A network that ``torch.compile`` has made, on the CPU, with its weights as constants of the code.
+
+    What it has compiled is kept on disk by PyTorch, from which other processes take it.
+    """
+
+    def __init__(self, run: Model) -> None:
+        self._run, self._weights = run, [each.detach().clone() for each in _weights(run)]
+
+        def network(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+            return run(x, t, **kwargs)
+
+        network.__code__ = network.__code__.replace()  # of its own: by it PyTorch finds what it has compiled before
+        self._compiled: Model = torch.compile(network)
+
+    def is_of(self, run: Model) -> bool:
+        """Whether it still computes what a network does."""
+        now = _weights(run)
+        return run is self._run and len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):
+            return self._compiled(x, t, **kwargs)
+
+
+def _weights(run: Model) -> list[Tensor]:
+    return _tensors(run) if isinstance(run, nn.Module) else []
+
+
 def _compiled(run: Model, device: torch.device) -> Model:
     """``torch.compile`` in the mode for inference whose graphs somebody else captures."""
     if device.type != "cuda":
-        return torch.compile(run)
+        return Frozen(run)
     # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.
     options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
     return torch.compile(run, dynamic=False, options=options)

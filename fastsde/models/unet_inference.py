@@ -140,11 +140,8 @@ class UNetInference(nn.Module):
 
             if ops.has_triton(x.device):
                 return self._fused(x, t)
-            if ops.has_native(x.device) and x.dtype == t.dtype == self.image_weight.dtype:
-                from ..kernels.cpu import unet as native
-
-                if native.takes(self._config["channels"], x.dtype):
-                    return self._native(native, x, t)
+            if self.is_native and x.dtype == t.dtype == self.image_weight.dtype:
+                return self._native(x, t)
         return self._plain(x, t)
 
     def _plain(self, x: Tensor, t: Tensor) -> Tensor:
@@ -165,8 +162,21 @@ class UNetInference(nn.Module):
         signal = log_sigmoid_(F.conv2d(signal, first.weight, first.bias, padding=1))
         return F.conv2d(signal, last.weight, last.bias, padding=1).contiguous()
 
-    def _native(self, native: Any, x: Tensor, t: Tensor) -> Tensor:
+    @property
+    def is_native(self) -> bool:
+        """Whether it is one native kernel where it is."""
+        from .. import ops
+
+        if not ops.has_native(self.plane.device):
+            return False
+        from ..kernels.cpu import unet as native
+
+        return bool(native.takes(self._config["channels"], self.image_weight.dtype))
+
+    def _native(self, x: Tensor, t: Tensor) -> Tensor:
         """By one native kernel, of weights in its own layout."""
+        from ..kernels.cpu import unet as native
+
         convolutions = [
             *(
                 (layer.weight if level else self.image_weight, layer.bias, False)
