@@ -119,8 +119,8 @@ class Sampler:
         shape, rows = self.sample_shape, len(self.table)
         return f"Sampler({name}, {shape}, {rows} rows, backend={self.backend!r}, device={str(self.device)!r})"
 
-    def _choose(self, **options: object) -> str:
-        """The backend of a call: not every one has all of its options."""
+    def _choose(self, batch: int | None = None, **options: object) -> str:
+        """The backend of a call: not every one has all of its options, or is the fastest for any number of samples."""
         used = {name for name, value in {"guidance": self.guidance, **options}.items() if value is not None}
         return engines.choose(
             self._backend,
@@ -131,6 +131,7 @@ class Sampler:
             sample_shape=self.sample_shape,
             options=used,
             without=self._network.cache.get(_FAILED, ()),
+            batch=batch,
         )
 
     def __call__(
@@ -167,7 +168,7 @@ class Sampler:
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
 
         options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
-        backend = self._choose(**options)
+        backend = self._choose(n, **options)
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
@@ -252,7 +253,7 @@ class Sampler:
         bar: tqdm[Any],
     ) -> None:
         """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
-        backend, first = self._choose(**options), 0
+        backend, first = self._choose(n, **options), 0
         while first < n:
             bar.total = bar.n + len(self.table) * -(-(n - first) // batch)
             done = bar.n
@@ -263,7 +264,7 @@ class Sampler:
                 if self._backend != "auto":
                     raise CaptureError(f"backend {backend!r}: {error}; use 'eager' or 'auto'") from error
                 self._network.cache.setdefault(_FAILED, set()).add(backend)
-                failed, backend, self.backend = backend, self._choose(**options), self._choose()
+                failed, backend, self.backend = backend, self._choose(n, **options), self._choose()
                 warnings.warn(
                     f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}",
                     RuntimeWarning,

@@ -82,11 +82,13 @@ def choose(
     sample_shape: Sequence[int] = (),
     options: Collection[str] = (),
     without: Collection[str] = (),
+    batch: int | None = None,
 ) -> str:
     """The name of the backend that runs: the one asked for, or for "auto" the fastest that can.
 
     Args:
         without: backends that "auto" does not take, since they have failed.
+        batch: how many samples are to be drawn, where that is known.
 
     Raises:
         ValueError: for an unknown backend, or one that cannot run.
@@ -98,14 +100,14 @@ def choose(
     fastest_first = [candidate for candidate in _FASTEST_FIRST if candidate not in without]
     for candidate in fastest_first if backend == "auto" else (backend,):
         reason = unavailable_reason(candidate, device, dtype, **given)
-        if reason is None and (candidate == backend or _pays(candidate, network, device)):
+        if reason is None and (candidate == backend or _pays(candidate, network, device, batch)):
             return candidate
     raise ValueError(reason)
 
 
-def _pays(backend: str, network: Network | None, device: torch.device) -> bool:
+def _pays(backend: str, network: Network | None, device: torch.device, batch: int | None) -> bool:
     """Whether "auto" takes a backend that can run."""
-    return backend != "persistent" or network is None or persistent.pays(network, device)
+    return backend != "persistent" or network is None or persistent.pays(network, device, batch)
 
 
 def get(backend: str) -> Callable[..., Tensor]:

@@ -27,7 +27,7 @@ _SIGNATURES = {
     "dsm_loss": "f F p i L l F L F l f f f f i i l l F F",
     "mlp_sampler": "- l p p p p F l L F f l l l l F F",
     "mlp_training": "- l p p p p p p p i l f f L l f f f i i d d d l l l F F",
-    "unet": "- l l l l l p p p F F F F i",
+    "unet": "- l l l l l p p p F F F F l i",
     "unet_has_bf16": "i",
 }
 _SOURCES = {

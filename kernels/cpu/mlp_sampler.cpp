@@ -1,6 +1,6 @@
-// Whole trajectories of an MLP score network: every thread takes blocks of SAMPLES samples from the prior to the end.
+// Whole trajectories of an MLP score network: every thread takes blocks of up to 64 samples from the prior to the end.
 //
-// The state and the activations of a block are [features, SAMPLES] and stay in the cache. A layer is one product of its
+// The state and the activations of a block are [features, samples] and stay in the cache. A layer is one product of its
 // weights [out, in] with them; the time is an extra input, whose weights join the bias of the first layer, once a row:
 //
 //     h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
@@ -15,8 +15,7 @@ using namespace fastsde;
 
 namespace {
 
-constexpr int64_t SAMPLES = 64;
-constexpr int GROUPS = SAMPLES / LANES;
+constexpr int64_t MOST_SAMPLES = 64;  // of a block; a multiple of COLUMNS, as every width of one
 
 // widths are those of x (without the time), of each hidden layer, and of f. A bias may be null.
 struct Mlp {
@@ -43,14 +42,14 @@ struct Trajectory {
 // The samples of a block, from row to row.
 class Samples {
   public:
-    Samples(const Mlp& mlp, const Trajectory& run)
-        : mlp_(mlp), run_(run), dim_(mlp.dim()), x_(dim_ * SAMPLES), history_(dim_ * SAMPLES),
-          noise_(padded(dim_) * SAMPLES), first_bias_(mlp.widths[1]), signal_(mlp.widest() * SAMPLES),
-          next_(mlp.widest() * SAMPLES) {}
+    Samples(const Mlp& mlp, const Trajectory& run, int64_t width)
+        : mlp_(mlp), run_(run), dim_(mlp.dim()), width_(width), x_(dim_ * width), history_(dim_ * width),
+          noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
+          next_(mlp.widest() * width) {}
 
     void run(int64_t first) {
-        first_ = first, here_ = std::min(SAMPLES, run_.end - first);
-        for (int g = 0; g < GROUPS; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
+        first_ = first, here_ = std::min(width_, run_.end - first);
+        for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
         start();
         for (int64_t row = 0; row < run_.rows; row++) {
             const float* k = run_.table + row * TABLE_COLUMNS;
@@ -63,31 +62,31 @@ class Samples {
 
   private:
     void start() {
-        std::fill((float*)history_, history_ + dim_ * SAMPLES, 0.0f);
+        std::fill((float*)history_, history_ + dim_ * width_, 0.0f);
         if (run_.x_init) {
             for (int64_t e = 0; e < dim_; e++)
-                for (int64_t s = 0; s < SAMPLES; s++)
-                    x_[e * SAMPLES + s] = s < here_ ? run_.x_init[(first_ + s) * dim_ + e] : 0.0f;
+                for (int64_t s = 0; s < width_; s++)
+                    x_[e * width_ + s] = s < here_ ? run_.x_init[(first_ + s) * dim_ + e] : 0.0f;
         } else {
             draw(0, x_);
         }
         if (run_.states) keep(run_.states);
     }
 
-    // The step's normals, to [dim, SAMPLES].
+    // The step's normals, to [dim, samples].
     void draw(uint64_t step, float* to) {
         const uint64_t offset = draw_offset(step, SAMPLING);
         for (int64_t e = 0; e < dim_; e += 4)
-            for (int g = 0; g < GROUPS; g++) {
+            for (int g = 0; g < width_ / LANES; g++) {
                 Floats z[4];
                 const int64_t count = std::min<int64_t>(4, dim_ - e);
                 normals_across(keys_[g], offset + e / 4, count, z);
                 for (int64_t i = 0; i < count; i++)
-                    store(to + (e + i) * SAMPLES + g * LANES, z[i]);
+                    store(to + (e + i) * width_ + g * LANES, z[i]);
             }
     }
 
-    // f [dim, SAMPLES] of the state.
+    // f [dim, samples] of the state.
     const float* network(float time) {
         const float* from = x_;
         float *to = signal_, *other = next_;
@@ -99,10 +98,10 @@ class Samples {
                     first_bias_[o] = (bias ? bias[o] : 0.0f) + time * weights[o * stride + in];
                 bias = first_bias_;
             }
-            Product product{weights, stride, 1, from, SAMPLES, to, SAMPLES, in, {}};
+            Product product{weights, stride, 1, from, width_, to, width_, in, {}};
             product.start.of_row = bias;
-            multiply(product, out, SAMPLES);
-            if (l + 1 < mlp_.layers) activate(mlp_.activations[l], to, nullptr, out * SAMPLES);
+            multiply(product, out, width_);
+            if (l + 1 < mlp_.layers) activate(mlp_.activations[l], to, nullptr, out * width_);
             from = to;
             std::swap(to, other);
         }
@@ -111,7 +110,7 @@ class Samples {
 
     void step(const float* k, const float* f, int64_t row) {
         if (k[D] != 0.0f) draw(row + 1, noise_);
-        for (int64_t i = 0; i < dim_ * SAMPLES; i += LANES) {
+        for (int64_t i = 0; i < dim_ * width_; i += LANES) {
             const Floats x = load(x_ + i), out = load(f + i);
             // What is not finite stays so to the end, whatever clips or activations make of it.
             Floats next = k[A] * x + k[B] * out + 0.0f * (x + out);
@@ -127,13 +126,13 @@ class Samples {
     // The state to its place in [batch, dim].
     void keep(float* to) {
         for (int64_t s = 0; s < here_; s++)
-            for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = x_[e * SAMPLES + s];
+            for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = x_[e * width_ + s];
     }
 
     const Mlp& mlp_;
     const Trajectory& run_;
-    int64_t dim_, first_ = 0, here_ = 0;
-    Keys keys_[GROUPS];
+    int64_t dim_, width_, first_ = 0, here_ = 0;
+    Keys keys_[MOST_SAMPLES / LANES];
     Buffer x_, history_, noise_, first_bias_, signal_, next_;
 };
 
@@ -151,12 +150,14 @@ extern "C" void fastsde_mlp_sampler(int64_t layers, const float* const* weights,
                                     int threads) {
     const Mlp mlp{layers, weights, biases, widths, activations};
     const Trajectory run{table, rows, keys, x_init, clip, end, batch, every, states, out};
-    const int64_t blocks = ceil_div(end - first, SAMPLES);
+    int64_t width = MOST_SAMPLES;  // less where some threads would have nothing to do
+    while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
+    const int64_t blocks = ceil_div(end - first, width);
     threads = (int)std::min<int64_t>(threads, blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Samples samples(mlp, run);
+        Samples samples(mlp, run, width);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < blocks; i++) samples.run(first + i * SAMPLES);
+        for (int64_t i = 0; i < blocks; i++) samples.run(first + i * width);
     }
 }

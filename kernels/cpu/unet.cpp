@@ -254,79 +254,92 @@ void pool(Signal<const T> in, Signal<T> out, int64_t channels, int64_t batch) {
     }
 }
 
-struct Shape {
-    int64_t batch, image_channels, height, width, levels;
-    const int64_t* channels;
-};
-
-// Memory for signals, which is not touched before it is written.
+// The network, and the memory of a chunk of images.
 template <class T>
-Signal<T> allocate(std::vector<void*>& memory, int64_t batch, int64_t height, int64_t width, int64_t channels) {
-    void* data = std::aligned_alloc(64, padded(batch * height * width * channels * (int64_t)sizeof(T) + 64) / 64 * 64);
-    if (!data) throw std::bad_alloc();
-    memory.push_back(data);
-    return Signal<T>{(T*)data, height, width, channels};
-}
-
-template <class T>
-Signal<const T> readable(Signal<T> signal) {
-    return Signal<const T>{signal.data, signal.height, signal.width, signal.stride};
-}
-
-template <class T>
-void run(const Shape& shape, const void* const* weights, const float* const* biases, const float* plane,
-         const float* x, const float* t, float* out, int threads) {
-    const int64_t batch = shape.batch, levels = shape.levels;
-    std::vector<Signal<T>> wide, pooled;  // of each level: the decoder's signal in front, the encoder's behind
-    std::vector<void*> memory;
-    int64_t height = shape.height, width = shape.width, floats = 0;
-    for (int64_t l = 0; l < levels; l++, height = (height + 1) / 2, width = (width + 1) / 2) {
-        const int64_t channels = shape.channels[l], last = l + 1 == levels;
-        wide.push_back(allocate<T>(memory, batch, height, width, last ? channels : 2 * channels));
-        if (l) pooled.push_back(allocate<T>(memory, batch, height, width, shape.channels[l - 1]));
-        floats = std::max(floats, Cut(batch, height, width, channels).floats(width));
-    }
-    const Signal<T> head = allocate<T>(memory, batch, shape.height, shape.width, shape.channels[0]);
-    const Signal<float> image = allocate<float>(memory, batch, shape.height, shape.width, shape.image_channels);
-    const Time time{t, plane};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Buffer sums(floats);
-#pragma omp for schedule(static)
-        for (int64_t place = 0; place < batch * shape.height * shape.width; place++) {
-            const int64_t pixels = shape.height * shape.width;
-            for (int64_t c = 0; c < shape.image_channels; c++)
-                image.data[place * shape.image_channels + c] =
-                    x[(place / pixels * shape.image_channels + c) * pixels + place % pixels];
+class Unet {
+  public:
+    Unet(int64_t chunk, int64_t image_channels, int64_t height, int64_t width, int64_t levels, const int64_t* channels,
+         const void* const* weights, const float* const* biases)
+        : image_channels_(image_channels), levels_(levels), channels_(channels), weights_(weights), biases_(biases),
+          image_(allocate<float>(chunk, height, width, image_channels)),
+          head_(allocate<T>(chunk, height, width, channels[0])) {
+        for (int64_t l = 0; l < levels; l++, height = (height + 1) / 2, width = (width + 1) / 2) {
+            wide_.push_back(allocate<T>(chunk, height, width, l + 1 == levels ? channels[l] : 2 * channels[l]));
+            if (l) pooled_.push_back(allocate<T>(chunk, height, width, channels[l - 1]));
+            floats_ = std::max(floats_, Cut(chunk, height, width, channels[l]).floats(width));
         }
-        for (int64_t l = 0; l < levels; l++) {
-            const int64_t channels = shape.channels[l];
-            Signal<T> to = wide[l];
-            if (l + 1 < levels) to.data += channels;
+    }
+
+    ~Unet() {
+        for (void* each : memory_) std::free(each);
+    }
+    Unet(const Unet&) = delete;
+    Unet& operator=(const Unet&) = delete;
+
+    // Of the memory that each thread adds up in.
+    int64_t floats() const { return floats_; }
+
+    // x and out [images, channels, height, width], of at most a chunk of images. To be called by all threads of a team.
+    void forward(int64_t images, const float* x, const Time& time, float* out, float* sums) {
+        channels_last(images, x);
+        for (int64_t l = 0; l < levels_; l++) {
+            Signal<T> to = wide_[l];
+            if (l + 1 < levels_) to.data += channels_[l];
             if (l == 0) {
-                const Convolution by{shape.image_channels, channels, false, weights[0], biases[0]};
-                convolve<float, T>(by, readable(image), to, batch, sums, &time);
-            } else {
-                const Convolution by{shape.channels[l - 1], channels, false, weights[l], biases[l]};
-                Signal<const T> behind = readable(wide[l - 1]);
-                behind.data += shape.channels[l - 1];
-                pool<T>(behind, pooled[l - 1], by.in, batch);
-                convolve<T, T>(by, readable(pooled[l - 1]), to, batch, sums);
+                convolve<float, T>(layer(0, image_channels_, channels_[0]), readable(image_), to, images, sums, &time);
+                continue;
             }
+            Signal<const T> behind = readable(wide_[l - 1]);
+            behind.data += channels_[l - 1];
+            pool<T>(behind, pooled_[l - 1], channels_[l - 1], images);
+            convolve<T, T>(layer(l, channels_[l - 1], channels_[l]), readable(pooled_[l - 1]), to, images, sums);
         }
-        for (int64_t l = levels - 1; l > 0; l--) {
-            const int64_t layer = 2 * levels - 1 - l;
-            const Convolution by{wide[l].stride, shape.channels[l - 1], true, weights[layer], biases[layer]};
-            convolve<T, T>(by, readable(wide[l]), wide[l - 1], batch, sums);
+        int64_t number = levels_;
+        for (int64_t l = levels_ - 1; l > 0; l--, number++) {
+            const Convolution by = layer(number, wide_[l].stride, channels_[l - 1], true);
+            convolve<T, T>(by, readable(wide_[l]), wide_[l - 1], images, sums);
         }
-        const int64_t layer = 2 * levels - 1;
-        const Convolution first{wide[0].stride, shape.channels[0], false, weights[layer], biases[layer]};
-        convolve<T, T>(first, readable(wide[0]), head, batch, sums);
-        const Convolution last{shape.channels[0], shape.image_channels, false, weights[layer + 1], biases[layer + 1]};
-        convolve_last<T>(last, readable(head), out, batch);
+        convolve<T, T>(layer(number, wide_[0].stride, channels_[0]), readable(wide_[0]), head_, images, sums);
+        convolve_last<T>(layer(number + 1, channels_[0], image_channels_), readable(head_), out, images);
     }
-    for (void* each : memory) std::free(each);
-}
+
+  private:
+    Convolution layer(int64_t number, int64_t in, int64_t out, bool transposed = false) const {
+        return Convolution{in, out, transposed, weights_[number], biases_[number]};
+    }
+
+    void channels_last(int64_t images, const float* x) {
+        const int64_t pixels = image_.height * image_.width;
+#pragma omp for schedule(static)
+        for (int64_t place = 0; place < images * pixels; place++)
+            for (int64_t c = 0; c < image_channels_; c++)
+                image_.data[place * image_channels_ + c] =
+                    x[(place / pixels * image_channels_ + c) * pixels + place % pixels];
+    }
+
+    // Not touched before it is written.
+    template <class Kind>
+    Signal<Kind> allocate(int64_t images, int64_t height, int64_t width, int64_t channels) {
+        const int64_t bytes = images * height * width * channels * (int64_t)sizeof(Kind);
+        memory_.push_back(std::aligned_alloc(64, ceil_div(bytes, 64) * 64));
+        if (!memory_.back()) throw std::bad_alloc();
+        return Signal<Kind>{(Kind*)memory_.back(), height, width, channels};
+    }
+
+    template <class Kind>
+    static Signal<const Kind> readable(Signal<Kind> signal) {
+        return Signal<const Kind>{signal.data, signal.height, signal.width, signal.stride};
+    }
+
+    std::vector<void*> memory_;  // first, since the others lie in it
+    int64_t image_channels_, levels_, floats_ = 0;
+    const int64_t* channels_;
+    const void* const* weights_;
+    const float* const* biases_;
+    Signal<float> image_;
+    Signal<T> head_;
+    std::vector<Signal<T>> wide_, pooled_;  // of each level: the decoder's signal in front, the encoder's behind
+};
 
 }  // namespace
 
@@ -341,15 +354,29 @@ extern "C" int fastsde_unet_has_bf16(int) {
 
 // x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], all fp32. Of the
 // layers (encoder, decoder, head): weights [9, in, out] and biases; those of the first and the last layer are fp32 in any
-// case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so.
+// case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so. ``chunk`` images at most
+// run at once, so that their signals stay in the cache.
 extern "C" void fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
                              const int64_t* channels, const void* const* weights, const float* const* biases,
-                             const float* plane, const float* x, const float* t, float* out, int bf16, int threads) {
-    const Shape shape{batch, image_channels, height, width, levels, channels};
+                             const float* plane, const float* x, const float* t, float* out, int64_t chunk, int bf16,
+                             int threads) {
+    chunk = std::min(chunk, batch);
+    const auto run = [=](auto& unet) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            Buffer sums(unet.floats());
+            const int64_t pixels = image_channels * height * width;
+            for (int64_t i = 0; i < batch; i += chunk)
+                unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels, sums);
+        }
+    };
+    if (bf16) {
 #if defined(FASTSDE_BF16)
-    if (bf16) return run<Half>(shape, weights, biases, plane, x, t, out, threads);
-#else
-    (void)bf16;
+        Unet<Half> unet(chunk, image_channels, height, width, levels, channels, weights, biases);
+        run(unet);
 #endif
-    run<float>(shape, weights, biases, plane, x, t, out, threads);
+    } else {
+        Unet<float> unet(chunk, image_channels, height, width, levels, channels, weights, biases);
+        run(unet);
+    }
 }
