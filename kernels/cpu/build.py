@@ -36,6 +36,7 @@ _TIMEOUT_S = 300
 _STALE_S = 3600  # after which what a killed process has left is deleted
 
 _lock = threading.Lock()
+_warned = False
 _outcomes: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
 
 
@@ -47,7 +48,7 @@ def load(source: str = MAIN) -> ctypes.CDLL | None:
                 _outcomes[source] = _load(source)
                 reason = _outcomes[source][1]
                 if reason is not None and os.environ.get("FASTSDE_NATIVE") != "0":
-                    warnings.warn(f"fastsde runs without native kernels: {reason}", RuntimeWarning, stacklevel=3)
+                    _warn(f"fastsde runs without native kernels: {reason}")
     return _outcomes[source][0]
 
 
@@ -55,6 +56,14 @@ def unavailable_reason(source: str = MAIN) -> str | None:
     """Why there is no library, and what to do; None where there is."""
     load(source)
     return _outcomes[source][1]
+
+
+def _warn(message: str) -> None:
+    """Warns, once in a process: what is true of one library is true of all."""
+    global _warned
+    if not _warned:
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    _warned = True
 
 
 def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
@@ -74,7 +83,7 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
             reason = reason or _first_line(error)
             continue
         if not openmp:
-            warnings.warn(f"the native kernels run in one thread, without OpenMP: {reason}", RuntimeWarning, 4)
+            _warn(f"the native kernels run in one thread, without OpenMP: {reason}")
         return library, None
     return None, f"{compiler[0]} did not compile them ({reason}); name another compiler in CXX"
 

@@ -21,26 +21,17 @@ constexpr int64_t IMAGES = 12;          // at most, of a part
 constexpr int64_t PART_FLOATS = 8192;   // of a part of one image, about
 constexpr int64_t DEPTH_FLOATS = 8192;  // of a tap's weights that are used at once: half a first-level cache
 
-typedef uint16_t Half;  // bf16
-
-static inline Half to_bf16(float x) {
-    const uint32_t word = bits_of<uint32_t>(x);
-    if (x != x) return (Half)(word >> 16 | 0x40);
-    return (Half)((word + 0x7FFF + (word >> 16 & 1)) >> 16);
-}
-
 static inline void store_as(float* to, Floats v) { store(to, v); }
 
-static inline void store_as(Half* to, Floats v) {
+static inline Floats load_as(const float* from) { return load(from); }
+
 #if defined(FASTSDE_BF16)
+typedef uint16_t Half;  // bf16
+
+static inline void store_as(Half* to, Floats v) {
     const __m256bh narrow = _mm512_cvtneps_pbh(v);
     std::memcpy(to, &narrow, sizeof(narrow));
-#else
-    for (int i = 0; i < LANES; i++) to[i] = to_bf16(v[i]);
-#endif
 }
-
-static inline Floats load_as(const float* from) { return load(from); }
 
 static inline Floats load_as(const Half* from) {
     typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
@@ -48,6 +39,7 @@ static inline Floats load_as(const Half* from) {
     std::memcpy(&v, from, sizeof(v));
     return bits_of<Floats>(__builtin_convertvector(v, Words) << 16);
 }
+#endif
 
 // [images, height, width, stride]; a pixel's channels from its start on are the signal's.
 template <class T>
