@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__, checkpoints, data, distributed, engines, solvers, training
+from . import __version__, checkpoints, data, distributed, engines, ops, solvers, training
 from . import verify as verification
 from .checkpoints import Checkpoint
 from .files import atomic_path, check_writable
@@ -393,6 +393,7 @@ def info() -> None:
     rows.append(
         ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     )
+    rows.append(("native kernels", ops.native_state()))
     devices = [torch.device("cpu")]
     if not torch.cuda.is_available():
         rows.append(("cuda", f"not available (torch is built for {torch.version.cuda or 'the CPU only'})"))

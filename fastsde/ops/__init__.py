@@ -7,7 +7,7 @@ wanted that a kernel does not have. Each is a ``torch.library`` operation, which
 
 from __future__ import annotations
 
-from .dispatch import has_kernels, has_native, has_triton
+from .dispatch import has_kernels, has_native, has_triton, native_state
 from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp
 from .step import (
     check_status,
@@ -34,6 +34,7 @@ __all__ = [
     "launch_mlp_sampler",
     "mlp_limits",
     "mlp_sampler",
+    "native_state",
     "new_status",
     "normal",
     "pack_mlp",

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["constant", "contiguous", "has_kernels", "has_native", "has_triton", "kernel", "needs_grad"]
+__all__ = ["constant", "contiguous", "has_kernels", "has_native", "has_triton", "kernel", "native_state", "needs_grad"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,6 +43,15 @@ def has_native(device: torch.device) -> bool:
     from ..kernels.cpu import build
 
     return build.load() is not None
+
+
+def native_state() -> str:
+    """Whether there are native kernels for the CPU, and from where, or why not, in words."""
+    from ..kernels.cpu import build
+
+    reason = build.unavailable_reason()
+    compiler = " ".join(build.find_compiler() or ())
+    return f"yes, compiled by {compiler}, in {build.cache_dir()}" if reason is None else f"no: {reason}"
 
 
 def has_kernels(device: torch.device) -> bool:
