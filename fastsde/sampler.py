@@ -33,7 +33,7 @@ from .validation import (
 __all__ = ["Sampler", "sample"]
 
 _NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_FAILED = "failed backends"
+_FAILED, _COMPILING = "failed backends", "what compiling brings"
 # With compile="auto": where the network may be compiled, and from how many seconds of work on. Compiling takes some 10
 # to 60 s, and what it gains is hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
@@ -59,9 +59,9 @@ class Sampler:
             TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
         device: by default the network's own, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
-        backend: "auto", "reference" (plain PyTorch), "eager" (row by row; on a GPU each row's step is one kernel),
-            "graph" (on a GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (on a GPU, all
-            rows of an MLP in one launch); "auto" takes the fastest that can run. A network that is captured must
+        backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
+            GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of an MLP in one
+            launch); "auto" takes the fastest that can run. A network that is captured must
             depend on its arguments, weights and attributes alone: what it does on the host happens once.
         compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning. "auto"
             does so in calls whose work is worth the time that it takes, and only where it has then made the network
@@ -112,6 +112,7 @@ class Sampler:
         optimize = backend != "reference" and self.state_dtype == torch.float32
         self._network = Network(model, dtype, compile is True, optimize, self.device)
         self._backend, self._compile = backend, compile
+        self._compiled: Network | None = None  # for compile="auto"
         self.backend = self._choose()
 
     def __repr__(self) -> str:
@@ -119,8 +120,8 @@ class Sampler:
         shape, rows = self.sample_shape, len(self.table)
         return f"Sampler({name}, {shape}, {rows} rows, backend={self.backend!r}, device={str(self.device)!r})"
 
-    def _choose(self, batch: int | None = None, **options: object) -> str:
-        """The backend of a call: not every one has all of its options, or is the fastest for any number of samples."""
+    def _choose(self, **options: object) -> str:
+        """The backend of a call: not every one has all of its options."""
         used = {name for name, value in {"guidance": self.guidance, **options}.items() if value is not None}
         return engines.choose(
             self._backend,
@@ -131,7 +132,6 @@ class Sampler:
             sample_shape=self.sample_shape,
             options=used,
             without=self._network.cache.get(_FAILED, ()),
-            batch=batch,
         )
 
     def __call__(
@@ -168,7 +168,7 @@ class Sampler:
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
 
         options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
-        backend = self._choose(n, **options)
+        backend = self._choose(**options)
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
@@ -230,19 +230,21 @@ class Sampler:
         if self._compile != "auto" or backend not in _MAY_COMPILE or plain.is_native or not len(keys):
             return plain
         count = min(batch, len(keys))
-        name = f"compiled for {count} {self.sample_shape} in {plain.dtype}, {self.guidance is not None}"
-        if name not in plain.cache:
+        name = f"{count} {self.sample_shape} in {plain.dtype}, {self.guidance is not None}"
+        known: dict[str, Any] = plain.cache.setdefault(_COMPILING, {})  # seconds a row; whether compiled it is faster
+        if name not in known:
             run = self._probe(plain, keys, kwargs, uncond)
-            seconds = batches.seconds(run, count, self.device)
-            if seconds * len(self.table) * -(-len(keys) // count) < _WORK_S:
-                return plain
-            compiled = plain.again(compile=True)
-            run = self._probe(compiled, keys, kwargs, uncond)
-            plain.cache[name] = compiled if batches.seconds(run, count, self.device) < seconds else None
-        faster: Network | None = plain.cache[name]
-        if faster is not None:
-            faster.refresh()
-        return faster or plain
+            known[name] = [batches.seconds(run, count, self.device), None]
+        seconds, is_faster = known[name]
+        if is_faster is False or (is_faster is None and seconds * len(self.table) * -(-len(keys) // count) < _WORK_S):
+            return plain
+        if self._compiled is None:
+            self._compiled = plain.again(compile=True)
+        self._compiled.refresh()
+        if is_faster is None:
+            run = self._probe(self._compiled, keys, kwargs, uncond)
+            known[name][1] = is_faster = batches.seconds(run, count, self.device) < seconds
+        return self._compiled if is_faster else plain
 
     def _run_parts(
         self,
@@ -253,7 +255,7 @@ class Sampler:
         bar: tqdm[Any],
     ) -> None:
         """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
-        backend, first = self._choose(n, **options), 0
+        backend, first = self._choose(**options), 0
         while first < n:
             bar.total = bar.n + len(self.table) * -(-(n - first) // batch)
             done = bar.n
@@ -264,7 +266,7 @@ class Sampler:
                 if self._backend != "auto":
                     raise CaptureError(f"backend {backend!r}: {error}; use 'eager' or 'auto'") from error
                 self._network.cache.setdefault(_FAILED, set()).add(backend)
-                failed, backend, self.backend = backend, self._choose(n, **options), self._choose()
+                failed, backend, self.backend = backend, self._choose(**options), self._choose()
                 warnings.warn(
                     f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}",
                     RuntimeWarning,

@@ -103,7 +103,7 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
     assert "eager on cpu       yes" in result.stdout
     assert "graph on cpu       no: " in result.stdout
     assert "model mnist" in result.stdout
-    assert ("native kernels     yes, compiled by " in result.stdout) == ops.has_native(torch.device("cpu"))
+    assert ("native kernels     yes, " in result.stdout) == ops.has_native(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

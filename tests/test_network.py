@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +16,8 @@ from torch import Tensor, nn
 
 import fastsde
 from fastsde import Sampler, ops
-from fastsde.engines.network import Network
-from fastsde.models import MLP, UNet
+from fastsde.engines.network import Frozen, Network
+from fastsde.models import MLP, ConcatTime, UNet
 from fastsde.models.unet_inference import UNetInference
 
 X, T = torch.randn(3, 1, 8, 8), torch.rand(3)
@@ -90,6 +93,31 @@ def test_a_frozen_network_follows_the_weights() -> None:
     torch._dynamo.reset()
 
 
+class _Holding(nn.Module):
+    """Computes with tensors that are no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.scale = [nn.Linear(2, 2)], torch.tensor(2.0)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = self.held[0](x) * self.scale
+        return result
+
+
+def test_what_holds_more_than_its_weights_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = []
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
+    monkeypatch.setattr(Frozen, "__init__", lambda self, run: frozen.append(run))
+    held, counting = _Holding(), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    for model in (held, lambda x, t: held(x, t), functools.partial(held), held.forward, ConcatTime(counting)):
+        Network(model, compile=True)
+    assert not frozen
+    for model in (MLP(), ConcatTime(counting.eval()), small_unet()):
+        Network(model, compile=True)
+    assert len(frozen) == 3
+
+
 class _Slow(MLP):
     """Slow, unless it is compiled by the fixture below."""
 
@@ -126,6 +154,11 @@ def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
     assert torch.equal(sampler(5), x)
     assert len(calls) == 3 * stays
     assert len(given) == compiles
+    model = weakref.ref(sampler._network.model)
+    given.clear()
+    del sampler
+    gc.collect()
+    assert model() is None
 
 
 def test_auto_compiles_nothing_that_a_native_kernel_runs(monkeypatch: pytest.MonkeyPatch, compiled: list[Any]) -> None:

@@ -59,8 +59,10 @@ def unavailable_reason(
     if backend == "graph" and not (ops.has_triton(device) and capture.can_record(device)):
         return f"backend 'graph' needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
     if backend == "persistent" and not ops.has_kernels(device):
-        needs = "Triton and a CUDA GPU, or the CPU and a C++ compiler"
-        return f"backend 'persistent' needs {needs}, got device {device}; use 'eager' or 'reference'"
+        needs = f"Triton and a CUDA GPU, or the CPU and native kernels, got device {device}"
+        if device.type == "cpu":
+            needs += f" ({ops.native_state()})"
+        return f"backend 'persistent' needs {needs}; use 'eager' or 'reference'"
     used = [*options, "compile"] if compile else options
     missing = next((name for name in _WITHOUT[backend] if name in used), None)
     if missing is not None:
@@ -82,13 +84,11 @@ def choose(
     sample_shape: Sequence[int] = (),
     options: Collection[str] = (),
     without: Collection[str] = (),
-    batch: int | None = None,
 ) -> str:
     """The name of the backend that runs: the one asked for, or for "auto" the fastest that can.
 
     Args:
         without: backends that "auto" does not take, since they have failed.
-        batch: how many samples are to be drawn, where that is known.
 
     Raises:
         ValueError: for an unknown backend, or one that cannot run.
@@ -100,14 +100,14 @@ def choose(
     fastest_first = [candidate for candidate in _FASTEST_FIRST if candidate not in without]
     for candidate in fastest_first if backend == "auto" else (backend,):
         reason = unavailable_reason(candidate, device, dtype, **given)
-        if reason is None and (candidate == backend or _pays(candidate, network, device, batch)):
+        if reason is None and (candidate == backend or _pays(candidate, network, device)):
             return candidate
     raise ValueError(reason)
 
 
-def _pays(backend: str, network: Network | None, device: torch.device, batch: int | None) -> bool:
+def _pays(backend: str, network: Network | None, device: torch.device) -> bool:
     """Whether "auto" takes a backend that can run."""
-    return backend != "persistent" or network is None or persistent.pays(network, device, batch)
+    return backend != "persistent" or network is None or persistent.pays(network, device)
 
 
 def get(backend: str) -> Callable[..., Tensor]:

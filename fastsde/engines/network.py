@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -104,8 +105,18 @@ class Network:
         stale = isinstance(self._compiled, Frozen) and not self._compiled.is_of(run)
         if run is not self._run or stale:
             self._run = run
-            self._compiled = _compiled(run, self._device) if self._compile else None
+            self._compiled = self._compiled_anew(run) if self._compile else None
         self._channels_last = self._form == "channels_last"
+
+    def _compiled_anew(self, run: Model) -> Model:
+        """The network through ``torch.compile``; on the CPU the one that another sampler has made, if it is that."""
+        if self._device.type == "cuda" or not isinstance(run, nn.Module) or not _can_be_frozen(run):
+            return _compiled(run, self._device)
+        name = f"{self._form} in {self.dtype}, frozen"
+        if name not in self.cache or not self.cache[name].is_of(run):
+            self.cache[name] = Frozen(run)
+        frozen: Frozen = self.cache[name]
+        return frozen
 
     def form(self) -> tuple[Any, ...]:
         """How the network is run, beside what its `fingerprint` tells."""
@@ -219,33 +230,40 @@ class Frozen:
     What it has compiled is kept on disk by PyTorch, from which other processes take it.
     """
 
-    def __init__(self, run: Model) -> None:
-        self._run, self._weights = run, [each.detach().clone() for each in _weights(run)]
+    def __init__(self, run: nn.Module) -> None:
+        self._run, self._weights = weakref.ref(run), [each.detach().clone() for each in _tensors(run)]
+
+        alive = weakref.ref(run)  # so that what is kept of a model does not keep it alive
 
         def network(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-            return run(x, t, **kwargs)
+            f: Tensor = alive()(x, t, **kwargs)  # type: ignore[misc]
+            return f
 
         network.__code__ = network.__code__.replace()  # of its own: by it PyTorch finds what it has compiled before
         self._compiled: Model = torch.compile(network)
 
     def is_of(self, run: Model) -> bool:
         """Whether it still computes what a network does."""
-        now = _weights(run)
-        return run is self._run and len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
+        if not isinstance(run, nn.Module) or run is not self._run():
+            return False
+        now = _tensors(run)
+        return len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         with torch._inductor.config.patch(freezing=True):
             return self._compiled(x, t, **kwargs)
 
 
-def _weights(run: Model) -> list[Tensor]:
-    return _tensors(run) if isinstance(run, nn.Module) else []
+def _can_be_frozen(run: nn.Module) -> bool:
+    """Whether all tensors of a network are parameters and buffers that a call leaves as they are."""
+    counts = any(module.training and getattr(module, "running_mean", None) is not None for module in run.modules())
+    return not counts and len(fingerprint(run).places) == len(_tensors(run))
 
 
 def _compiled(run: Model, device: torch.device) -> Model:
     """``torch.compile`` in the mode for inference whose graphs somebody else captures."""
     if device.type != "cuda":
-        return Frozen(run)
+        return torch.compile(run)
     # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.
     options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
     return torch.compile(run, dynamic=False, options=options)

@@ -23,7 +23,6 @@ from .recorder import Recorder
 __all__ = ["pays", "sample", "unavailable_reason"]
 
 _FP32_WIDTH = 64
-_CPU_FEW, _CPU_WIDTH = 4, 256
 
 
 def unavailable_reason(network: Network, sample_shape: Sequence[int], device: torch.device) -> str | None:
@@ -42,17 +41,14 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
     return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
 
 
-def pays(network: Network, device: torch.device, batch: int | None = None) -> bool:
-    """Whether "auto" takes the engine.
-
-    On the CPU it does not where a handful of samples meets wide layers, whose weights are then all there is to read. On
-    a GPU it does not for wide layers in fp32, which spill registers and take long to compile.
+def pays(network: Network, device: torch.device) -> bool:
+    """Whether "auto" takes the engine: on a GPU not for wide layers in fp32, which spill registers and take long to
+    compile. The number of samples must not matter, or a sample would depend on its batch.
     """
-    linears, _ = linear_layers(network.model) or ([], [])
-    widest = max(linear.out_features for linear in linears) if linears else 0
     if ops.has_native(device):
-        return batch is None or batch > _CPU_FEW or widest <= _CPU_WIDTH
-    return network.dtype == torch.bfloat16 or widest <= _FP32_WIDTH
+        return True
+    linears, _ = linear_layers(network.model) or ([], [])
+    return network.dtype == torch.bfloat16 or all(linear.out_features <= _FP32_WIDTH for linear in linears)
 
 
 def _packed(network: Network) -> Any:

@@ -27,7 +27,9 @@ __all__ = ["CapturedSteps", "EagerSteps", "NativeSteps", "Steps", "Work", "can_c
 _DRAW_ELEMENTS = 1 << 17
 _WARM_UPS = 3
 _ADAM_KINDS = ("exp_avg", "exp_avg_sq")
-_NATIVE_STEPS = 500  # that a native call takes at most: between two, Ctrl-C is heard
+# A native call takes at most so many steps, and about so many products of weights and samples: between two calls,
+# within about a second, Ctrl-C is heard. Beyond the width the weights leave the cache, and PyTorch is faster.
+_NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_WIDTH = 500, 1e10, 1024
 
 
 @dataclass
@@ -74,8 +76,9 @@ def can_run_natively(
     if linear_layers(model) is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False
     takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
+    takes = takes and max(max(each.shape) for each in model.parameters()) <= _NATIVE_WIDTH
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
-    return takes and plain and ops.has_native(device)
+    return takes and plain and ops.has_native(device, "mlp_training")
 
 
 class EagerSteps:
@@ -148,7 +151,9 @@ class NativeSteps:
         self._x_0 = work.dataset.x.contiguous()
 
     def chunks(self, count: int) -> list[int]:
-        return [min(_NATIVE_STEPS, count - first) for first in range(0, count, _NATIVE_STEPS)]
+        products = self._work.config.batch_size * sum(each.numel() for each in self._work.model.parameters())
+        most = max(1, min(_NATIVE_STEPS, int(_NATIVE_PRODUCTS / products)))
+        return [min(most, count - first) for first in range(0, count, most)]
 
     def take(self, first: int, count: int) -> Tensor:
         """As `Steps.take`."""

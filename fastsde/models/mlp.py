@@ -102,6 +102,17 @@ def _activation(module: nn.Module) -> str | None:
     return _KERNEL_NAMES.get(type(module))
 
 
+def _fit(linears: Sequence[nn.Linear]) -> bool:
+    """Whether each layer takes what the one before it gives; PyTorch takes biases of other shapes, too."""
+    width = linears[0].in_features
+    for linear in linears:
+        out, bias = linear.out_features, linear.bias
+        if linear.weight.shape != (out, width) or (bias is not None and bias.shape != (out,)):
+            return False
+        width = out
+    return True
+
+
 def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
     """The Linear layers of an MLP of ``cat((x, t), -1)``, and the kernels' names of the activations between them.
 
@@ -122,5 +133,5 @@ def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
             activations.append(name)
         else:
             return None
-    whole = linears and len(activations) == len(linears) - 1
+    whole = linears and len(activations) == len(linears) - 1 and _fit(linears)
     return (linears, activations) if whole and not is_hooked(model) else None

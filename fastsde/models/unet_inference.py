@@ -60,7 +60,8 @@ class UNetInference(nn.Module):
     On the CPU the whole network is one native kernel, in fp32 and, where the CPU multiplies it, bf16, for channels that
     are multiples of 16. Elsewhere, and to torch.compile, it is the U-Net in plain PyTorch.
 
-    The weights are copies. `refresh` copies them again, in place.
+    The weights are copies. `refresh` copies them again, in place. Where they are written to past PyTorch's count of
+    that, through ``.data``, the native kernel does not see it before.
 
     Args:
         unet: whose weights to copy, to the same device.
@@ -109,7 +110,11 @@ class UNetInference(nn.Module):
         """
         if not supports(unet) or unet.config != self._config:
             raise ValueError(f"unet must be a UNet of {self._config}, got {getattr(unet, 'config', unet)}")
-        torch._foreach_copy_(list(self.parameters()), list(unet.parameters()))
+        ours: list[Tensor] = list(self.parameters())
+        theirs: list[Tensor] = list(unet.parameters())
+        if self.is_native and all(torch.equal(a, b.to(a.dtype)) for a, b in zip(ours, theirs, strict=True)):
+            return  # which costs less than to pack them again
+        torch._foreach_copy_(ours, theirs)
         self._packed = None
         self._fold_time()
 
@@ -140,7 +145,7 @@ class UNetInference(nn.Module):
 
             if ops.has_triton(x.device):
                 return self._fused(x, t)
-            if self.is_native and x.dtype == t.dtype == self.image_weight.dtype:
+            if self.is_native and x.dtype == t.dtype == self.image_weight.dtype and ops.is_plain(x, t):
                 return self._native(x, t)
         return self._plain(x, t)
 
@@ -186,9 +191,10 @@ class UNetInference(nn.Module):
             *((layer.weight, layer.bias, False) for layer in self.head),
         ]
         tensors = [each for weight, bias, _ in convolutions for each in (weight, bias)]
-        of = [(each.data_ptr(), None if each.is_inference() else each._version) for each in tensors]
+        counted = not any(each.is_inference() for each in tensors)  # how often they have been written to
+        of = [(each.data_ptr(), each._version) for each in tensors] if counted else None
         known, packed = self._packed or (None, None)
-        if known != of:
+        if of is None or known != of:
             with torch.no_grad():
                 packed = native.Packed(convolutions, self.plane, x.dtype)
             self._packed = (of, packed)

@@ -7,7 +7,7 @@ wanted that a kernel does not have. Each is a ``torch.library`` operation, which
 
 from __future__ import annotations
 
-from .dispatch import has_kernels, has_native, has_triton, native_state
+from .dispatch import has_kernels, has_native, has_triton, is_plain, native_state
 from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp
 from .step import (
     check_status,
@@ -31,6 +31,7 @@ __all__ = [
     "has_kernels",
     "has_native",
     "has_triton",
+    "is_plain",
     "launch_mlp_sampler",
     "mlp_limits",
     "mlp_sampler",

@@ -9,12 +9,24 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-__all__ = ["constant", "contiguous", "has_kernels", "has_native", "has_triton", "kernel", "native_state", "needs_grad"]
+__all__ = [
+    "constant",
+    "contiguous",
+    "has_kernels",
+    "has_native",
+    "has_triton",
+    "is_plain",
+    "kernel",
+    "native_state",
+    "needs_grad",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_PLAIN = (Tensor, nn.Parameter)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -34,24 +46,24 @@ def has_triton(device: torch.device) -> bool:
 
 
 @constant
-def has_native(device: torch.device) -> bool:
-    """Whether the native kernels run on a device: the CPU, where a compiler has been found and Triton's interpreter is
-    off. The first question compiles them, which takes about two seconds, unless an earlier process has done so.
+def has_native(device: torch.device, name: str = "solver_step") -> bool:
+    """Whether a native kernel runs on a device: the CPU, where a compiler has been found and Triton's interpreter is
+    off. The first question compiles it, which takes about two seconds, unless an earlier process has done so.
     """
     if device.type != "cpu" or has_triton(device):
         return False
-    from ..kernels.cpu import build
+    from ..kernels.cpu import library
 
-    return build.load() is not None
+    found: bool = library.available(name)
+    return found
 
 
 def native_state() -> str:
     """Whether there are native kernels for the CPU, and from where, or why not, in words."""
     from ..kernels.cpu import build
 
-    reason = build.unavailable_reason()
-    compiler = " ".join(build.find_compiler() or ())
-    return f"yes, compiled by {compiler}, in {build.cache_dir()}" if reason is None else f"no: {reason}"
+    library, reason = build.load(), build.unavailable_reason()
+    return f"no: {reason}" if library is None else f"yes, {library._name}"
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -65,8 +77,25 @@ def kernel(name: str, device: torch.device) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted of any."""
+    """Whether a gradient is wanted of any, backward or forward, or another transformation of ``torch.func``."""
+    if _is_transformed():
+        return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _is_transformed() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether tensors are just that, and nothing looks at what is done with them: so that their memory may be used
+    past PyTorch's dispatcher.
+    """
+    if _is_transformed() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(tensor) in _PLAIN for tensor in tensors)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:

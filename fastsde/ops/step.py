@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import noise, reference
 from ..reference import non_finite
 from ..solvers import StepTable
-from ..validation import check_instance, check_int, check_keys, check_number, check_tensor
+from ..validation import check_instance, check_int, check_keys, check_number, check_shape, check_tensor
 from . import library  # noqa: F401 (registers the operations)
-from .dispatch import constant, contiguous, has_kernels, kernel, needs_grad
+from .dispatch import constant, contiguous, has_kernels, is_plain, kernel, needs_grad
 
 __all__ = [
     "check_status",
@@ -157,9 +157,19 @@ def check_status(status: Tensor, table: StepTable) -> None:
 
 
 def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.STREAM_SAMPLING) -> Tensor:
-    """`fastsde.noise.normal` of one step: one launch where the kernel runs."""
+    """`fastsde.noise.normal` of one step: one launch where the kernel runs.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    keys = check_keys(keys, len(check_tensor("keys", keys)), keys.device)
+    check_int("step", step, 0, 2**28), check_int("stream", stream, 0, 16), check_shape("shape", shape)
     if not has_kernels(keys.device):
         return noise.normal(keys, step, shape, stream)
+    if is_plain(keys):  # past torch.library, whose first call imports the compiler
+        out = torch.empty((len(keys), *shape), dtype=torch.float32, device=keys.device)
+        kernel("normal", keys.device).normal(keys.contiguous(), step, stream, out)
+        return out
     drawn: Tensor = torch.ops.fastsde.normal(keys, step, stream, list(shape))
     return drawn
 

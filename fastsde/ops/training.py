@@ -27,7 +27,8 @@ def _check_data(
     t: Tensor | None,
     z: Tensor | None,
     counter: Tensor | None,
-) -> None:
+) -> Tensor | None:
+    """Raises for bad arguments; returns the keys as int64."""
     check_tensor("x_0", x_0)
     if x_0.ndim < 1 or not (x_0.is_floating_point() or x_0.dtype == torch.uint8):
         raise ValueError(f"x_0 must be uint8 or floating-point [B, *shape], got {x_0.dtype} {list(x_0.shape)}")
@@ -49,9 +50,10 @@ def _check_data(
     if z is not None:
         check_tensor("z", z, shape=(n, *x_0.shape[1:]), device=x_0.device, floating=True)
     if keys is not None:
-        check_keys(keys, n, x_0.device)
-    elif t is None or z is None:
+        return check_keys(keys, n, x_0.device)
+    if t is None or z is None:
         raise ValueError("keys must be given unless t and z both are, got None")
+    return None
 
 
 def _kernel_takes(x_0: Tensor, t: Tensor | None, z: Tensor | None) -> bool:
@@ -87,7 +89,7 @@ def perturb(
     Args:
         counter: int64, one element on the device, that is added to the step where a kernel runs, and only there.
     """
-    _check_data(x_0, keys, step, sde, index, t, z, counter)
+    keys = _check_data(x_0, keys, step, sde, index, t, z, counter)
     check_number("scale", scale), check_number("shift", shift)
     check_number("t_min", t_min, "in (0, 1)", lambda t: 0 < t < 1)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -124,7 +126,7 @@ def dsm_loss(
 
     Raises as `solver_step` does.
     """
-    _check_data(x_0, keys, step, sde, index, check_tensor("t", t), z, counter)
+    keys = _check_data(x_0, keys, step, sde, index, check_tensor("t", t), z, counter)
     check_number("scale", scale), check_number("shift", shift)
     for name, value, choices in (("prediction", prediction, PREDICTIONS), ("weighting", weighting, WEIGHTINGS)):
         if value not in choices:

@@ -1,9 +1,9 @@
 """The native kernels, compiled on first use by the machine's own C++ compiler for its own CPU.
 
-The shared library is kept in ``$FASTSDE_CACHE_DIR``, ``$XDG_CACHE_HOME/fastsde`` or ``~/.cache/fastsde`` under a name
-that tells its sources, its flags, the compiler, the CPU and the OpenMP runtime. It is written whole or not at all, so
-that any number of processes may do so at once. ``$CXX`` names a compiler, ``$FASTSDE_CXXFLAGS`` has more flags, and
-``$FASTSDE_NATIVE=0`` leaves all this out.
+The shared library is kept in ``$FASTSDE_CACHE_DIR``, ``$XDG_CACHE_HOME/fastsde`` or ``~/.cache/fastsde``, a folder
+that nobody else may write to, under a name that tells its sources, its flags, the compiler, the CPU and the OpenMP
+runtime. It is written whole or not at all, so that any number of processes may do so at once. ``$CXX`` names a
+compiler, ``$FASTSDE_CXXFLAGS`` has more flags, and ``$FASTSDE_NATIVE=0`` leaves all this out.
 
 OpenMP's threads are those of the runtime that PyTorch has loaded: there is one pool, and ``torch.set_num_threads``
 rules it. ctypes lets go of the GIL while a kernel runs.
@@ -11,6 +11,7 @@ rules it. ctypes lets go of the GIL while a kernel runs.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -33,15 +34,20 @@ MAIN = "fastsde.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi", "-w")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
-_STALE_S = 3600  # after which what a killed process has left is deleted
+_BUILDING, _STALE_S = "fastsde-build-", 3600  # folders, and when those that a killed process has left are deleted
 
-_lock = threading.Lock()
-_warned = False
+_lock = threading.RLock()
 _outcomes: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
+_told: set[str] = set()
+_private: list[Path] = []  # this process's own folder, where it has one
+
+
+class CannotLoadError(Exception):
+    """A library has been compiled, and cannot be loaded."""
 
 
 def load(source: str = MAIN) -> ctypes.CDLL | None:
-    """The library of a source, compiled where it has to be; None, with one warning, where it cannot be had."""
+    """The library of a source, compiled where it has to be; None, with a warning, where it cannot be had."""
     if source not in _outcomes:
         with _lock:
             if source not in _outcomes:
@@ -59,11 +65,10 @@ def unavailable_reason(source: str = MAIN) -> str | None:
 
 
 def _warn(message: str) -> None:
-    """Warns, once in a process: what is true of one library is true of all."""
-    global _warned
-    if not _warned:
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-    _warned = True
+    """Warns once of the same thing."""
+    if message not in _told:
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+    _told.add(message)
 
 
 def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
@@ -73,19 +78,29 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         wanted = os.environ.get("CXX") or ", ".join(_COMPILERS)
         return None, f"no C++ compiler was found ({wanted}); install one, such as g++, or name it in CXX"
-    reason = ""
+    reasons: list[str] = []
     for march, openmp in _attempts():
         try:
-            library = ctypes.CDLL(str(build(source, compiler, march, openmp)))
+            library = _build_and_load(source, compiler, march, openmp)
         except subprocess.TimeoutExpired:
             return None, f"{compiler[0]} took more than {_TIMEOUT_S} s"
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = reason or _first_line(error)
+        except (OSError, CannotLoadError, subprocess.CalledProcessError) as error:
+            reasons.append(_first_line(error))
             continue
         if not openmp:
-            _warn(f"the native kernels run in one thread, without OpenMP: {reason}")
+            _warn(f"the native kernels run in one thread, without OpenMP: {reasons[0]}")
         return library, None
-    return None, f"{compiler[0]} did not compile them ({reason}); name another compiler in CXX"
+    return None, f"{compiler[0]} did not make {source} ({reasons[0]}); name another compiler in CXX"
+
+
+def _build_and_load(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool) -> ctypes.CDLL:
+    folder = cache_dir()
+    try:
+        return ctypes.CDLL(str(build(source, compiler, march, openmp, folder)))
+    except OSError as error:
+        if "failed to map" not in str(error) or folder == private_dir():
+            raise CannotLoadError(str(error)) from error
+    return ctypes.CDLL(str(build(source, compiler, march, openmp, private_dir())))  # a folder without execution
 
 
 def _attempts() -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -96,9 +111,11 @@ def _attempts() -> Iterator[tuple[tuple[str, ...], bool]]:
 
 
 def _first_line(error: Exception) -> str:
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    lines = [line for line in (text or "").splitlines() if "error" in line] or (text or str(error)).splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    text = str(error)
+    if isinstance(error, subprocess.CalledProcessError):
+        text = error.stderr or f"exit status {error.returncode}"
+    lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
+    return re.sub(r"^/\S*/(\w+)-\w+\.so", r"\1", lines[0].strip()) if lines else type(error).__name__
 
 
 def find_compiler() -> list[str] | None:
@@ -111,36 +128,41 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def build(
-    source: str, compiler: list[str], march: tuple[str, ...], openmp: bool, more: tuple[str, ...] | None = None
-) -> Path:
-    """The path of the library for these flags, which is compiled where the cache does not have it.
+def build(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool, folder: Path) -> Path:
+    """The path of a library, which is compiled where the folder does not have it.
 
     Args:
-        source: the file in this folder.
+        source: the file beside this one.
         compiler: the command.
-        march: flags for the CPU.
+        march: flags for the CPU. Those of ``$FASTSDE_CXXFLAGS`` come behind them.
         openmp: whether with threads.
-        more: flags behind all others; by default those of ``$FASTSDE_CXXFLAGS``.
 
     Raises:
         CalledProcessError, TimeoutExpired, OSError: where that fails.
+        CannotLoadError: where what is compiled cannot be loaded, as an earlier process may have found.
     """
-    more = tuple(shlex.split(os.environ.get("FASTSDE_CXXFLAGS", ""))) if more is None else more
+    more = shlex.split(os.environ.get("FASTSDE_CXXFLAGS", ""))
     runtime = _openmp_runtime() if openmp else None
     flags = [*_FLAGS, *march, *(["-fopenmp"] if openmp else []), *more]
     # Linked by name, the runtime is the one that is loaded already; -fopenmp would name the compiler's own.
     link = [str(runtime)] if runtime is not None else ["-fopenmp"] if openmp else []
-    cache = cache_dir()
-    path = cache / f"{Path(source).stem}-{_key(compiler, flags, link)}.so"
-    if not _can_be_loaded(path):
+    path = folder / f"{Path(source).stem}-{_key(compiler, flags, link)}.so"
+    note = path.with_suffix(".failed")
+    if note.exists():
+        raise CannotLoadError(note.read_text())
+    reason = _reason_not_to_load(path)
+    if reason is not None:
         _compile([*compiler, *flags, "-c", str(_HERE / source)], [*compiler, "-shared", *more], link, path)
+        reason = _reason_not_to_load(path)
+        if reason is not None and "undefined symbol" in reason:  # for good, so that others need not compile it
+            note.write_text(reason)
+            path.unlink(missing_ok=True)
     return path
 
 
 def _compile(compile_command: list[str], link_command: list[str], link: list[str], path: Path) -> None:
     _delete_stale(path.parent)
-    with tempfile.TemporaryDirectory(prefix="tmp-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=path.parent) as folder:
         part, whole = Path(folder, "part.o"), Path(folder, "whole.so")
         _run([*compile_command, "-o", str(part)])
         _run([*link_command, str(part), *link, "-o", str(whole)])
@@ -153,18 +175,18 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
 
 
-def _can_be_loaded(path: Path) -> bool:
+def _reason_not_to_load(path: Path) -> str | None:
     if not path.exists():
-        return False
+        return "it is not there"
     try:
         ctypes.CDLL(str(path))
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _delete_stale(cache: Path) -> None:
-    for folder in cache.glob("tmp-*"):
+    for folder in cache.glob(f"{_BUILDING}*"):
         try:
             if time.time() - folder.stat().st_mtime > _STALE_S:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -173,16 +195,28 @@ def _delete_stale(cache: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder for compiled libraries; one of this process alone where no other can be written to."""
+    """The folder for compiled libraries, which nobody else can write to; else one of this process alone."""
     named = os.environ.get("FASTSDE_CACHE_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = Path(named) if named else home / "fastsde"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or ("" if named else str(Path("~/.cache").expanduser()))
+        folder = Path(named) if named else Path(home, "fastsde")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+            return private_dir()
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="fastsde-"))
+    except (OSError, RuntimeError):  # no home, or no way to write
+        return private_dir()
+
+
+def private_dir() -> Path:
+    """A folder of this process, which goes with it."""
+    with _lock:
+        if not _private:
+            _private.append(Path(tempfile.mkdtemp(prefix="fastsde-")))
+            atexit.register(shutil.rmtree, _private[0], ignore_errors=True)
+    return _private[0]
 
 
 def _key(compiler: list[str], flags: list[str], link: list[str]) -> str:

@@ -2,8 +2,14 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "simd.h"
 
@@ -132,5 +138,39 @@ class Buffer {
   private:
     float* data_;
 };
+
+// One object for each thread of a team, made before the threads are: what is thrown may not leave a thread.
+template <class T>
+class PerThread {
+  public:
+    template <class... Arguments>
+    explicit PerThread(int threads, Arguments&&... arguments) {
+        for (int i = 0; i < std::max(threads, 1); i++) all_.push_back(std::make_unique<T>(arguments...));
+    }
+
+    T& mine() {
+#if defined(_OPENMP)
+        return *all_[omp_get_thread_num()];
+#else
+        return *all_[0];
+#endif
+    }
+
+  private:
+    std::vector<std::unique_ptr<T>> all_;
+};
+
+// What a kernel returns that takes memory.
+enum Status { DONE = 0, OUT_OF_MEMORY = 1 };
+
+template <class Body>
+static inline int with_memory(Body body) {
+    try {
+        body();
+        return DONE;
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
+}
 
 }  // namespace fastsde

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from . import build
 
-__all__ = ["call", "pointers"]
+__all__ = ["available", "call", "pointers"]
 
-_TYPES = {"l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
+_TYPES = {"s": ctypes.c_int, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
 _DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; those of p are the launcher's affair
-# Of each kernel: what it returns (or -), and its arguments but for the last, the number of threads.
+# Of each kernel: what it returns (- for nothing, s for a status), and its arguments but for the last, the threads.
 _SIGNATURES = {
     "normal": "- L l l l l F",
     "bits": "- L l l l l I",
     "solver_step": "l F F F F F L F l f f l l F F",
     "perturb": "- p i L l L F F l f f f f f l l F F",
     "dsm_loss": "f F p i L l F L F l f f f f i i l l F F",
-    "mlp_sampler": "- l p p p p F l L F f l l l l F F",
-    "mlp_training": "- l p p p p p p p i l f f L l f f f i i d d d l l l F F",
-    "unet": "- l l l l l p p p F F F F l i",
+    "mlp_sampler": "s l p p p p F l L F f l l l l F F",
+    "mlp_training": "s l p p p p p p p i l f f L l f f f i i d d d l l l F F",
+    "unet": "s l l l l l p p p F F F F l i",
     "unet_has_bf16": "i",
 }
 _SOURCES = {
@@ -48,8 +48,13 @@ def _function(name: str) -> Any:
         result, *arguments = _SIGNATURES[name].split()
         function.restype = _TYPES.get(result)
         function.argtypes = [*(_TYPES.get(each, ctypes.c_void_p) for each in arguments), ctypes.c_int]
-        _functions[name] = (function, [_DTYPES.get(each) for each in arguments])
+        _functions[name] = (function, [_DTYPES.get(each) for each in arguments], result == "s")
     return _functions[name]
+
+
+def available(name: str) -> bool:
+    """Whether a kernel can be had; the first question compiles it."""
+    return build.load(_SOURCES.get(name, build.MAIN)) is not None
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -57,13 +62,17 @@ def call(name: str, *arguments: Any) -> Any:
 
     Raises:
         TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype than the kernel's.
+        OutOfMemoryError: where it does not get the memory that it works in.
     """
-    function, dtypes = _function(name)
+    function, dtypes, tells = _function(name)
     values = [
         _pointer(each, dtype) if isinstance(each, Tensor) else each
         for each, dtype in zip(arguments, dtypes, strict=True)
     ]
-    return function(*values, torch.get_num_threads())
+    result = function(*values, torch.get_num_threads())
+    if tells and result:
+        raise torch.OutOfMemoryError(f"the native kernel {name} does not get the memory that it works in")
+    return result
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> Any:
@@ -79,5 +88,6 @@ def pointers(tensors: Sequence[Tensor | None]) -> Any:
 def _pointer(tensor: Tensor, dtype: torch.dtype | None) -> int:
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or dtype not in (None, tensor.dtype):
         wanted = f"contiguous{'' if dtype is None else f' {dtype}'} on the CPU"
-        raise TypeError(f"a native kernel takes tensors that are {wanted}, got {tensor.dtype} on {tensor.device}")
+        came = f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
+        raise TypeError(f"a native kernel takes tensors that are {wanted}, got {came}")
     return tensor.data_ptr()

@@ -143,7 +143,7 @@ class Samples {
 //
 // weights[l] is [widths[l + 1], widths[l]], and that of the first layer one column wider, for the time. table is
 // [rows, 8]. Nullable: x_init (then drawn), states, each bias. clip is infinite where there is none.
-extern "C" void fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
+extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
                                     const int64_t* widths, const int32_t* activations, const float* table,
                                     int64_t rows, const int64_t* keys, const float* x_init, float clip, int64_t first,
                                     int64_t end, int64_t batch, int64_t every, float* states, float* out,
@@ -154,10 +154,9 @@ extern "C" void fastsde_mlp_sampler(int64_t layers, const float* const* weights,
     while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
     const int64_t blocks = ceil_div(end - first, width);
     threads = (int)std::min<int64_t>(threads, blocks);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Samples samples(mlp, run, width);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < blocks; i++) samples.run(first + i * width);
-    }
+    return with_memory([&] {
+        PerThread<Samples> samples(threads, mlp, run, width);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
+    });
 }

@@ -22,8 +22,8 @@ class Packed:
     """An MLP as the kernel reads it: its own parameters, wherever they are.
 
     Args:
-        layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer, fp32; the last input of the first is the
-            time.
+        layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer, each taking what the one before it gives;
+            the last input of the first is the time.
         activations: the one after each layer but the last.
         dtype: of the products, torch.float32.
     """
@@ -62,8 +62,8 @@ def mlp_sampler(
     batch, dim = out.shape
     if dim != packed.dim:
         raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
-    weights = [weight.detach().contiguous() for weight, _ in packed.layers]
-    biases = [None if bias is None else bias.detach().contiguous() for _, bias in packed.layers]
+    weights = [weight.detach().float().contiguous() for weight, _ in packed.layers]
+    biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in packed.layers]
     count = len(weights)
     network = (
         count,

@@ -165,30 +165,31 @@ class GradientsOfBlock {
 
 // Steps ``first`` to ``first + count - 1`` in place; Adam has taken ``taken`` steps before. widths are those of h_0, ...,
 // f. rates [count, 2]: the learning rate of a step, and what the moving average moves by. Nullable: moving.
-extern "C" void fastsde_mlp_training(int64_t layers, const int64_t* widths, const int32_t* activations,
-                                     TensorList weights, TensorList average, TensorList square, TensorList moving,
-                                     const void* x_0, int bytes, int64_t rows, float scale, float shift,
-                                     const int64_t* keys, int64_t batch, float t_min, float beta_min, float beta_max,
-                                     int prediction, int weighting, double beta1, double beta2, double epsilon,
-                                     int64_t first, int64_t count, int64_t taken, const float* rates, float* losses,
-                                     int threads) {
+extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const int32_t* activations,
+                                    TensorList weights, TensorList average, TensorList square, TensorList moving,
+                                    const void* x_0, int bytes, int64_t rows, float scale, float shift,
+                                    const int64_t* keys, int64_t batch, float t_min, float beta_min, float beta_max,
+                                    int prediction, int weighting, double beta1, double beta2, double epsilon,
+                                    int64_t first, int64_t count, int64_t taken, const float* rates, float* losses,
+                                    int threads) {
     const int64_t dim = widths[layers];
     const Objective objective{Data{x_0, bytes != 0, nullptr, rows, dim, scale, shift}, Schedule{beta_min, beta_max},
                               (Prediction)prediction, (Weighting)weighting, keys, batch, dim, t_min};
     const int64_t blocks = ceil_div(batch, BLOCK_SAMPLES), blocks_each = ceil_div(blocks, MAX_SLOTS);
-    Parameters parameters(layers, widths, ceil_div(blocks, blocks_each));
-    std::vector<double> sums(blocks);
-    parameters.read(weights, average, square, moving);
-    threads = (int)std::min<int64_t>(threads, parameters.slots);
+    const int64_t slots = ceil_div(blocks, blocks_each);
+    threads = (int)std::min<int64_t>(threads, slots);
+    return with_memory([&] {
+        Parameters parameters(layers, widths, slots);
+        std::vector<double> sums(blocks);
+        PerThread<GradientsOfBlock> gradients(threads, objective, parameters, activations);
+        parameters.read(weights, average, square, moving);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        GradientsOfBlock gradients(objective, parameters, activations);
         for (int64_t i = 0; i < count; i++) {
 #pragma omp for schedule(static)
-            for (int64_t slot = 0; slot < parameters.slots; slot++)
+            for (int64_t slot = 0; slot < slots; slot++)
                 for (int64_t b = slot * blocks_each; b < std::min(blocks, (slot + 1) * blocks_each); b++)
-                    sums[b] = gradients.run(b, first + i, parameters.gradients + slot * parameters.size,
-                                            b > slot * blocks_each);
+                    sums[b] = gradients.mine().run(b, first + i, parameters.gradients + slot * parameters.size,
+                                                   b > slot * blocks_each);
             const AdamStep step(beta1, beta2, epsilon, taken + i + 1, rates[2 * i], rates[2 * i + 1]);
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < (int64_t)parameters.bands.size(); b++) {
@@ -200,6 +201,6 @@ extern "C" void fastsde_mlp_training(int64_t layers, const int64_t* widths, cons
                 }
             }
         }
-    }
-    parameters.write(weights, average, square, moving);
+        parameters.write(weights, average, square, moving);
+    });
 }

@@ -192,7 +192,7 @@ template <class In, class Out>
 void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t batch, float* sums,
               const Time* time = nullptr) {
     const Cut cut(batch, out.height, out.width, by.out);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < cut.count(); part++) {
         const int64_t group = part % cut.groups, rest = part / cut.groups;
         const int64_t row = rest % cut.per_image * cut.rows, image = rest / cut.per_image * cut.images;
@@ -262,12 +262,6 @@ class Unet {
         }
     }
 
-    ~Unet() {
-        for (void* each : memory_) std::free(each);
-    }
-    Unet(const Unet&) = delete;
-    Unet& operator=(const Unet&) = delete;
-
     // Of the memory that each thread adds up in.
     int64_t floats() const { return floats_; }
 
@@ -313,9 +307,9 @@ class Unet {
     template <class Kind>
     Signal<Kind> allocate(int64_t images, int64_t height, int64_t width, int64_t channels) {
         const int64_t bytes = images * height * width * channels * (int64_t)sizeof(Kind);
-        memory_.push_back(std::aligned_alloc(64, ceil_div(bytes, 64) * 64));
+        memory_.emplace_back(std::aligned_alloc(64, ceil_div(bytes, 64) * 64), std::free);
         if (!memory_.back()) throw std::bad_alloc();
-        return Signal<Kind>{(Kind*)memory_.back(), height, width, channels};
+        return Signal<Kind>{(Kind*)memory_.back().get(), height, width, channels};
     }
 
     template <class Kind>
@@ -323,7 +317,7 @@ class Unet {
         return Signal<const Kind>{signal.data, signal.height, signal.width, signal.stride};
     }
 
-    std::vector<void*> memory_;  // first, since the others lie in it
+    std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;  // first, since the others lie in it
     int64_t image_channels_, levels_, floats_ = 0;
     const int64_t* channels_;
     const void* const* weights_;
@@ -348,27 +342,23 @@ extern "C" int fastsde_unet_has_bf16(int) {
 // layers (encoder, decoder, head): weights [9, in, out] and biases; those of the first and the last layer are fp32 in any
 // case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so. ``chunk`` images at most
 // run at once, so that their signals stay in the cache.
-extern "C" void fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
+extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
                              const int64_t* channels, const void* const* weights, const float* const* biases,
                              const float* plane, const float* x, const float* t, float* out, int64_t chunk, int bf16,
                              int threads) {
     chunk = std::min(chunk, batch);
-    const auto run = [=](auto& unet) {
+    const auto run = [=](auto&& unet) {
+        PerThread<Buffer> sums(threads, unet.floats());
+        const int64_t pixels = image_channels * height * width;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            Buffer sums(unet.floats());
-            const int64_t pixels = image_channels * height * width;
-            for (int64_t i = 0; i < batch; i += chunk)
-                unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels, sums);
-        }
+        for (int64_t i = 0; i < batch; i += chunk)
+            unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels,
+                         sums.mine());
     };
-    if (bf16) {
+    return with_memory([&] {
 #if defined(FASTSDE_BF16)
-        Unet<Half> unet(chunk, image_channels, height, width, levels, channels, weights, biases);
-        run(unet);
+        if (bf16) return run(Unet<Half>(chunk, image_channels, height, width, levels, channels, weights, biases));
 #endif
-    } else {
-        Unet<float> unet(chunk, image_channels, height, width, levels, channels, weights, biases);
-        run(unet);
-    }
+        run(Unet<float>(chunk, image_channels, height, width, levels, channels, weights, biases));
+    });
 }

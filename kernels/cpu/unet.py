@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import call, pointers
+from .library import available, call, pointers
 
 CHANNELS = 16  # that those of the levels must be multiples of
 
@@ -21,12 +21,13 @@ def chunk(threads: int) -> int:
 
 def takes(channels: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether the kernel runs U-Nets of these channels in a dtype: fp32, or bf16 where the CPU multiplies it."""
-    known = dtype == torch.float32 or (dtype == torch.bfloat16 and bool(call("unet_has_bf16")))
-    return known and all(each % CHANNELS == 0 for each in channels)
+    if not all(each % CHANNELS == 0 for each in channels) or not available("unet"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(call("unet_has_bf16")))
 
 
 class Packed:
-    """A U-Net's weights as the kernel reads them: copies, in fp32 or bf16.
+    """A U-Net's weights as the kernel reads them, in fp32 or bf16.
 
     Args:
         convolutions: (weight, bias, whether transposed) of encoder, decoder and head, in the order of their use. The
@@ -36,7 +37,7 @@ class Packed:
     """
 
     def __init__(self, convolutions: Sequence[tuple[Tensor, Tensor, bool]], plane: Tensor, dtype: torch.dtype) -> None:
-        self.dtype, self.plane = dtype, plane.contiguous()
+        self.dtype, self.plane = dtype, plane.float().contiguous()
         self.biases = [bias.float().contiguous() for _, bias, _ in convolutions]
         self.weights: list[Tensor] = []
         for number, (weight, _, transposed) in enumerate(convolutions):

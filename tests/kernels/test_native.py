@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastsde
 from fastsde import VPSDE, noise, ops, solvers
-from fastsde.models import MLP
+from fastsde.models import MLP, ConcatTime
 
 SDE = VPSDE()
 TABLE = solvers.build("ddpm", SDE, 6, prediction="eps", clip=2.0)
@@ -173,6 +173,97 @@ def test_torch_compile_takes_each_operation_whole() -> None:
     expected = run(x, keys)
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, keys), expected)
     torch._dynamo.reset()
+
+
+# What must not reach a kernel --------------------------------------------------------------------------------------
+
+
+def _linears(*shapes: tuple[int, int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, o in shapes:
+        layers += [nn.Linear(i, o), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.usefixtures("native")
+def test_layers_that_do_not_fit_are_no_mlp() -> None:
+    for shapes in (((3, 64), (1, 64), (1, 2)), ((3, 8), (16, 2))):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # of PyTorch
+            fastsde.sample(ConcatTime(_linears(*shapes)), (4, 2), steps=2)
+    net = _linears((3, 8), (8, 2))
+    net[0].bias = nn.Parameter(torch.ones(1))  # which PyTorch broadcasts
+    with pytest.raises(ValueError, match="runs MLPs alone"):
+        fastsde.Sampler(ConcatTime(net), (2,), backend="persistent")
+    assert fastsde.sample(ConcatTime(net), (4, 2), steps=2).isfinite().all()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_dtype_are_cast_where_fp32_is_asked_for(dtype: torch.dtype) -> None:
+    model, options = MLP(2, (8,)).to(dtype), {"steps": 3, "dtype": torch.float32}
+    expected = fastsde.sample(model, (4, 2), backend="eager", **options)
+    found = fastsde.sample(model, (4, 2), backend="persistent", **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("native")
+def test_draws_are_checked() -> None:
+    keys = noise.sample_keys(0, 3)
+    for bad in (keys[:, 0], torch.cat([keys, keys], 1)):
+        with pytest.raises(ValueError, match="keys must have shape"):
+            ops.normal(bad, 0, (2,))
+    for step in (-1, 2**28):
+        with pytest.raises(ValueError, match="step must be"):
+            ops.normal(keys, step, (2,))
+    unsigned = keys.view(torch.uint64)
+    assert torch.equal(
+        ops.perturb(torch.ones(3, 2), unsigned, 1, SDE)[0], ops.perturb(torch.ones(3, 2), keys, 1, SDE)[0]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")  # by PyTorch's own
+@pytest.mark.usefixtures("native")
+def test_forward_derivatives_are_those_of_the_reference() -> None:
+    x, keys, t = torch.randn(3, 2), noise.sample_keys(0, 3), torch.rand(3)
+    for run in (
+        lambda x: ops.solver_step(x, x, TABLE, 0, keys=keys)[0],
+        lambda x: ops.perturb(x, keys, 1, SDE)[0],
+        lambda x: ops.dsm_loss(x, torch.ones(3, 2), t, keys, 1, SDE),
+    ):
+        derivative = torch.func.jvp(run, (x,), (torch.ones_like(x),))[1]
+        step = 1e-2
+        difference = (run(x + step) - run(x - step)) / (2 * step)
+        torch.testing.assert_close(derivative, difference, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_tensor_of_another_dtype_is_refused_before_it_is_read() -> None:
+    kernel = ops.dispatch.kernel("normal", torch.device("cpu"))
+    keys = noise.sample_keys(0, 3)
+    for out in (torch.empty(3, 2, dtype=torch.float64), torch.empty(2, 3).T):
+        with pytest.raises(TypeError, match="takes tensors that are contiguous"):
+            kernel.normal(keys, 0, 0, out)
+
+
+def test_memory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    if ops.has_native(torch.device("cpu")) is False:
+        pytest.skip("no C++ compiler")
+    code = """
+import resource, torch
+from fastsde.models import UNet
+model = UNet(1, 512, (16, 16)).optimize()
+x, t = torch.randn(24, 1, 512, 512), torch.rand(24)
+model(x[:1], t[:1])
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
+try:
+    model(x, t)
+except torch.OutOfMemoryError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(fastsde.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout == "the native kernel unet does not get the memory that it works in\n", run.stderr
 
 
 # A run of every kernel on odd sizes, of tensors that end where their memory does.

@@ -59,7 +59,7 @@ def test_several_processes_at_once_leave_one_library(tmp_path: Path) -> None:
             "/nonexistent/g++",
             "no C++ compiler was found (/nonexistent/g++); install one, such as g++, or name it in CXX",
         ),
-        ("false", "false did not compile them"),
+        ("false", "false did not make fastsde.cpp (exit status 1); name another compiler in CXX"),
     ],
 )
 def test_without_a_compiler_one_warning_says_so_and_pytorch_takes_over(
@@ -77,7 +77,7 @@ def test_they_can_be_turned_off_without_a_warning(tmp_path: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "eager True\n", "")
     reason = "from fastsde.engines import unavailable_reason as reason; import torch\n"
     run = _run(tmp_path, reason + "print(reason('persistent', torch.device('cpu')))", FASTSDE_NATIVE="0")
-    assert "needs Triton and a CUDA GPU, or the CPU and a C++ compiler" in run.stdout
+    assert "got device cpu (no: FASTSDE_NATIVE is 0; unset it); use 'eager' or 'reference'" in run.stdout
 
 
 @needs_compiler
@@ -92,24 +92,61 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path: Path) -> No
 
 
 @needs_compiler
-def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(tmp_path: Path) -> None:
-    taken = tmp_path / "file"
-    taken.write_text("not a folder")
-    run = _run(taken, TMPDIR=str(tmp_path))
+@pytest.mark.parametrize("taken", ["a file", "open to others"])
+def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(tmp_path: Path, taken: str) -> None:
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    if taken == "a file":
+        cache.write_text("not a folder")
+    else:
+        cache.mkdir()
+        cache.chmod(0o777)
+    run = _run(cache, TMPDIR=str(temporary))
     assert (run.stdout, run.stderr) == ("persistent True\n", "")
-    assert taken.read_text() == "not a folder"
+    assert cache.is_file() or not list(cache.iterdir())
+    assert not [each for each in temporary.iterdir() if each.name.startswith("fastsde-")]
+
+
+@needs_compiler
+def test_a_user_without_a_home_has_them_too(tmp_path: Path) -> None:
+    code = "from pathlib import Path\nPath.expanduser = lambda self: exec('raise RuntimeError')\n" + SAMPLE
+    environment = {"XDG_CACHE_HOME": "", "FASTSDE_CACHE_DIR": "", "TMPDIR": str(tmp_path)}
+    run = _run(tmp_path, code, **environment)
+    assert (run.stdout, run.stderr) == ("persistent True\n", "")
+
+
+@needs_compiler
+def test_what_one_source_lacks_the_others_have(tmp_path: Path) -> None:
+    # A compiler that fails on the U-Net and on training.
+    compiler = tmp_path / "compiler"
+    real = " ".join(build.find_compiler() or [])
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *unet.cpp*|*mlp_training.cpp*) exit 1;; esac\nexec {real} "$@"\n')
+    compiler.chmod(0o700)
+    code = """
+import dataclasses, tempfile, torch, fastsde
+from fastsde.models import MLP, UNet
+from fastsde.training import Trainer, default_config
+print(fastsde.Sampler(MLP(), (2,)).backend, fastsde.sample(UNet(1, 4, (16, 16)), (1, 1, 4, 4), steps=2).shape)
+config = dataclasses.replace(default_config("swiss-roll"), steps=2, data_size=50)
+print(Trainer(config, tempfile.mkdtemp()).train(progress=False).record["step"])
+"""
+    run = _run(tmp_path / "cache", code, CXX=str(compiler))
+    assert run.stdout == "persistent torch.Size([1, 1, 4, 4])\n2\n", run.stderr
+    assert run.stderr.count("RuntimeWarning") == 2
 
 
 @needs_compiler
 def test_what_a_killed_process_has_left_is_deleted_in_time(tmp_path: Path) -> None:
-    old, new = tmp_path / "tmp-old", tmp_path / "tmp-new"
-    old.mkdir()
-    new.mkdir()
+    old, new, other = (tmp_path / name for name in ("fastsde-build-old", "fastsde-build-new", "tmp-other"))
     before = time.time() - 2 * build._STALE_S
-    os.utime(old, (before, before))
+    for folder in (old, new, other):
+        folder.mkdir()
+        if folder is not new:
+            os.utime(folder, (before, before))
     _run(tmp_path)
     assert not old.exists()
     assert new.exists()
+    assert other.exists()  # not ours
 
 
 @needs_compiler

@@ -125,6 +125,42 @@ def test_it_follows_the_weights() -> None:
         assert torch.equal(again(x, t), fast(x, t))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_where_more_is_done_than_to_compute_it_is_pytorchs(native_kernel: list[int]) -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = _unet("one pixel")
+    fast, (x, t) = model.optimize(), _inputs(model, 3)
+    expected = fast(x, t)
+    native_kernel.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(make_fx(fast)(x, t)(x, t), expected)
+        torch.testing.assert_close(torch.jit.trace(fast, (x, t), check_trace=False)(x, t), expected)
+        derivative = torch.func.jvp(lambda x: fast(x, t), (x,), (torch.ones_like(x),))[1]
+        torch.testing.assert_close(derivative, torch.func.jvp(lambda x: model(x, t), (x,), (torch.ones_like(x),))[1])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert fast(torch.empty(2, 1, 1, 1), torch.empty(2)).shape == (2, 1, 1, 1)
+    assert not native_kernel
+    cast = model.optimize()
+    cast.bfloat16()
+    assert cast(x.bfloat16(), t.bfloat16()).dtype == torch.bfloat16
+
+
+def test_equal_weights_are_not_packed_again(native_kernel: list[int]) -> None:
+    model = _unet("one pixel")
+    fast, (x, t) = model.optimize(), _inputs(model, 1)
+    fast(x, t)
+    packed = fast._packed
+    fast.refresh(model)
+    assert fast._packed is packed
+    with torch.no_grad():
+        model.head[1].bias.data += 1
+    fast.refresh(model)
+    assert fast._packed is None
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_eager_engine_takes_it(native_kernel: list[int], dtype: torch.dtype | None) -> None:
     model = _unet("odd, three channels")
