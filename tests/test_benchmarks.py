@@ -158,3 +158,40 @@ def test_a_network_of_any_kind_becomes_one_that_predicts_the_score(prediction: s
         t = now.expand(3)
         x = sde.alpha(now) * x_0 + sde.sigma(now) * z
         torch.testing.assert_close(score(x, t), -z / sde.sigma(now), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not ops.has_native(torch.device("cpu")), reason="no C++ compiler")
+def test_the_cpu_benchmark_measures_every_provider_of_a_subject(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    command = [
+        sys.executable,
+        "-m",
+        "fastsde.benchmarks.cpu",
+        "--subject",
+        "normals",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (subject,) = json.loads(out.read_text())["subjects"]
+    assert set(subject["providers"]) == {
+        "fastsde, one sample",
+        "fastsde, 1276 images",
+        "torch.randn",
+        "torch.randn, again",
+    }
+    assert all(each["median_s"] > 0 for each in subject["providers"].values())
+    assert subject["providers"]["fastsde, one sample"]["parity"]["error"] <= 4e-6
+    assert subject["targets"][0]["value"] > 0
+
+
+def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets() -> None:
+    result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "cpu.json").read_text())
+    assert {"cpu", "torch", "commit", "threads"} <= set(result)
+    targets = [target for subject in result["subjects"] for target in subject["targets"]]
+    assert len(targets) == 7
+    assert all(target["met"] for target in targets)
