@@ -8,13 +8,18 @@ namespace fastsde {
 
 enum Activation { IDENTITY, LOG_SIGMOID, SILU, RELU, TANH, GELU, GELU_TANH, SOFTPLUS };
 
+// e^(-scale |x|), which is NaN for NaN.
+static inline Floats falling(Floats x, float scale) {
+    return exp2_negative((x < 0.0f ? x : -x) * (scale * 1.44269504f));
+}
+
 static inline Floats sigmoid(Floats x) {
-    const Floats e = exp2_negative((x < 0.0f ? x : -x) * 1.44269504f);  // of -|x|, which is NaN for NaN
+    const Floats e = falling(x, 1.0f);
     return (x < 0.0f ? e : all(1.0f)) / (1.0f + e);
 }
 
 static inline Floats tanh(Floats x) {
-    const Floats e = exp2_negative((x < 0.0f ? x : -x) * 2.88539008f);
+    const Floats e = falling(x, 2.0f);
     const Floats size = (1.0f - e) / (1.0f + e);
     return x < 0.0f ? -size : size;
 }
@@ -27,7 +32,7 @@ static inline void activate(Floats x, Floats& value, Floats& derivative) {
         value = x, derivative = one;
     } else if (KIND == LOG_SIGMOID || KIND == SOFTPLUS) {
         const bool rises = KIND == SOFTPLUS;
-        const Floats e = exp2_negative((x < 0.0f ? x : -x) * 1.44269504f);
+        const Floats e = falling(x, 1.0f);
         const Floats tail = log1p(e);
         value = rises ? at_least(x, 0.0f) + tail : at_most(x, 0.0f) - tail;
         derivative = ((rises ? x < 0.0f : x > 0.0f) ? e : one) / (one + e);

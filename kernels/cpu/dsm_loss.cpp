@@ -23,7 +23,7 @@ extern "C" float fastsde_dsm_loss(const float* f, const void* x_0, int bytes, co
     const float outer = grad ? (float)(2.0 * mean * (double)*grad) : 0.0f;
     for_parts(parts, threads, [&](int64_t index_of_part, const Part& part) {
         const int64_t start = part.start(size);
-        float x[PART] = {}, drawn[PART] = {};
+        float x[PART], drawn[PART];
         if (prediction == X0 || prediction == V) data.read(part, x);
         const float* noise = z ? z + start : drawn;
         if (!z && prediction != X0) draw_normals(keys, draw_offset(step, TRAINING_NOISE), part, n, drawn);
@@ -33,14 +33,11 @@ extern "C" float fastsde_dsm_loss(const float* f, const void* x_0, int bytes, co
             const Target target(sde, (Prediction)prediction, (Weighting)weighting, time);
             for (int64_t i = 0; i < here; i++) {
                 const int64_t at = (first + i) * part.elements;
-                const float from_z = target.from_z[i], from_x = target.from_x[i], factor = target.factor[i];
-                const bool has_z = from_z != 0, has_x = from_x != 0;
+                const Residual residual_of = target[i];
                 for (int64_t e = at; e < at + part.elements; e++) {
-                    // What has no part in the target must not, being infinite, make it NaN.
-                    const float wanted = (has_z ? from_z * noise[e] : 0.0f) + (has_x ? from_x * x[e] : 0.0f);
-                    const float residual = factor * (f[start + e] - wanted);
+                    const float residual = residual_of(f[start + e], noise + e, x + e);
                     if (grad)
-                        out[start + e] = outer * factor * residual;
+                        out[start + e] = outer * residual_of.factor * residual;
                     else
                         sum += (double)residual * residual;
                 }

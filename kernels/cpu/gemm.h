@@ -2,15 +2,6 @@
 
 #pragma once
 
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "simd.h"
 
 namespace fastsde {
@@ -120,57 +111,5 @@ static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
 }
 
 static inline int64_t padded(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
-
-// Floats at a multiple of 64 bytes, zero at first.
-class Buffer {
-  public:
-    explicit Buffer(int64_t count) {
-        const size_t bytes = (size_t)padded(count + 1) * sizeof(float);
-        data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-        if (!data_) throw std::bad_alloc();
-        std::memset(data_, 0, bytes);
-    }
-    ~Buffer() { std::free(data_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    operator float*() { return data_; }
-
-  private:
-    float* data_;
-};
-
-// One object for each thread of a team, made before the threads are: what is thrown may not leave a thread.
-template <class T>
-class PerThread {
-  public:
-    template <class... Arguments>
-    explicit PerThread(int threads, Arguments&&... arguments) {
-        for (int i = 0; i < std::max(threads, 1); i++) all_.push_back(std::make_unique<T>(arguments...));
-    }
-
-    T& mine() {
-#if defined(_OPENMP)
-        return *all_[omp_get_thread_num()];
-#else
-        return *all_[0];
-#endif
-    }
-
-  private:
-    std::vector<std::unique_ptr<T>> all_;
-};
-
-// What a kernel returns that takes memory.
-enum Status { DONE = 0, OUT_OF_MEMORY = 1 };
-
-template <class Body>
-static inline int with_memory(Body body) {
-    try {
-        body();
-        return DONE;
-    } catch (const std::bad_alloc&) {
-        return OUT_OF_MEMORY;
-    }
-}
 
 }  // namespace fastsde

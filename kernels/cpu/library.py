@@ -27,7 +27,7 @@ _SIGNATURES = {
     "dsm_loss": "f F p i L l F L F l f f f f i i l l F F",
     "mlp_sampler": "s l p p p p F l L F f l l l l F F",
     "mlp_training": "s l p p p p p p p i l f f L l f f f i i d d d l l l F F",
-    "unet": "s l l l l l p p p F F F F l i",
+    "unet": "s l l l l l p p p F F F F i",
     "unet_has_bf16": "i",
 }
 _SOURCES = {
@@ -75,13 +75,16 @@ def call(name: str, *arguments: Any) -> Any:
     return result
 
 
-def pointers(tensors: Sequence[Tensor | None]) -> Any:
-    """An array of pointers to fp32 tensors, null for None; it does not keep the tensors alive.
+def pointers(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = torch.float32) -> Any:
+    """An array of pointers to tensors, null for None; it does not keep the tensors alive.
+
+    Args:
+        dtype: theirs, or None where it is the launcher's affair.
 
     Raises:
         TypeError: as `call`.
     """
-    addresses = (None if each is None else _pointer(each, torch.float32) for each in tensors)
+    addresses = (None if each is None else _pointer(each, dtype) for each in tensors)
     return (ctypes.c_void_p * len(tensors))(*addresses)
 
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "memory.h"
 #include "parts.h"
 
 namespace fastsde {

@@ -5,11 +5,11 @@
 //
 //     h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
 
-#include <vector>
-
 #include "activations.h"
 #include "gemm.h"
+#include "memory.h"
 #include "parts.h"
+#include "table.h"
 
 using namespace fastsde;
 
@@ -112,14 +112,11 @@ class Samples {
         if (k[D] != 0.0f) draw(row + 1, noise_);
         for (int64_t i = 0; i < dim_ * width_; i += LANES) {
             const Floats x = load(x_ + i), out = load(f + i);
-            // What is not finite stays so to the end, whatever clips or activations make of it.
-            Floats next = k[A] * x + k[B] * out + 0.0f * (x + out);
-            if (k[C] != 0.0f) next += k[C] * load(history_ + i);
-            const Floats data = at_least(at_most(k[P] * x + k[Q] * out, run_.clip), -run_.clip);
+            Floats data;
+            const Floats next = row_of(k, run_.clip, x, out, load(history_ + i), load(noise_ + i), data);
             store(history_ + i, data);
-            if (k[E] != 0.0f) next += k[E] * data;
-            if (k[D] != 0.0f) next += k[D] * load(noise_ + i);
-            store(x_ + i, next);
+            // What is not finite stays so to the end, whatever clips or activations make of it.
+            store(x_ + i, next + 0.0f * (x + out));
         }
     }
 

@@ -98,14 +98,15 @@ class GradientsOfBlock {
         double sum = 0;
         for_lanes(here_, [&](int64_t first, int64_t here) {
             const Target target(on.sde, on.prediction, on.weighting, load(times_ + first));
-            for (int64_t i = 0; i < here; i++)
+            for (int64_t i = 0; i < here; i++) {
+                const Residual residual_of = target[i];
                 for (int64_t e = 0; e < on.dim; e++) {
                     const int64_t at = (first + i) * width + e, place = (first + i) * on.dim + e;
-                    const float wanted = target.from_z[i] * noise_[place] + target.from_x[i] * clean_[place];
-                    const float residual = target.factor[i] * (f[at] - wanted);
+                    const float residual = residual_of(f[at], noise_ + place, clean_ + place);
                     sum += (double)residual * residual;
-                    error_[at] = outer * target.factor[i] * residual;
+                    error_[at] = outer * residual_of.factor * residual;
                 }
+            }
         });
         return sum;
     }

@@ -85,31 +85,4 @@ static inline void draw_normals(const int64_t* keys, uint64_t draw, const Part& 
     }
 }
 
-// The columns of a solver's table.
-enum Column { TIME, A, B, C, D, E, P, Q, TABLE_COLUMNS };
-
-// body(first, here) for runs of LANES of ``count``; ``here`` of them exist.
-template <class Body>
-static inline void for_lanes(int64_t count, Body body) {
-    int64_t first = 0;
-    for (; first + LANES <= count; first += LANES) body(first, (int64_t)LANES);
-    if (first < count) body(first, count - first);
-}
-
-// The first ``here`` lanes, and zeros behind.
-static inline Floats load(const float* from, int64_t here) {
-    if (here == LANES) return load(from);
-    Floats v{};
-    std::memcpy(&v, from, here * sizeof(float));
-    return v;
-}
-
-static inline void store(float* to, Floats v, int64_t here) { std::memcpy(to, &v, here * sizeof(float)); }
-
-static inline bool any_nan(Floats v) {
-    for (int i = 0; i < LANES; i++)
-        if (v[i] != v[i]) return true;
-    return false;
-}
-
 }  // namespace fastsde

@@ -1,12 +1,9 @@
-// One row of a solver's table (the twin of fastsde.reference.solver_step):
+// One row of a solver's table (table.h), with guidance where there is any: f = f_uncond + w (f - f_uncond).
 //
-//     f  = f_uncond + w (f - f_uncond)    with guidance
-//     D  = p x + q f                      clamped to [-clip, clip] where there is a clip
-//     x' = a x + b f + e D + c H + d z
-//
-// All tensors are contiguous fp32 [n, size]; the row is its eight fp32 columns: time, a, b, c, d, e, p, q.
+// All tensors are contiguous fp32 [n, size].
 
 #include "parts.h"
+#include "table.h"
 
 using namespace fastsde;
 
@@ -31,16 +28,11 @@ int step(const Tensors& at, int64_t start, int64_t count, const float* noise, co
             f = uncond + guidance * (f - uncond);
         }
         f_sum += 0.0f * f;
-        Floats next = k[A] * x + k[B] * f;
-        if (at.data || k[E] != 0.0f) {
-            const Floats data = at_least(at_most(k[P] * x + k[Q] * f, clip), -clip);
-            next += k[E] * data;
-            if (at.history) next += k[C] * load(at.history + i, here);
-            if (at.data) store(at.data + i, data, here);
-        } else if (at.history) {
-            next += k[C] * load(at.history + i, here);
-        }
-        if (noise) next += k[D] * load(noise + first, here);
+        const Floats history = at.history ? load(at.history + i, here) : Floats{};
+        const Floats z = noise ? load(noise + first, here) : Floats{};
+        Floats data;
+        const Floats next = row_of(k, clip, x, f, history, z, data);
+        if (at.data) store(at.data + i, data, here);
         x_sum += 0.0f * next;
         store(at.out + i, next, here);
     });

@@ -43,9 +43,21 @@ struct Data {
 enum Prediction { SCORE, EPS, X0, V };
 enum Weighting { SIGMA2, LIKELIHOOD, TARGET };
 
-// The residual of the loss is factor (f - (from_z z + from_x x_0)), for LANES times.
+// The residual of the loss of one sample.
+struct Residual {
+    float from_z, from_x, factor;
+
+    // factor (f - (from_z z + from_x x_0)). What has no part in it is not read.
+    float operator()(float f, const float* z, const float* x_0) const {
+        return factor * (f - ((from_z != 0 ? from_z * *z : 0.0f) + (from_x != 0 ? from_x * *x_0 : 0.0f)));
+    }
+};
+
+// That of LANES samples, by their times.
 struct Target {
     Floats from_z, from_x, factor;
+
+    Residual operator[](int64_t i) const { return Residual{from_z[i], from_x[i], factor[i]}; }
 
     Target(const Schedule& sde, Prediction prediction, Weighting weighting, Floats t) {
         const Floats alpha = sde.alpha(t), sigma = sde.sigma(t), one = all(1.0f), none{};

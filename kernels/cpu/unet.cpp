@@ -6,10 +6,9 @@
 // it moves them to every second place. The rows of a product are neighbours in an image or, where images are small, the
 // same pixel of neighbouring images.
 
-#include <vector>
-
 #include "activations.h"
 #include "gemm.h"
+#include "memory.h"
 #include "parts.h"
 
 using namespace fastsde;
@@ -340,13 +339,12 @@ extern "C" int fastsde_unet_has_bf16(int) {
 
 // x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], all fp32. Of the
 // layers (encoder, decoder, head): weights [9, in, out] and biases; those of the first and the last layer are fp32 in any
-// case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so. ``chunk`` images at most
-// run at once, so that their signals stay in the cache.
+// case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so.
 extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
-                             const int64_t* channels, const void* const* weights, const float* const* biases,
-                             const float* plane, const float* x, const float* t, float* out, int64_t chunk, int bf16,
-                             int threads) {
-    chunk = std::min(chunk, batch);
+                            const int64_t* channels, const void* const* weights, const float* const* biases,
+                            const float* plane, const float* x, const float* t, float* out, int bf16, int threads) {
+    // So many images at once give a part to every thread, and their signals stay in the cache.
+    const int64_t chunk = std::min(batch, IMAGES * std::max(threads, 2));
     const auto run = [=](auto&& unet) {
         PerThread<Buffer> sums(threads, unet.floats());
         const int64_t pixels = image_channels * height * width;
@@ -359,6 +357,7 @@ extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t heigh
 #if defined(FASTSDE_BF16)
         if (bf16) return run(Unet<Half>(chunk, image_channels, height, width, levels, channels, weights, biases));
 #endif
+        (void)bf16;
         run(Unet<float>(chunk, image_channels, height, width, levels, channels, weights, biases));
     });
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +11,6 @@ from torch import Tensor
 from .library import available, call, pointers
 
 CHANNELS = 16  # that those of the levels must be multiples of
-
-
-def chunk(threads: int) -> int:
-    """How many images run at once: enough for all threads, whose signals stay in the cache."""
-    return max(24, 12 * threads)
 
 
 def takes(channels: Sequence[int], dtype: torch.dtype) -> bool:
@@ -65,16 +59,11 @@ def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, out: Ten
         *x.shape,
         len(channels),
         (ctypes.c_int64 * len(channels))(*channels),
-        _addresses(packed.weights),
+        pointers(packed.weights, None),
         pointers(packed.biases),
         packed.plane,
         x,
         t,
         out,
-        chunk(torch.get_num_threads()),
         packed.dtype == torch.bfloat16,
     )
-
-
-def _addresses(weights: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(weights))(*(each.data_ptr() for each in weights))
