@@ -61,8 +61,8 @@ class Sampler:
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of an MLP in one
-            launch); "auto" takes the fastest that can run. A network that is captured must
-            depend on its arguments, weights and attributes alone: what it does on the host happens once.
+            launch); "auto" takes the fastest that can run. A network that is captured must depend on its arguments,
+            weights and attributes alone: what it does on the host happens once.
         compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning. "auto"
             does so in calls whose work is worth the time that it takes, and only where it has then made the network
             faster.
@@ -173,7 +173,6 @@ class Sampler:
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
         self._network.refresh()
-        network = self._network
 
         def run(part: slice, backend: str, bar: tqdm[Any]) -> None:
             recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)

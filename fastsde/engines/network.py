@@ -102,13 +102,12 @@ class Network:
         run = self.model
         if isinstance(run, nn.Module) and self._form != "itself":
             run = _derived(run, self._form, self.dtype, self._device, self.cache)
-        stale = isinstance(self._compiled, Frozen) and not self._compiled.is_of(run)
-        if run is not self._run or stale:
+        if run is not self._run or isinstance(self._compiled, Frozen):  # which may be out of date
             self._run = run
-            self._compiled = self._compiled_anew(run) if self._compile else None
+            self._compiled = self._through_compile(run) if self._compile else None
         self._channels_last = self._form == "channels_last"
 
-    def _compiled_anew(self, run: Model) -> Model:
+    def _through_compile(self, run: Model) -> Model:
         """The network through ``torch.compile``; on the CPU the one that another sampler has made, if it is that."""
         if self._device.type == "cuda" or not isinstance(run, nn.Module) or not _can_be_frozen(run):
             return _compiled(run, self._device)
@@ -231,9 +230,8 @@ class Frozen:
     """
 
     def __init__(self, run: nn.Module) -> None:
-        self._run, self._weights = weakref.ref(run), [each.detach().clone() for each in _tensors(run)]
-
-        alive = weakref.ref(run)  # so that what is kept of a model does not keep it alive
+        alive = self._run = weakref.ref(run)  # what is kept of a model must not keep it alive
+        self._weights = [each.detach().clone() for each in _tensors(run)]
 
         def network(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
             f: Tensor = alive()(x, t, **kwargs)  # type: ignore[misc]

@@ -65,8 +65,8 @@ class Steps(Protocol):
 
 def can_capture(config: TrainConfig, dataset: Dataset, device: torch.device, here: Ranks) -> bool:
     """Whether steps can be captured: on one GPU, on data that the kernels take."""
-    takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
-    return capture.can_record(device) and ops.has_triton(device) and takes and here.world == 1
+    takes = _is_for_kernels(dataset) and here.world == 1
+    return takes and capture.can_record(device) and ops.has_triton(device)
 
 
 def can_run_natively(
@@ -75,10 +75,13 @@ def can_run_natively(
     """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
     if linear_layers(model) is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False
-    takes = dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
-    takes = takes and max(max(each.shape) for each in model.parameters()) <= _NATIVE_WIDTH
+    fit = max(max(each.shape) for each in model.parameters()) <= _NATIVE_WIDTH
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
-    return takes and plain and ops.has_native(device, "mlp_training")
+    return _is_for_kernels(dataset) and fit and plain and ops.has_native(device, "mlp_training")
+
+
+def _is_for_kernels(dataset: Dataset) -> bool:
+    return dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
 
 
 class EagerSteps:
@@ -164,7 +167,6 @@ class NativeSteps:
         states = [None if each is None else self._state(each) for each in weights]
         average, square = ([None if state is None else state[kind] for state in states] for kind in _ADAM_KINDS)
         moving = None if work.ema is None else _parameters(work.ema)[0]
-        rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
         adam = work.optimizer.param_groups[0]
         with torch.no_grad():
             losses: Tensor = mlp_training(
@@ -183,7 +185,7 @@ class NativeSteps:
                 epsilon=adam["eps"],
                 first=first,
                 taken=int(next(state["step"] for state in states if state is not None)),
-                rates=torch.tensor(rates, dtype=torch.float32, device="cpu"),
+                rates=_rates(config, first, count),
             )
         for state in states:
             if state is not None:
@@ -203,6 +205,13 @@ def _parameters(model: nn.Module) -> tuple[list[Any], list[str]]:
     """Weight and bias, or None, of each layer of an MLP, and the activations."""
     linears, activations = linear_layers(model) or ([], [])
     return [each for linear in linears for each in (linear.weight, linear.bias)], activations
+
+
+def _rates(config: TrainConfig, first: int, count: int) -> Tensor:
+    """Of each step the learning rate, and 1 - the decay of the moving average: fp32 ``[count, 2]`` on the host."""
+    steps = range(first, first + count)
+    rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in steps]
+    return torch.tensor(rates, dtype=torch.float32, device="cpu")
 
 
 class CapturedSteps:
@@ -255,8 +264,7 @@ class CapturedSteps:
         steps = torch.arange(first, first + count, device=work.device)
         order = noise.uniform(self._keys, steps, (), noise.STREAM_DATA_ORDER)
         self._index[:count, : config.batch_size] = (order.double() * len(work.dataset)).long()
-        rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in range(first, first + count)]
-        self._rates[:count].copy_(torch.tensor(rates, device="cpu"), non_blocking=True)
+        self._rates[:count].copy_(_rates(config, first, count), non_blocking=True)
         self._first.fill_(first)
 
     def _steps(self, count: int) -> None:

@@ -13,19 +13,21 @@ from torch import Tensor
 
 from .dispatch import contiguous, kernel
 
-__all__: list[str] = []
+__all__ = ["launch_normal"]
 
 
-@torch.library.custom_op("fastsde::normal", mutates_args=())
-def _normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
-    out = torch.empty((len(keys), *shape), dtype=torch.float32, device=keys.device)
+def launch_normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
+    """`fastsde.ops.normal` by its kernel. Arguments are trusted."""
+    out = _normal_output(keys, step, stream, shape)
     kernel("normal", keys.device).normal(keys.contiguous(), step, stream, out)
     return out
 
 
-@_normal.register_fake
-def _(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
+def _normal_output(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
     return torch.empty((len(keys), *shape), dtype=torch.float32, device=keys.device)
+
+
+torch.library.custom_op("fastsde::normal", launch_normal, mutates_args=()).register_fake(_normal_output)
 
 
 @torch.library.custom_op("fastsde::solver_step", mutates_args=())

@@ -13,7 +13,7 @@ from .. import noise, reference
 from ..reference import non_finite
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_number, check_shape, check_tensor
-from . import library  # noqa: F401 (registers the operations)
+from . import library
 from .dispatch import constant, contiguous, has_kernels, is_plain, kernel, needs_grad
 
 __all__ = [
@@ -167,9 +167,7 @@ def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.ST
     if not has_kernels(keys.device):
         return noise.normal(keys, step, shape, stream)
     if is_plain(keys):  # past torch.library, whose first call imports the compiler
-        out = torch.empty((len(keys), *shape), dtype=torch.float32, device=keys.device)
-        kernel("normal", keys.device).normal(keys.contiguous(), step, stream, out)
-        return out
+        return library.launch_normal(keys, step, stream, shape)
     drawn: Tensor = torch.ops.fastsde.normal(keys, step, stream, list(shape))
     return drawn
 

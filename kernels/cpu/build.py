@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["load", "unavailable_reason"]
+__all__ = ["find_compiler", "load", "unavailable_reason"]
 
 _HERE = Path(__file__).parent
 MAIN = "fastsde.cpp"
@@ -81,7 +81,7 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
     reasons: list[str] = []
     for march, openmp in _attempts():
         try:
-            library = _build_and_load(source, compiler, march, openmp)
+            library = _library(source, compiler, march, openmp)
         except subprocess.TimeoutExpired:
             return None, f"{compiler[0]} took more than {_TIMEOUT_S} s"
         except (OSError, CannotLoadError, subprocess.CalledProcessError) as error:
@@ -93,14 +93,15 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
     return None, f"{compiler[0]} did not make {source} ({reasons[0]}); name another compiler in CXX"
 
 
-def _build_and_load(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool) -> ctypes.CDLL:
+def _library(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool) -> ctypes.CDLL:
+    """As `_library_in`, in the folder for libraries, or where nothing in that may be executed, in another."""
     folder = cache_dir()
     try:
-        return ctypes.CDLL(str(build(source, compiler, march, openmp, folder)))
-    except OSError as error:
-        if "failed to map" not in str(error) or folder == private_dir():
-            raise CannotLoadError(str(error)) from error
-    return ctypes.CDLL(str(build(source, compiler, march, openmp, private_dir())))  # a folder without execution
+        return _library_in(folder, source, compiler, march, openmp)
+    except CannotLoadError as error:
+        if "failed to map" not in str(error) or folder in _private:
+            raise
+    return _library_in(private_dir(), source, compiler, march, openmp)
 
 
 def _attempts() -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -128,8 +129,8 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def build(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool, folder: Path) -> Path:
-    """The path of a library, which is compiled where the folder does not have it.
+def _library_in(folder: Path, source: str, compiler: list[str], march: tuple[str, ...], openmp: bool) -> ctypes.CDLL:
+    """The library of a source for these flags, which is compiled where the folder does not have it.
 
     Args:
         source: the file beside this one.
@@ -138,7 +139,7 @@ def build(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool
         openmp: whether with threads.
 
     Raises:
-        CalledProcessError, TimeoutExpired, OSError: where that fails.
+        CalledProcessError, TimeoutExpired, OSError: where it cannot be compiled.
         CannotLoadError: where what is compiled cannot be loaded, as an earlier process may have found.
     """
     more = shlex.split(os.environ.get("FASTSDE_CXXFLAGS", ""))
@@ -150,14 +151,17 @@ def build(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool
     note = path.with_suffix(".failed")
     if note.exists():
         raise CannotLoadError(note.read_text())
-    reason = _reason_not_to_load(path)
-    if reason is not None:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # it is not there, or not whole
         _compile([*compiler, *flags, "-c", str(_HERE / source)], [*compiler, "-shared", *more], link, path)
-        reason = _reason_not_to_load(path)
-        if reason is not None and "undefined symbol" in reason:  # for good, so that others need not compile it
-            note.write_text(reason)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        if "undefined symbol" in str(error):  # for good, so that others need not compile it
+            note.write_text(str(error))
             path.unlink(missing_ok=True)
-    return path
+        raise CannotLoadError(str(error)) from error
 
 
 def _compile(compile_command: list[str], link_command: list[str], link: list[str], path: Path) -> None:
@@ -173,16 +177,6 @@ def _compile(compile_command: list[str], link_command: list[str], link: list[str
 
 def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
-
-
-def _reason_not_to_load(path: Path) -> str | None:
-    if not path.exists():
-        return "it is not there"
-    try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def _delete_stale(cache: Path) -> None:
