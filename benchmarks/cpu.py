@@ -12,11 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -26,8 +24,9 @@ from fastsde import checkpoints, data, noise, ops
 from fastsde.kernels.cpu.build import find_compiler
 from fastsde.training import tutorial_config
 
-from .engines import LOOP, SEED, Proof, Subject, Training, prove_finite, show
-from .measure import Case, Figures, Run, check, check_roll, settings, write_json
+from .engines import SEED, Proof, Subject, Training, prove_finite
+from .measure import LOOP, Case, Figures, Run, check, check_roll, settings
+from .run import run_subjects
 
 CPU = torch.device("cpu")
 _FIRST_CALL = """
@@ -110,10 +109,10 @@ def digits(n: int, rounds: int) -> Case:
     subject = Subject(checkpoints.load("mnist"), n, 999, CPU, torch.backends.cudnn.conv)
     case = Case(CPU, subject=f"mnist-{n}", n=n, rows=999)
     proof = Proof(subject, many=20)
-    has_bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    for precision in ("fp32", "bf16") if has_bf16 else ("fp32",):
-        make = partial(subject.sampler, "auto", precision)
-        case.add(f"fastsde, {precision}", make, partial(proof.same_noise, precision))
+    case.add("fastsde, fp32", partial(subject.sampler, "auto", "fp32"), partial(proof.same_noise, "fp32"))
+    has_bf16 = subject.checkpoint.model.optimize(torch.bfloat16).is_native  # asked here, since it compiles the kernel
+    if has_bf16:
+        case.add("fastsde, bf16", partial(subject.sampler, "auto", "bf16"), partial(proof.same_noise, "bf16"))
     case.add(LOOP, partial(subject.loop, "fp32"), proof.other_noise)
     case.add_again(LOOP)
     case.time(rounds, enough=20)
@@ -152,18 +151,8 @@ def main(rounds: int, chosen: tuple[str, ...], out: Path | None) -> None:
         os.environ["FASTSDE_CACHE_DIR"] = cache
         if find_compiler() is None:
             raise click.ClickException("there are no native kernels here: no C++ compiler")
-        for name in chosen or SUBJECTS:
-            started = time.monotonic()
-            record: dict[str, Any] = SUBJECTS[name](rounds).record
-            record["seconds"] = round(time.monotonic() - started, 1)
-            result["subjects"].append(record)
-            click.echo("\n".join(show(record)) + "\n")
-            if out is not None:  # after each, so that a run that is cut short has not been in vain
-                write_json(out, result)
-    if any(
-        "wrong" in each or "failed" in each for record in result["subjects"] for each in record["providers"].values()
-    ):
-        raise click.ClickException("something is wrong or has failed: see above")
+        subjects = {name: partial(SUBJECTS[name], rounds) for name in chosen or SUBJECTS}
+        run_subjects(subjects, CPU, result, out, fatal=("wrong", "failed"))
 
 
 if __name__ == "__main__":

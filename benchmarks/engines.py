@@ -35,6 +35,7 @@ from fastsde.reference import load_batch
 from fastsde.training import TrainConfig, Trainer, tutorial_config
 
 from .measure import (
+    LOOP,
     Case,
     Figures,
     Run,
@@ -47,11 +48,10 @@ from .measure import (
     moments_apart,
     settings,
     tutorial_loop,
-    write_json,
 )
+from .run import run_subjects
 
 SEED = 1
-LOOP = "tutorial's loop"
 SPENT = "left out, since no target needs it and the time is spent: see --minutes"
 UNET_FLOP = 111.4e6  # an image: 93.2e6 without what the convolutions multiply with padding
 IMAGE_STEP_FLOP = 3 * UNET_FLOP  # an image, of training
@@ -488,50 +488,6 @@ def _training_targets(case: Case, precisions: Sequence[str]) -> None:
         case.at_least(what, loop, ours, 10 if precisions == ["fp32"] else 6)
 
 
-# What is shown ------------------------------------------------------------------------------------------------------
-
-
-def show(record: Figures) -> list[str]:
-    """The lines of a subject's table. The peak of memory is what the first call took beyond what lay there."""
-    about = ", ".join(f"{key} {record[key]:,}" for key in ("n", "rows", "batch_size", "steps") if key in record)
-    lines = [f"{record['subject']}: {about}"]
-    if "failed" in record:
-        return [*lines, f"  failed: {record['failed']}"]
-    title = f"  {'':40}{'median':>11}{'20 % .. 80 %':>26}{'loop / it':>11}{'first call':>12}{'peak':>11}"
-    return [*lines, title, *_provider_lines(record["providers"]), *_notes(record)]
-
-
-def _provider_lines(providers: Figures) -> Iterable[str]:
-    loop = next(
-        (each["median_s"] for name, each in providers.items() if name.startswith(LOOP) and "median_s" in each), 0
-    )
-    for name, each in providers.items():
-        if "median_s" not in each:
-            reason = next(f"{key}: {each[key]}" for key in ("wrong", "failed", "unavailable") if key in each)
-            yield f"  {name:40}{reason}"
-            continue
-        spread = f"{_time(each['p20_s'])} .. {_time(each['p80_s'])}"
-        first = f"{each['first_call_s']:.2f} s" if "first_call_s" in each else ""
-        peak = f"{each['peak_bytes_of_its_own'] / 2**20:.0f} MiB" if "peak_bytes" in each else ""
-        ratio = f"{loop / each['median_s']:.2f} x" if loop else ""
-        whole = f"   whole run {each['whole_run_s']:,.0f} s" if "whole_run_s" in each else ""
-        yield f"  {name:40}{_time(each['median_s']):>11}{spread:>26}{ratio:>11}{first:>12}{peak:>11}{whole}"
-
-
-def _notes(record: Figures) -> Iterable[str]:
-    for limit in record["limits"]:
-        yield f"  limit {_time(limit['seconds'])}: {limit['what']}"
-    for target in record["targets"]:
-        verdict = {True: "met", False: "NOT met", None: "not measured"}[target["met"]]
-        value = "" if target["value"] is None else f": {target['value']:.3g}, {target['share_of_target']:.2f} of it"
-        yield f"  target {verdict}: {target['what']}{value}"
-
-
-def _time(seconds: float) -> str:
-    unit, scale = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1)
-    return f"{seconds * scale:.4g} {unit}"
-
-
 # The run ------------------------------------------------------------------------------------------------------------
 
 
@@ -544,23 +500,6 @@ def _subjects(quick: bool) -> dict[str, Callable[[torch.device, Sizes], Case]]:
         "train-swiss-roll": partial(training, "train-swiss-roll"),
         "train-mnist": partial(training, "train-mnist"),
     }
-
-
-def _run(name: str, subject: Callable[[torch.device, Sizes], Case], device: torch.device, sizes: Sizes) -> Figures:
-    started = time.monotonic()
-    try:
-        record = subject(device, sizes).record
-    except Exception as error:  # the other subjects are still to be seen
-        record = {"subject": name, "providers": {}, "failed": f"{type(error).__name__}: {error}"}
-    if device.type == "cuda":
-        torch.compiler.reset()  # graphs of torch.compile keep their memory
-        torch.cuda.empty_cache()
-    record["seconds"] = round(time.monotonic() - started, 1)
-    return record
-
-
-def _has_failed(record: Figures) -> bool:
-    return "failed" in record or any("wrong" in each for each in record["providers"].values())
 
 
 @click.command()
@@ -580,16 +519,9 @@ def main(device: str, rounds: int, chosen: tuple[str, ...], minutes: float, quic
     torch.manual_seed(SEED)
     rates = matmul_rates(place)
     result: Figures = {**settings(place), "quick": quick, "matmul_flop_per_s": rates, "subjects": []}
-    for name, subject in _subjects(quick).items():
-        if chosen and name not in chosen:
-            continue
-        record = _run(name, subject, place, Sizes(quick, rounds, ends, rates))
-        result["subjects"].append(record)
-        click.echo("\n".join(show(record)) + "\n")
-        if out is not None:  # after each, so that a run that is cut short has not been in vain
-            write_json(out, result)
-    if any(map(_has_failed, result["subjects"])):
-        raise click.ClickException("something is wrong or has failed: see above")
+    sizes = Sizes(quick, rounds, ends, rates)
+    subjects = {name: partial(subject, place, sizes) for name, subject in _subjects(quick).items()}
+    run_subjects({name: subjects[name] for name in subjects if not chosen or name in chosen}, place, result, out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from .quality import sliced_wasserstein
 
 Run = Callable[[], Any]
 Figures = dict[str, Any]
+LOOP = "tutorial's loop"
 _FEWEST = 3  # rounds of what is slow
 
 

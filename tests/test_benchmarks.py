@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from fastsde import VPSDE, ops
-from fastsde.benchmarks import engines, measure
+from fastsde.benchmarks import engines, measure, run
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_one_provider_that_fails_leaves_the_others_their_times() -> None:
     case.add("failed", lambda: lambda: 1 // 0, lambda run, result: {})
     case.add("cannot", cannot, lambda run, result: {})
     case.time(rounds=3, per=2)
-    lines = "\n".join(engines.show(case.record))
+    lines = "\n".join(run.show(case.record))
     for name, figures in case.record["providers"].items():
         assert ("median_s" in figures) == name.startswith("right")
     for line in ("wrong: it is wrong", "failed: ZeroDivisionError", "unavailable: there is no such thing here"):
@@ -118,7 +118,7 @@ def test_targets_are_met_not_met_or_not_measured() -> None:
     case.record["targets"].clear()
     engines._digits_targets(case, 20)
     assert [target["met"] for target in case.record["targets"]] == [None, None, False, False]
-    assert "target NOT met: graph in bf16: at most 0.045 s" in "\n".join(engines.show(case.record))
+    assert "target NOT met: graph in bf16: at most 0.045 s" in "\n".join(run.show(case.record))
 
 
 def test_what_is_slow_takes_part_in_three_rounds() -> None:
