@@ -6,6 +6,7 @@ Exit codes: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import platform
 from collections.abc import Callable, Sequence
@@ -370,6 +371,43 @@ def verify(
     failed = ", ".join(str(result) for result in results if result.verdict == "fail")
     if failed or not judged:
         raise click.ClickException(f"not as the reference: {failed}" if failed else "no backend could be checked")
+
+
+@main.command()
+@click.option("--suite", "subjects", multiple=True, help="Only this subject; may be given several times. See --list.")
+@click.option("--list", "names_only", is_flag=True, help="List the subjects and what they time, and run nothing.")
+@click.option("--quick", is_flag=True, help="Small sizes: two or three minutes on two cores.")
+@click.option("--device", help="cpu or cuda.  [default: cuda where there is one, else cpu]")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Begin nothing after so many minutes.")
+@click.option("--out", type=_path, callback=_suffix(".json"), help="Where to keep the figures, after each case.")
+@_reports_errors
+def bench(
+    subjects: tuple[str, ...],
+    names_only: bool,
+    quick: bool,
+    device: str | None,
+    minutes: float | None,
+    out: Path | None,
+) -> None:
+    """Time fastsde beside what people use instead, on this machine.
+
+    The tutorial's loops, lean eager PyTorch, torch.compile and, where they are installed, diffusers and torchsde do the
+    same tasks in turn. One that computes the wrong thing has no time, and the exit code is then 1.
+    """
+    suite = importlib.import_module("fastsde.benchmarks.suite.run")
+    unknown = sorted(set(subjects) - set(suite.SUBJECTS))
+    if unknown:
+        raise click.BadParameter(
+            f"{', '.join(unknown)} is not one of {', '.join(suite.SUBJECTS)}", param_hint="'--suite'"
+        )
+    plan = suite.Plan(_device(device), quick)
+    chosen = suite.cases(plan, subjects)
+    if names_only:
+        click.echo("\n".join(f"{case.subject:18}{case.what}" for case in chosen))
+        return
+    if out is not None:
+        check_writable(out)
+    suite.run(plan, chosen, minutes, out)
 
 
 def _version(package: str) -> str:

@@ -1,12 +1,16 @@
-"""The benchmarks run, and refuse a time to what is wrong."""
+"""The suite: what is wrong has no time, what is slow is shown as slow, and every provider proves itself."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,184 +18,318 @@ import torch
 from click.testing import CliRunner
 
 from fastsde import VPSDE, ops
-from fastsde.benchmarks import engines, measure, run
+from fastsde.benchmarks.suite import case as cases
+from fastsde.benchmarks.suite import measure, run, table
+from fastsde.benchmarks.suite.case import Case, Provider, Target
+from fastsde.benchmarks.suite.machine import Ceilings, Work
+from fastsde.benchmarks.suite.plan import Plan
+from fastsde.benchmarks.tasks.networks import mlp_work, unet_work
+from fastsde.benchmarks.tasks.trajectory import Score, moments_apart
+from fastsde.checkpoints import Checkpoint
+from fastsde.cli import main
 
 CPU = torch.device("cpu")
+QUICK = Plan(CPU, quick=True)
+MOST = Ceilings("cpu", bytes=1e10, flop={"fp32": 1e11, "bf16": 2e11}, specials=1e10)
 
 
-def test_the_kernels_benchmark_measures_every_provider(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    out = tmp_path / "kernels.json"
-    command = [sys.executable, "-m", "fastsde.benchmarks.kernels", "--device", "cpu", "--quick", "--rounds", "1"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([*command, "--out", str(out)], check=True, env=environment, capture_output=True)
-    result = json.loads(out.read_text())
-    assert result["copy_bandwidth_bytes_per_s"] > 0
-    (step,), (roll,) = result["solver_step"], result["swiss_roll"]
-    assert {"eager PyTorch", "eager PyTorch again", "torch.compile", "fastsde"} == set(step["providers"])
-    assert {f"fastsde persistent, {name}" for name in ("fp32", "tf32", "bf16")} == set(roll["providers"])
-    for timed in (*step["providers"].values(), *roll["providers"].values()):
-        assert 0 < timed["p20_s"] <= timed["median_s"] <= timed["p80_s"]
+def provider(name: str, call: Callable[[], object] = lambda: 1.0, error: float = 0.0, **options: object) -> Provider:
+    return Provider(name, lambda: call, lambda run, result: cases.check("it", error, 1.0), **options)  # type: ignore[arg-type]
 
 
-def test_what_is_wrong_has_no_time() -> None:
-    from click import ClickException
-
-    measure.check("right", 1e-6, 1e-5)
-    for error in (1e-4, float("nan")):
-        with pytest.raises(ClickException, match="wrong, so it has no time"):
-            measure.check("wrong", error, 1e-5)
+def run_case(*providers: Provider, **options: object) -> table.Figures:
+    about = {"n": 4, "rows": 2}
+    case = Case("subject", "case", "a task", about, providers, **{"rounds": 5, **options})  # type: ignore[arg-type]
+    return cases.run_case(case, CPU, MOST, lambda: True).record
 
 
-def test_without_kernels_there_is_nothing_to_time() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastsde.benchmarks.kernels", "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "the kernels do not run on cpu" in done.stderr
+# What is shown ------------------------------------------------------------------------------------------------------
 
 
-def test_the_engines_benchmark_measures_what_runs_and_says_why_the_rest_does_not(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    out = tmp_path / "engines.json"
-    command = [sys.executable, "-m", "fastsde.benchmarks.engines", "--device", "cpu", "--quick", "--rounds", "1"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([*command, "--out", str(out)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
-    names = ["mnist-1000", "mnist-20", "swiss-roll", "train-swiss-roll", "train-mnist"]
-    assert [each["subject"] for each in result["subjects"]] == names
-    for subject in result["subjects"]:
-        timed = {name: each for name, each in subject["providers"].items() if "median_s" in each}
-        expected = {"tutorial's loop", "fastsde eager"}
-        if subject["subject"] == "swiss-roll" and ops.has_native(torch.device("cpu")):
-            expected |= {"fastsde persistent", "fastsde.sample() anew"}
-        assert {name.split(",")[0] for name in timed} == expected
-        for name, each in timed.items():
-            assert 0 < each["p20_s"] <= each["median_s"] <= each["p80_s"]
-            assert each.get("parity") or name.endswith("again")
-            assert f"  {name} " in done.stdout
-        rest = [each for name, each in subject["providers"].items() if name not in timed]
-        assert all("GPU" in each["unavailable"] or "on cpu" in each["unavailable"] for each in rest)
-        assert not subject["targets"]  # of other sizes
+def test_a_slowed_provider_is_shown_as_slower_and_a_faster_one_as_faster() -> None:
+    record = run_case(
+        provider(cases.LOOP, lambda: time.sleep(0.004)),
+        provider("slowed", lambda: time.sleep(0.012)),
+        provider("fastsde", lambda: time.sleep(0.001)),
+    )
+    lines = {line.split("   ")[0].strip(): line for line in table.show(record)}
+    assert "slower, 0.3" in lines["slowed"]
+    assert "slower" not in lines["fastsde"]
+    assert record["providers"]["slowed"]["median_s"] >= 0.012
+    assert f"{cases.LOOP}, again" in lines
+    (row,) = table.headlines(record)
+    assert (row.ours, row.other) == ("fastsde", "slowed")
+    titles, cells = table.overview([record])
+    assert titles.startswith("task")
+    assert 2 < float(cells.split("x  ")[0].split()[-1]) < 5  # times the loop's speed
 
 
-def test_without_a_gpu_the_engines_benchmark_is_quick_or_nothing() -> None:
-    done = CliRunner().invoke(engines.main, ["--device", "cpu"])
-    assert done.exit_code == 1
-    assert "give --quick" in done.output
+def test_a_wrong_provider_has_no_time_and_is_shown_as_wrong() -> None:
+    calls = itertools.count()
+    record = run_case(
+        provider(cases.LOOP),
+        provider("fastsde wrong", lambda: next(calls), error=2.0),
+        provider("nan", error=torch.nan),
+    )
+    for name in ("fastsde wrong", "nan"):
+        assert set(record["providers"][name]) == {"wrong"}
+        (line,) = (line for line in table.show(record) if name in line)
+        assert "WRONG: it is off by" in line
+    assert next(calls) == 1  # it was called to be proved, and never timed
+    assert not table.headlines(record)
+
+
+def test_a_wrong_kernel_is_caught_by_the_proof_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As are one that leaves its output unwritten, and wrong noise."""
+    if not ops.has_native(CPU):
+        pytest.skip("no C++ compiler")
+    (case,) = run.cases(QUICK, ["solver_step"])
+    right = ops.fused_step
+    for wrong in (
+        lambda x, f, table, row, **options: right(x, f, table, row - 1, **options),
+        lambda x, f, table, row, **options: (options["out"], None),
+        lambda x, f, table, row, **options: right(x, f, table, row, **{**options, "keys": options["keys"] + 1}),
+    ):
+        monkeypatch.setattr(ops, "fused_step", wrong)
+        (own,) = (each for each in case.providers if each.name == "fastsde native")
+        record = cases.run_case(replace(case, providers=[own], rounds=1), CPU, MOST, lambda: True).record
+        assert "wrong" in record["providers"]["fastsde native"], wrong
 
 
 def test_one_provider_that_fails_leaves_the_others_their_times() -> None:
-    case = measure.Case(CPU, subject="a subject", rows=1)
-
     def cannot() -> measure.Run:
-        raise measure.UnavailableError("there is no such thing here")
+        raise cases.UnavailableError("there is no such thing here")
 
-    def wrong(run: measure.Run, result: object) -> dict[str, float]:
-        measure.check("it", 2.0, 1.0)
-        return {}
+    record = run_case(
+        provider(cases.LOOP),
+        provider("failed", lambda: 1 // 0),
+        Provider("cannot", cannot, lambda run, result: {}),
+        provider("for a long run", compiles=True),
+    )
+    timed = {name for name, each in record["providers"].items() if "median_s" in each}
+    assert timed == {cases.LOOP, f"{cases.LOOP}, again", "for a long run"}
+    lines = "\n".join(table.show(record))
+    assert "FAILED: ZeroDivisionError" in lines
+    assert "not here: there is no such thing here" in lines
 
-    case.add("right", lambda: lambda: 1, lambda run, result: {"error": 0.0})
-    case.add_again("right")
-    case.add("wrong", lambda: lambda: 1, wrong)
-    case.add("failed", lambda: lambda: 1 // 0, lambda run, result: {})
-    case.add("cannot", cannot, lambda run, result: {})
-    case.time(rounds=3, per=2)
-    lines = "\n".join(run.show(case.record))
-    for name, figures in case.record["providers"].items():
-        assert ("median_s" in figures) == name.startswith("right")
-    for line in ("wrong: it is wrong", "failed: ZeroDivisionError", "unavailable: there is no such thing here"):
-        assert line in lines
+
+def test_where_the_time_is_spent_what_compiles_and_what_comes_after_is_left_out() -> None:
+    case = Case("subject", "case", "a task", {}, [provider(cases.LOOP), provider("compiled", compiles=True)], rounds=1)
+    outcome = cases.run_case(case, CPU, MOST, has_time=lambda: False)
+    assert outcome.record["providers"]["compiled"] == {"unavailable": cases.SPENT}
+    assert "median_s" in outcome.record["providers"][cases.LOOP]
+    (late,) = run.outcomes([case], QUICK, MOST, minutes=-1)
+    assert late.record["failed"] == cases.SPENT
+    assert cases.SPENT in "\n".join(table.show(late.record))
+    assert not table.headlines(late.record)
+
+
+def test_only_what_is_wrong_or_of_fastsde_makes_a_run_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(*providers: Provider) -> int:
+        case = Case("subject", "case", "a task", {}, providers, rounds=1)
+        monkeypatch.setattr(run, "ceilings", lambda device: MOST)
+        monkeypatch.setattr(run, "cases", lambda plan, subjects: [case])
+        return CliRunner().invoke(main, ["bench", "--quick"]).exit_code
+
+    def fails() -> None:
+        raise RuntimeError
+
+    assert shown(provider(cases.LOOP), provider("fastsde")) == 0
+    assert shown(provider(cases.LOOP), provider("diffusers", fails)) == 0
+    assert shown(provider(cases.LOOP), provider("fastsde", fails)) == 1
+    assert shown(provider(cases.LOOP), provider("diffusers", error=2.0)) == 1
 
 
 def test_targets_are_met_not_met_or_not_measured() -> None:
-    case = measure.Case(CPU, subject="mnist-1000", n=1000)
-    times = {"tutorial's loop, TF32": 2.0, "tutorial's loop, TF32, again": 1.9, "fastsde graph, bf16": 0.3}
-    case.record["providers"] = {
-        name: {"median_s": median, "p20_s": median, "p80_s": median} for name, median in times.items()
-    }
-    engines._digits_targets(case, 1000)
-    assert [target["met"] for target in case.record["targets"]] == [True, True, None]
-    assert case.record["targets"][1]["value"] == pytest.approx(1.9 / 0.3)  # of the faster of the two
-    case.record["targets"].clear()
-    engines._digits_targets(case, 20)
-    assert [target["met"] for target in case.record["targets"]] == [None, None, False, False]
-    assert "target NOT met: graph in bf16: at most 0.045 s" in "\n".join(run.show(case.record))
+    times = {"loop": 2.0, "loop 2": 1.9, "ours": 0.3}
+    figures = {name: {"median_s": median} for name, median in times.items()}
+    faster = Target("it", ("ours", "missing"), beside=("loop", "loop 2"), at_least=6.0)
+    judged = faster.judge(figures)
+    assert judged["met"]
+    assert judged["value"] == pytest.approx(1.9 / 0.3)  # of the fastest of each
+    assert not replace(faster, at_least=7.0).judge(figures)["met"]
+    assert Target("it", ("ours",), at_most_s=0.2).judge(figures)["met"] is False
+    assert Target("it", ("missing",), at_most_s=0.2).judge(figures)["met"] is None
+    lines = table.show({**run_case(provider(cases.LOOP)), "targets": [Target("it", ("ours",), 0.2).judge(figures)]})
+    assert "  target NOT met: it: 0.3" in lines
 
 
-def test_what_is_slow_takes_part_in_three_rounds() -> None:
-    calls = {"slow": 0, "fast": 0}
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0034, "0.0034x"), (0.38, "0.38x"), (2.0, "2.00x"), (12.4, "12x"), (1234.0, "1,234x")]
+)
+def test_ratios_have_two_or_three_digits(value: float, text: str) -> None:
+    assert table.ratio(value) == text
 
-    def run(name: str) -> None:
-        calls[name] += 1
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3.4e-6, "3.4 us"), (0.0123, "12.3 ms"), (12.61, "12.6 s"), (1234, "1,234 s")]
+)
+def test_durations_have_three_digits_and_a_unit(value: float, text: str) -> None:
+    assert table.duration(value) == text
+
+
+# Method -------------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved_and_what_is_slow_takes_part_in_three() -> None:
+    calls: list[str] = []
+
+    def call(name: str) -> None:
+        calls.append(name)
         time.sleep(0.01 * (name == "slow"))
 
-    providers = {name: lambda name=name: run(name) for name in calls}
-    timed = measure.measure(providers, CPU, rounds=8, warm_ups=1, enough=0.02)
-    assert calls == {"slow": 4, "fast": 9}
-    assert {name: each["rounds"] for name, each in timed.items()} == {"slow": 3, "fast": 8}
+    providers = {name: lambda name=name: call(name) for name in ("slow", "fast")}
+    times = measure.measure(providers, lambda run: measure.seconds(run, CPU), rounds=8, enough=0.02)
+    assert calls == ["slow", "fast"] * 3 + ["fast"] * 5
+    assert {name: len(each) for name, each in times.items()} == {"slow": 3, "fast": 8}
+
+
+def test_the_summary_is_of_the_rounds() -> None:
+    summary = measure.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0])
+    assert summary == {"median_s": 6.0, "p20_s": 3.0, "p80_s": 9.0, "rounds": 11}
+    assert measure.summary([2.0])["p20_s"] == 2.0
+
+
+def test_inputs_are_rotated() -> None:
+    seen: list[int] = []
+    turn = measure.rotated(seen.append, [1, 2, 3])
+    for _ in range(4):
+        turn()
+    assert seen == [1, 2, 3, 1]
+
+
+def test_a_limit_is_set_by_the_slowest_unit() -> None:
+    work = Work(bytes=1e9, flop=1e9, specials=1e8)
+    assert MOST.limit(work, "fp32") == {"limit_s": 0.1, "limited_by": "memory"}
+    arithmetic = replace(work, flop=1e11)
+    assert MOST.limit(arithmetic, "fp32")["limit_s"] == pytest.approx(1.01)  # a CPU's special functions are arithmetic
+    assert MOST.limit(arithmetic, "bf16")["limit_s"] == pytest.approx(0.51)
+    gpu = replace(MOST, kind="cuda", launch=1e-6, clock=1e9)
+    assert gpu.limit(arithmetic, "fp32")["limit_s"] == pytest.approx(1.0)  # and a GPU's have a unit of their own
+    assert gpu.limit(replace(work, specials=1e10), "fp32")["limited_by"] == "special functions"
+    assert gpu.limit(replace(work, launches=1e6), "TF32") == {"limit_s": 1.0, "limited_by": "launches"}
+    assert gpu.limit(replace(work, clocks=5e9), "TF32") == {"limit_s": 5.0, "limited_by": "latency"}
+
+
+def test_the_least_arithmetic_of_the_tutorials_networks() -> None:
+    """Figures found by hand, without the padding (design, facts)."""
+    assert unet_work() == (93_213_440, 2 * 122_112)
+    assert mlp_work() == (2 * (3 * 64 + 2 * 64 * 64 + 64 * 2), 2 * 192)
 
 
 def test_moments_lie_apart_where_a_distribution_differs() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 50, generator=generator) for n in (300, 500))
-    assert measure.moments_apart(a, b) == pytest.approx(1, abs=0.5)
-    assert measure.moments_apart(a, b + 0.2) > 2
-    assert measure.moments_apart(a, 1.3 * b) > 2
-    assert not measure.moments_apart(a, b * torch.nan) <= 2
+    assert moments_apart(a, b) == pytest.approx(1, abs=0.5)
+    assert moments_apart(a, b + 0.2) > 2
+    assert moments_apart(a, 1.3 * b) > 2
+    assert not moments_apart(a, b * torch.nan) <= 2
 
 
+@pytest.mark.parametrize("of", ["score", "eps"])
 @pytest.mark.parametrize("prediction", ["score", "eps", "v"])
-def test_a_network_of_any_kind_becomes_one_that_predicts_the_score(prediction: str) -> None:
+def test_a_network_of_any_kind_becomes_one_that_predicts_what_a_loop_wants(prediction: str, of: str) -> None:
     sde, rows = VPSDE(), 5
     x_0, z = torch.randn(2, 3, 4).unbind()
-    times = torch.linspace(1, 0, rows + 1)[:-1]
+    times = torch.linspace(1, 0, rows + 1, dtype=torch.float64)[:-1]
 
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
         return {"score": -z / sigma, "eps": z, "v": alpha * z - sigma * x_0}[prediction]
 
-    score = measure.Score(network, sde, prediction, rows)
-    for now in times.repeat(2):  # a second trajectory follows the first
-        t = now.expand(3)
+    made = Score(network, Checkpoint(torch.nn.Identity(), sde, prediction), times, of)
+    for now in times.float().repeat(2):  # a second trajectory follows the first
         x = sde.alpha(now) * x_0 + sde.sigma(now) * z
-        torch.testing.assert_close(score(x, t), -z / sde.sigma(now), rtol=1e-4, atol=1e-4)
+        expected = z if of == "eps" else -z / sde.sigma(now)
+        torch.testing.assert_close(made(x, now.expand(3)), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not ops.has_native(torch.device("cpu")), reason="no C++ compiler")
-def test_the_cpu_benchmark_measures_every_provider_of_a_subject(tmp_path: Path) -> None:
-    out = tmp_path / "cpu.json"
-    command = [
-        sys.executable,
-        "-m",
-        "fastsde.benchmarks.cpu",
-        "--subject",
-        "normals",
-        "--rounds",
-        "1",
-        "--out",
-        str(out),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+# The cases ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case", [each for each in run.cases(QUICK) if each.name != "startup-swiss-roll-warm"], ids=lambda case: case.name
+)
+def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
+    """But for what takes long to compile; those of diffusers and torchsde where these are installed."""
+    chosen = [each for each in case.providers if not each.compiles]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries beside which fastsde is timed
+        record = cases.run_case(replace(case, providers=chosen, rounds=1, calls=1), CPU, MOST, lambda: True).record
+    for name, figures in record["providers"].items():
+        reasons = ("not installed", "at least 40 rows", "GPU", "no kernels", "compiler")
+        unavailable = figures.get("unavailable")
+        assert any(reason in unavailable for reason in reasons) if unavailable else figures["median_s"] > 0, name
+        assert unavailable or name.endswith("again") or figures["parity"]
+    assert record["baseline"] in record["providers"]
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:
+    for plan in (Plan(CPU), Plan(torch.device("cuda"))):
+        found = run.cases(plan)
+        assert {case.subject for case in found} == set(run.SUBJECTS)
+        assert len({case.name for case in found}) == len(found)
+        assert {case.about["n"] for case in found if case.subject == "swiss_roll"} == {1000, 20_000, 1_000_000}
+        assert {case.about["n"] for case in found if case.subject == "mnist"} == {1, 20, 256, 1000}
+        for case in found:
+            names = [each.name for each in case.providers]
+            assert case.baseline in names
+            assert len(set(names)) == len(names)
+            assert any(map(table.is_ours, names))
+
+
+def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> None:
+    out = tmp_path / "noise.json"
+    command = [sys.executable, "-m", "fastsde", "bench", "--quick", "--suite", "noise", "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (subject,) = json.loads(out.read_text())["subjects"]
-    assert set(subject["providers"]) == {
-        "fastsde, one sample",
-        "fastsde, 1276 images",
-        "torch.randn",
-        "torch.randn, again",
-    }
-    assert all(each["median_s"] > 0 for each in subject["providers"].values())
-    assert subject["providers"]["fastsde, one sample"]["parity"]["error"] <= 4e-6
-    assert subject["targets"][0]["value"] > 0
+    result = json.loads(out.read_text())
+    assert {"device", "torch", "triton", "commit", "fp32_products", "ceilings", "quick", "threads"} <= set(result)
+    (record,) = result["cases"]
+    assert all(rate > 0 for rate in result["ceilings"]["flop"].values())
+    for name, each in record["providers"].items():
+        if "median_s" in each:
+            assert 0 < each["p20_s"] <= each["median_s"] <= each["p80_s"]
+            assert f"  {name} " in done.stdout
+            assert name.endswith("again") or 0 < each["of_limit"] < 1
+    assert done.stdout.splitlines()[-1].startswith("normals")
 
 
-def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets() -> None:
-    result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "cpu.json").read_text())
-    assert {"cpu", "torch", "commit", "threads"} <= set(result)
-    targets = [target for subject in result["subjects"] for target in subject["targets"]]
-    assert len(targets) == 7
-    assert all(target["met"] for target in targets)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "nothing"], "nothing is not one of noise, solver_step"),
+        (["--out", "figures.txt"], "must end in .json"),
+        (["--device", "tpu"], "device"),
+        (["--minutes", "0"], "--minutes"),
+    ],
+)
+def test_bad_options_say_what_is_wrong(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+
+
+def test_the_list_of_cases_runs_nothing() -> None:
+    done = CliRunner().invoke(main, ["bench", "--list", "--quick"])
+    assert done.exit_code == 0
+    assert len(done.output.splitlines()) == len(run.cases(QUICK))
+
+
+def test_pytest_runs_the_suite(tmp_path: Path) -> None:
+    """Its figures are those of the interleaved rounds, one test for each provider."""
+    root, out = Path(__file__).parents[1], tmp_path / "figures.json"
+    chosen = ["-k", "perturb and not compile", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", *chosen]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(out.read_text())["benchmarks"]
+    assert len(figures) >= 4
+    for each in figures:
+        assert each["stats"]["median"] == pytest.approx(each["extra_info"]["median_s"])
+        assert each["stats"]["rounds"] == each["extra_info"]["rounds"]
+        assert each["group"].startswith("noising")

@@ -16,7 +16,7 @@ import torch
 
 import fastsde
 from fastsde import NonFiniteError, checkpoints, noise, ops, reference, solvers
-from fastsde.benchmarks.measure import fp32_products
+from fastsde.benchmarks.suite.measure import fp32_products
 from fastsde.engines import training as steps
 from fastsde.models import MLP, UNet
 from fastsde.training import Trainer, default_config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsde import ops
-from fastsde.benchmarks.measure import fp32_products
+from fastsde.benchmarks.suite.measure import fp32_products
 from fastsde.models import UNet
 from fastsde.models.unet_inference import UNetInference, log_sigmoid_, supports
 

@@ -1,0 +1,68 @@
+"""``pytest benchmarks``: every provider of every case as a test of pytest-benchmark.
+
+pytest-benchmark times one test after the other. Here the providers of a case are timed in turn, as everywhere in this
+suite: the first test of a case runs all of it, and each test hands the rounds of its provider to pytest-benchmark,
+whose tables, JSON and comparisons then work as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+
+import pytest
+
+from fastsde import distributed
+from fastsde.benchmarks.suite.case import Case, Outcome
+from fastsde.benchmarks.suite.plan import Plan
+from fastsde.benchmarks.suite.run import cases, new_result, outcomes
+
+
+class Replay:
+    """A timer that tells the times of rounds that have been measured before."""
+
+    def __init__(self) -> None:
+        self._stamps: Iterator[float] = iter(())
+
+    def load(self, times: Sequence[float]) -> None:
+        self._stamps = iter([stamp for taken in times for stamp in (0.0, taken)])
+
+    def __call__(self) -> float:
+        return next(self._stamps)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastsde")
+    group.addoption("--quick", action="store_true", help="small sizes: two or three minutes on two cores")
+    group.addoption("--device", default=None, help="cpu or cuda; by default cuda where there is one")
+
+
+def _plan(config: pytest.Config) -> Plan:
+    return Plan(distributed.device(config.getoption("device")), config.getoption("quick"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider" not in metafunc.fixturenames:
+        return
+    found = []
+    for case in cases(_plan(metafunc.config)):
+        for provider in case.providers:
+            replay = Replay()
+            mark = pytest.mark.benchmark(group=case.what, timer=replay)
+            found.append(pytest.param(case, provider.name, replay, marks=mark, id=f"{case.name}-{provider.name}"))
+    metafunc.parametrize(("case", "provider", "replay"), found)
+
+
+@pytest.fixture(scope="session")
+def run(pytestconfig: pytest.Config) -> Callable[[Case], Outcome]:
+    """Runs a case once."""
+    plan = _plan(pytestconfig)
+    most = cache(lambda: new_result(plan)[1])
+    done: dict[str, Outcome] = {}
+
+    def run(case: Case) -> Outcome:
+        if case.name not in done:
+            (done[case.name],) = outcomes([case], plan, most())
+        return done[case.name]
+
+    return run

@@ -1,0 +1,44 @@
+"""Few-step sampling: digits by DPM-Solver++(2M) in 20 rows, beside that solver in eager PyTorch and in diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from fastsde import checkpoints
+
+from .mnist import unet_samplers
+from .providers import diffusers, lean, sampling
+from .suite.case import LEAN, Case, Provider
+from .suite.plan import Plan
+from .tasks.networks import DIGITS, UNET_KERNELS, unet_work
+from .tasks.trajectory import ImagesProof, Trajectory
+
+ROWS = 20
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """In --quick 4 digits."""
+    for n in (4,) if plan.quick else (20, 1000) if plan.has_gpu else (20, 256):
+        load = partial(checkpoints.load, "mnist")
+        sizes = (DIGITS, n, ROWS, plan.device)
+        task = Trajectory(load, *sizes, *unet_work(), kernels=UNET_KERNELS, solver="dpm_solver_pp_2m")
+        proof, precision = ImagesProof(task), sampling.precisions(task)[0]
+        ways = ((LEAN, lean.sampling), ("diffusers DPMSolverMultistep", diffusers.dpm_solver))
+        providers = [
+            *(
+                Provider(f"{name}, {precision}", partial(make, task, precision), proof.other_noise, precision)
+                for name, make in ways
+            ),
+            *sampling.compilations(task, proof),
+            *unet_samplers(task, proof),
+        ]
+        yield Case(
+            subject="few_steps",
+            name=f"few-steps-{n}",
+            what=f"DPM-Solver++(2M), U-Net, {n:,} images x {ROWS}",
+            about={"n": n, "rows": ROWS},
+            providers=providers,
+            baseline=providers[0].name,
+            work=task.work,
+        )

@@ -1,0 +1,72 @@
+"""Sampling of digits by the tutorial's U-Net, in batches of 1, 20, 256 and 1,000.
+
+A thousand digits take the tutorial's loop ten minutes on a CPU, so that large batches take fewer rows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from fastsde import checkpoints
+
+from .providers import ours, sampling
+from .suite.case import Case, Provider, Target
+from .suite.plan import Plan
+from .tasks.networks import DIGITS, UNET_KERNELS, unet_work
+from .tasks.trajectory import ImagesProof, Proof, Trajectory
+
+_CPU_ROWS = {1: 999, 20: 999, 256: 40, 1000: 10}
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """In --quick 20 digits in 10 rows."""
+    for n in (20,) if plan.quick else tuple(_CPU_ROWS):
+        rows = 10 if plan.quick else 999 if plan.has_gpu else _CPU_ROWS[n]
+        yield _case(plan, n, rows)
+
+
+def _case(plan: Plan, n: int, rows: int) -> Case:
+    load = partial(checkpoints.load, "mnist")
+    task = Trajectory(load, DIGITS, n, rows, plan.device, *unet_work(), kernels=UNET_KERNELS)
+    proof, loop = ImagesProof(task), sampling.baseline(task)
+    return Case(
+        subject="mnist",
+        name=f"mnist-{n}",
+        what=f"MNIST U-Net, {n:,} image{'s' * (n > 1)} x {rows}",
+        about={"n": n, "rows": rows},
+        providers=[*sampling.others(task, proof), *unet_samplers(task, proof)],
+        baseline=loop,
+        work=task.work,
+        targets=[] if plan.quick else _targets(plan, n, loop),
+    )
+
+
+def unet_samplers(task: Trajectory, proof: Proof) -> list[Provider]:
+    """Every backend and precision."""
+    precisions = sampling.precisions(task)
+    backends = ("eager", "graph") if task.device.type == "cuda" else ("eager",)
+    found = [ours.sampler(task, proof, "reference", precisions[0])]
+    found += [ours.sampler(task, proof, backend, each) for each in precisions for backend in backends]
+    if task.device.type == "cuda":
+        found.append(ours.sampler(task, proof, "graph", precisions[0], anew=True))
+        found += [ours.sampler(task, proof, "graph", each, compile=True) for each in ("bf16", "TF32", "fp32")]
+    return found
+
+
+def _targets(plan: Plan, n: int, loop: str) -> list[Target]:
+    found = []
+    if not plan.has_gpu and n == 20:
+        for precision, bound in (("fp32", 1.8), ("bf16", 3.0)):
+            ours = (f"fastsde eager, {precision}",)
+            found.append(Target(f"{precision}: {bound:g} times the loop's speed", ours, beside=(loop,), at_least=bound))
+    if plan.has_gpu and n in (20, 1000):
+        for precision in ("TF32", "bf16") if n == 20 else ("bf16",):
+            ours = (f"fastsde graph, {precision}", f"fastsde graph compiled, {precision}")
+            seconds, bound = (0.045, 8.0) if n == 20 else (0.42, 5.0)
+            found.append(Target(f"{precision}: at most {seconds:g} s", ours, at_most_s=seconds))
+            found.append(Target(f"{precision}: {bound:g} times the loop's speed", ours, beside=(loop,), at_least=bound))
+            if n == 1000:
+                beside = (f"torch.compile, {precision}",)
+                found.append(Target("1.3 times the speed of torch.compile in bf16", ours, beside=beside, at_least=1.3))
+    return found

@@ -1,0 +1,79 @@
+"""Normals of the noise contract, beside PyTorch's generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastsde import noise, ops
+
+from .providers.compiled import compiled
+from .suite.case import Case, Provider, Target, check
+from .suite.machine import Work
+from .suite.measure import Figures, Run
+from .suite.plan import Plan
+from .tasks.elements import SPECIALS, kernels_name, keys_of, need_kernels
+
+RANDN = "torch.randn"
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """A million, in one sample and in many."""
+    for name, shape in (("sample", (1, 1_000_000)), ("images", (1276, 784))):
+        if name == "sample" or not plan.quick:
+            yield _case(plan, name, shape)
+
+
+def _case(plan: Plan, name: str, shape: tuple[int, ...]) -> Case:
+    ours, device = kernels_name(plan), plan.device
+    many = {"calls": 20, "rounds": 30}
+    return Case(
+        subject="noise",
+        name=f"noise-{name}",
+        what=f"normals, {shape[0]:,} x {shape[1]:,}",
+        about={"n": shape[0], "elements": math.prod(shape)},
+        providers=[
+            Provider(RANDN, lambda: lambda: torch.randn(shape, device=device), _prove_normal),
+            Provider("torch.compile", partial(_compiled, shape, device), _prove_normal, compiles=True),
+            Provider("fastsde reference", partial(_contract, noise.normal, shape, device), partial(_prove_ours, shape)),
+            Provider(ours, partial(_kernel, shape, device), partial(_prove_ours, shape)),
+        ],
+        baseline=RANDN,
+        work=Work(bytes=4 * math.prod(shape), specials=SPECIALS * math.prod(shape)),
+        enough=2.0,
+        targets=[] if plan.has_gpu or plan.quick else [Target("twice torch.randn", (ours,), None, (RANDN,), 2.0)],
+        **many,
+    )
+
+
+def _compiled(shape: tuple[int, ...], device: torch.device) -> Run:
+    fast = compiled(lambda: torch.randn(shape, device=device), device)
+    return lambda: fast()
+
+
+def _contract(normal: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device) -> Run:
+    keys = keys_of(shape, device)
+    return lambda: normal(keys, 0, shape[1:])
+
+
+def _kernel(shape: tuple[int, ...], device: torch.device) -> Run:
+    need_kernels(device)
+    return _contract(ops.normal, shape, device)
+
+
+def _prove_normal(run: Run, z: Tensor) -> Figures:
+    """The first four moments, in standard errors of so many normals."""
+    z = z.double()
+    expected = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96))
+    errors = [abs(float(z.pow(k).mean()) - mean) * math.sqrt(z.numel() / var) for k, mean, var in expected]
+    return check("a moment", max(errors), 5.0)
+
+
+def _prove_ours(shape: tuple[int, ...], run: Run, z: Tensor) -> Figures:
+    """As the contract allows."""
+    keys = keys_of(shape, z.device)
+    return check("a normal", float((z - noise.normal(keys, 0, shape[1:])).abs().max()), 4e-6)

@@ -1,0 +1,128 @@
+"""The report's pictures: a roofline, and the speed over the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from fastsde.files import atomic_path
+
+from .suite.machine import SPECIAL_FLOP
+from .suite.measure import Figures
+from .suite.table import headlines, is_ours, timed
+
+_OURS, _BASE, _OTHER = "#c03a2b", "#777777", "#2c6fbb"
+_SWEEPS = {"swiss_roll": "swiss roll (MLP)", "mnist": "MNIST (U-Net)"}
+_MARKERS = "osD^vP"
+
+
+def draw(result: Figures, folder: Path, name: str) -> Iterator[Path]:
+    """Draws ``NAME-roofline.png`` and ``NAME-batch.png``, whole or not at all, and returns their paths."""
+    for kind, figure in (("roofline", roofline(result)), ("batch", batch_sizes(result))):
+        path = folder / f"{name}-{kind}.png"
+        with atomic_path(path) as temporary, mpl.rc_context({"font.size": 8}):
+            figure.savefig(temporary, dpi=130)
+        yield path
+
+
+# The roofline -------------------------------------------------------------------------------------------------------
+
+
+def _flop(result: Figures, work: Figures) -> float:
+    """All arithmetic of a task, a special function counted as on a CPU."""
+    total: float = work["flop"] + SPECIAL_FLOP * work["specials"]
+    return total
+
+
+def roofline(result: Figures) -> Figure:
+    """Arithmetic a second over arithmetic a byte, under the copy bandwidth and the rates of products.
+
+    A task is a vertical line from the baseline to the fastest of fastsde, with a number that the legend explains.
+    """
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    most = result["ceilings"]
+    records = [
+        record
+        for record in result["cases"]
+        if headlines(record) and record["work"]["bytes"] and _flop(result, record["work"])
+    ]
+    points = [_flop(result, record["work"]) / record["work"]["bytes"] for record in records]
+    low, high = min(points, default=1) / 3, max(points, default=1) * 3
+    for precision, rate in most["flop"].items():
+        knee = rate / most["bytes"]
+        ends = sorted({low, min(max(knee, low), high), high})
+        axes.plot(ends, [min(rate, each * most["bytes"]) for each in ends], color="black", lw=1)
+        axes.text(high, rate, f"{precision} {rate / 1e12:.3g} TFLOP/s ", ha="right", va="bottom")
+    knee = min(most["flop"].values()) / most["bytes"]
+    axes.text(knee / 2, knee / 2 * most["bytes"], f"{most['bytes'] / 1e9:,.0f} GB/s  ", ha="right")
+    handles = []
+    for number, (record, x) in enumerate(zip(records, points, strict=True), 1):
+        handles.append(f"{number}  {record['what']}")
+        _task(axes, record, x * 1.06 ** (points[: number - 1].count(x)), _flop(result, record["work"]), number)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP a byte of memory", ylabel="FLOP/s")
+    axes.set_title(f"Roofline, {result['device']}")
+    for label, color, face in (
+        ("fastsde", _OURS, _OURS),
+        ("fastest other", _OTHER, "white"),
+        ("baseline", _BASE, "white"),
+    ):
+        axes.plot([], [], "o", color=color, mfc=face, label=label)
+    axes.legend(loc="lower right", frameon=False)
+    axes.annotate("\n".join(handles), (1.02, 1), xycoords="axes fraction", va="top", fontsize=7, annotation_clip=False)
+    axes.grid(alpha=0.25, which="major")
+    return figure
+
+
+def _task(axes: Any, record: Figures, x: float, flop: float, number: int) -> None:
+    """The fastest in fp32, or the default precision, of each side."""
+    row = headlines(record)[0]
+    marks = [(row.ours, _OURS, _OURS), (row.other, _OTHER, "white"), (record["baseline"], _BASE, "white")]
+    rates = [(flop / row.median(name), color, face) for name, color, face in marks if name in timed(record)]
+    axes.plot([x, x], [min(rates)[0], max(rates)[0]], color=_BASE, lw=0.6, zorder=1)
+    for rate, color, face in rates:
+        axes.plot(x, rate, "o", color=color, mfc=face, ms=4, zorder=2)
+    axes.annotate(str(number), (x, max(rates)[0]), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+
+
+# The speed over the batch size --------------------------------------------------------------------------------------
+
+
+def batch_sizes(result: Figures) -> Figure:
+    """Samples times rows a second, over the number of samples, of each provider."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, len(_SWEEPS))
+    for axes, (subject, title) in zip(panels, _SWEEPS.items(), strict=True):
+        records = [record for record in result["cases"] if record["subject"] == subject and "failed" not in record]
+        names = _in_order(records)
+        for place, name in enumerate(names):
+            found = [(record, timed(record)[name]) for record in records if name in timed(record)]
+            sizes = [record["n"] for record, _ in found]
+            rates = [record["n"] * record["rows"] / each["median_s"] for record, each in found]
+            color = mpl.colormaps["Reds" if is_ours(name) else "Blues"](0.9 - 0.6 * _rank(name, names))
+            marker = _MARKERS[place % len(_MARKERS)]
+            axes.plot(sizes, rates, marker=marker, ms=4, color=color, label=name, lw=1.4 if is_ours(name) else 0.8)
+        axes.set(
+            xscale="log", yscale="log", xlabel="samples in the batch", ylabel="samples x rows a second", title=title
+        )
+        axes.grid(alpha=0.25)
+        if names:
+            axes.legend(fontsize=6, frameon=False, loc="best")
+    figure.suptitle(f"Speed over the batch size, {result['device']}")
+    return figure
+
+
+def _in_order(records: Iterable[Figures]) -> list[str]:
+    """The names of all providers, those of fastsde first."""
+    names = dict.fromkeys(name for record in records for name in timed(record))
+    return sorted(names, key=lambda name: not is_ours(name))
+
+
+def _rank(name: str, names: list[str]) -> float:
+    """Its place among those of its kind, from 0 to 1."""
+    own = [each for each in names if is_ours(each) == is_ours(name)]
+    return own.index(name) / max(1, len(own) - 1)

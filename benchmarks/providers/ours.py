@@ -1,0 +1,115 @@
+"""fastsde itself."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+import fastsde
+from fastsde.distributed import Ranks
+from fastsde.engines.training import CapturedSteps, EagerSteps, NativeSteps, can_capture, can_run_natively
+
+from ..suite.case import Provider, UnavailableError
+from ..suite.measure import Run
+from ..tasks.recipe import Recipe, prove_finite, prove_weights
+from ..tasks.trajectory import SEED, Proof, Trajectory, dtype_of
+
+
+def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: bool = False, anew: bool = False) -> Run:
+    """A sampler, or ``anew`` by `fastsde.sample`, which makes one in each call."""
+    model = copy.deepcopy(task.checkpoint.model)  # of its own, since of a network few captures are kept
+    options = {**task.options, "backend": backend, "dtype": dtype_of(precision), "compile": compile}
+    try:
+        sampler = fastsde.Sampler(model, task.sample_shape, **options)
+    except ValueError as error:
+        raise UnavailableError(str(error)) from error
+
+    def run() -> Tensor:
+        with task.precision_of_products(precision):
+            if anew:
+                return fastsde.sample(model, task.shape, seed=SEED, **options)
+            return sampler(task.n, seed=SEED)
+
+    return run
+
+
+def sampler(
+    task: Trajectory, proof: Proof, backend: str, precision: str, compile: bool = False, anew: bool = False
+) -> Provider:
+    """One of the backends in one precision."""
+    words = ("fastsde.sample()" if anew else "fastsde", backend, "compiled" if compile else "")
+    return Provider(
+        f"{' '.join(filter(None, words))}, {precision}",
+        partial(sampling, task, backend, precision, compile, anew),
+        partial(proof.same_noise, precision),
+        precision,
+        compiles=compile,
+    )
+
+
+def eager_steps(recipe: Recipe, compile: bool = False) -> Run:
+    return _steps(recipe, EagerSteps(recipe.work(replace(recipe.config, compile=compile)), Ranks()))
+
+
+def native_steps(recipe: Recipe) -> Run:
+    work = recipe.work()
+    if not can_run_natively(recipe.config, work.model, recipe.dataset, recipe.device, Ranks()):
+        raise UnavailableError(f"native steps need an MLP in fp32 on the CPU and a compiler, got {recipe.device}")
+    return _steps(recipe, NativeSteps(work))
+
+
+def captured_steps(recipe: Recipe, compile: bool = False) -> Run:
+    config = replace(recipe.config, compile=compile)
+    if not can_capture(config, recipe.dataset, recipe.device, Ranks()):
+        raise UnavailableError(f"captured steps need Triton and a CUDA GPU, got device {recipe.device}")
+    return _steps(recipe, CapturedSteps(recipe.work(config)))
+
+
+def trainers(recipe: Recipe, precision: str) -> list[Provider]:
+    """The ways to take steps, in one precision."""
+    compiled = replace(recipe.config, compile=True)
+    return [
+        Provider(f"fastsde eager, {precision}", partial(eager_steps, recipe), prove_finite, precision),
+        Provider(
+            f"fastsde eager compiled, {precision}",
+            partial(eager_steps, recipe, compile=True),
+            partial(prove_weights, recipe, partial(EagerSteps, here=Ranks()), compiled),
+            precision,
+            compiles=True,
+        ),
+        Provider(
+            f"fastsde native, {precision}",
+            partial(native_steps, recipe),
+            partial(prove_weights, recipe, NativeSteps, recipe.config),
+            precision,
+        ),
+        Provider(
+            f"fastsde captured, {precision}",
+            partial(captured_steps, recipe),
+            partial(prove_weights, recipe, CapturedSteps, recipe.config),
+            precision,
+        ),
+        Provider(
+            f"fastsde captured compiled, {precision}",
+            partial(captured_steps, recipe, compile=True),
+            partial(prove_weights, recipe, CapturedSteps, compiled),
+            precision,
+            compiles=True,
+        ),
+    ]
+
+
+def _steps(recipe: Recipe, taker: CapturedSteps | EagerSteps | NativeSteps) -> Run:
+    first = 0
+
+    def run() -> Tensor:
+        nonlocal first
+        for count in taker.chunks(recipe.steps):
+            losses: Tensor = taker.take(first, count)
+            first += count
+        return losses
+
+    return run

@@ -1,0 +1,178 @@
+"""Result files as the README's tables, as pictures, and beside one another.
+
+python -m benchmarks.report RESULT.json ...                      the tables, as Markdown
+python -m benchmarks.report RESULT.json ... --readme README.md   writes them between the README's marks
+python -m benchmarks.report RESULT.json ... --plots FOLDER       a roofline and the speed over the batch size of each
+python -m benchmarks.report OLD.json NEW.json --compare          what became faster or slower from one commit to another
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import click
+
+from fastsde.files import atomic_path
+
+from .suite.measure import Figures
+from .suite.table import TITLES, headlines, noise, ratio, timed
+
+_MARK = re.compile(r"(?P<begin><!-- benchmarks:(?P<files>[^>]*)-->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
+
+
+def load(path: Path) -> Figures:
+    """A result file of ``fastsde bench``.
+
+    Raises:
+        ValueError: for a file that is none.
+    """
+    try:
+        result: Figures = json.loads(path.read_text())
+        assert isinstance(result["cases"], list)
+        assert result["ceilings"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is not a result file of fastsde bench: {type(error).__name__}: {error}") from error
+    return result
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def about(result: Figures) -> str:
+    """The machine, the versions and the commit, in a line."""
+    rate = max(result["ceilings"]["flop"].values()) / 1e12
+    parts = [
+        f"{result['threads']} threads" if result["kind"] == "cpu" else f"Triton {result['triton']}",
+        f"PyTorch {result['torch']}",
+        f"copies {result['ceilings']['bytes'] / 1e9:,.0f} GB/s, products up to {rate:.3g} TFLOP/s",
+        f"commit {result['commit'] or 'unknown'}",
+    ]
+    return f"{result['device']}: {', '.join(parts)}{', small sizes' if result['quick'] else ''}"
+
+
+def markdown(result: Figures) -> str:
+    """A paragraph on the machine and a table of all cases."""
+    rows = [row.cells for record in result["cases"] for row in headlines(record)]
+    left = [record for record in result["cases"] if not headlines(record)]
+    lines = [about(result) + ".", "", _row(TITLES), _row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(_row, rows)]
+    if left:
+        lines += ["", f"Without a time of fastsde: {', '.join(record['what'] for record in left)}."]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def block(paths: Sequence[Path]) -> str:
+    """What stands between the marks of the README."""
+    return "\n\n".join(markdown(load(path)) for path in paths)
+
+
+def marked_files(readme: str) -> list[str]:
+    """The result files that the README's marks name, relative to its folder."""
+    found = _MARK.search(readme)
+    if found is None:
+        raise ValueError("readme must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->")
+    return found["files"].split()
+
+
+def with_tables(readme: str, folder: Path) -> str:
+    """The README with the tables of the result files that its mark names."""
+    made = block([folder / name for name in marked_files(readme)])
+    return _MARK.sub(lambda found: f"{found['begin']}\n{made}\n\n{found['end']}", readme)
+
+
+# Two commits --------------------------------------------------------------------------------------------------------
+
+
+def compare(before: Figures, after: Figures) -> list[str]:
+    """Every provider that both have timed, as the ratio to its baseline, and how that has changed.
+
+    A change counts where it is beyond twice what the baseline differed from itself and what the rounds were spread by.
+    """
+    rows = [("case", "provider", "before", "after", "change", "")]
+    old = {record["name"]: record for record in before["cases"]}
+    for record in after["cases"]:
+        earlier = old.get(record["name"])
+        if earlier is None or record["what"] != earlier["what"]:
+            continue
+        for name in timed(record):
+            if name in timed(earlier) and name != record["baseline"]:
+                rows.append(_change(earlier, record, name))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    titles = [f"before  {about(before)}", f"after   {about(after)}", ""]
+    return titles + [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _change(earlier: Figures, record: Figures, name: str) -> tuple[str, ...]:
+    ratios = [_speed(each, name) for each in (earlier, record)]
+    if None in ratios:
+        return record["name"], name, "", "", "", "no baseline"
+    change = ratios[1] / ratios[0] - 1  # type: ignore[operator]
+    doubt = 2 * max(_doubt(each, name) for each in (earlier, record))
+    verdict = "" if abs(change) <= doubt else "faster" if change > 0 else "SLOWER"
+    return record["name"], name, *(ratio(each) for each in ratios if each is not None), f"{change:+.1%}", verdict
+
+
+def _speed(record: Figures, name: str) -> float | None:
+    base = record["providers"].get(record["baseline"], {}).get("median_s")
+    return None if base is None else base / record["providers"][name]["median_s"]
+
+
+def _doubt(record: Figures, name: str) -> float:
+    """The noise of the measurement, or half the spread of the rounds, as a share."""
+    spreads = [
+        (each["p80_s"] - each["p20_s"]) / 2 / each["median_s"]
+        for each in (record["providers"][record["baseline"]], record["providers"][name])
+    ]
+    return max(noise(record) or 0.0, *spreads)
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the tables between its marks.")
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
+@click.option("--compare", "compares", is_flag=True, help="Compare two files, the older one first.")
+def main(results: tuple[Path, ...], readme: Path | None, plots: Path | None, compares: bool) -> None:
+    """Turn result files of `fastsde bench` into tables, pictures and comparisons."""
+    try:
+        loaded = [load(path) for path in results]
+        if compares:
+            if len(loaded) != 2:
+                raise ValueError(f"--compare takes two result files, got {len(loaded)}")
+            click.echo("\n".join(compare(*loaded)))
+        if readme is not None:
+            _write_readme(readme, results)
+        if plots is not None:
+            from . import plots as pictures  # matplotlib takes a second to import
+
+            for path, result in zip(results, loaded, strict=True):
+                for written in pictures.draw(result, plots, path.stem):
+                    click.echo(written)
+        if not (compares or readme or plots):
+            click.echo("\n\n".join(map(markdown, loaded)))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _write_readme(readme: Path, results: Sequence[Path]) -> None:
+    folder = readme.resolve().parent
+    names = " ".join(str(path.resolve().relative_to(folder)) for path in results)
+    text = readme.read_text()
+    marked_files(text)  # raises where there are no marks
+    text = _MARK.sub(lambda found: f"<!-- benchmarks: {names} -->\n{found['end']}", text)
+    with atomic_path(readme) as temporary:
+        temporary.write_text(with_tables(text, folder))
+
+
+if __name__ == "__main__":
+    main()

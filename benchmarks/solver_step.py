@@ -1,0 +1,154 @@
+"""One Euler-Maruyama step, noise included: of a thousand digits, and of a state that no cache holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from fastsde import ops, reference, solvers
+
+from .providers import diffusers, lean, tutorial
+from .providers.compiled import compiled
+from .suite.case import LEAN, LOOP, Case, Provider, check
+from .suite.machine import Work
+from .suite.measure import Figures, Run, rotated
+from .suite.plan import Plan
+from .tasks.elements import SDE, SPECIALS, copies, kernels_name, keys_of, need_kernels
+
+TABLE = solvers.build("euler_maruyama", SDE, 999)
+ROW = 500
+Step = Callable[[Tensor, Tensor], Tensor]
+_SHAPES = {"digits": (1000, 784), "large": (16_384, 3072)}
+_CPU_LARGE = (4096, 3072)
+
+
+@dataclass(frozen=True)
+class State:
+    """States and network outputs to take the step from, in turn."""
+
+    shape: tuple[int, ...]
+    plan: Plan
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        device = self.plan.device
+        count = copies(self.elements, 8, self.plan)
+        return [(torch.randn(self.shape, device=device), torch.randn(self.shape, device=device)) for _ in range(count)]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return keys_of(self.shape, self.plan.device)
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """In --quick digits alone."""
+    for name, shape in _SHAPES.items():
+        if name == "large" and not plan.has_gpu:
+            shape = _CPU_LARGE
+        if name == "digits" or not plan.quick:
+            yield _case(State(shape, plan), name)
+
+
+def _case(state: State, name: str) -> Case:
+    on = partial(_on, state)
+    compile_it = partial(compiled, device=state.plan.device)
+    plain = partial(lean.step, **lean_factors())
+    providers = [
+        Provider(LOOP, partial(on, partial(tutorial_step, state.plan.device)), partial(_prove_any, state)),
+        Provider(LEAN, partial(on, lambda: plain), partial(_prove_any, state)),
+        Provider("torch.compile", partial(on, lambda: compile_it(plain)), partial(_prove_any, state), compiles=True),
+        Provider(
+            "diffusers ScoreSdeVp",
+            partial(on, partial(diffusers.score_sde_vp_step, len(TABLE), ROW), _as_eps),
+            partial(_prove_any, state),
+        ),
+        Provider("fastsde reference", partial(on, partial(_reference, state)), partial(_prove_ours, state)),
+        Provider(kernels_name(state.plan), partial(on, partial(_kernel, state)), partial(_prove_ours, state)),
+        Provider(
+            f"{kernels_name(state.plan)}, bf16 network",
+            partial(on, partial(_kernel, state), Tensor.bfloat16),
+            partial(_prove_ours, state),
+            "bf16",
+        ),
+    ]
+    return Case(
+        subject="solver_step",
+        name=f"solver-step-{name}",
+        what=f"solver step, {state.elements / 1e6:.3g} M elements",
+        about={"n": state.shape[0], "elements": state.elements},
+        providers=providers,
+        work=Work(bytes=12 * state.elements, flop=5 * state.elements, specials=SPECIALS * state.elements),
+        calls=20 if state.plan.has_gpu else 5,
+        rounds=30,
+        enough=2.0,
+    )
+
+
+def tutorial_step(device: torch.device) -> Step:
+    """With its scalars on the device, as the tutorial has them."""
+    t = torch.tensor(float(TABLE.time[ROW]), device=device)
+    size = torch.tensor(1 / len(TABLE), device=device)
+    return lambda x, f: tutorial.step(x, f, tutorial.beta_at(t), size)
+
+
+def lean_factors() -> dict[str, float]:
+    k = TABLE.row(ROW)
+    return {name: k[name] for name in "abd"}
+
+
+def _as_eps(score: Tensor) -> Tensor:
+    return -float(SDE.sigma(TABLE.time[ROW])) * score
+
+
+def _on(state: State, make: Callable[[], Step], convert: Callable[[Tensor], Tensor] | None = None) -> Run:
+    """Takes the step from one state after the other; the first call is from the first."""
+    step = make()
+    pairs = [(x, convert(f)) if convert else (x, f) for x, f in state.pairs]
+    return rotated(lambda pair: step(*pair), pairs)
+
+
+def _reference(state: State) -> Step:
+    return lambda x, f: reference.solver_step(x, f, TABLE, ROW, keys=state.keys)[0]
+
+
+def _kernel(state: State) -> Step:
+    need_kernels(state.plan.device)
+    out = torch.full(state.shape, math.nan, device=state.plan.device)
+
+    def step(x: Tensor, f: Tensor) -> Tensor:
+        ops.fused_step(x, f, TABLE, ROW, keys=state.keys, store_data=False, out=out)
+        return out
+
+    return step
+
+
+def _prove_ours(state: State, run: Run, result: Tensor) -> Figures:
+    """A part beside the reference; an output of a network in bf16 has been rounded to it."""
+    x, f = (each[:64] for each in state.pairs[0])
+    expected, bound = _expected(state, x, f)
+    rounded, _ = _expected(state, x, f.bfloat16())
+    error = min(float((result[:64] - each).abs().max()) for each in (expected, rounded))
+    return check("the step", error, bound)
+
+
+def _expected(state: State, x: Tensor, f: Tensor) -> tuple[Tensor, float]:
+    k = TABLE.row(ROW)
+    expected, _ = reference.solver_step(x, f, TABLE, ROW, keys=state.keys[:64])
+    return expected, 4e-6 * k["d"] + 4 * 2**-24 * float((k["a"] * x.abs() + k["b"] * f.abs()).max())
+
+
+def _prove_any(state: State, run: Run, result: Tensor) -> Figures:
+    """What is left beside a x + b f is noise of standard deviation d."""
+    (x, f), k = state.pairs[0], TABLE.row(ROW)
+    rest = (result - (k["a"] * x + k["b"] * f)) / k["d"]
+    off = max(abs(float(rest.std()) - 1), abs(float(rest.mean())), float((rest * f).mean().abs()))
+    return check("the noise", off, 5 / math.sqrt(state.elements) + 1e-4)

@@ -1,0 +1,198 @@
+"""What a machine can do at most, measured in each run, and how long the least work of a task takes it."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import fastsde
+from fastsde.verify import machine
+
+from .measure import Figures, fp32_products, measure, seconds
+
+SPECIAL_FLOP = 12  # on a CPU, which has no unit for exp and log: 6 fused multiply-adds in each at the least
+_RIVALS = ("diffusers", "torchsde", "pytest-benchmark")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run cannot do without, however it is written.
+
+    Args:
+        bytes: read or written once, of what no cache holds.
+        flop: floating-point operations of matrix products and convolutions, or of an elementwise formula.
+        specials: exponentials, logarithms, roots, sines and cosines.
+        launches: kernels of a GPU that wait for one another.
+        clocks: of a GPU's chain of operations that wait for one another in one kernel.
+    """
+
+    bytes: float = 0
+    flop: float = 0
+    specials: float = 0
+    launches: float = 0
+    clocks: float = 0
+
+    def __mul__(self, times: float) -> Work:
+        return Work(**{name: value * times for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates of a device.
+
+    Args:
+        kind: "cpu" or "cuda".
+        bytes: copied a second, reads and writes, outside of any cache.
+        flop: a second, by precision.
+        specials: special functions a second.
+        launch: seconds from one kernel of a CUDA graph to the next that waits for it; 0 on a CPU.
+        clock: of a GPU, in Hz, at the highest; infinite on a CPU.
+    """
+
+    kind: str
+    bytes: float
+    flop: dict[str, float]
+    specials: float
+    launch: float = 0.0
+    clock: float = math.inf
+
+    def limit(self, work: Work, precision: str) -> Figures:
+        """The time below which no program for this device can come, and what sets it.
+
+        On a GPU the units work beside one another, so that the slowest counts. On a CPU special functions are
+        arithmetic like the rest.
+        """
+        flop = self.flop.get(precision, self.flop["fp32"])
+        parts = {
+            "memory": work.bytes / self.bytes,
+            "arithmetic": work.flop / flop,
+            "special functions": work.specials / self.specials,
+            "launches": work.launches * self.launch,
+            "latency": work.clocks / self.clock,
+        }
+        if self.kind == "cpu":
+            parts["arithmetic"] += parts.pop("special functions")
+        by = max(parts, key=lambda part: parts[part])
+        return {"limit_s": parts[by], "limited_by": by}
+
+    def describe(self) -> Figures:
+        return {name: value for name, value in asdict(self).items() if value != math.inf}
+
+
+def ceilings(device: torch.device, rounds: int = 7) -> Ceilings:
+    """Measures a device, in seconds."""
+    bandwidth, flop = _copy_bandwidth(device, rounds), _products(device, rounds)
+    if device.type != "cuda":
+        return Ceilings(device.type, bandwidth, flop, flop["fp32"] / SPECIAL_FLOP)
+    clock = _gpu_clock()
+    # 16 a clock in each multiprocessor, of compute capability 8 and 9
+    specials = 16 * torch.cuda.get_device_properties(device).multi_processor_count * clock
+    return Ceilings(device.type, bandwidth, flop, specials, _launch(device), clock)
+
+
+def _best(run: Callable[[], object], device: torch.device, rounds: int, calls: int = 5) -> float:
+    for _ in range(2):
+        run()
+    timed = measure({"it": run}, partial(seconds, device=device, calls=calls), rounds)
+    return statistics.median(timed["it"])
+
+
+def _copy_bandwidth(device: torch.device, rounds: int) -> float:
+    elements = 1 << (28 if device.type == "cuda" else 25)  # 1 GiB, and 128 MiB
+    source, target = torch.randn(elements, device=device), torch.empty(elements, device=device)
+    return 8 * elements / _best(lambda: target.copy_(source), device, rounds)
+
+
+def _products(device: torch.device, rounds: int) -> dict[str, float]:
+    """FLOP/s in each precision, of random numbers: the most that PyTorch reaches in a matrix product or a convolution.
+
+    Neither is always the faster: on some CPUs the convolution reaches 2.5 times the product's rate in fp32.
+    """
+    cuda = device.type == "cuda"
+    size, images, channels, width = (8192, 256, 256, 28) if cuda else (1024, 8, 256, 14)
+    matrix = torch.randn(size, size, device=device)
+    x = torch.randn(images, channels, width, width, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    product_flop, convolution_flop = 2 * size**3, 2 * 9 * channels**2 * images * width**2
+    rates = {}
+    for precision in ("fp32", "TF32", "bf16") if cuda else ("fp32", "bf16"):
+        a, b, w = (each.bfloat16() if precision == "bf16" else each for each in (matrix, x, weight))
+        kind = "tf32" if precision == "TF32" else "ieee"
+        with torch.inference_mode(), fp32_products(torch.backends.cuda.matmul, kind):
+            product = product_flop / _best(lambda a=a: a @ a, device, rounds)  # type: ignore[misc]
+        with torch.inference_mode(), fp32_products(torch.backends.cudnn.conv, kind):
+            taken = _best(lambda b=b, w=w: F.conv2d(b, w, padding=1), device, rounds)  # type: ignore[misc]
+        rates[precision] = max(product, convolution_flop / taken)
+    return rates
+
+
+def _gpu_clock() -> float:
+    """The highest that the driver names."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 1e6
+
+
+def _launch(device: torch.device, kernels: int = 500) -> float:
+    x = torch.zeros(32, device=device)
+    x.add_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(kernels):
+            x.add_(1)
+    return _best(graph.replay, device, rounds=7) / kernels
+
+
+def settings(device: torch.device) -> Figures:
+    """Device, versions and commit."""
+    return {
+        **machine(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "instructions": cpu_instructions(),
+        "commit": _commit(),
+        **{name: _version(name) for name in ("triton", *_RIVALS)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in; an installed package lies in none."""
+    checkout = Path(fastsde.__file__).parents[1]
+    if shutil.which("git") is None or not (checkout / "pyproject.toml").is_file():
+        return None
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=checkout).stdout.strip() or None
+
+
+def _cpu_info() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
+
+
+def _cpu_name() -> str:
+    named = re.search(r"^model name\s*:\s*(.*)$", _cpu_info(), re.MULTILINE)
+    return named[1] if named else "CPU"
+
+
+def cpu_instructions() -> list[str]:
+    """Those of a CPU that kernels are written for."""
+    info = _cpu_info()
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in info]

@@ -1,0 +1,89 @@
+"""Time, in interleaved rounds: a call of each provider, then again a call of each, so that all share every disturbance.
+
+The baseline takes part twice, and the difference between its two medians is the noise of the measurement.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import Any, TypeVar
+
+import torch
+
+Run = Callable[[], Any]
+Figures = dict[str, Any]
+Inputs = TypeVar("Inputs")
+FEWEST_ROUNDS = 3  # of what is slow
+
+
+def seconds(run: Run, device: torch.device, calls: int = 1) -> float:
+    """Seconds a call, of ``calls`` of them: on a GPU between two events, so that the launch of one hides in another."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def measure(
+    providers: Mapping[str, Run],
+    timer: Callable[[Run], float],
+    rounds: int,
+    enough: float = math.inf,
+) -> dict[str, list[float]]:
+    """The seconds of every round of each provider. They are to be warm.
+
+    Args:
+        timer: runs what it is given and returns the seconds that it took.
+        enough: seconds after which a provider takes part in no more rounds, once it has had three.
+    """
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    spent = dict.fromkeys(providers, 0.0)
+    for _ in range(rounds):
+        for name, run in providers.items():
+            if len(times[name]) >= FEWEST_ROUNDS and spent[name] > enough:
+                continue
+            started = time.perf_counter()
+            times[name].append(timer(run))
+            spent[name] += time.perf_counter() - started
+    return times
+
+
+def summary(times: Sequence[float]) -> Figures:
+    """Median, and 20th and 80th percentile, in seconds."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    return {
+        "median_s": statistics.median(times),
+        "p20_s": deciles[1],
+        "p80_s": deciles[7],
+        "rounds": len(times),
+    }
+
+
+def rotated(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> Run:
+    """Calls ``run`` on one of ``inputs`` after the other: together larger than a cache, so that none holds the next."""
+    turns = cycle(inputs)
+    return lambda: run(next(turns))
+
+
+@contextmanager
+def fp32_products(kind: Any, precision: str) -> Iterator[None]:
+    """Computes fp32 products of a kind, such as ``torch.backends.cuda.matmul``, in "ieee" or "tf32"."""
+    before, kind.fp32_precision = kind.fp32_precision, precision
+    try:
+        yield
+    finally:
+        kind.fp32_precision = before

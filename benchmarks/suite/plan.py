@@ -1,0 +1,24 @@
+"""What a run of the suite is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A device, and whether small sizes are enough: two or three minutes on two cores."""
+
+    device: torch.device
+    quick: bool = False
+
+    @property
+    def enough_s(self) -> float:
+        """Seconds of a provider, after which three rounds of it are enough."""
+        return 1.0 if self.quick else 2.0 if self.has_gpu else 6.0
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.device.type == "cuda"

@@ -1,0 +1,108 @@
+"""A run of the suite: its subjects in order, shown and kept as they come."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import click
+import torch
+
+from fastsde.files import atomic_path
+
+from .case import SPENT, Case, Outcome, run_case
+from .machine import Ceilings, ceilings, settings
+from .measure import Figures
+from .plan import Plan
+from .table import is_ours, overview, show
+
+SEED = 1
+_RESERVE_S = 12.0  # of a run's time for each case to come, before anything is compiled
+# In the order in which they run: where the time is short, the last are left out.
+SUBJECTS = (
+    "noise",
+    "solver_step",
+    "perturb",
+    "dsm_loss",
+    "swiss_roll",
+    "mnist",
+    "few_steps",
+    "train_swiss_roll",
+    "train_mnist",
+    "network_size",
+    "startup",
+)
+
+
+def cases(plan: Plan, subjects: Sequence[str] = ()) -> list[Case]:
+    """Those of some subjects, or of all. Nothing is loaded or computed yet."""
+    found: list[Case] = []
+    for subject in SUBJECTS:
+        if not subjects or subject in subjects:
+            found += import_module(f"..{subject}", __package__).cases(plan)
+    return found
+
+
+def new_result(plan: Plan) -> tuple[Figures, Ceilings]:
+    """What a result file starts with, and the ceilings of the device, measured now."""
+    torch.manual_seed(SEED)
+    most = ceilings(plan.device)
+    return {**settings(plan.device), "quick": plan.quick, "ceilings": most.describe(), "cases": []}, most
+
+
+def outcomes(chosen: Sequence[Case], plan: Plan, most: Ceilings, minutes: float | None = None) -> Iterator[Outcome]:
+    """Runs cases one after the other.
+
+    Args:
+        minutes: after which no case is begun, and near which nothing is compiled.
+    """
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def has_time(reserve: float) -> bool:
+        return ends is None or time.monotonic() + reserve < ends
+
+    for number, case in enumerate(chosen):
+        if not has_time(0):
+            yield Outcome({**case.head(), "failed": SPENT})
+            continue
+        left = _RESERVE_S * (len(chosen) - number)
+        case = replace(case, enough=min(case.enough, plan.enough_s))
+        yield run_case(case, plan.device, most, lambda left=left: has_time(left))  # type: ignore[misc]
+        if plan.has_gpu:
+            torch.compiler.reset()  # graphs of torch.compile keep their memory
+            torch.cuda.empty_cache()
+
+
+def run(plan: Plan, chosen: Sequence[Case], minutes: float | None, out: Path | None) -> Figures:
+    """Runs and shows cases, and keeps the result after each, so that a run that is cut short has not been in vain.
+
+    Raises:
+        ClickException: at the end, where a provider was wrong, or one of fastsde failed.
+    """
+    result, most = new_result(plan)
+    for outcome in outcomes(chosen, plan, most, minutes):
+        result["cases"].append(outcome.record)
+        click.echo("\n".join(show(outcome.record)) + "\n")
+        if out is not None:
+            write_json(out, result)
+    click.echo("\n".join(overview(result["cases"])))
+    wrong = [name for record in result["cases"] for name in _wrong(record)]
+    if wrong:
+        raise click.ClickException(f"wrong or failed: {', '.join(wrong)}")
+    return result
+
+
+def _wrong(record: Figures) -> Iterator[str]:
+    for name, each in record["providers"].items():
+        if "wrong" in each or ("failed" in each and is_ours(name)):
+            yield f"{record['name']}: {name}"
+
+
+def write_json(path: Path, result: Figures) -> None:
+    """Writes figures whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,147 @@
+"""Records as tables: one of all providers of a case, and one of all cases, in which a case is a row or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .case import AGAIN
+from .measure import Figures
+
+PRECISIONS = ("fp32", "TF32", "bf16")  # from fine to coarse
+_REASONS = {"wrong": "WRONG", "failed": "FAILED", "unavailable": "not here"}
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, scale = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1)
+    value = seconds * scale
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}x" if 0.1 <= value < 9.95 else f"{value:.2g}x" if value < 99.5 else f"{value:,.0f}x"
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("fastsde")
+
+
+def timed(record: Figures) -> dict[str, Figures]:
+    """The providers that have a time, without the second turn of the baseline."""
+    found = record.get("providers", {}).items()
+    return {name: each for name, each in found if "median_s" in each and not name.endswith(AGAIN)}
+
+
+def noise(record: Figures) -> float | None:
+    """How far the two medians of the baseline lie apart, as a share of the first."""
+    both = [record["providers"].get(record["baseline"] + end, {}).get("median_s") for end in ("", AGAIN)]
+    return abs(both[1] / both[0] - 1) if all(both) else None
+
+
+# One case -----------------------------------------------------------------------------------------------------------
+
+
+def show(record: Figures) -> list[str]:
+    """The lines of a case's table."""
+    lines = [f"{record['name']}: {record['what']}"]
+    if "failed" in record:
+        return [*lines, f"  failed: {record['failed']}"]
+    columns = f"{'median':>10}{'20 % .. 80 %':>22}{'speed':>16}{'of limit':>10}{'first call':>12}{'peak':>11}"
+    lines.append(f"  {'':38}{columns}".rstrip())
+    lines += [_line(record, name, each) for name, each in record["providers"].items()]
+    return lines + list(_notes(record))
+
+
+def _line(record: Figures, name: str, each: Figures) -> str:
+    if "median_s" not in each:
+        reason = next(f"{word}: {each[key]}" for key, word in _REASONS.items() if key in each)
+        return f"  {name:38}  {reason}"
+    spread = f"{duration(each['p20_s'])} .. {duration(each['p80_s'])}"
+    share = f"{each['of_limit']:.0%}" if each.get("limit_s") else ""
+    first = f"{each['first_call_s']:.2f} s" if "first_call_s" in each else ""
+    peak = f"{each['peak_bytes_of_its_own'] / 2**20:.0f} MiB" if "peak_bytes" in each else ""
+    cells = f"{duration(each['median_s']):>10}{spread:>22}{speed(record, name):>16}{share:>10}{first:>12}{peak:>11}"
+    return f"  {name:38}{cells}".rstrip()
+
+
+def speed(record: Figures, name: str) -> str:
+    """How many times as fast as the baseline it is; "slower" where that is beyond the spread of both."""
+    base, each = record["providers"].get(record["baseline"], {}), record["providers"][name]
+    if "median_s" not in base:
+        return ""
+    slower = each["p20_s"] > base["p80_s"]
+    return f"{'slower, ' if slower else ''}{ratio(base['median_s'] / each['median_s'])}"
+
+
+def _notes(record: Figures) -> Iterable[str]:
+    apart = noise(record)
+    if apart is not None:
+        yield f"  noise, the baseline against itself: {apart:.1%}"
+    limits = {(each["limited_by"], each["limit_s"], each["precision"]) for each in timed(record).values()}
+    for by, limit, precision in sorted(limits, key=lambda each: -each[1]):
+        if limit:
+            yield f"  limit in {precision}: {duration(limit)}, by {by}"
+    for target in record["targets"]:
+        verdict = {True: "met", False: "NOT met", None: "not measured"}[target["met"]]
+        value = "" if target["value"] is None else f": {target['value']:.3g}"
+        yield f"  target {verdict}: {target['what']}{value}"
+
+
+# All cases ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A case in one precision or a finer one: the baseline, the fastest of the others, and the fastest of ours."""
+
+    record: Figures
+    precision: str
+    ours: str
+    other: str | None
+
+    def median(self, name: str) -> float:
+        value: float = self.record["providers"][name]["median_s"]
+        return value
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        base, ours = self.record["baseline"], self.record["providers"][self.ours]
+        has_base = "median_s" in self.record["providers"].get(base, {})
+        return (
+            self.record["what"],
+            duration(self.median(base)) if has_base else "",
+            _named(duration(self.median(self.other)), self.other) if self.other else "",
+            _named(duration(ours["median_s"]), self.ours.removeprefix("fastsde").strip(" ,")),
+            ratio(self.median(base) / ours["median_s"]) if has_base else "",
+            ratio(self.median(self.other) / ours["median_s"]) if self.other else "",
+            f"{ours['of_limit']:.0%}" if ours.get("limit_s") else "",
+        )
+
+
+def _named(value: str, name: str) -> str:
+    return f"{value} ({name})" if name else value
+
+
+def headlines(record: Figures) -> list[Headline]:
+    """One for each precision in which ours is faster than in any finer one."""
+    rows, found = [], timed(record)
+    for place, precision in enumerate(PRECISIONS):
+        allowed = {name: each for name, each in found.items() if each["precision"] in PRECISIONS[: place + 1]}
+
+        order = sorted(allowed, key=lambda name, allowed=allowed: allowed[name]["median_s"])
+        ours = next(filter(is_ours, order), None)
+        other = next((name for name in order if not is_ours(name) and name != record["baseline"]), None)
+        if ours is not None and allowed[ours]["precision"] == precision:
+            rows.append(Headline(record, precision, ours, other))
+    return rows
+
+
+TITLES = ("task", "baseline", "fastest other", "fastsde", "faster than baseline", "than other", "of limit")
+
+
+def overview(records: Sequence[Figures]) -> list[str]:
+    """All cases as lines of aligned columns."""
+    rows = [TITLES, *(row.cells for record in records for row in headlines(record))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(TITLES))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

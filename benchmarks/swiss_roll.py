@@ -1,0 +1,59 @@
+"""Sampling of the swiss roll by the tutorial's MLP: 1,000, 20,000 and 1,000,000 points.
+
+A million points take the tutorial's loop ten minutes on a CPU, so that it takes 10 rows there instead of 999.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from fastsde import checkpoints
+
+from .providers import ours, sampling
+from .suite.case import Case, Provider, Target
+from .suite.plan import Plan
+from .tasks.networks import mlp_work
+from .tasks.trajectory import PointsProof, Proof, Trajectory
+
+CLOCKS = 940  # that the four layers of one row wait for one another
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """In --quick a tenth of the rows, with fewer of which the distribution is not that of the roll."""
+    if plan.quick:
+        yield _case(plan, 1000, 100)
+        return
+    for n in (1000, 20_000, 1_000_000):
+        yield _case(plan, n, 999 if plan.has_gpu or n < 1_000_000 else 10)
+
+
+def _case(plan: Plan, n: int, rows: int) -> Case:
+    load = partial(checkpoints.load, "swiss-roll")
+    task = Trajectory(load, (2,), n, rows, plan.device, *mlp_work(), clocks=CLOCKS)
+    proof, loop = PointsProof(task), sampling.baseline(task)
+    targets = {1000: 3.0, 20_000: 4.0}
+    persistent = ("fastsde persistent, fp32",)
+    return Case(
+        subject="swiss_roll",
+        name=f"swiss-roll-{n}",
+        what=f"swiss roll, {n:,} samples x {rows}",
+        about={"n": n, "rows": rows},
+        providers=[*sampling.others(task, proof), *_ours(task, proof)],
+        baseline=loop,
+        work=task.work,
+        targets=[Target(f"{targets[n]:g} times the loop's speed", persistent, beside=(loop,), at_least=targets[n])]
+        if not plan.quick and not plan.has_gpu and n in targets
+        else [],
+    )
+
+
+def _ours(task: Trajectory, proof: Proof) -> list[Provider]:
+    ways = [("reference", "fp32"), ("eager", "fp32"), ("persistent", "fp32")]
+    if task.device.type == "cuda":
+        ways += [("graph", "fp32"), ("graph", "bf16"), ("persistent", "TF32"), ("persistent", "bf16")]
+    found = [ours.sampler(task, proof, backend, precision) for backend, precision in ways]
+    found.append(ours.sampler(task, proof, "auto", "fp32", anew=True))
+    if task.device.type == "cuda":
+        found.append(ours.sampler(task, proof, "graph", "fp32", compile=True))
+    return found

@@ -1,0 +1,72 @@
+"""The networks that are sampled from, and what a call of them costs at the least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastsde import models
+from fastsde.checkpoints import Checkpoint
+
+DIGITS = (1, 28, 28)
+CHANNELS = (32, 64, 128, 256, 256)  # of the tutorial's U-Net
+UNET_KERNELS = 11  # a convolution each
+
+
+def unet_work(channels: Sequence[int] = CHANNELS, size: int = 28, images: int = 1) -> tuple[int, int]:
+    """(FLOP, special functions) a sample of `fastsde.models.UNet`, without what convolutions multiply with padding.
+
+    A 3x3 convolution has 3 h - 2 taps along a side of h. A transposed one of stride 2 has 3 h - 1 along a side of h
+    that it doubles, or 3 h - 2 where it comes to 2 h - 1. A LogSigmoid has an exponential and a logarithm.
+    """
+    sides = [size]
+    for _ in channels[1:]:
+        sides.append((sides[-1] + 1) // 2)
+    inputs = (images + 1, *channels[:-1])
+    layers = [((3 * h - 2) ** 2, i, o) for h, i, o in zip(sides, inputs, channels, strict=True)]
+    activations = sum(h * h * o for h, o in zip(sides, channels, strict=True))
+    signal = channels[-1]
+    for level in range(len(channels) - 2, -1, -1):
+        taps = 3 * sides[level + 1] - 1 - sides[level] % 2
+        layers.append((taps**2, signal, channels[level]))
+        activations += sides[level] ** 2 * channels[level]
+        signal = 2 * channels[level]
+    layers += [((3 * size - 2) ** 2, signal, channels[0]), ((3 * size - 2) ** 2, channels[0], images)]
+    activations += size * size * channels[0]
+    return sum(2 * taps * i * o for taps, i, o in layers), 2 * activations
+
+
+def mlp_work(hidden: Sequence[int] = (64, 64, 64), dimensions: int = 2) -> tuple[int, int]:
+    """(FLOP, special functions) a sample of `fastsde.models.MLP`."""
+    widths = (dimensions + 1, *hidden, dimensions)
+    return 2 * sum(i * o for i, o in pairwise(widths)), 2 * sum(hidden)
+
+
+class Unknown(nn.Module):
+    """A network as a user's own is: nothing of this package knows what is inside."""
+
+    def __init__(self, inside: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.inside, self.shape = nn.ModuleList([inside]), shape
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.inside[0](x, t)
+        return f
+
+
+def random_unet(width: int, known: bool = True) -> Checkpoint:
+    """An untrained U-Net ``width`` times as wide as the tutorial's, which predicts v."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = models.UNet(channels=[width * each for each in CHANNELS])
+    return Checkpoint(model if known else Unknown(model, DIGITS), prediction="v")
+
+
+def random_mlp(width: int) -> Checkpoint:
+    """An untrained MLP for points, which predicts v."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Checkpoint(models.MLP(2, (width,) * 3), prediction="v")

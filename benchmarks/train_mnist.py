@@ -1,0 +1,49 @@
+"""Training steps of the MNIST U-Net by the tutorial's recipe, on scikit-learn's digits, which need no download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from fastsde import data
+from fastsde.training import tutorial_config
+
+from .providers import ours
+from .suite.case import LOOP, Case, Provider, Target
+from .suite.machine import Work
+from .suite.plan import Plan
+from .tasks.networks import unet_work
+from .tasks.recipe import Recipe
+from .train_swiss_roll import rivals
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """On a GPU in TF32, PyTorch's default, and bf16; on a CPU in fp32, a few steps."""
+    config = tutorial_config("mnist")
+    load = partial(data.digits, config.pixel_range)
+    steps = 100 if plan.has_gpu and not plan.quick else 2 if plan.quick else 5
+    default = "TF32" if plan.has_gpu else "fp32"
+    providers: list[Provider] = []
+    for precision in (default, "bf16") if plan.has_gpu else (default,):
+        own = replace(config, precision="bf16") if precision == "bf16" else config
+        recipe = Recipe(own, load, plan.device, steps)
+        providers += [*rivals(recipe, precision), *ours.trainers(recipe, precision)]
+    flop, specials = unet_work()
+    targets = []
+    if plan.has_gpu and not plan.quick:
+        for precision in ("TF32", "bf16"):
+            fastest = (f"fastsde captured, {precision}", f"fastsde captured compiled, {precision}")
+            beside = (f"{LOOP}, TF32",)
+            targets.append(Target(f"{precision}: 6 times the loop's speed", fastest, beside=beside, at_least=6.0))
+    yield Case(
+        subject="train_mnist",
+        name="train-mnist",
+        what=f"MNIST training step, batch {config.batch_size}",
+        about={"batch_size": config.batch_size, "steps": config.steps, "timed_steps": steps},
+        providers=[each for each in providers if "native" not in each.name],
+        baseline=f"{LOOP}, {default}",
+        work=replace(Work(784, 3 * flop, 2 * specials) * config.batch_size, launches=45),
+        per=steps,
+        targets=targets,
+    )

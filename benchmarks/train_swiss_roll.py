@@ -1,0 +1,52 @@
+"""Training steps of the swiss-roll MLP by the tutorial's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from fastsde import data
+from fastsde.training import tutorial_config
+
+from .providers import compiled, lean, ours, tutorial
+from .suite.case import LEAN, LOOP, Case, Provider, Target
+from .suite.machine import Work
+from .suite.plan import Plan
+from .tasks.networks import mlp_work
+from .tasks.recipe import Recipe, prove_finite
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    config = tutorial_config("swiss-roll")
+    recipe = Recipe(config, partial(data.swiss_roll, 100_000), plan.device, 100 if plan.quick else 500)
+    flop, specials = mlp_work()
+    targets = []
+    if not plan.quick:
+        fastest = (
+            ("fastsde captured, fp32", "fastsde captured compiled, fp32") if plan.has_gpu else ("fastsde native, fp32",)
+        )
+        bound = 10.0 if plan.has_gpu else 5.0
+        beside = (f"{LEAN}, fp32",)
+        targets.append(Target(f"{bound:g} times the speed of {beside[0]}", fastest, beside=beside, at_least=bound))
+    yield Case(
+        subject="train_swiss_roll",
+        name="train-swiss-roll",
+        what=f"swiss-roll training step, batch {config.batch_size}",
+        about={"batch_size": config.batch_size, "steps": config.steps, "timed_steps": recipe.steps},
+        providers=[*rivals(recipe, "fp32"), *ours.trainers(recipe, "fp32")],
+        baseline=f"{LOOP}, fp32",
+        work=Work(bytes=8, flop=3 * flop, specials=2 * specials) * config.batch_size,
+        per=recipe.steps,
+        targets=targets,
+    )
+
+
+def rivals(recipe: Recipe, precision: str) -> list[Provider]:
+    """What people use instead, each with a loss that is the tutorial's."""
+    ways = {LOOP: tutorial.training, LEAN: lean.training, "torch.compile": compiled.training}
+    return [
+        Provider(
+            f"{name}, {precision}", partial(make, recipe), prove_finite, precision, compiles=name == "torch.compile"
+        )
+        for name, make in ways.items()
+    ]
