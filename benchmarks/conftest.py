@@ -8,6 +8,7 @@ whose tables, JSON and comparisons then work as usual.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -54,15 +55,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def run(pytestconfig: pytest.Config) -> Callable[[Case], Outcome]:
-    """Runs a case once."""
+def run(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
+    """Runs a case once, with its baseline and the providers whose tests have been selected."""
+    chosen = {(item.callspec.params["case"].name, item.callspec.params["provider"]) for item in request.session.items}
     plan = _plan(pytestconfig)
     most = cache(lambda: new_result(plan)[1])
     done: dict[str, Outcome] = {}
 
     def run(case: Case) -> Outcome:
         if case.name not in done:
-            (done[case.name],) = outcomes([case], plan, most())
+            kept = [each for each in case.providers if each.name == case.baseline or (case.name, each.name) in chosen]
+            (done[case.name],) = outcomes([replace(case, providers=kept)], plan, most())
         return done[case.name]
 
     return run

@@ -1,4 +1,8 @@
-"""The denoising loss and its gradient, for the network's output, given x_0, t and the noise."""
+"""The denoising loss and its gradient, for the network's output, given x_0, t and the noise.
+
+The tutorial has x_t, its mean and its variance at hand, lean PyTorch the noise; fastsde draws the noise again from its
+key instead of reading it. What no program can do without is to read the output and to write the gradient.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from .perturb import STEP
 from .providers.compiled import compiled
 from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
-from .suite.measure import Figures, Run, rotated
+from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
-from .tasks.elements import SDE, SPECIALS, copies, kernels_name, keys_of, need_kernels
+from .tasks.elements import SDE, copies, kernels_name, keys_of, need_kernels, traffic
 
 _BATCHES = {"points": (256, 2), "digits": (64, 784), "large": (8192, 3072)}
 _CPU_LARGE = (1000, 3072)
@@ -59,7 +63,7 @@ class Batches:
         keys = keys_of(self.shape, device)
         z = noise.normal(keys, STEP, (size,), noise.STREAM_TRAINING_NOISE)
         found = []
-        for _ in range(copies(n * size, 16, self.plan)):
+        for _ in range(copies(4 * 4 * n * size, self.plan)):
             f, x_0 = torch.randn(self.shape, device=device).requires_grad_(), torch.rand(self.shape, device=device)
             batch = Batch(f, x_0, torch.rand(n, device=device).clamp_(min=1e-2), keys, z)
             assert batch.moments  # computed before anything is timed
@@ -89,7 +93,7 @@ def _case(batches: Batches, name: str) -> Case:
         Provider(
             provider,
             partial(_with_gradient, batches, make),
-            partial(_prove, batches),
+            _prove,
             compiles=provider == "torch.compile",
         )
         for provider, make in losses.items()
@@ -100,7 +104,8 @@ def _case(batches: Batches, name: str) -> Case:
         what=f"loss and gradient, batch {batches.shape[0]:,} x {batches.shape[1]:,}",
         about={"n": batches.shape[0], "elements": elements},
         providers=providers,
-        work=Work(bytes=12 * elements, flop=8 * elements, specials=SPECIALS * elements),
+        work=Work(traffic(4 * elements, 4 * elements, batches.plan), flop=6 * elements, launches=1),
+        prepare=lambda: batches.all,
         calls=20,
         rounds=30,
         enough=2.0,
@@ -123,7 +128,7 @@ def _residual(f: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _compiled_loss(device: torch.device) -> Loss:
-    fast = compiled(_residual, device, trains=True)
+    fast = compiled(_residual, device)
     return lambda batch: fast(batch.f, batch.z, batch.sigma)
 
 
@@ -136,22 +141,20 @@ def _kernel(device: torch.device) -> Loss:
     return partial(_ours, ops.dsm_loss)
 
 
-def _with_gradient(batches: Batches, make: Callable[[], Loss]) -> Run:
+def _with_gradient(batches: Batches, make: Callable[[], Loss]) -> Rotated[Batch]:
     loss = make()
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        if batches.plan.has_gpu:
-            torch.compiler.cudagraph_mark_step_begin()
         value = loss(batch)
         (gradient,) = torch.autograd.grad(value, batch.f)
         return value.detach(), gradient
 
-    return rotated(run, batches.all)
+    return Rotated(run, batches.all)
 
 
-def _prove(batches: Batches, run: Run, result: tuple[Tensor, Tensor]) -> Figures:
+def _prove(run: Rotated[Batch], result: tuple[Tensor, Tensor]) -> Figures:
     """Loss and gradient beside those in float64, as shares of the loss and of the largest gradient."""
-    batch = batches.all[0]
+    batch = run.last
     f = batch.f.detach().double().requires_grad_()
     value = _residual(f, batch.z.double(), SDE.sigma(batch.t.double())[:, None])
     (gradient,) = torch.autograd.grad(value, f)

@@ -24,13 +24,12 @@ def cases(plan: Plan) -> Iterator[Case]:
         sizes = (DIGITS, n, ROWS, plan.device)
         task = Trajectory(load, *sizes, *unet_work(), kernels=UNET_KERNELS, solver="dpm_solver_pp_2m")
         proof, precision = ImagesProof(task), sampling.precisions(task)[0]
-        ways = ((LEAN, lean.sampling), ("diffusers DPMSolverMultistep", diffusers.dpm_solver))
+        multistep = partial(diffusers.dpm_solver, task, precision)
+        shows = partial(sampling.as_task, diffusers.dpm_solver_task, task, precision)
         providers = [
-            *(
-                Provider(f"{name}, {precision}", partial(make, task, precision), proof.other_noise, precision)
-                for name, make in ways
-            ),
-            *sampling.compilations(task, proof),
+            sampling.loop(LEAN, lean.sampling, task, proof, precision),
+            Provider(f"diffusers DPMSolverMultistep, {precision}", multistep, shows, precision),
+            *sampling.compilations(task),
             *unet_samplers(task, proof),
         ]
         yield Case(
@@ -41,4 +40,5 @@ def cases(plan: Plan) -> Iterator[Case]:
             providers=providers,
             baseline=providers[0].name,
             work=task.work,
+            prepare=partial(getattr, task, "checkpoint"),
         )

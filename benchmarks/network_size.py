@@ -54,4 +54,5 @@ def _case(task: Trajectory, name: str, words: str) -> Case:
         ],
         baseline=sampling.baseline(task),
         work=task.work,
+        prepare=lambda: task.checkpoint,
     )

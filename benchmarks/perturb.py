@@ -17,104 +17,121 @@ from .providers import lean, tutorial
 from .providers.compiled import compiled
 from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
-from .suite.measure import Figures, Run, rotated
+from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
-from .tasks.elements import SDE, SPECIALS, copies, kernels_name, keys_of, need_kernels
+from .tasks.elements import SDE, SPECIALS, check_normals, copies, kernels_name, keys_of, need_kernels, traffic
 
-_BATCHES = {"points": (256, 2), "digits": (64, 784), "large": (8192, 3072)}
+_BATCHES = {
+    "points": ((256, 2), False),
+    "digits": ((64, 784), False),
+    "pixels": ((64, 784), True),
+    "large": ((8192, 3072), False),
+}
 _CPU_LARGE = (1000, 3072)
 STEP = 3
-_SCALE = 1 / 255  # of pixels
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Data as pixels and in fp32, to noise in turn."""
+    """Data to noise in turn, as pixels or in fp32."""
 
     shape: tuple[int, ...]
+    of_pixels: bool
     plan: Plan
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @cached_property
-    def pixels(self) -> list[Tensor]:
-        device = self.plan.device
-        count = copies(self.elements, 8, self.plan)
-        return [torch.randint(256, self.shape, dtype=torch.uint8, device=device) for _ in range(count)]
+    @property
+    def input_bytes(self) -> int:
+        return self.elements * (1 if self.of_pixels else 4)
+
+    @property
+    def scale(self) -> float:
+        """Of what the data are given in."""
+        return 1 / 255 if self.of_pixels else 1.0
 
     @cached_property
-    def data(self) -> list[Tensor]:
-        return [pixels.float() * _SCALE for pixels in self.pixels]
+    def given(self) -> list[Tensor]:
+        device = self.plan.device
+        count = copies(self.input_bytes, self.plan)
+        pixels = [torch.randint(256, self.shape, dtype=torch.uint8, device=device) for _ in range(count)]
+        return pixels if self.of_pixels else [each.float() / 255 for each in pixels]
 
     @cached_property
     def keys(self) -> Tensor:
         return keys_of(self.shape, self.plan.device)
 
+    def data(self, given: Tensor) -> Tensor:
+        """In fp32."""
+        return given.float() * self.scale if self.of_pixels else given
+
 
 def cases(plan: Plan) -> Iterator[Case]:
     """In --quick digits alone."""
-    for name, shape in _BATCHES.items():
+    for name, (shape, of_pixels) in _BATCHES.items():
         if name == "large" and not plan.has_gpu:
             shape = _CPU_LARGE
         if name == "digits" or not plan.quick:
-            yield _case(Batches(shape, plan), name)
+            yield _case(Batches(shape, of_pixels, plan), name)
 
 
 def _case(batches: Batches, name: str) -> Case:
+    plan, size = batches.plan, batches.elements
     drawn, exact = partial(_prove_drawn, batches), partial(_prove_ours, batches)
-    kernels = kernels_name(batches.plan)
     providers = [
-        Provider(LOOP, lambda: rotated(tutorial.perturb, batches.data), drawn),
-        Provider(LEAN, lambda: rotated(lean.perturb, batches.data), drawn),
+        Provider(LOOP, partial(_on, batches, lambda: tutorial.perturb), drawn),
+        Provider(LEAN, partial(_on, batches, lambda: lean.perturb), drawn),
         Provider("torch.compile", partial(_compiled, batches), drawn, compiles=True),
         Provider("fastsde reference", partial(_contract, batches, reference.perturb), exact),
-        Provider(kernels, partial(_kernel, batches, False), exact),
-        Provider(f"{kernels}, from pixels", partial(_kernel, batches, True), exact),
+        Provider(kernels_name(plan), partial(_kernel, batches), exact),
     ]
     return Case(
         subject="perturb",
         name=f"perturb-{name}",
-        what=f"noising, batch {batches.shape[0]:,} x {batches.shape[1]:,}",
-        about={"n": batches.shape[0], "elements": batches.elements},
+        what=f"noising{' pixels' * batches.of_pixels}, batch {batches.shape[0]:,} x {batches.shape[1]:,}",
+        about={"n": batches.shape[0], "elements": size},
         providers=providers,
-        work=Work(bytes=5 * batches.elements, flop=2 * batches.elements, specials=SPECIALS * batches.elements),
+        work=Work(traffic(batches.input_bytes, 4 * size, plan), 2 * size, SPECIALS * size, launches=1),
         calls=20,
         rounds=30,
         enough=2.0,
+        prepare=lambda: (batches.given, batches.keys),
     )
 
 
-def _compiled(batches: Batches) -> Run:
-    fast = compiled(lambda x: lean.perturb(x)[:2], batches.plan.device)
-    return rotated(fast, batches.data)
+def _on(batches: Batches, make: Callable[[], Callable[[Tensor], Any]]) -> Rotated[Tensor]:
+    perturb = make()
+    return Rotated(lambda given: perturb(batches.data(given)), batches.given)
 
 
-def _contract(batches: Batches, perturb: Callable[..., Any], of_pixels: bool = False) -> Run:
-    data, scale = (batches.pixels, _SCALE) if of_pixels else (batches.data, 1.0)
-    return rotated(lambda x: perturb(x, batches.keys, STEP, SDE, scale=scale), data)
+def _compiled(batches: Batches) -> Rotated[Tensor]:
+    """From what the data are given in."""
+    fast = compiled(lambda given: lean.perturb(batches.data(given))[:2], batches.plan.device)
+    return Rotated(fast, batches.given)
 
 
-def _kernel(batches: Batches, of_pixels: bool) -> Run:
+def _contract(batches: Batches, perturb: Callable[..., Any]) -> Rotated[Tensor]:
+    return Rotated(lambda given: perturb(given, batches.keys, STEP, SDE, scale=batches.scale), batches.given)
+
+
+def _kernel(batches: Batches) -> Rotated[Tensor]:
     need_kernels(batches.plan.device)
-    return _contract(batches, ops.perturb, of_pixels)
+    return _contract(batches, ops.perturb)
 
 
-def _prove_ours(batches: Batches, run: Run, result: tuple[Tensor, Tensor]) -> Figures:
+def _prove_ours(batches: Batches, run: Rotated[Tensor], result: tuple[Tensor, Tensor]) -> Figures:
     """x_t to what normals may differ by, and rounding; t to rounding."""
-    expected = reference.perturb(batches.data[0], batches.keys, STEP, SDE)
+    expected = reference.perturb(batches.data(run.last), batches.keys, STEP, SDE)
     errors = [float((one - other).abs().max()) for one, other in zip(result, expected, strict=True)]
     return check("x_t or t", max(errors), 1e-5)
 
 
-def _prove_drawn(batches: Batches, run: Run, result: tuple[Tensor, ...]) -> Figures:
+def _prove_drawn(batches: Batches, run: Rotated[Tensor], result: tuple[Tensor, ...]) -> Figures:
     """What is left beside alpha x_0 is noise of standard deviation sigma, and t is uniform."""
     x_t, t = result[0].double(), result[1].double()
-    z = (x_t - SDE.alpha(t) * batches.data[0]) / SDE.sigma(t)
-    off = [
-        (z.mean(), z.numel()),
-        ((z.square() - 1).mean() / math.sqrt(2), z.numel()),
-        ((t - 0.5).mean() * 12**0.5, len(t)),
-    ]
-    return check("the noise or t", max(abs(float(each)) * math.sqrt(count) for each, count in off), 5.0)
+    z = (x_t - SDE.alpha(t) * batches.data(run.last)) / SDE.sigma(t)
+    uniform = [abs(float((t**k).mean()) - 1 / (k + 1)) * math.sqrt(len(t)) / 0.3 for k in (1, 2)]
+    check("t, as uniform numbers", max(uniform), 6.0)
+    return check_normals("the noise", z)

@@ -100,7 +100,10 @@ def batch_sizes(result: Figures) -> Figure:
         records = [record for record in result["cases"] if record["subject"] == subject and "failed" not in record]
         names = _in_order(records)
         for place, name in enumerate(names):
-            found = [(record, timed(record)[name]) for record in records if name in timed(record)]
+            found = sorted(
+                ((record, timed(record)[name]) for record in records if name in timed(record)),
+                key=lambda each: each[0]["n"],
+            )
             sizes = [record["n"] for record, _ in found]
             rates = [record["n"] * record["rows"] / each["median_s"] for record, each in found]
             color = mpl.colormaps["Reds" if is_ours(name) else "Blues"](0.9 - 0.6 * _rank(name, names))

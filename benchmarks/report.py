@@ -18,7 +18,7 @@ import click
 from fastsde.files import atomic_path
 
 from .suite.measure import Figures
-from .suite.table import TITLES, headlines, noise, ratio, timed
+from .suite.table import TITLES, headlines, noise, ratio, timed, without_time
 
 _MARK = re.compile(r"(?P<begin><!-- benchmarks:(?P<files>[^>]*)-->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
 
@@ -31,10 +31,10 @@ def load(path: Path) -> Figures:
     """
     try:
         result: Figures = json.loads(path.read_text())
-        assert isinstance(result["cases"], list)
-        assert result["ceilings"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not a result file of fastsde bench: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a result file of fastsde bench: {error}") from error
+    if not isinstance(result, dict) or not {"cases", "ceilings", "device"} <= set(result):
+        raise ValueError(f"{path} is not a result file of fastsde bench: it has no cases, ceilings and device")
     return result
 
 
@@ -56,10 +56,10 @@ def about(result: Figures) -> str:
 def markdown(result: Figures) -> str:
     """A paragraph on the machine and a table of all cases."""
     rows = [row.cells for record in result["cases"] for row in headlines(record)]
-    left = [record for record in result["cases"] if not headlines(record)]
     lines = [about(result) + ".", "", _row(TITLES), _row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(_row, rows)]
+    left = [f"{record['what']}: {reason}" for record in result["cases"] for reason in without_time(record)]
     if left:
-        lines += ["", f"Without a time of fastsde: {', '.join(record['what'] for record in left)}."]
+        lines += ["", f"Without a time: {'; '.join(left)}."]
     return "\n".join(lines)
 
 
@@ -100,11 +100,15 @@ def compare(before: Figures, after: Figures) -> list[str]:
         earlier = old.get(record["name"])
         if earlier is None or record["what"] != earlier["what"]:
             continue
-        for name in timed(record):
-            if name in timed(earlier) and name != record["baseline"]:
+        for name in timed(earlier):
+            if name in timed(record) and name != record["baseline"]:
                 rows.append(_change(earlier, record, name))
+            elif name not in timed(record):
+                rows.append((record["name"], name, "", "", "", "NO TIME any more"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    titles = [f"before  {about(before)}", f"after   {about(after)}", ""]
+    titles = [f"before  {about(before)}", f"after   {about(after)}"]
+    other = [key for key in ("device", "threads", "torch", "quick") if before.get(key) != after.get(key)]
+    titles.append(f"of another {', '.join(other)}: ratios say little" if other else "")
     return titles + [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]

@@ -16,13 +16,15 @@ from .providers import diffusers, lean, tutorial
 from .providers.compiled import compiled
 from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
-from .suite.measure import Figures, Run, rotated
+from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
-from .tasks.elements import SDE, SPECIALS, copies, kernels_name, keys_of, need_kernels
+from .tasks.elements import SDE, SPECIALS, check_normals, copies, kernels_name, keys_of, need_kernels, traffic
 
 TABLE = solvers.build("euler_maruyama", SDE, 999)
 ROW = 500
+_SIGMA = float(SDE.sigma(TABLE.time[ROW]))
 Step = Callable[[Tensor, Tensor], Tensor]
+Pairs = Rotated[tuple[Tensor, Tensor]]
 _SHAPES = {"digits": (1000, 784), "large": (16_384, 3072)}
 _CPU_LARGE = (4096, 3072)
 
@@ -41,7 +43,7 @@ class State:
     @cached_property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         device = self.plan.device
-        count = copies(self.elements, 8, self.plan)
+        count = copies(8 * self.elements, self.plan)
         return [(torch.randn(self.shape, device=device), torch.randn(self.shape, device=device)) for _ in range(count)]
 
     @cached_property
@@ -63,13 +65,15 @@ def _case(state: State, name: str) -> Case:
     compile_it = partial(compiled, device=state.plan.device)
     plain = partial(lean.step, **lean_factors())
     providers = [
-        Provider(LOOP, partial(on, partial(tutorial_step, state.plan.device)), partial(_prove_any, state)),
-        Provider(LEAN, partial(on, lambda: plain), partial(_prove_any, state)),
-        Provider("torch.compile", partial(on, lambda: compile_it(plain)), partial(_prove_any, state), compiles=True),
+        Provider(LOOP, partial(on, partial(tutorial_step, state.plan.device)), partial(_prove_any, state, 1.0)),
+        Provider(LEAN, partial(on, lambda: plain), partial(_prove_any, state, 1.0)),
+        Provider(
+            "torch.compile", partial(on, lambda: compile_it(plain)), partial(_prove_any, state, 1.0), compiles=True
+        ),
         Provider(
             "diffusers ScoreSdeVp",
-            partial(on, partial(diffusers.score_sde_vp_step, len(TABLE), ROW), _as_eps),
-            partial(_prove_any, state),
+            partial(on, partial(diffusers.score_sde_vp_step, len(TABLE), ROW, state.plan.device), _as_eps),
+            partial(_prove_any, state, -1 / _SIGMA),
         ),
         Provider("fastsde reference", partial(on, partial(_reference, state)), partial(_prove_ours, state)),
         Provider(kernels_name(state.plan), partial(on, partial(_kernel, state)), partial(_prove_ours, state)),
@@ -78,6 +82,7 @@ def _case(state: State, name: str) -> Case:
             partial(on, partial(_kernel, state), Tensor.bfloat16),
             partial(_prove_ours, state),
             "bf16",
+            work=work(state, 6),
         ),
     ]
     return Case(
@@ -86,11 +91,19 @@ def _case(state: State, name: str) -> Case:
         what=f"solver step, {state.elements / 1e6:.3g} M elements",
         about={"n": state.shape[0], "elements": state.elements},
         providers=providers,
-        work=Work(bytes=12 * state.elements, flop=5 * state.elements, specials=SPECIALS * state.elements),
+        work=work(state, 8),
+        prepare=lambda: (state.pairs, state.keys),
         calls=20 if state.plan.has_gpu else 5,
         rounds=30,
         enough=2.0,
     )
+
+
+def work(state: State, input_bytes: int) -> Work:
+    """Of a step whose x and f have so many bytes an element."""
+    size = state.elements
+    total = traffic(input_bytes * size, 4 * size, state.plan)
+    return Work(total, flop=5 * size, specials=SPECIALS * size, launches=1)
 
 
 def tutorial_step(device: torch.device) -> Step:
@@ -106,14 +119,14 @@ def lean_factors() -> dict[str, float]:
 
 
 def _as_eps(score: Tensor) -> Tensor:
-    return -float(SDE.sigma(TABLE.time[ROW])) * score
+    return -_SIGMA * score
 
 
-def _on(state: State, make: Callable[[], Step], convert: Callable[[Tensor], Tensor] | None = None) -> Run:
+def _on(state: State, make: Callable[[], Step], convert: Callable[[Tensor], Tensor] | None = None) -> Pairs:
     """Takes the step from one state after the other; the first call is from the first."""
     step = make()
     pairs = [(x, convert(f)) if convert else (x, f) for x, f in state.pairs]
-    return rotated(lambda pair: step(*pair), pairs)
+    return Rotated(lambda pair: step(*pair), pairs)
 
 
 def _reference(state: State) -> Step:
@@ -131,24 +144,19 @@ def _kernel(state: State) -> Step:
     return step
 
 
-def _prove_ours(state: State, run: Run, result: Tensor) -> Figures:
-    """A part beside the reference; an output of a network in bf16 has been rounded to it."""
-    x, f = (each[:64] for each in state.pairs[0])
-    expected, bound = _expected(state, x, f)
-    rounded, _ = _expected(state, x, f.bfloat16())
-    error = min(float((result[:64] - each).abs().max()) for each in (expected, rounded))
-    return check("the step", error, bound)
-
-
-def _expected(state: State, x: Tensor, f: Tensor) -> tuple[Tensor, float]:
+def _prove_ours(state: State, run: Pairs, result: Tensor) -> Figures:
+    """A part beside the reference."""
+    x, f = (each[:64].float() for each in run.last)
     k = TABLE.row(ROW)
     expected, _ = reference.solver_step(x, f, TABLE, ROW, keys=state.keys[:64])
-    return expected, 4e-6 * k["d"] + 4 * 2**-24 * float((k["a"] * x.abs() + k["b"] * f.abs()).max())
+    bound = 4e-6 * k["d"] + 4 * 2**-24 * float((k["a"] * x.abs() + k["b"] * f.abs()).max())
+    return check("the step", float((result[:64] - expected).abs().max()), bound)
 
 
-def _prove_any(state: State, run: Run, result: Tensor) -> Figures:
-    """What is left beside a x + b f is noise of standard deviation d."""
-    (x, f), k = state.pairs[0], TABLE.row(ROW)
-    rest = (result - (k["a"] * x + k["b"] * f)) / k["d"]
-    off = max(abs(float(rest.std()) - 1), abs(float(rest.mean())), float((rest * f).mean().abs()))
-    return check("the noise", off, 5 / math.sqrt(state.elements) + 1e-4)
+def _prove_any(state: State, scale: float, run: Pairs, result: Tensor) -> Figures:
+    """What is left beside a x + b f, where f is ``scale`` times what the step is given, is noise of deviation d."""
+    (x, f), k = run.last, TABLE.row(ROW)
+    f = scale * f
+    rest = (result.double() - (k["a"] * x + k["b"] * f)) / k["d"]
+    check("the noise", abs(float((rest * f).mean())), 6 / math.sqrt(state.elements))
+    return check_normals("the noise", rest)

@@ -13,7 +13,7 @@ from .providers import ours
 from .suite.case import LOOP, Case, Provider, Target
 from .suite.machine import Work
 from .suite.plan import Plan
-from .tasks.networks import unet_work
+from .tasks.networks import UNET_KERNELS, unet_training_work
 from .tasks.recipe import Recipe
 from .train_swiss_roll import rivals
 
@@ -29,7 +29,6 @@ def cases(plan: Plan) -> Iterator[Case]:
         own = replace(config, precision="bf16") if precision == "bf16" else config
         recipe = Recipe(own, load, plan.device, steps)
         providers += [*rivals(recipe, precision), *ours.trainers(recipe, precision)]
-    flop, specials = unet_work()
     targets = []
     if plan.has_gpu and not plan.quick:
         for precision in ("TF32", "bf16"):
@@ -43,7 +42,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         about={"batch_size": config.batch_size, "steps": config.steps, "timed_steps": steps},
         providers=[each for each in providers if "native" not in each.name],
         baseline=f"{LOOP}, {default}",
-        work=replace(Work(784, 3 * flop, 2 * specials) * config.batch_size, launches=45),
+        work=replace(Work(784, *unet_training_work()) * config.batch_size, launches=3 * UNET_KERNELS - 1),
         per=steps,
         targets=targets,
     )

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from fastsde import data
 from fastsde.training import tutorial_config
 
 from .providers import compiled, lean, ours, tutorial
+from .providers.tutorial import prove_training
 from .suite.case import LEAN, LOOP, Case, Provider, Target
 from .suite.machine import Work
 from .suite.plan import Plan
-from .tasks.networks import mlp_work
-from .tasks.recipe import Recipe, prove_finite
+from .tasks.networks import mlp_training_work
+from .tasks.recipe import Recipe
 
 
 def cases(plan: Plan) -> Iterator[Case]:
     config = tutorial_config("swiss-roll")
     recipe = Recipe(config, partial(data.swiss_roll, 100_000), plan.device, 100 if plan.quick else 500)
-    flop, specials = mlp_work()
     targets = []
     if not plan.quick:
         fastest = (
@@ -35,7 +36,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         about={"batch_size": config.batch_size, "steps": config.steps, "timed_steps": recipe.steps},
         providers=[*rivals(recipe, "fp32"), *ours.trainers(recipe, "fp32")],
         baseline=f"{LOOP}, fp32",
-        work=Work(bytes=8, flop=3 * flop, specials=2 * specials) * config.batch_size,
+        work=replace(Work(8, *mlp_training_work()) * config.batch_size, launches=1),
         per=recipe.steps,
         targets=targets,
     )
@@ -45,8 +46,6 @@ def rivals(recipe: Recipe, precision: str) -> list[Provider]:
     """What people use instead, each with a loss that is the tutorial's."""
     ways = {LOOP: tutorial.training, LEAN: lean.training, "torch.compile": compiled.training}
     return [
-        Provider(
-            f"{name}, {precision}", partial(make, recipe), prove_finite, precision, compiles=name == "torch.compile"
-        )
+        Provider(f"{name}, {precision}", partial(make, recipe), prove_training, precision, name == "torch.compile")
         for name, make in ways.items()
     ]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastsde import solvers
+from fastsde.checkpoints import Checkpoint
 
 from ..suite.case import UnavailableError
 from ..suite.measure import Run
@@ -26,7 +31,7 @@ def _imported(name: str) -> ModuleType:
         raise UnavailableError(f"diffusers is not installed, or has no {name}: pip install diffusers") from error
 
 
-def _score_sde_vp(rows: int, device: torch.device | None) -> Any:
+def _score_sde_vp(rows: int, device: torch.device) -> Any:
     """Steps of 1/rows on linspace(1, 1/rows, rows), which are the tutorial's; it wants the network's eps."""
     module = _imported("diffusers.schedulers.deprecated.scheduling_sde_vp")
     scheduler = module.ScoreSdeVpScheduler(beta_min=BETA_MIN, beta_max=BETA_MAX, sampling_eps=1 / rows)
@@ -34,9 +39,9 @@ def _score_sde_vp(rows: int, device: torch.device | None) -> Any:
     return scheduler
 
 
-def score_sde_vp_step(rows: int, row: int) -> Callable[[Tensor, Tensor], Tensor]:
+def score_sde_vp_step(rows: int, row: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """One step, for eps."""
-    scheduler = _score_sde_vp(rows, None)
+    scheduler = _score_sde_vp(rows, device)
     t = scheduler.timesteps[row]
     return lambda x, eps: scheduler.step_pred(eps, x, t)[0]
 
@@ -55,7 +60,7 @@ def score_sde_vp(task: Trajectory, precision: str) -> Run:
     return run
 
 
-def ddpm(task: Trajectory, precision: str) -> Run:
+def _ddpm(task: Trajectory) -> Any:
     """Ancestral sampling on the discrete chain of as many steps, whose betas are beta(t) / rows."""
     if task.rows < 2 * BETA_MAX:
         raise UnavailableError(f"a DDPM chain of beta(t) / rows needs at least {2 * BETA_MAX} rows, got {task.rows}")
@@ -64,23 +69,56 @@ def ddpm(task: Trajectory, precision: str) -> Run:
         task.rows, beta_start=BETA_MIN / task.rows, beta_end=BETA_MAX / task.rows, clip_sample=False
     )
     scheduler.set_timesteps(task.rows)
-    return _loop(task, precision, scheduler)
+    return scheduler
 
 
-def dpm_solver(task: Trajectory, precision: str) -> Run:
+def ddpm(task: Trajectory, precision: str) -> Run:
+    return _loop(task, precision, _ddpm(task))
+
+
+def ddpm_task(task: Trajectory) -> Trajectory:
+    """The same by this package: its own DDPM on the alphas of that chain."""
+    scheduler = _ddpm(task)
+    alpha = torch.cat((scheduler.alphas_cumprod.double().flip(0).sqrt(), torch.ones(1, dtype=torch.float64)))
+    return _as_task(task, scheduler, solvers.ddpm, alpha)
+
+
+def _dpm_solver(task: Trajectory) -> Any:
     """DPM-Solver++(2M) as diffusers runs it: on a thousand training steps, its last step of first order."""
     diffusers = _imported("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
         1000, beta_start=BETA_MIN / 1000, beta_end=BETA_MAX / 1000, final_sigmas_type="zero"
     )
     scheduler.set_timesteps(task.rows)
-    return _loop(task, precision, scheduler)
+    return scheduler
+
+
+def dpm_solver(task: Trajectory, precision: str) -> Run:
+    return _loop(task, precision, _dpm_solver(task))
+
+
+def dpm_solver_task(task: Trajectory) -> Trajectory:
+    """The same by this package, on the alphas of that scheduler."""
+    scheduler = _dpm_solver(task)
+    alpha = (1 + scheduler.sigmas.double().square()).rsqrt()
+    return _as_task(task, scheduler, partial(solvers.dpm_solver_pp_2m, lower_order_final=False), alpha)
+
+
+def _times(scheduler: Any) -> Tensor:
+    """Step i of the discrete chain is at t = (i + 1) / steps."""
+    return ((scheduler.timesteps.cpu() + 1).double() / scheduler.config.num_train_timesteps).clamp(max=1)
+
+
+def _as_task(task: Trajectory, scheduler: Any, solver: Callable[..., solvers.StepTable], alpha: Tensor) -> Trajectory:
+    """On a network that predicts eps, and a table of its own."""
+    times = _times(scheduler)
+    here = task.checkpoint
+    eps = Checkpoint(Score(here.model, here, times, "eps"), here.sde, "eps")
+    return replace(task, load=lambda: eps, solver=solver(alpha, (1 - alpha.square()).sqrt(), times))
 
 
 def _loop(task: Trajectory, precision: str, scheduler: Any) -> Run:
-    """Step i of the discrete chain is at t = (i + 1) / steps."""
-    steps = scheduler.config.num_train_timesteps
-    times = ((scheduler.timesteps + 1).double() / steps).clamp(max=1)
+    times = _times(scheduler)
     network = Score(task.network(precision), task.checkpoint, times, "eps")
     on_device = times.to(task.device, torch.float32)
 

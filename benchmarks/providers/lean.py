@@ -10,7 +10,7 @@ from torch import Tensor
 from ..suite.measure import Run
 from ..tasks.recipe import Recipe
 from ..tasks.trajectory import Trajectory
-from .tutorial import T_MIN, integral, prove_loss
+from .tutorial import T_MIN, Loss, Steps, integral
 
 
 def step(x: Tensor, f: Tensor, a: float, b: float, d: float) -> Tensor:
@@ -20,7 +20,7 @@ def step(x: Tensor, f: Tensor, a: float, b: float, d: float) -> Tensor:
 
 def sampling(task: Trajectory, precision: str) -> Run:
     """Any table of `fastsde.solvers`, row by row, its coefficients as numbers."""
-    network, table = task.network(precision), task.table
+    network, table = task.network(precision, channels_last=task.device.type == "cuda"), task.table
     rows = [table.row(row) for row in range(len(table))]
     has_data = any(k["c"] or k["e"] for k in rows)
     times = table.time.to(task.device, torch.float32)
@@ -64,20 +64,6 @@ def batches(recipe: Recipe) -> Iterator[Tensor]:
             yield x_0[index]
 
 
-def training(recipe: Recipe, of: Callable[[Callable[..., Tensor], Tensor], Tensor] = loss) -> Run:
+def training(recipe: Recipe, of: Loss = loss) -> Steps:
     """Steps by a loss ``of(network, x)``; nothing is read before the end."""
-    model = recipe.work().model
-    network = recipe.network(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.config.lr, fused=True)
-    prove_loss(network, recipe.x_0[: recipe.config.batch_size])
-    drawn = batches(recipe)
-
-    def run() -> Tensor:
-        for _ in range(recipe.steps):
-            value = of(network, next(drawn))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-        return value.detach()
-
-    return run
+    return Steps(recipe, of, batches(recipe), recipe.work().model, fused=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+
+from torch import Tensor
 
 from ..suite.case import LEAN, LOOP, Provider
 from ..suite.machine import cpu_instructions
+from ..suite.measure import Figures, Run
 from ..tasks.trajectory import Proof, Trajectory
+from ..tasks.trajectory import proof as prove
 from . import compiled, diffusers, lean, torchsde, tutorial
 
 
@@ -23,31 +28,46 @@ def baseline(task: Trajectory) -> str:
 
 
 def others(task: Trajectory, proof: Proof) -> list[Provider]:
-    """The tutorial's loop and whatever else takes the same steps of the SDE; its noise is its own."""
+    """The tutorial's loop and whatever else takes the same steps of the SDE."""
     default, *rest = precisions(task)
-    same = [
-        (LOOP, tutorial.sampling),
-        (LEAN, lean.sampling),
-        ("diffusers ScoreSdeVp", diffusers.score_sde_vp),
-        ("diffusers DDPM", diffusers.ddpm),
-        ("torchsde sdeint", torchsde.sdeint),
+    loops = [
+        (LOOP, tutorial.sampling, default),
+        *((LEAN, lean.sampling, precision) for precision in (default, *rest)),
+        ("diffusers ScoreSdeVp", diffusers.score_sde_vp, default),
+        *([(LOOP, tutorial.sampling, "fp32")] if "fp32" in rest else []),
     ]
-    found = [
-        Provider(f"{name}, {default}", partial(make, task, default), proof.other_noise, default) for name, make in same
+    found = [loop(name, make, task, proof, precision) for name, make, precision in loops]
+    chain = partial(as_task, diffusers.ddpm_task, task, default)
+    motion = partial(torchsde.prove, proof, default)
+    return [
+        *found,
+        Provider(f"diffusers DDPM, {default}", partial(diffusers.ddpm, task, default), chain, default),
+        Provider(f"torchsde sdeint, {default}", partial(torchsde.sdeint, task, default), motion, default),
+        *compilations(task),
     ]
-    if "fp32" in rest:
-        found.append(Provider(f"{LOOP}, fp32", partial(tutorial.sampling, task, "fp32"), proof.other_noise, "fp32"))
-    return found + compilations(task, proof)
 
 
-def compilations(task: Trajectory, proof: Proof) -> list[Provider]:
+def as_task(
+    equivalent: Callable[[Trajectory], Trajectory], task: Trajectory, precision: str, run: Run, x: Tensor
+) -> Figures:
+    """Proves a loop that takes steps of its own, by this package's table of those steps."""
+    return prove(equivalent(task)).given_noise(precision, run, x)
+
+
+def loop(name: str, make: Callable[[Trajectory, str], Run], task: Trajectory, proof: Proof, precision: str) -> Provider:
+    """One that draws by torch.randn, and takes the very steps of the task."""
+    shows = partial(proof.given_noise, precision)
+    return Provider(f"{name}, {precision}", partial(make, task, precision), shows, precision)
+
+
+def compilations(task: Trajectory) -> list[Provider]:
     """By ``torch.compile``. In full fp32 on a GPU its code, and so perhaps its CUDA graph, would be that of TF32."""
     chosen = [each for each in precisions(task) if each != "fp32" or task.device.type == "cpu" or not task.has_images]
     return [
         Provider(
             f"torch.compile, {precision}",
             partial(compiled.sampling, task, precision),
-            proof.other_noise,
+            compiled.prove,
             precision,
             compiles=True,
         )

@@ -15,7 +15,7 @@ import click
 import torch
 
 from .machine import Ceilings, Work
-from .measure import Figures, Run, measure, seconds, summary
+from .measure import Figures, Run, in_words, measure, seconds, summary
 
 LOOP = "tutorial's loop"
 LEAN = "lean eager PyTorch"
@@ -50,9 +50,11 @@ class Provider:
     Args:
         name: as tables show it; those of this package start with "fastsde".
         make: returns what is to be timed, or raises `UnavailableError`.
-        prove: called with that and its first result; raises `WrongError`, or returns what was compared.
+        prove: called with that and the result of one of its first calls; raises `WrongError`, or returns what it
+            compared.
         precision: "fp32", "TF32" or "bf16", whose rate its limit is reckoned by.
         compiles: for so long that it is left out where a run has little time left.
+        work: where it can do with less than the others.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Provider:
     prove: Callable[[Run, Any], Figures]
     precision: str = "fp32"
     compiles: bool = False
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Case:
         subject: the file that it comes from.
         name: its own.
         what: the task, in words of a table.
+        prepare: makes what all providers share, so that no first call has to.
         about: its sizes, as JSON takes them.
         providers: in the order of the table.
         baseline: the name of the one that ratios refer to, and that takes part twice.
@@ -120,6 +124,7 @@ class Case:
     enough: float = 6.0
     timer: Callable[[Run], float] | None = None
     targets: Sequence[Target] = ()
+    prepare: Callable[[], Any] | None = None
 
     def head(self) -> Figures:
         """What its record starts with."""
@@ -135,12 +140,18 @@ class Outcome:
     times: dict[str, list[float]] = field(default_factory=dict)
 
 
-def run_case(case: Case, device: torch.device, ceilings: Ceilings, has_time: Callable[[], bool]) -> Outcome:
-    """Proves every provider, times those that are right, and compares them with what is physically possible."""
+def run_case(case: Case, device: torch.device, ceilings: Ceilings, has_time: Callable[[bool], bool]) -> Outcome:
+    """Proves every provider, times those that are right, and compares them with what is physically possible.
+
+    Args:
+        has_time: whether another provider may be begun, one that compiles or not.
+    """
     outcome, started, runs = Outcome(case.head()), time.monotonic(), dict[str, Run]()
     figures: Figures = outcome.record["providers"]
+    if case.prepare is not None:
+        case.prepare()
     for provider in case.providers:
-        if provider.compiles and not has_time():
+        if not has_time(provider.compiles):
             figures[provider.name] = {"unavailable": SPENT}
             continue
         click.echo(f"{case.name}: {provider.name}", err=True)
@@ -149,19 +160,21 @@ def run_case(case: Case, device: torch.device, ceilings: Ceilings, has_time: Cal
             figures[provider.name].pop("first_call_s", None)  # not all of it is what counts
         if run is not None:
             runs[provider.name] = run
-            if provider.name == case.baseline:
-                runs[case.baseline + AGAIN] = run
+    if case.baseline in runs:
+        runs[case.baseline + AGAIN] = runs[case.baseline]
     timer = case.timer or partial(seconds, device=device, calls=case.calls)
-    outcome.times = {
-        name: [taken / case.per for taken in times]
-        for name, times in measure(runs, timer, case.rounds, case.enough).items()
-    }
-    for name, times in outcome.times.items():
-        figures.setdefault(name, {}).update(summary(times))
+    times, failures = measure(runs, timer, case.rounds, case.enough)
+    figures.update({name: {"failed": failure} for name, failure in failures.items()})
+    outcome.times = {name: [taken / case.per for taken in each] for name, each in times.items()}
+    for name, each in outcome.times.items():
+        figures.setdefault(name, {}).update(summary(each))
     for provider in case.providers:
         if provider.name in outcome.times:
             own = figures[provider.name]
-            own |= {"precision": provider.precision, **ceilings.limit(case.work, provider.precision)}
+            own |= {
+                "precision": provider.precision,
+                **ceilings.limit(provider.work or case.work, provider.precision),
+            }
             own["of_limit"] = own["limit_s"] / own["median_s"]
     outcome.record["work"] = vars(case.work)
     outcome.record["targets"] = [target.judge(figures) for target in case.targets]
@@ -174,17 +187,18 @@ def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figur
     figures: Figures = {}
     try:
         run, result = _first_call(provider.make, device, figures)
-        figures["parity"] = provider.prove(run, result)
-        if warms and (provider.compiles or figures["first_call_s"] < _LONG_S):
-            run()  # which may overwrite the result
-        return figures, run
+        if (
+            warms
+        ):  # and what is proved is then what is timed: a CUDA graph of torch.compile is replayed in its third call
+            for _ in range(2 * provider.compiles or figures["first_call_s"] < _LONG_S):
+                result = run()
+        return {**figures, "parity": provider.prove(run, result)}, run
     except UnavailableError as error:
         return {"unavailable": str(error)}, None
     except WrongError as error:
         return {"wrong": str(error)}, None
     except Exception as error:  # whatever it is, the others are still to be seen
-        lines = str(error).strip().splitlines() or [""]
-        return {"failed": f"{type(error).__name__}: {lines[0]}"}, None
+        return {"failed": in_words(error)}, None
 
 
 def _first_call(make: Callable[[], Run], device: torch.device, figures: Figures) -> tuple[Run, Any]:

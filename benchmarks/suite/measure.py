@@ -10,8 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -43,23 +42,37 @@ def measure(
     timer: Callable[[Run], float],
     rounds: int,
     enough: float = math.inf,
-) -> dict[str, list[float]]:
-    """The seconds of every round of each provider. They are to be warm.
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The seconds of every round of each provider, and why others failed in one. They are to be warm.
+
+    Each round begins with another provider.
 
     Args:
         timer: runs what it is given and returns the seconds that it took.
         enough: seconds after which a provider takes part in no more rounds, once it has had three.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
+    failures: dict[str, str] = {}
     spent = dict.fromkeys(providers, 0.0)
-    for _ in range(rounds):
-        for name, run in providers.items():
+    for number in range(rounds):
+        names = list(times)
+        first = number % max(1, len(names))
+        for name in names[first:] + names[:first]:
             if len(times[name]) >= FEWEST_ROUNDS and spent[name] > enough:
                 continue
             started = time.perf_counter()
-            times[name].append(timer(run))
+            try:
+                times[name].append(timer(providers[name]))
+            except Exception as error:  # whatever it is, the others are still to be seen
+                failures[name] = in_words(error)
+                del times[name]
             spent[name] += time.perf_counter() - started
-    return times
+    return times, failures
+
+
+def in_words(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def summary(times: Sequence[float]) -> Figures:
@@ -73,10 +86,20 @@ def summary(times: Sequence[float]) -> Figures:
     }
 
 
-def rotated(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> Run:
+class Rotated(Generic[Inputs]):
     """Calls ``run`` on one of ``inputs`` after the other: together larger than a cache, so that none holds the next."""
-    turns = cycle(inputs)
-    return lambda: run(next(turns))
+
+    def __init__(self, run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> None:
+        self._run, self._inputs, self._turn = run, inputs, -1
+
+    @property
+    def last(self) -> Inputs:
+        """Those of the last call."""
+        return self._inputs[self._turn]
+
+    def __call__(self) -> Any:
+        self._turn = (self._turn + 1) % len(self._inputs)
+        return self._run(self.last)
 
 
 @contextmanager

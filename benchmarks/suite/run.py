@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .plan import Plan
 from .table import is_ours, overview, show
 
 SEED = 1
-_RESERVE_S = 12.0  # of a run's time for each case to come, before anything is compiled
+_COMPILE_S, _CASE_S = 45.0, 4.0  # what must be left before anything is compiled, and for each case to come
 # In the order in which they run: where the time is short, the last are left out.
 SUBJECTS = (
     "noise",
@@ -49,6 +50,8 @@ def cases(plan: Plan, subjects: Sequence[str] = ()) -> list[Case]:
 
 def new_result(plan: Plan) -> tuple[Figures, Ceilings]:
     """What a result file starts with, and the ceilings of the device, measured now."""
+    if plan.has_gpu:
+        torch.cuda.set_device(plan.device)  # of events and graphs
     torch.manual_seed(SEED)
     most = ceilings(plan.device)
     return {**settings(plan.device), "quick": plan.quick, "ceilings": most.describe(), "cases": []}, most
@@ -58,22 +61,23 @@ def outcomes(chosen: Sequence[Case], plan: Plan, most: Ceilings, minutes: float 
     """Runs cases one after the other.
 
     Args:
-        minutes: after which no case is begun, and near which nothing is compiled.
+        minutes: after which nothing is begun, and near which nothing is compiled.
     """
     ends = None if minutes is None else time.monotonic() + 60 * minutes
 
-    def has_time(reserve: float) -> bool:
+    def has_time(later: float, compiles: bool) -> bool:
+        reserve = later + _COMPILE_S if compiles else 0
         return ends is None or time.monotonic() + reserve < ends
 
     for number, case in enumerate(chosen):
-        if not has_time(0):
+        if not has_time(0, False):
             yield Outcome({**case.head(), "failed": SPENT})
             continue
-        left = _RESERVE_S * (len(chosen) - number)
+        later = _CASE_S * (len(chosen) - number - 1)
         case = replace(case, enough=min(case.enough, plan.enough_s))
-        yield run_case(case, plan.device, most, lambda left=left: has_time(left))  # type: ignore[misc]
+        yield run_case(case, plan.device, most, partial(has_time, later))
+        torch.compiler.reset()  # its graphs keep their memory, and of one function it compiles no more than eight
         if plan.has_gpu:
-            torch.compiler.reset()  # graphs of torch.compile keep their memory
             torch.cuda.empty_cache()
 
 
@@ -105,4 +109,4 @@ def _wrong(record: Figures) -> Iterator[str]:
 def write_json(path: Path, result: Figures) -> None:
     """Writes figures whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -33,6 +33,19 @@ def timed(record: Figures) -> dict[str, Figures]:
     return {name: each for name, each in found if "median_s" in each and not name.endswith(AGAIN)}
 
 
+def without_time(record: Figures) -> list[str]:
+    """Why some have no time here, but those that are not for this device at all."""
+    if "failed" in record:
+        return [record["failed"]]
+    found = record["providers"].items()
+    reasons = ((name, each.get(key), word) for name, each in found for key, word in _REASONS.items())
+    return [
+        f"{name} ({reason if word == 'not here' else word})"
+        for name, reason, word in reasons
+        if reason is not None and "GPU" not in reason
+    ]
+
+
 def noise(record: Figures) -> float | None:
     """How far the two medians of the baseline lie apart, as a share of the first."""
     both = [record["providers"].get(record["baseline"] + end, {}).get("median_s") for end in ("", AGAIN)]
@@ -47,7 +60,8 @@ def show(record: Figures) -> list[str]:
     lines = [f"{record['name']}: {record['what']}"]
     if "failed" in record:
         return [*lines, f"  failed: {record['failed']}"]
-    columns = f"{'median':>10}{'20 % .. 80 %':>22}{'speed':>16}{'of limit':>10}{'first call':>12}{'peak':>11}"
+    columns = f"{'median':>10}{'20 % .. 80 %':>22}{'speed':>16}{'of limit':>10}{'first call':>12}"
+    columns += f"{'peak':>11}" * any("peak_bytes" in each for each in record["providers"].values())
     lines.append(f"  {'':38}{columns}".rstrip())
     lines += [_line(record, name, each) for name, each in record["providers"].items()]
     return lines + list(_notes(record))

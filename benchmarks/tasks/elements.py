@@ -9,20 +9,38 @@ from torch import Tensor
 
 from fastsde import VPSDE, noise, ops
 
-from ..suite.case import UnavailableError
+from ..suite.case import UnavailableError, check
+from ..suite.measure import Figures
 from ..suite.plan import Plan
 from .trajectory import SEED
 
 SDE = VPSDE()
 CACHE_BYTES = 256 << 20  # more than any L2, or a core's share of L3: rotated inputs together are larger
+_SMALL_BYTES = 1 << 20  # of what the step before has left in the cache in real use, too
+_KEPT_BYTES = 64 << 20  # of an output that is written again and again, and may never leave the cache
 SPECIALS = 2  # of a normal: of two, a logarithm, a root, a sine and a cosine
 
 
-def copies(elements: int, bytes_an_element: int, plan: Plan) -> int:
-    """How many sets of inputs to rotate: as many as no cache holds, unless one set is small enough to stay in it."""
-    if elements * bytes_an_element < 1 << 20 or plan.quick:  # what the step before has left in the cache
+def copies(input_bytes: int, plan: Plan) -> int:
+    """How many sets of inputs to rotate."""
+    if input_bytes < _SMALL_BYTES or plan.quick:
         return 2
-    return max(2, math.ceil(CACHE_BYTES / (elements * bytes_an_element)))
+    return max(2, math.ceil(CACHE_BYTES / input_bytes))
+
+
+def traffic(input_bytes: int, output_bytes: int, plan: Plan) -> int:
+    """The bytes of a task that no cache holds."""
+    read = input_bytes if copies(input_bytes, plan) * input_bytes >= CACHE_BYTES else 0
+    return read + (output_bytes if output_bytes > _KEPT_BYTES else 0)
+
+
+def check_normals(name: str, z: Tensor) -> Figures:
+    """The first four moments and the correlation of one half with the other, in standard errors of so many normals."""
+    z = z.detach().double().flatten()
+    half = len(z) // 2
+    expected = ((z, 0, 1), (z**2, 1, 2), (z**3, 0, 15), (z**4, 3, 96), (z[:half] * z[half : 2 * half], 0, 1))
+    errors = [abs(float(each.mean()) - mean) * math.sqrt(len(each) / variance) for each, mean, variance in expected]
+    return check(f"{name}, as normals", max(errors), 6.0)
 
 
 def keys_of(shape: tuple[int, ...], device: torch.device) -> Tensor:

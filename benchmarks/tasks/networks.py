@@ -45,6 +45,18 @@ def mlp_work(hidden: Sequence[int] = (64, 64, 64), dimensions: int = 2) -> tuple
     return 2 * sum(i * o for i, o in pairwise(widths)), 2 * sum(hidden)
 
 
+def unet_training_work() -> tuple[int, int]:
+    """(FLOP, special functions) a sample of a training step: all layers but the first pass a gradient on."""
+    flop, specials = unet_work()
+    return 3 * flop - 2 * (3 * 28 - 2) ** 2 * 2 * CHANNELS[0], specials
+
+
+def mlp_training_work() -> tuple[int, int]:
+    """The same of the swiss roll's MLP."""
+    flop, specials = mlp_work()
+    return 3 * flop - 2 * 3 * 64, specials
+
+
 class Unknown(nn.Module):
     """A network as a user's own is: nothing of this package knows what is inside."""
 
