@@ -64,7 +64,7 @@ def cases(plan: Plan) -> Iterator[Case]:
             for module in ("torch", "fastsde")
         ],
         baseline="torch",
-        **_common(plan),
+        **_COMMON,
     )
     for model, n, rows in (("swiss-roll", 1000, 100 if plan.quick else 999), ("mnist", 20, 20)):
         if model == "swiss-roll" or not plan.quick:
@@ -72,8 +72,7 @@ def cases(plan: Plan) -> Iterator[Case]:
                 yield _first_calls(plan, model, n, rows, warm)
 
 
-def _common(plan: Plan) -> dict[str, Any]:
-    return {"rounds": 2 if plan.quick else 3, "timer": lambda run: run()[0]}
+_COMMON: dict[str, Any] = {"rounds": 2, "timer": lambda run: run()[0]}
 
 
 def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
@@ -101,7 +100,7 @@ def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
             for name, way in ways.items()
         ],
         targets=[Target("at most 3 s", ("fastsde",), at_most_s=3.0)] if first_roll else [],
-        **_common(plan),
+        **_COMMON,
     )
 
 

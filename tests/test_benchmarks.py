@@ -80,7 +80,7 @@ def test_a_wrong_provider_has_no_time_and_is_shown_as_wrong() -> None:
         assert set(record["providers"][name]) == {"wrong"}
         (line,) = (line for line in table.show(record) if name in line)
         assert "WRONG: it is off by" in line
-    assert next(calls) == 2  # to be proved, and never timed
+    assert next(calls) == 3  # to be warm and proved, and never timed
     assert not table.headlines(record)
 
 

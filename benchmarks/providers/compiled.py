@@ -87,11 +87,8 @@ class Step:
     def prove(self) -> Figures:
         """A row in the middle: its noise, and without it at most twice as far from float64 as plain PyTorch is."""
         task = self._task
-        x, last, row = (
-            torch.randn(task.shape, device=task.device),
-            torch.randn(task.shape, device=task.device),
-            self.rows[len(self.rows) // 2],
-        )
+        x, last = torch.randn((2, *task.shape), device=task.device)
+        row = self.rows[len(self.rows) // 2]
         t, a, b, c, d, e, p, q = row.double()
         quiet = row.clone()
         quiet[4] = 0

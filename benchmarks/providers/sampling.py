@@ -61,8 +61,7 @@ def loop(name: str, make: Callable[[Trajectory, str], Run], task: Trajectory, pr
 
 
 def compilations(task: Trajectory) -> list[Provider]:
-    """By ``torch.compile``. In full fp32 on a GPU its code, and so perhaps its CUDA graph, would be that of TF32."""
-    chosen = [each for each in precisions(task) if each != "fp32" or task.device.type == "cpu" or not task.has_images]
+    """By ``torch.compile``."""
     return [
         Provider(
             f"torch.compile, {precision}",
@@ -71,5 +70,5 @@ def compilations(task: Trajectory) -> list[Provider]:
             precision,
             compiles=True,
         )
-        for precision in chosen
+        for precision in precisions(task)
     ]

@@ -160,26 +160,29 @@ def run_case(case: Case, device: torch.device, ceilings: Ceilings, has_time: Cal
             figures[provider.name].pop("first_call_s", None)  # not all of it is what counts
         if run is not None:
             runs[provider.name] = run
-    if case.baseline in runs:
-        runs[case.baseline + AGAIN] = runs[case.baseline]
-    timer = case.timer or partial(seconds, device=device, calls=case.calls)
-    times, failures = measure(runs, timer, case.rounds, case.enough)
-    figures.update({name: {"failed": failure} for name, failure in failures.items()})
-    outcome.times = {name: [taken / case.per for taken in each] for name, each in times.items()}
-    for name, each in outcome.times.items():
-        figures.setdefault(name, {}).update(summary(each))
+    _time(case, runs, outcome, device)
     for provider in case.providers:
         if provider.name in outcome.times:
+            limit = ceilings.limit(provider.work or case.work, provider.precision)
             own = figures[provider.name]
-            own |= {
-                "precision": provider.precision,
-                **ceilings.limit(provider.work or case.work, provider.precision),
-            }
-            own["of_limit"] = own["limit_s"] / own["median_s"]
+            own |= {"precision": provider.precision, **limit, "of_limit": limit["limit_s"] / own["median_s"]}
     outcome.record["work"] = vars(case.work)
     outcome.record["targets"] = [target.judge(figures) for target in case.targets]
     outcome.record["seconds"] = round(time.monotonic() - started, 1)
     return outcome
+
+
+def _time(case: Case, runs: dict[str, Run], outcome: Outcome, device: torch.device) -> None:
+    """Times what is right, the baseline twice, and notes what fails in doing so."""
+    if case.baseline in runs:
+        runs[case.baseline + AGAIN] = runs[case.baseline]
+    timer = case.timer or partial(seconds, device=device, calls=case.calls)
+    times, failures = measure(runs, timer, case.rounds, case.enough)
+    outcome.times = {name: [taken / case.per for taken in each] for name, each in times.items()}
+    figures: Figures = outcome.record["providers"]
+    figures.update({name: {"failed": failure} for name, failure in failures.items()})
+    for name, each in outcome.times.items():
+        figures.setdefault(name, {}).update(summary(each))
 
 
 def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figures, Run | None]:
@@ -187,11 +190,8 @@ def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figur
     figures: Figures = {}
     try:
         run, result = _first_call(provider.make, device, figures)
-        if (
-            warms
-        ):  # and what is proved is then what is timed: a CUDA graph of torch.compile is replayed in its third call
-            for _ in range(2 * provider.compiles or figures["first_call_s"] < _LONG_S):
-                result = run()
+        if warms and (provider.compiles or figures["first_call_s"] < _LONG_S):
+            result = _warm(run)
         return {**figures, "parity": provider.prove(run, result)}, run
     except UnavailableError as error:
         return {"unavailable": str(error)}, None
@@ -199,6 +199,16 @@ def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figur
         return {"wrong": str(error)}, None
     except Exception as error:  # whatever it is, the others are still to be seen
         return {"failed": in_words(error)}, None
+
+
+def _warm(run: Run) -> Any:
+    """Calls it twice, or once where that takes long, so that what is proved is what is timed.
+
+    A CUDA graph of ``torch.compile`` is replayed in the third call only.
+    """
+    started = time.perf_counter()
+    result = run()
+    return run() if time.perf_counter() - started < _LONG_S else result
 
 
 def _first_call(make: Callable[[], Run], device: torch.device, figures: Figures) -> tuple[Run, Any]:

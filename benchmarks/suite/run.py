@@ -17,7 +17,7 @@ from fastsde.files import atomic_path
 
 from .case import SPENT, Case, Outcome, run_case
 from .machine import Ceilings, ceilings, settings
-from .measure import Figures
+from .measure import Figures, in_words
 from .plan import Plan
 from .table import is_ours, overview, show
 
@@ -75,7 +75,10 @@ def outcomes(chosen: Sequence[Case], plan: Plan, most: Ceilings, minutes: float 
             continue
         later = _CASE_S * (len(chosen) - number - 1)
         case = replace(case, enough=min(case.enough, plan.enough_s))
-        yield run_case(case, plan.device, most, partial(has_time, later))
+        try:
+            yield run_case(case, plan.device, most, partial(has_time, later))
+        except Exception as error:  # what all its providers share cannot be made; the other cases are still to be seen
+            yield Outcome({**case.head(), "failed": in_words(error)})
         torch.compiler.reset()  # its graphs keep their memory, and of one function it compiles no more than eight
         if plan.has_gpu:
             torch.cuda.empty_cache()
@@ -101,6 +104,8 @@ def run(plan: Plan, chosen: Sequence[Case], minutes: float | None, out: Path | N
 
 
 def _wrong(record: Figures) -> Iterator[str]:
+    if record.get("failed", SPENT) != SPENT:
+        yield f"{record['name']}: {record['failed']}"
     for name, each in record["providers"].items():
         if "wrong" in each or ("failed" in each and is_ours(name)):
             yield f"{record['name']}: {name}"
