@@ -9,6 +9,7 @@ python -m benchmarks.report OLD.json NEW.json --compare          what became fas
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,8 +34,12 @@ def load(path: Path) -> Figures:
         result: Figures = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a result file of fastsde bench: {error}") from error
-    if not isinstance(result, dict) or not {"cases", "ceilings", "device"} <= set(result):
-        raise ValueError(f"{path} is not a result file of fastsde bench: it has no cases, ceilings and device")
+    keys = {"cases", "ceilings", "device", "kind", "threads", "torch", "triton", "commit", "quick"}
+    missing = keys - set(result) if isinstance(result, dict) else keys
+    if missing or not {"bytes", "flop"} <= set(result["ceilings"]):
+        raise ValueError(
+            f"{path} is not a result file of fastsde bench: it lacks {', '.join(sorted(missing)) or 'rates'}"
+        )
     return result
 
 
@@ -143,11 +148,15 @@ def _doubt(record: Figures, name: str) -> float:
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the tables between its marks.")
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path, exists=True),
+    help="Write the tables between its marks, <!-- benchmarks: ... --> and <!-- end of benchmarks -->.",
+)
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
 @click.option("--compare", "compares", is_flag=True, help="Compare two files, the older one first.")
 def main(results: tuple[Path, ...], readme: Path | None, plots: Path | None, compares: bool) -> None:
-    """Turn result files of `fastsde bench` into tables, pictures and comparisons."""
+    """Turn result files of `fastsde bench` into tables, pictures and comparisons; tables as Markdown by default."""
     try:
         loaded = [load(path) for path in results]
         if compares:
@@ -169,10 +178,9 @@ def main(results: tuple[Path, ...], readme: Path | None, plots: Path | None, com
 
 
 def _write_readme(readme: Path, results: Sequence[Path]) -> None:
-    folder = readme.resolve().parent
-    names = " ".join(str(path.resolve().relative_to(folder)) for path in results)
-    text = readme.read_text()
+    folder, text = readme.resolve().parent, readme.read_text()
     marked_files(text)  # raises where there are no marks
+    names = " ".join(os.path.relpath(path.resolve(), folder) for path in results)
     text = _MARK.sub(lambda found: f"<!-- benchmarks: {names} -->\n{found['end']}", text)
     with atomic_path(readme) as temporary:
         temporary.write_text(with_tables(text, folder))

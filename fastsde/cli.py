@@ -376,7 +376,7 @@ def verify(
 @main.command()
 @click.option("--suite", "subjects", multiple=True, help="Only this subject; may be given several times. See --list.")
 @click.option("--list", "names_only", is_flag=True, help="List the subjects and what they time, and run nothing.")
-@click.option("--quick", is_flag=True, help="Small sizes: two or three minutes on two cores.")
+@click.option("--quick", is_flag=True, help="Small sizes: two or three minutes on two cores, instead of half an hour.")
 @click.option("--device", help="cpu or cuda.  [default: cuda where there is one, else cpu]")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Begin nothing after so many minutes.")
 @click.option("--out", type=_path, callback=_suffix(".json"), help="Where to keep the figures, after each case.")
@@ -398,7 +398,8 @@ def bench(
     unknown = sorted(set(subjects) - set(suite.SUBJECTS))
     if unknown:
         raise click.BadParameter(
-            f"{', '.join(unknown)} is not one of {', '.join(suite.SUBJECTS)}", param_hint="'--suite'"
+            f"{', '.join(unknown)} is not one of {', '.join(suite.SUBJECTS)}; give it once for each",
+            param_hint="'--suite'",
         )
     plan = suite.Plan(_device(device), quick)
     chosen = suite.cases(plan, subjects)

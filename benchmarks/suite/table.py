@@ -37,13 +37,12 @@ def without_time(record: Figures) -> list[str]:
     """Why some have no time here, but those that are not for this device at all."""
     if "failed" in record:
         return [record["failed"]]
-    found = record["providers"].items()
-    reasons = ((name, each.get(key), word) for name, each in found for key, word in _REASONS.items())
-    return [
-        f"{name} ({reason if word == 'not here' else word})"
-        for name, reason, word in reasons
-        if reason is not None and "GPU" not in reason
-    ]
+    found = []
+    for name, each in record["providers"].items():
+        found += [f"{name} ({word})" for key, word in _REASONS.items() if key in each and key != "unavailable"]
+        if "GPU" not in each.get("unavailable", "GPU"):
+            found.append(f"{name} ({each['unavailable']})")
+    return found
 
 
 def noise(record: Figures) -> float | None:
@@ -126,7 +125,10 @@ class Headline:
             self.record["what"],
             duration(self.median(base)) if has_base else "",
             _named(duration(self.median(self.other)), self.other) if self.other else "",
-            _named(duration(ours["median_s"]), self.ours.removeprefix("fastsde").strip(" ,")),
+            _named(
+                duration(ours["median_s"]),
+                self.ours if "." in self.ours else self.ours.removeprefix("fastsde").strip(" ,"),
+            ),
             ratio(self.median(base) / ours["median_s"]) if has_base else "",
             ratio(self.median(self.other) / ours["median_s"]) if self.other else "",
             f"{ours['of_limit']:.0%}" if ours.get("limit_s") else "",

@@ -1,0 +1,165 @@
+"""Result files as tables, pictures and comparisons; the README's table is that of the result file it names."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastsde.benchmarks import plots, report
+from fastsde.benchmarks.suite import run
+from fastsde.benchmarks.suite.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+CPU_FILE = ROOT / "benchmarks" / "results" / "cpu.json"
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """The committed figures of a CPU."""
+    return report.load(CPU_FILE)
+
+
+# The committed figures ----------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_is_that_of_its_result_files() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "benchmarks/results/cpu.json" in report.marked_files(readme)
+    assert report.with_tables(readme, ROOT) == readme, (
+        "python -m benchmarks.report benchmarks/results/cpu.json --readme README.md"
+    )
+
+
+def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets(result: dict[str, Any]) -> None:
+    assert {"device", "torch", "commit", "threads", "fp32_products", "python"} <= set(result)
+    assert not result["quick"]
+    assert not str(result["commit"]).endswith("-dirty")
+    names = [case.name for case in run.cases(Plan(torch.device("cpu")))]
+    assert [record["name"] for record in result["cases"]] == names
+    targets = [target for record in result["cases"] for target in record["targets"]]
+    assert len(targets) == 8
+    assert all(target["met"] for target in targets)
+    for record in result["cases"]:
+        for name, each in record["providers"].items():
+            assert not {"wrong", "failed"} & set(each), (record["name"], name)
+            assert each.get("of_limit", 0) <= 1, (record["name"], name)  # or the limit is none
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_written_between_its_marks(tmp_path: Path, result: dict[str, Any]) -> None:
+    readme, out = tmp_path / "README.md", tmp_path / "figures" / "a.json"
+    out.parent.mkdir()
+    out.write_text(json.dumps(result))
+    readme.write_text("before\n<!-- benchmarks: gone.json -->\nold\n<!-- end of benchmarks -->\nafter\n")
+    for _ in range(2):  # the second changes nothing
+        done = CliRunner().invoke(report.main, [str(out), "--readme", str(readme)])
+        assert done.exit_code == 0, done.output
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- benchmarks: figures/a.json -->\n")
+        assert text.endswith("<!-- end of benchmarks -->\nafter\n")
+        assert "old" not in text
+        assert report.markdown(result) in text
+    assert report.with_tables(text, tmp_path) == text
+    result["cases"][0]["providers"]["fastsde native"]["median_s"] *= 1.5
+    out.write_text(json.dumps(result))
+    assert report.with_tables(text, tmp_path) != text
+
+
+def test_a_table_row_is_of_the_fastest_of_each(result: dict[str, Any]) -> None:
+    (record,) = (each for each in result["cases"] if each["name"] == "swiss-roll-1000")
+    (line,) = (line for line in report.markdown(result).splitlines() if line.startswith(f"| {record['what']} |"))
+    ours = {name: each["median_s"] for name, each in record["providers"].items() if name.startswith("fastsde")}
+    fastest = min(ours, key=lambda name: ours[name])
+    loop = record["providers"][record["baseline"]]["median_s"]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert fastest.removeprefix("fastsde ") in cells[3] or "sample()" in fastest
+    assert float(cells[4].rstrip("x")) == pytest.approx(loop / ours[fastest], rel=0.05)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.5, "SLOWER"), (1 / 1.5, "faster"), (1.0, "")])
+def test_two_commits_are_compared_by_the_change_of_the_ratio(
+    result: dict[str, Any], factor: float, verdict: str
+) -> None:
+    """A machine that is slower throughout changes nothing; a provider that is slower does."""
+    after = copy.deepcopy(result)
+    after["commit"] = "another"
+    for record in after["cases"]:
+        for name, each in record["providers"].items():
+            own = factor if (record["name"], name) == ("swiss-roll-1000", "fastsde persistent, fp32") else 1.0
+            for key in ("median_s", "p20_s", "p80_s"):
+                if key in each:
+                    each[key] *= 3 * own
+    lines = report.compare(result, after)
+    assert "commit another" in lines[1]
+    (line,) = (line for line in lines if "swiss-roll-1000 " in line and "fastsde persistent" in line)
+    assert f"{1 / factor - 1:+.1%}" in line
+    assert line.endswith(verdict or "%")
+    others = [line for line in lines[4:] if "+0.0%" in line or "-0.0%" in line]
+    assert len(others) >= len(lines) - 5
+    assert not any("SLOWER" in line or "faster" in line for line in others)
+
+
+def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
+    after = copy.deepcopy(result)
+    for record in after["cases"]:
+        record["what"] += ", larger"
+    assert len(report.compare(result, after)) == 4  # the titles alone
+
+
+def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:
+    done = CliRunner().invoke(report.main, [str(CPU_FILE), "--plots", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for kind in ("roofline", "batch"):
+        picture = plt.imread(tmp_path / f"cpu-{kind}.png")
+        assert picture.shape[0] > 400
+        assert picture.std() > 0.05
+    axes = plots.roofline(result).axes[0]
+    assert len([text for text in axes.texts if text.get_text().isdigit()]) >= 15
+    swiss_roll, mnist = plots.batch_sizes(result).axes
+    for panel, sizes in ((swiss_roll, [1000, 20_000, 1_000_000]), (mnist, [1, 20, 256, 1000])):
+        lines = {line.get_label(): line for line in panel.lines}
+        assert list(lines["tutorial's loop, fp32"].get_xdata()) == sizes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-batch.png", "cpu-roofline.png"]
+
+
+def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict[str, Any]) -> None:
+    result["cases"] = []
+    assert len(list(plots.draw(result, tmp_path, "nothing"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{result}", "--compare"], "--compare takes two result files, got 1"),
+        (["{other}"], "is not a result file of fastsde bench"),
+        (["{result}", "--readme", "{other}"], "must have the marks"),
+        (["missing.json"], "does not exist"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(tmp_path: Path, arguments: list[str], message: str) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    filled = [each.format(result=CPU_FILE, other=other) for each in arguments]
+    done = CliRunner().invoke(report.main, filled)
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+    assert other.read_text() == "[]"
+
+
+def test_the_report_runs_from_a_checkout() -> None:
+    command = [sys.executable, "-m", "benchmarks.report", str(CPU_FILE)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(report.about(report.load(CPU_FILE)))
