@@ -27,15 +27,15 @@ def cases(plan: Plan) -> Iterator[Case]:
         task = Trajectory(load, DIGITS, 20, rows, plan.device, *work, kernels=UNET_KERNELS)
         name = f"unet-{width}x" if known else "unet-unknown"
         words = f"U-Net of {work[0] / 1e6:,.0f} MFLOP" if known else "U-Net not known to fastsde"
-        yield _case(task, name, words)
+        yield _case(task, name, words, plan.quick)
     if not plan.quick:
         task = Trajectory(
             partial(random_mlp, MLP_WIDTH), (2,), 1000, rows, plan.device, *mlp_work((MLP_WIDTH,) * 3), kernels=4
         )
-        yield _case(task, f"mlp-{MLP_WIDTH}", f"MLP {MLP_WIDTH} wide")
+        yield _case(task, f"mlp-{MLP_WIDTH}", f"MLP {MLP_WIDTH} wide", plan.quick)
 
 
-def _case(task: Trajectory, name: str, words: str) -> Case:
+def _case(task: Trajectory, name: str, words: str, quick: bool) -> Case:
     shows = proof(task)
     others = [each for each in sampling.others(task, shows) if not each.name.startswith(("diffusers", "torchsde"))]
     return Case(
@@ -49,7 +49,7 @@ def _case(task: Trajectory, name: str, words: str) -> Case:
                 ours.sampler(task, shows, "auto", precision, compiled)
                 for precision in sampling.precisions(task)
                 for compiled in (False, True)
-                if not compiled or task.has_images
+                if not compiled or (task.has_images and not quick)
             ),
         ],
         baseline=sampling.baseline(task),

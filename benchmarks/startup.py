@@ -53,7 +53,7 @@ task = Trajectory(lambda: here, tuple(here.shape), {n}, {rows}, device, 0, 0)
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick the U-Net and what compiles for long are left out."""
+    """In --quick the U-Net, warm caches and what compiles for long are left out."""
     yield Case(
         subject="startup",
         name="startup-import",
@@ -68,7 +68,7 @@ def cases(plan: Plan) -> Iterator[Case]:
     )
     for model, n, rows in (("swiss-roll", 1000, 100 if plan.quick else 999), ("mnist", 20, 20)):
         if model == "swiss-roll" or not plan.quick:
-            for warm in (False, True):
+            for warm in (False,) if plan.quick else (False, True):
                 yield _first_calls(plan, model, n, rows, warm)
 
 

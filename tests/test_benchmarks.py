@@ -350,9 +350,7 @@ def test_a_round_that_fails_costs_a_provider_its_time_alone() -> None:
 # The cases ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case", [each for each in run.cases(QUICK) if each.name != "startup-swiss-roll-warm"], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", run.cases(QUICK), ids=lambda case: case.name)
 def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
     """But for what takes long to compile; those of diffusers and torchsde where these are installed."""
     chosen = [each for each in case.providers if not each.compiles]

@@ -17,7 +17,7 @@ class Plan:
     @property
     def enough_s(self) -> float:
         """Seconds of a provider, after which three rounds of it are enough."""
-        return 1.0 if self.quick else 2.0 if self.has_gpu else 6.0
+        return 0.7 if self.quick else 2.0 if self.has_gpu else 6.0
 
     @property
     def has_gpu(self) -> bool:
