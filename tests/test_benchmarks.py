@@ -353,7 +353,8 @@ def test_a_round_that_fails_costs_a_provider_its_time_alone() -> None:
 @pytest.mark.parametrize("case", run.cases(QUICK), ids=lambda case: case.name)
 def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
     """But for what takes long to compile; those of diffusers and torchsde where these are installed."""
-    chosen = [each for each in case.providers if not each.compiles]
+    starts = case.subject == "startup"  # each call is a new process
+    chosen = [each for each in case.providers if not each.compiles and (table.is_ours(each.name) or not starts)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries beside which fastsde is timed
         record = cases.run_case(
@@ -364,7 +365,7 @@ def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
         unavailable = figures.get("unavailable")
         assert any(reason in unavailable for reason in reasons) if unavailable else figures["median_s"] > 0, name
         assert unavailable or name.endswith("again") or figures["parity"]
-    assert record["baseline"] in record["providers"]
+    assert starts or record["baseline"] in record["providers"]
     assert json.loads(json.dumps(record)) == record
 
 
