@@ -32,13 +32,10 @@ def cases(plan: Plan) -> Iterator[Case]:
             *sampling.compilations(task),
             *unet_samplers(task, proof),
         ]
-        yield Case(
+        yield sampling.case(
+            task,
             subject="few_steps",
             name=f"few-steps-{n}",
             what=f"DPM-Solver++(2M), U-Net, {n:,} images x {ROWS}",
-            about={"n": n, "rows": ROWS},
             providers=providers,
-            baseline=providers[0].name,
-            work=task.work,
-            prepare=partial(getattr, task, "checkpoint"),
         )

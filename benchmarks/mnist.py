@@ -31,15 +31,12 @@ def _case(plan: Plan, n: int, rows: int) -> Case:
     load = partial(checkpoints.load, "mnist")
     task = Trajectory(load, DIGITS, n, rows, plan.device, *unet_work(), kernels=UNET_KERNELS)
     proof, loop = ImagesProof(task), sampling.baseline(task)
-    return Case(
+    return sampling.case(
+        task,
         subject="mnist",
         name=f"mnist-{n}",
         what=f"MNIST U-Net, {n:,} image{'s' * (n > 1)} x {rows}",
-        about={"n": n, "rows": rows},
         providers=[*sampling.others(task, proof), *unet_samplers(task, proof)],
-        baseline=loop,
-        work=task.work,
-        prepare=lambda: task.checkpoint,
         targets=[] if plan.quick else _targets(plan, n, loop),
     )
 

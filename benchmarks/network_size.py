@@ -38,11 +38,11 @@ def cases(plan: Plan) -> Iterator[Case]:
 def _case(task: Trajectory, name: str, words: str, quick: bool) -> Case:
     shows = proof(task)
     others = [each for each in sampling.others(task, shows) if not each.name.startswith(("diffusers", "torchsde"))]
-    return Case(
+    return sampling.case(
+        task,
         subject="network_size",
         name=name,
         what=f"{words}, {task.n:,} x {task.rows}",
-        about={"n": task.n, "rows": task.rows, "flop": task.flop},
         providers=[
             *others,
             *(
@@ -52,7 +52,4 @@ def _case(task: Trajectory, name: str, words: str, quick: bool) -> Case:
                 if not compiled or (task.has_images and not quick)
             ),
         ],
-        baseline=sampling.baseline(task),
-        work=task.work,
-        prepare=lambda: task.checkpoint,
     )

@@ -30,7 +30,6 @@ def cases(plan: Plan) -> Iterator[Case]:
 
 def _case(plan: Plan, name: str, shape: tuple[int, ...]) -> Case:
     ours, device = kernels_name(plan), plan.device
-    many = {"calls": 20, "rounds": 30}
     return Case(
         subject="noise",
         name=f"noise-{name}",
@@ -44,9 +43,10 @@ def _case(plan: Plan, name: str, shape: tuple[int, ...]) -> Case:
         ],
         baseline=RANDN,
         work=Work(traffic(0, 4 * math.prod(shape), plan), specials=SPECIALS * math.prod(shape), launches=1),
+        calls=20,
+        rounds=30,
         enough=2.0,
         targets=[] if plan.has_gpu or plan.quick else [Target("twice torch.randn", (ours,), None, (RANDN,), 2.0)],
-        **many,
     )
 
 

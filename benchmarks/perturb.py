@@ -81,8 +81,8 @@ def _case(batches: Batches, name: str) -> Case:
     plan, size = batches.plan, batches.elements
     drawn, exact = partial(_prove_drawn, batches), partial(_prove_ours, batches)
     providers = [
-        Provider(LOOP, partial(_on, batches, lambda: tutorial.perturb), drawn),
-        Provider(LEAN, partial(_on, batches, lambda: lean.perturb), drawn),
+        Provider(LOOP, partial(_on, batches, tutorial.perturb), drawn),
+        Provider(LEAN, partial(_on, batches, lean.perturb), drawn),
         Provider("torch.compile", partial(_compiled, batches), drawn, compiles=True),
         Provider("fastsde reference", partial(_contract, batches, reference.perturb), exact),
         Provider(kernels_name(plan), partial(_kernel, batches), exact),
@@ -101,8 +101,7 @@ def _case(batches: Batches, name: str) -> Case:
     )
 
 
-def _on(batches: Batches, make: Callable[[], Callable[[Tensor], Any]]) -> Rotated[Tensor]:
-    perturb = make()
+def _on(batches: Batches, perturb: Callable[[Tensor], Any]) -> Rotated[Tensor]:
     return Rotated(lambda given: perturb(batches.data(given)), batches.given)
 
 

@@ -32,7 +32,7 @@ def draw(result: Figures, folder: Path, name: str) -> Iterator[Path]:
 # The roofline -------------------------------------------------------------------------------------------------------
 
 
-def _flop(result: Figures, work: Figures) -> float:
+def _flop(work: Figures) -> float:
     """All arithmetic of a task, a special function counted as on a CPU."""
     total: float = work["flop"] + SPECIAL_FLOP * work["specials"]
     return total
@@ -47,11 +47,9 @@ def roofline(result: Figures) -> Figure:
     axes = figure.subplots()
     most = result["ceilings"]
     records = [
-        record
-        for record in result["cases"]
-        if headlines(record) and record["work"]["bytes"] and _flop(result, record["work"])
+        record for record in result["cases"] if headlines(record) and record["work"]["bytes"] and _flop(record["work"])
     ]
-    points = [_flop(result, record["work"]) / record["work"]["bytes"] for record in records]
+    points = [_flop(record["work"]) / record["work"]["bytes"] for record in records]
     low, high = min(points, default=1) / 3, max(points, default=1) * 3
     for precision, rate in most["flop"].items():
         knee = rate / most["bytes"]
@@ -63,7 +61,7 @@ def roofline(result: Figures) -> Figure:
     handles = []
     for number, (record, x) in enumerate(zip(records, points, strict=True), 1):
         handles.append(f"{number}  {record['what']}")
-        _task(axes, record, x * 1.06 ** (points[: number - 1].count(x)), _flop(result, record["work"]), number)
+        _task(axes, record, x * 1.06 ** (points[: number - 1].count(x)), _flop(record["work"]), number)
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP a byte of memory", ylabel="FLOP/s")
     axes.set_title(f"Roofline, {result['device']}")
     for label, color, face in (

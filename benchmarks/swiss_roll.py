@@ -36,15 +36,12 @@ def _case(plan: Plan, n: int, rows: int) -> Case:
     proof, loop = PointsProof(task), sampling.baseline(task)
     targets = {1000: 3.0, 20_000: 4.0}
     persistent = ("fastsde persistent, fp32",)
-    return Case(
+    return sampling.case(
+        task,
         subject="swiss_roll",
         name=f"swiss-roll-{n}",
         what=f"swiss roll, {n:,} samples x {rows}",
-        about={"n": n, "rows": rows},
         providers=[*sampling.others(task, proof), *_ours(task, proof)],
-        baseline=loop,
-        work=task.work,
-        prepare=lambda: task.checkpoint,
         targets=[Target(f"{targets[n]:g} times the loop's speed", persistent, beside=(loop,), at_least=targets[n])]
         if not plan.quick and not plan.has_gpu and n in targets
         else [],

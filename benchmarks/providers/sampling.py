@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from ..suite.case import LEAN, LOOP, Provider
+from ..suite.case import LEAN, LOOP, Case, Provider
 from ..suite.machine import cpu_instructions
 from ..suite.measure import Figures, Run
 from ..tasks.trajectory import Proof, Trajectory
@@ -25,6 +26,21 @@ def precisions(task: Trajectory) -> tuple[str, ...]:
 
 def baseline(task: Trajectory) -> str:
     return f"{LOOP}, {precisions(task)[0]}"
+
+
+def case(task: Trajectory, subject: str, name: str, what: str, providers: Sequence[Provider], **options: Any) -> Case:
+    """Of a whole trajectory; the first provider is the baseline."""
+    return Case(
+        subject=subject,
+        name=name,
+        what=what,
+        about={"n": task.n, "rows": task.rows},
+        providers=providers,
+        baseline=providers[0].name,
+        work=task.work,
+        prepare=lambda: task.checkpoint,
+        **options,
+    )
 
 
 def others(task: Trajectory, proof: Proof) -> list[Provider]:
