@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "dsm_loss",
     "ema_update",
+    "evaluate",
     "perturb",
     "sample",
     "solver_step",
@@ -32,7 +33,7 @@ __all__ = [
 
 Model = Callable[..., Tensor]
 NoiseFunction = Callable[[int, Tensor], Tensor]
-RowHook = Callable[[int, float, Tensor], None]
+RowHook = Callable[[int, float, Tensor], "Tensor | None"]
 
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
@@ -106,6 +107,35 @@ def solver_step(
     return x_next, data
 
 
+def evaluate(
+    model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor | None]:
+    """The network's output and, where there are ``uncond_kwargs``, the unconditional one.
+
+    Raises:
+        IndexError: naming the arguments, where one of them is out of the network's range.
+    """
+    f = _call(model, x, t, "model_kwargs", model_kwargs)
+    if uncond_kwargs is None:
+        return f, None
+    f = f.clone()  # a network may return the same memory at every call
+    return f, _call(model, x, t, "uncond_kwargs", uncond_kwargs)
+
+
+def _call(model: Model, x: Tensor, t: Tensor, name: str, kwargs: Mapping[str, Any]) -> Tensor:
+    try:
+        return model(x, t, **kwargs)
+    except IndexError as error:
+        ranges = [
+            f"{key!r} of {int(value.min())} .. {int(value.max())}"
+            for key, value in kwargs.items()
+            if isinstance(value, Tensor) and value.numel() and not value.is_floating_point()
+        ]
+        if not ranges:
+            raise
+        raise IndexError(f"the network failed with {name} {', '.join(ranges)}: {error}") from error
+
+
 def sample(
     model: Model,
     shape: Sequence[int],
@@ -130,7 +160,8 @@ def sample(
         noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022).
         dtype: of the state.
-        after_row: called as ``after_row(row, time, x)`` with the state after each row.
+        after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
+            replaces the state.
 
     Raises:
         NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
@@ -140,20 +171,17 @@ def sample(
     for row in range(len(table)):
         time = float(table.time[row])
         t = torch.full((len(x),), time, dtype=dtype, device=x.device)
-        f = model(x, t, **(model_kwargs or {}))
-        check_finite("the network returned", f, row, time)
-        f_uncond = None
-        if guidance is not None:
-            f = f.clone()  # a network may return the same memory at every call
-            f_uncond = model(x, t, **(uncond_kwargs or {}))
-            check_finite("the network returned", f_uncond, row, time)
+        f, f_uncond = evaluate(model, x, t, model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
+        for output in (f, f_uncond):
+            if output is not None:
+                check_finite("the network returned", output, row, time)
         z = noise_function(row, x) if noise_function is not None and table.d[row] != 0 else None
         x, history = solver_step(
             x, f, table, row, history=history, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance
         )
         check_finite("the state became", x, row, time)
-        if after_row is not None:
-            after_row(row, time, x)
+        replaced = None if after_row is None else after_row(row, time, x)
+        x = x if replaced is None else replaced
     return x
 
 

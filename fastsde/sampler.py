@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import engines, noise, ops, solvers
+from . import engines, noise, ops, solvers, subject
+from .checkpoints import Checkpoint
 from .engines import CaptureError, batches
-from .engines.network import Network, device_of, dtype_of
+from .engines.inspection import check_call, device_of, dtype_of, random_layers
+from .engines.network import Network
 from .engines.recorder import Recorder
+from .models.mlp import check_sample_shape
+from .notices import warn_once
 from .reference import Model, NoiseFunction, RowHook
 from .sde import VPSDE
 from .solvers import StepTable
@@ -44,19 +50,22 @@ class Sampler:
     """Samples from a score network, any number of times.
 
     Args:
-        model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``. It stays as
-            it is, in training or evaluation mode.
-        sample_shape: the shape of one sample.
-        sde: the SDE.
+        model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``; an
+            ``nn.Sequential`` is called with ``cat((x, t), -1)`` instead. It stays as it is, in training or evaluation
+            mode. Or a `fastsde.checkpoints.Checkpoint`, its file, the folder of a training run, or the name of a
+            shipped model.
+        sample_shape: the shape of one sample; a checkpoint has its own.
+        sde: the SDE; a checkpoint has its own.
         solver: "euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m", or a
             `StepTable`.
         steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
         t_end: the time that the trajectory ends at, in [0, 1).
-        prediction: what the network predicts: "score", "eps", "x0" or "v".
+        prediction: what the network predicts: "score", "eps", "x0" or "v"; a checkpoint has its own.
         clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
-        dtype: what the network runs in, by default the dtype of its weights; x, t and floating-point arguments are
-            cast to it. The state is fp32, or float64 where ``dtype`` is. On a GPU, PyTorch runs fp32 convolutions in
-            TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
+        dtype: what the network runs in, by default the dtype of its weights. x is cast to it; t is fp32, an integer
+            where the network takes no other and all times are integers, and floating-point arguments keep their dtype
+            where the network takes it. The state is fp32, and state and t are float64 where ``dtype`` is. On a GPU,
+            PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
         device: by default the network's own, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
@@ -73,12 +82,13 @@ class Sampler:
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
+        FileNotFoundError: for a checkpoint that is not there.
     """
 
     def __init__(
         self,
-        model: Model,
-        sample_shape: Sequence[int],
+        model: Model | Checkpoint | str | Path,
+        sample_shape: Sequence[int] | None = None,
         *,
         sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
         solver: str | StepTable = "euler_maruyama",
@@ -93,10 +103,13 @@ class Sampler:
         compile: bool | str = False,
         max_batch: int | str | None = None,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
         check_instance("sde", sde, VPSDE)
+        given = (None if sde == VPSDE() else sde, None if prediction == "score" else prediction)
+        model, sample_shape, sde, known = subject.resolve(model, sample_shape, *given, device)
         self.sample_shape = check_shape("sample_shape", sample_shape)
+        check_sample_shape(model, self.sample_shape)
+        if prediction == "score" and not isinstance(solver, StepTable):
+            prediction = known
         self.table = _make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
@@ -110,7 +123,10 @@ class Sampler:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
         optimize = backend != "reference" and self.state_dtype == torch.float32
-        self._network = Network(model, dtype, compile is True, optimize, self.device)
+        integer_times = bool((self.table.time == self.table.time.round()).all())
+        self._network = Network(model, dtype, compile is True, optimize, self.device, integer_times)
+        if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
+            warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
         self._backend, self._compile = backend, compile
         self._compiled: Network | None = None  # for compile="auto"
         self.backend = self._choose()
@@ -166,6 +182,10 @@ class Sampler:
             check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32
         kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
+        for name, conditions in (("model_kwargs", kwargs), ("uncond_kwargs", uncond)):
+            if conditions is not None:
+                check_call(self._network.model, name, conditions)
+        self._warn_of_randomness()
 
         options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
         backend = self._choose(**options)
@@ -180,10 +200,20 @@ class Sampler:
 
         with torch.no_grad():
             batch = self._batch(backend, keys, kwargs, uncond)
-            network = self._faster(backend, keys, kwargs, uncond, batch)
+            network = self._faster(backend, keys, kwargs, uncond, batch, progress)
+            if progress:
+                _tell_of_compiling(network)
             with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
                 self._run_parts(run, options, n, batch, bar)
         return x if saved is None else (x, saved)
+
+    def _warn_of_randomness(self) -> None:
+        layers = random_layers(self._network.model)
+        if layers:
+            warn_once(
+                f"the network has {', '.join(layers)} in training mode: the same seed gives other samples in each "
+                f"call, or in another batch; call model.eval() first"
+            )
 
     def _batch(self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None) -> int:
         """How many samples are to run at once."""
@@ -208,21 +238,28 @@ class Sampler:
 
         def probe(count: int) -> None:
             first = slice(0, count)
-            engines.get("eager")(
-                network,
-                (count, *self.sample_shape),
-                self.table.head(1),
-                keys[first],
-                model_kwargs=_slice(kwargs, first),
-                guidance=self.guidance,
-                uncond_kwargs=None if uncond is None else _slice(uncond, first),
-                dtype=self.state_dtype,
-            )
+            with network.unchanged():
+                engines.get("eager")(
+                    network,
+                    (count, *self.sample_shape),
+                    self.table.head(1),
+                    keys[first],
+                    model_kwargs=_slice(kwargs, first),
+                    guidance=self.guidance,
+                    uncond_kwargs=None if uncond is None else _slice(uncond, first),
+                    dtype=self.state_dtype,
+                )
 
         return probe
 
     def _faster(
-        self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None, batch: int
+        self,
+        backend: str,
+        keys: Tensor,
+        kwargs: dict[str, Any],
+        uncond: dict[str, Any] | None,
+        batch: int,
+        progress: bool,
     ) -> Network:
         """The network as it is or, with compile="auto", compiled: whichever is faster, where the work repays that."""
         plain = self._network
@@ -241,6 +278,8 @@ class Sampler:
             self._compiled = plain.again(compile=True)
         self._compiled.refresh()
         if is_faster is None:
+            if progress:
+                _tell_of_compiling(self._compiled)
             run = self._probe(self._compiled, keys, kwargs, uncond)
             known[name][1] = is_faster = batches.seconds(run, count, self.device) < seconds
         return self._compiled if is_faster else plain
@@ -461,6 +500,11 @@ def _make_keys(
 
 def _slice(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
     return {name: value[part] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+
+def _tell_of_compiling(network: Network) -> None:
+    if network.is_compiled and not network.has_run:
+        tqdm.write("torch.compile makes code for the network first, which takes 10 to 60 s", file=sys.stderr)
 
 
 def _checked_noise(function: Callable[[int, Tensor], Tensor]) -> NoiseFunction:

@@ -1,9 +1,11 @@
 """Every backend that this machine has against the reference, on one network: ``fastsde verify``.
 
-The truth is the reference in float64. A backend's error in a dtype may be at most twice that of plain PyTorch (backend
-"reference") in the same dtype, plus a small constant (flash-attention's rule); an error is the RMS over all elements of
-the state after the first row, and again after the last. The constant holds what plain PyTorch, whose normals are the
-truth's, has no share in, and a rounding where it happens to have none:
+The truth is the reference in float64; where the network does not take that, it runs as it is between values of float64.
+A backend's error in a dtype may be at most twice that of plain PyTorch in the same dtype, plus a small constant
+(flash-attention's rule); an error is the RMS over all elements of the state after the first row, and again after the
+last. Plain PyTorch is the reference, on a copy of the network that `fastsde.yardstick` calls. That never rounds times,
+and so finds a backend that does. The constant holds what plain PyTorch, whose normals are the truth's, has no share in,
+and a rounding where it happens to have none:
 
     4e-6 sqrt(1 + sum of d^2) + 2^-24 sqrt(K) RMS(truth)    after K rows of the table
 
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, checkpoints, engines
+from . import __version__, engines, subject
 from .checkpoints import Checkpoint
 from .files import atomic_path
 from .reference import Model, NonFiniteError
@@ -40,6 +42,7 @@ from .sampler import Sampler
 from .sde import VPSDE
 from .solvers import StepTable
 from .validation import check_bool, check_int
+from .yardstick import in_dtype, in_its_own_dtype
 
 __all__ = ["DTYPES", "Difference", "Result", "default_n", "machine", "table", "verify", "write_json"]
 
@@ -93,19 +96,44 @@ class _Case:
     shape: tuple[int, ...]
     device: torch.device
     table: StepTable
+    guidance: float | None
+    call: dict[str, Any]
     n: int
-    seed: int
     progress: bool
 
-    def draw(self, backend: str, dtype: torch.dtype, compile: bool = False) -> tuple[Tensor, Tensor]:
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """The states of the reference in float64, of the network as it is where it does not take that."""
+        try:
+            self._sampler(self.model, 1, dtype=torch.float64, backend=_REFERENCE)(self.n, **self.call)
+        except NonFiniteError:
+            raise
+        except RuntimeError:
+            return self.draw(_REFERENCE, torch.float64, model=in_its_own_dtype(self.model))
+        return self.draw(_REFERENCE, torch.float64)
+
+    def yardstick(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The states of plain PyTorch in a dtype, on a state of fp32."""
+        return self.draw(_REFERENCE, torch.float32, model=in_dtype(self.model, dtype))
+
+    def _sampler(self, model: Model, rows: int, **options: Any) -> Sampler:
+        """A sampler of the first rows of the table."""
+        given: dict[str, Any] = {"guidance": self.guidance, "device": self.device}
+        return Sampler(model, self.shape, solver=self.table.head(rows), **given, **options)
+
+    def draw(
+        self, backend: str, dtype: torch.dtype, compile: bool = False, model: Model | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The states ``[n, *shape]`` after one row and after all, each from a sampler of its own.
 
         Not every backend stops between rows, and one that keeps states need not run as it does without.
+
+        Args:
+            model: what to run instead of the network.
         """
-        options: dict[str, Any] = {"dtype": dtype, "device": self.device, "backend": backend, "compile": compile}
+        options: dict[str, Any] = {"dtype": dtype, "backend": backend, "compile": compile}
+        model = self.model if model is None else model
         try:
-            tables = self.table.head(1), self.table
-            first, whole = (Sampler(self.model, self.shape, solver=table, **options) for table in tables)
+            first, whole = (self._sampler(model, rows, **options) for rows in (1, len(self.table)))
         except ValueError as error:
             raise _UnavailableError(str(error)) from error
         if self.progress:
@@ -114,7 +142,7 @@ class _Case:
             # The network would go on without it, and stand in the table as compiled.
             warnings.filterwarnings("error", "torch.compile failed", RuntimeWarning)
             try:
-                return first(self.n, seed=self.seed), whole(self.n, seed=self.seed, progress=self.progress)
+                return first(self.n, **self.call), whole(self.n, **self.call, progress=self.progress)
             except (engines.CaptureError, RuntimeWarning) as error:
                 raise _UnavailableError(_one_line(error)) from error
 
@@ -133,6 +161,11 @@ def verify(
     n: int | None = None,
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
+    t_end: float = 0.0,
+    clip: float | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
@@ -144,12 +177,13 @@ def verify(
     Args:
         model: a shipped model by name, a checkpoint file, the folder of a training run, a `Checkpoint`, or a network.
         sample_shape, sde, prediction: of a network, as for `fastsde.Sampler`; a checkpoint has its own.
-        n: how many samples; by default 4 images or 256 others.
+        n: how many samples; by default 4 images or 256 others, or as many as there are conditions.
         device: by default the network's own, and for what is loaded CUDA where there is one, else the CPU.
         dtypes: what networks run in, of float32, bfloat16 and float16; by default the first two, on a GPU all three.
         compile: run each backend a second time through ``torch.compile``.
         progress: show on stderr which backend runs, and how far it is.
-        solver, steps, seed: as for `fastsde.Sampler`.
+        solver, steps, t_end, clip, guidance: as for `fastsde.Sampler`.
+        model_kwargs, uncond_kwargs, seed: as for `fastsde.sample`.
 
     Returns:
         First the truth; then for each dtype the reference and every other backend.
@@ -158,36 +192,35 @@ def verify(
         ValueError, TypeError: naming the argument, what came and what was expected.
         NonFiniteError: where the reference in float64 has NaN or infinity.
     """
-    given = {"sample_shape": sample_shape, "sde": sde, "prediction": prediction}
-    model, given = _subject(model, device, {name: value for name, value in given.items() if value is not None})
+    model, shape, sde, prediction = subject.resolve(model, sample_shape, sde, prediction, device)
     # It also checks the arguments: after it, a sampler's ValueError is that of a backend.
-    options: dict[str, Any] = {**given, "device": device, "dtype": torch.float64, "backend": _REFERENCE}
-    sampler = Sampler(model, solver=solver, steps=steps, **options)
+    table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
+    if isinstance(solver, StepTable):
+        del table["prediction"]
+    options: dict[str, Any] = {**table, "t_end": t_end, "clip": clip, "guidance": guidance}
+    sampler = Sampler(model, shape, device=device, dtype=torch.float64, backend=_REFERENCE, **options)
     shape = sampler.sample_shape
     if not math.prod(shape):
         raise ValueError(f"sample_shape must have elements to compare, got {list(shape)}")
-    n = check_int("n", default_n(shape) if n is None else n, 1)
+    conditions = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs}
+    n = check_int("n", _usual_n(shape, conditions) if n is None else n, 1)
     check_bool("compile", compile)
     dtypes = _checked_dtypes(dtypes, sampler.device)
-    case = _Case(model, shape, sampler.device, sampler.table, n, seed, progress)
-    truth = case.draw(_REFERENCE, torch.float64)
+    case = _Case(model, shape, sampler.device, sampler.table, guidance, {"seed": seed, **conditions}, n, progress)
+    truth = case.truth()
     results = [Result(_REFERENCE, "float64", False, "truth", Difference(0.0, 0.0), Difference(0.0, 0.0))]
     for dtype in dtypes:
         results += _in_dtype(case, truth, dtype, compile)
     return results
 
 
-def _subject(model: Any, device: torch.device | str | None, given: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The network, and the arguments of a `Sampler` that belong to it."""
-    if isinstance(model, (str, Path)):
-        model = checkpoints.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(model, Checkpoint):
-        if given:
-            raise ValueError(f"{next(iter(given))} is part of the checkpoint: leave it out")
-        return model.model, {"sample_shape": model.shape, "sde": model.sde, "prediction": model.prediction}
-    if "sample_shape" not in given:
-        raise ValueError("sample_shape must be given with a network of your own, got None")
-    return model, given
+def _usual_n(shape: Sequence[int], conditions: Mapping[str, Any]) -> int:
+    """`default_n`, or the batch of the first condition that is a tensor."""
+    for kwargs in conditions.values():
+        for value in (kwargs or {}).values():
+            if isinstance(value, Tensor) and value.ndim:
+                return len(value)
+    return default_n(shape)
 
 
 def _checked_dtypes(dtypes: Sequence[torch.dtype] | None, device: torch.device) -> list[torch.dtype]:
@@ -224,7 +257,7 @@ def _check(
     if yardstick is not None and yardstick.verdict != "yardstick":
         return Result(*about, "unavailable", reason=f"there is no yardstick: {yardstick.reason}")
     try:
-        states = case.draw(backend, dtype, compile)
+        states = case.yardstick(dtype) if yardstick is None else case.draw(backend, dtype, compile)
     except _UnavailableError as error:
         return Result(*about, "unavailable", reason=str(error))
     except NonFiniteError as error:

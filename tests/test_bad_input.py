@@ -16,7 +16,7 @@ from torch import nn
 import fastsde
 from fastsde import VPSDE, Sampler, StepTable, checkpoints, data, noise, solvers
 from fastsde.compat import tutorial
-from fastsde.models import MLP, UNet, from_config
+from fastsde.models import MLP, ConcatTime, UNet, from_config
 from fastsde.training import TrainConfig, default_config, tutorial_config
 
 SDE = VPSDE()
@@ -59,7 +59,20 @@ SAMPLE = [
     ({"shape": ()}, ValueError, "shape must have the batch first", "()"),
     # model
     ({"model": None}, TypeError, "model must be callable as model(x, t)", "NoneType"),
-    ({"model": "unet"}, TypeError, "model must be callable as model(x, t)", "str"),
+    ({"model": "unet"}, FileNotFoundError, "there is no checkpoint unet", "swiss-roll"),
+    ({"model": "mnist"}, ValueError, "sample_shape of the checkpoint is (1, 28, 28)", "(2,)"),
+    ({"model": "swiss-roll", "prediction": "v"}, ValueError, "prediction of the checkpoint is eps", "v"),
+    (
+        {"model": nn.Sequential(nn.Linear(4, 3))},
+        ValueError,
+        "a Sequential is called with cat((x, t), -1)",
+        "[3]",
+        "[2]",
+    ),
+    ({"model": ConcatTime(nn.Sequential(nn.Linear(4, 3)))}, ValueError, "a ConcatTime is called with", "[3]", "[2]"),
+    ({"model": nn.Sequential(nn.PReLU()), "shape": (1000,)}, ValueError, "samples of shape [d]", "[]"),
+    ({"model": nn.Linear(2, 2)}, TypeError, "model must take model(x, t, **model_kwargs)", "too many positional"),
+    ({"model": lambda x, t, y: x}, TypeError, "model_kwargs with nothing", "missing a required argument: 'y'"),
     ({"model": torch.zeros(3)}, TypeError, "model must be callable as model(x, t)", "Tensor"),
     ({"model": lambda x, t: None}, TypeError, "model must return a tensor", "NoneType"),
     ({"model": lambda x, t: (x, t)}, TypeError, "model must return a tensor", "tuple"),
@@ -398,8 +411,8 @@ TUTORIAL = [
     (lambda: generate(ROLL, 4, data_dim=0), ValueError, "data_dim must be at least 1", "0"),
     (lambda: generate(ROLL, 4, data_dim=2.0), TypeError, "data_dim must be an int", "float"),
     (lambda: generate(nn.Sequential(nn.ReLU()), 4), ValueError, "data_dim must be given for a Sequential without"),
-    (lambda: generate(ROLL, 4, steps=5), ValueError, "has 999 rows", "steps=5"),
-    (lambda: generate(ROLL, 4, t_end=0.1), ValueError, "t_end is part of the StepTable", "0.1"),
+    (lambda: generate(ROLL, 4, steps=5), ValueError, "steps is the tutorial's own", "5", "fastsde.sample"),
+    (lambda: generate(ROLL, 4, t_end=0.1), ValueError, "t_end is the tutorial's own", "0.1", "fastsde.sample"),
     (lambda: generate(ROLL, 4, backend="cuda"), ValueError, "backend must be one of", "'cuda'"),
     (lambda: loss(ROLL, [[0.0, 0.0]]), TypeError, "x must be a tensor", "list"),
     (lambda: loss(ROLL, torch.zeros(4, 2).long()), TypeError, "x must be floating-point", "torch.int64"),

@@ -193,7 +193,7 @@ def test_a_network_that_is_broken_in_float64_has_no_truth() -> None:
         (("swiss-roll",), {"dtypes": [torch.float64]}, r"dtypes\[0\] must be one of torch.float32"),
         (("swiss-roll",), {"dtypes": []}, "dtypes must be a sequence of one dtype or more"),
         (("swiss-roll",), {"dtypes": torch.float32}, "dtypes must be a sequence of one dtype or more"),
-        (("swiss-roll",), {"prediction": "eps"}, "prediction is part of the checkpoint"),
+        (("swiss-roll",), {"prediction": "v"}, "prediction of the checkpoint is eps, got v"),
         (("swiss-roll",), {"solver": "rk45"}, "solver must be one of"),
         (("swiss-roll",), {"steps": 0}, "steps must be at least 1"),
         (("swiss-roll",), {"seed": -1}, "seed must be in"),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.network import Network, device_of, dtype_of
+from ..engines.inspection import device_of, dtype_of
+from ..engines.network import Network
 from ..models import ConcatTime
 from ..reference import Model, dsm_loss, perturb
 from ..sampler import sample
@@ -26,6 +27,8 @@ T_MIN = 1e-4
 TIME_POINTS = 1000
 _MNIST_DIM = 28 * 28
 # With torch's generator these would be ignored, or would change the order of the draws.
+# The tutorial's own, for which other values go to `fastsde.sample`.
+_FIXED = ("sde", "solver", "steps", "t_end", "prediction", "clip")
 _CONTRACT_ONLY = ("seed", "first_sample", "keys", "x_init", "max_batch")
 
 
@@ -82,6 +85,9 @@ def generate_samples(
         ValueError, TypeError: as `fastsde.sample` does.
     """
     check_int("nsamples", nsamples, 0)
+    for name in _FIXED:
+        if name in options:
+            raise ValueError(f"{name} is the tutorial's own, got {options[name]!r}: for another use fastsde.sample")
     if noise not in ("contract", "torch"):
         raise ValueError(f"noise must be 'contract' or 'torch', got {noise!r}")
     shape = (nsamples, _data_dim(score_network) if data_dim is None else check_int("data_dim", data_dim, 1))

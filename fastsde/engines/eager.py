@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
-from ..reference import Model, NoiseFunction, RowHook, check_finite
+from ..reference import Model, NoiseFunction, RowHook, check_finite, evaluate
 from ..solvers import StepTable
 
-__all__ = ["FiniteCheck", "evaluate", "sample"]
+__all__ = ["FiniteCheck", "sample"]
 
 # Rows of noise are drawn together while they have at most this many elements (each costs 60 operations on a tensor of
 # int64 blocks, which stay in the L2 cache at this size); at a hundred elements that is 20 times as fast as row by row.
@@ -46,17 +46,6 @@ def sample(
     return run(model, x, table, keys, noise_function, conditions, guidance, after_row)
 
 
-def evaluate(
-    model: Model, x: Tensor, t: Tensor, conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None]
-) -> tuple[Tensor, Tensor | None]:
-    """The network's output and, where there is a second set of arguments, the unconditional one."""
-    f = model(x, t, **conditions[0])
-    if conditions[1] is None:
-        return f, None
-    f = f.clone()  # a network may return the same memory at every call
-    return f, model(x, t, **conditions[1])
-
-
 def _fused(
     model: Model,
     x: Tensor,
@@ -75,8 +64,8 @@ def _fused(
     rows = [table.row(row) for row in range(len(table))]
     status, history = ops.new_status(x.device), None
     for row, k in enumerate(rows):
-        t = torch.full((len(x),), k["time"], device=x.device)
-        f, f_uncond = evaluate(model, x, t, conditions)
+        t = torch.full((len(x),), k["time"], dtype=x.dtype, device=x.device)
+        f, f_uncond = evaluate(model, x, t, *conditions)
         z = noise_function(row, x) if k["d"] != 0 and noise_function is not None else None
         x, history = ops.fused_step(
             x,
@@ -93,8 +82,8 @@ def _fused(
         )
         if at_once:
             ops.check_status(status, table)
-        if after_row is not None:
-            after_row(row, k["time"], x)
+        replaced = None if after_row is None else after_row(row, k["time"], x)
+        x = x if replaced is None else replaced
     ops.check_status(status, table)
     return x
 
@@ -121,7 +110,7 @@ def _plain(
     history = None
     for row, k in enumerate(rows):
         t = torch.full((len(x),), k["time"], dtype=x.dtype, device=x.device)
-        outputs = evaluate(model, x, t, conditions)
+        outputs = evaluate(model, x, t, *conditions)
         for f in outputs:
             if f is not None:
                 finite("the network returned", f, row)
@@ -131,8 +120,8 @@ def _plain(
         f = _guided(*outputs, guidance, x.dtype)
         x, history = _step(x, f, k, table.clip, history, z, _is_read(rows, row))
         finite("the state became", x, row)
-        if after_row is not None:
-            after_row(row, k["time"], x)
+        replaced = None if after_row is None else after_row(row, k["time"], x)
+        x = x if replaced is None else replaced
     finite.finish()
     return x
 
@@ -188,7 +177,8 @@ class FiniteCheck:
     def __init__(self, rows: Sequence[dict[str, float]], device: torch.device, deferred: bool | None = None) -> None:
         self._rows = rows
         deferred = device.type != "cpu" if deferred is None else deferred
-        self._magnitudes = torch.zeros(len(rows), len(self._WHAT), device=device) if deferred else None
+        shape = (len(rows), len(self._WHAT))
+        self._magnitudes = torch.zeros(shape, dtype=torch.float32, device=device) if deferred else None
 
     def __call__(self, what: str, value: Tensor, row: int) -> None:
         if self._magnitudes is None:

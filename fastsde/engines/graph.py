@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..reference import NoiseFunction
+from ..reference import NoiseFunction, evaluate
 from ..solvers import StepTable
 from . import capture, eager
 from .chunks import chunks
@@ -177,11 +177,12 @@ class Trajectory:
         self._network: Fingerprint | None = None  # when it was recorded last
         self._counts: frozenset[int] = frozenset()  # where that differs whenever it is called, in a count of calls
         batch, size = form.shape[0], math.prod(form.shape[1:])
-        self._x = torch.zeros(form.shape, device=form.device)
-        self._history = torch.zeros(form.shape, device=form.device) if form.has_history else None
+        fp32: dict[str, Any] = {"dtype": torch.float32, "device": form.device}
+        self._x = torch.zeros(form.shape, **fp32)
+        self._history = torch.zeros(form.shape, **fp32) if form.has_history else None
         self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=form.device)
-        self._rows = torch.zeros((form.rows, 8), device=form.device)
-        self._time = torch.zeros(batch, device=form.device)
+        self._rows = torch.zeros((form.rows, 8), **fp32)
+        self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
         self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
@@ -225,7 +226,8 @@ class Trajectory:
             return
         if self._recording is None:
             recording = capture.Recording(self._form.device)
-            recording.warm_up(lambda: self._warm_up(network))
+            with network.unchanged():
+                recording.warm_up(lambda: self._warm_up(network))
             self._recording, self._counts = recording, network.fingerprint().differences(found)
         for length in sorted(set(lengths) - set(self._graphs)):
             self._graphs[length] = self._recording.record(lambda length=length: self._run_rows(network, length))  # type: ignore[misc]
@@ -246,7 +248,7 @@ class Trajectory:
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
             for _ in range(count):
-                f, f_uncond = eager.evaluate(network, self._x, self._time, self._conditions)
+                f, f_uncond = evaluate(network, self._x, self._time, *self._conditions)
                 ops.counted_step(
                     self._x,
                     f,

@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 import warnings
-import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..models.unet import UNet
-from ..models.unet_inference import UNetInference, supports
+from ..models.mlp import is_sequential
+from ..models.unet_inference import UNetInference
+from ..models.unwrap import unwrap
+from ..notices import warn_once
 from ..reference import Model
+from .batches import is_out_of_memory
+from .derived import Frozen, can_be_frozen, compiled, derived, form_of
 from .fingerprint import Fingerprint, fingerprint
+from .inspection import device_of, dtype_of, modules_of
 
-__all__ = ["Network", "device_of", "dtype_of"]
+__all__ = ["Network"]
 
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_REFUSALS = (RuntimeError, IndexError)  # what PyTorch raises for a dtype that an operation does not take
 # What is kept of a model while it lives, whichever sampler made it.
 _caches: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-_LOCK = threading.RLock()  # of what is run instead of a model
 
 
-def device_of(model: Model) -> torch.device | None:
-    """The device of a network's first parameter or buffer, if it has any."""
-    if isinstance(model, nn.Module):
-        for tensor in _tensors(model):
-            return tensor.device
-    return None
+class _Feed(NamedTuple):
+    """How a network takes what is not x.
 
+    Args:
+        time: the dtype of t.
+        casts: whether floating-point arguments are cast to the network's dtype.
+        autocast: whether it runs under ``torch.autocast`` in its dtype.
+    """
 
-def dtype_of(model: Model) -> torch.dtype:
-    """The dtype of a network's first floating-point parameter or buffer; fp32 where it has none."""
-    if isinstance(model, nn.Module):
-        for tensor in _tensors(model):
-            if tensor.is_floating_point():
-                return tensor.dtype
-    return torch.float32
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
-    return any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in _tensors(model))
+    time: torch.dtype
+    casts: bool = False
+    autocast: bool = False
 
 
 class Network:
@@ -56,13 +48,21 @@ class Network:
 
     Without a ``dtype`` the model runs as it is, fed with the dtype of its first weight. With one that its weights do
     not have, a copy of it is run, on a GPU in channels_last where it has convolutions. Of a `fastsde.models.UNet` its
-    inference form is run. `refresh` brings the weights of either up to date. x, t and floating-point arguments are
-    cast.
+    inference form is run. `refresh` brings the weights of either up to date.
+
+    x is cast to ``dtype``. t is not, since neighbouring times would become one: it is fp32 (float64 for a float64
+    network), and floating-point arguments keep their dtype. A network that refuses that gets, from the first call on,
+    what it takes of: integer times, where the times are integers; its arguments in ``dtype``; t as it is under
+    ``torch.autocast``; and last t in ``dtype``, with a warning.
+
+    DistributedDataParallel, DataParallel and AveragedModel are looked into, as is what ``torch.compile`` returns where
+    something else is run in its place. An ``nn.Sequential`` is called with ``cat((x, t), -1)``.
 
     Args:
         compile: run it through ``torch.compile``. Where that fails, the network runs without it, with a warning.
         optimize: whether to take the inference form of a U-Net.
         device: where it runs, for a function that has no weights to tell.
+        integer_times: whether all times that it is called with are integers.
 
     Raises:
         TypeError: where the model does not return a floating-point tensor.
@@ -76,59 +76,87 @@ class Network:
         compile: bool = False,
         optimize: bool = False,
         device: torch.device | None = None,
+        integer_times: bool = False,
     ) -> None:
-        self.model = model
+        self._given, self._compiles = model, compile
+        self._arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "optimize": optimize,
+            "device": device,
+            "integer_times": integer_times,
+        }
+        self.model = _inside(model)
         self.dtype = dtype_of(model) if dtype is None else dtype
-        self.cache = _cache(model)  # what an engine keeps of this network
-        self._device = device or device_of(model) or torch.device("cpu")
-        self._compile, self._arguments = compile, (dtype, optimize)
+        self.device = device or device_of(model) or torch.device("cpu")
+        self.cache = _cache(self.model)  # what an engine keeps of this network
+        self._feeds = _feeds(self.dtype, integer_times)
         self._run: Model | None = None
         self._compiled: Model | None = None
+        self.has_run = False
         self.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, (self._given, self._compiles, self._arguments)  # all else is made from these
 
     def again(self, compile: bool) -> Network:
         """The same network, with or without ``torch.compile``."""
-        dtype, optimize = self._arguments
-        return Network(self.model, dtype, compile, optimize, self._device)
+        return Network(self._given, compile=compile, **self._arguments)
 
     @property
     def is_native(self) -> bool:
         """Whether a native kernel runs it, which ``torch.compile`` does not make faster."""
         return isinstance(self._run, UNetInference) and self._run.is_native
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs through ``torch.compile``."""
+        return self._compiled is not None
+
     def refresh(self) -> None:
         """Brings what is run instead of the model up to date: its weights, and where more has changed, all of it."""
-        self._form = _form(self.model, *self._arguments, self._device)
-        run = self.model
+        self._form = form_of(self.model, self._arguments["dtype"], self._arguments["optimize"], self.device)
+        run = self._given if self._form == "itself" and _is_compiled(self._given) else self.model
         if isinstance(run, nn.Module) and self._form != "itself":
-            run = _derived(run, self._form, self.dtype, self._device, self.cache)
+            run = derived(run, self._form, self.dtype, self.device, self.cache)
         if run is not self._run or isinstance(self._compiled, Frozen):  # which may be out of date
             self._run = run
-            self._compiled = self._through_compile(run) if self._compile else None
+            self._compiled = self._through_compile(run) if self._compiles else None
         self._channels_last = self._form == "channels_last"
 
     def _through_compile(self, run: Model) -> Model:
         """The network through ``torch.compile``; on the CPU the one that another sampler has made, if it is that."""
-        if self._device.type == "cuda" or not isinstance(run, nn.Module) or not _can_be_frozen(run):
-            return _compiled(run, self._device)
+        if self.device.type == "cuda" or not isinstance(run, nn.Module) or not can_be_frozen(run):
+            return compiled(run, self.device)
         name = f"{self._form} in {self.dtype}, frozen"
         if name not in self.cache or not self.cache[name].is_of(run):
             self.cache[name] = Frozen(run)
         frozen: Frozen = self.cache[name]
         return frozen
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restores buffers and random states at the end, for calls that only measure or warm up.
+
+        Batch norm in training mode moves its statistics in every call, and dropout draws from PyTorch's generator.
+        """
+        modules = [*modules_of(self.model), *modules_of(self._run)]
+        held = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+        with torch.no_grad():
+            for buffer, value in held.items():
+                buffer.copy_(value)
+
     def form(self) -> tuple[Any, ...]:
         """How the network is run, beside what its `fingerprint` tells."""
-        return self._form, self.dtype, self._compiled is not None
+        return self._form, self.dtype, self.is_compiled, tuple(self._feeds)
 
     def fingerprint(self) -> Fingerprint:
         """What is run, at this moment."""
         return fingerprint(self._run)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
-        cast = {name: self._cast(value) for name, value in kwargs.items()}
-        f: Any = self._evaluate(x.to(self.dtype, memory_format=layout), t.to(self.dtype), cast)
+        f: Any = self._fed(x, t, kwargs)
         if not isinstance(f, Tensor):
             hint = ", such as lambda x, t: model(x, t).sample" if hasattr(f, "sample") else ""
             raise TypeError(f"model must return a tensor, got {type(f).__name__}: wrap it in a function{hint}")
@@ -138,19 +166,56 @@ class Network:
             raise ValueError(f"model must return a tensor on {x.device}, got {f.device}")
         if f.shape != x.shape:
             raise ValueError(f"model must return the shape of x, {list(x.shape)}, got {list(f.shape)}")
+        self.has_run = True
         result: Tensor = f
         return result
 
-    def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
+    # How it is fed --------------------------------------------------------------------------------------------------
+
+    def _fed(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The network's output, fed as before, or else in the next way that it takes."""
+        try:
+            return self._evaluate(x, t, kwargs, self._feeds[0])
+        except _REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            refusal = error
+        for feed in self._feeds[1:]:
+            try:
+                f = self._evaluate(x, t, kwargs, feed)
+            except _REFUSALS:
+                continue
+            if feed.time in _LOW_PRECISION:
+                warn_once(
+                    f"the network takes times in {feed.time} alone, to which t is rounded: neighbouring times become "
+                    f"one ({refusal})"
+                )
+            self._feeds = self._feeds[self._feeds.index(feed) :]
+            return f
+        raise refusal
+
+    def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> Any:
+        layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
+        x, t = x.to(self.dtype, memory_format=layout), t.to(feed.time)
+        if feed.casts:
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        args = (torch.cat((x, t[:, None].to(x.dtype)), -1),) if is_sequential(self._run) else (x, t)
+        if not feed.autocast:
+            return self._through(args, kwargs)
+        with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):
+            return self._through(args, kwargs)
+
+    def _through(self, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        """What is run, compiled where it is to be."""
         run: Any = self._run
         if self._compiled is None:
-            return run(x, t, **kwargs)
+            return run(*args, **kwargs)
         try:
-            return self._compiled(x, t, **kwargs)
+            return self._compiled(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            f = run(x, t, **kwargs)  # raises the network's own error, if it was that
+            f = run(*args, **kwargs)  # raises the network's own error, if it was that
             self._compiled = None
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             warnings.warn(f"torch.compile failed, the network runs without it: {reason}", RuntimeWarning, stacklevel=2)
@@ -160,15 +225,33 @@ class Network:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-# What is run instead of the model itself ----------------------------------------------------------------------------
+def _make(model: Model, compile: bool, arguments: dict[str, Any]) -> Network:
+    return Network(model, compile=compile, **arguments)
 
 
-@dataclass
-class _Derived:
-    """What is run instead of a model, and the model as it was when that was made."""
+def _feeds(dtype: torch.dtype, integer_times: bool) -> list[_Feed]:
+    """The ways to feed a network of a dtype, from the one that loses nothing on."""
+    times = [torch.float64 if dtype == torch.float64 else torch.float32]
+    if integer_times:
+        times.append(torch.int64)
+    feeds = [_Feed(time, casts) for casts in (False, True) for time in times]
+    if dtype in _LOW_PRECISION:
+        feeds += [*(_Feed(time, autocast=True) for time in times), _Feed(dtype, casts=True)]
+    return feeds
 
-    module: nn.Module
-    model: Fingerprint
+
+def _inside(model: Model) -> Model:
+    """The network inside of wrappers, unless a wrapper has hooks of its own."""
+    if not isinstance(model, nn.Module):
+        return model
+    inner = unwrap(model)
+    wrappers = set(model.modules()).difference(inner.modules())
+    return model if any(each._forward_hooks or each._forward_pre_hooks for each in wrappers) else inner
+
+
+def _is_compiled(model: Model) -> bool:
+    """Whether it is what ``torch.compile`` returns for a module."""
+    return isinstance(model, nn.Module) and unwrap(model) is model._modules.get("_orig_mod")
 
 
 def _cache(model: Model) -> dict[str, Any]:
@@ -178,90 +261,3 @@ def _cache(model: Model) -> dict[str, Any]:
         return _caches.setdefault(model, {})
     except TypeError:  # a class of its own __eq__ without a hash
         return {}
-
-
-def _form(model: Model, dtype: torch.dtype | None, optimize: bool, device: torch.device) -> str:
-    """ "itself", or what is run instead: "optimized", "copy" or "channels_last", a copy of that layout."""
-    if not isinstance(model, nn.Module):
-        return "itself"
-    if optimize and supports(model):
-        return "optimized"
-    if dtype is None or not _has_other_dtype(model, dtype):
-        return "itself"
-    convolutional = any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
-    return "channels_last" if convolutional and device.type == "cuda" else "copy"
-
-
-def _derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, cache: dict[str, Any]) -> nn.Module:
-    """What is run instead of the model, with its weights as they are now. It is made again where more has changed."""
-    name = f"{form} in {dtype} on {device}"
-    with _LOCK, torch.inference_mode(False):  # its weights are written to in other modes too
-        found = fingerprint(model)
-        kept: _Derived | None = cache.get(name)
-        if kept is None or not found.is_copied_as(kept.model):
-            kept = cache[name] = _Derived(_make(model, form, dtype), found)
-        elif isinstance(kept.module, UNetInference) and isinstance(model, UNet):
-            kept.module.refresh(model)
-        else:
-            with torch.no_grad():
-                for tensor, original in zip(_tensors(kept.module), _tensors(model), strict=True):
-                    tensor.copy_(original)
-        return kept.module
-
-
-def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
-    if form == "optimized" and isinstance(model, UNet):
-        return model.optimize(dtype)
-    try:
-        made = copy.deepcopy(model)
-    except Exception as error:
-        raise ValueError(
-            f"dtype is {dtype}, for which the model is copied, but it cannot be: {error}; convert its weights yourself "
-            f"and leave dtype out, or call it under torch.autocast in a function"
-        ) from error
-    made.to(dtype)
-    return made.to(memory_format=torch.channels_last) if form == "channels_last" else made
-
-
-class Frozen:
-    """A network that ``torch.compile`` has made, on the CPU, with its weights as constants of the code.
-
-    What it has compiled is kept on disk by PyTorch, from which other processes take it.
-    """
-
-    def __init__(self, run: nn.Module) -> None:
-        alive = self._run = weakref.ref(run)  # what is kept of a model must not keep it alive
-        self._weights = [each.detach().clone() for each in _tensors(run)]
-
-        def network(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-            f: Tensor = alive()(x, t, **kwargs)  # type: ignore[misc]
-            return f
-
-        network.__code__ = network.__code__.replace()  # of its own: by it PyTorch finds what it has compiled before
-        self._compiled: Model = torch.compile(network)
-
-    def is_of(self, run: Model) -> bool:
-        """Whether it still computes what a network does."""
-        if not isinstance(run, nn.Module) or run is not self._run():
-            return False
-        now = _tensors(run)
-        return len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
-
-    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        with torch._inductor.config.patch(freezing=True):
-            return self._compiled(x, t, **kwargs)
-
-
-def _can_be_frozen(run: nn.Module) -> bool:
-    """Whether all tensors of a network are parameters and buffers that a call leaves as they are."""
-    counts = any(module.training and getattr(module, "running_mean", None) is not None for module in run.modules())
-    return not counts and len(fingerprint(run).places) == len(_tensors(run))
-
-
-def _compiled(run: Model, device: torch.device) -> Model:
-    """``torch.compile`` in the mode for inference whose graphs somebody else captures."""
-    if device.type != "cuda":
-        return torch.compile(run)
-    # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.
-    options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
-    return torch.compile(run, dynamic=False, options=options)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..reference import RowHook
+from ..validation import check_tensor
 
 __all__ = ["Recorder"]
 
@@ -20,7 +21,7 @@ class Recorder:
     Args:
         bar: the progress bar, which counts rows.
         states: ``[K // every + 1, B, *shape]``, where every ``every``-th state goes, or None.
-        callback: the user's own, called with the same arguments.
+        callback: the user's own, called with the same arguments. A tensor that it returns replaces the state.
     """
 
     bar: tqdm[Any]
@@ -33,10 +34,15 @@ class Recorder:
         if self.states is not None:
             self.states[0] = x
 
-    def __call__(self, row: int, time: float, x: Tensor) -> None:
+    def __call__(self, row: int, time: float, x: Tensor) -> Tensor:
+        """Calls back, keeps the state that this has left, and returns it."""
+        replaced = None if self.callback is None else self.callback(row, time, x)
+        if replaced is not None:
+            name = f"the result of callback in row {row}"
+            check_tensor(name, replaced, shape=x.shape, device=x.device, floating=True, finite=True)
+            x = replaced.to(x.dtype, copy=True)  # the caller may go on writing to its own
         self.advance(row + 1, 1, x)
-        if self.callback is not None:
-            self.callback(row, time, x)
+        return x
 
     def advance(self, rows: int, count: int, x: Tensor) -> None:
         """Keeps the state after ``rows`` rows, of which ``count`` are new, for an engine that has no callback."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..validation import check_ints
 from .hooks import is_hooked
 
-__all__ = ["ACTIVATIONS", "MLP", "ConcatTime", "linear_layers"]
+__all__ = ["ACTIVATIONS", "MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     activation.__name__: activation for activation in (nn.LogSigmoid, nn.SiLU, nn.ReLU, nn.Tanh, nn.GELU, nn.Softplus)
@@ -62,7 +62,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
-        result: Tensor = self.net(torch.cat((x[:, None].flatten(1), t[:, None]), dim=1))
+        result: Tensor = self.net(torch.cat((x[:, None].flatten(1), t[:, None].to(x.dtype)), dim=1))
         return result.reshape(x.shape)
 
 
@@ -76,12 +76,43 @@ class ConcatTime(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.training = net.training
+        self.training = getattr(net, "training", False)  # which frozen scripts do not have
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x ``[B, d]`` and t ``[B]`` to ``[B, d]``."""
-        result: Tensor = self.net(torch.cat((x, t[:, None]), dim=-1))
+        result: Tensor = self.net(torch.cat((x, t[:, None].to(x.dtype)), dim=-1))
         return result
+
+
+def is_sequential(model: object) -> bool:
+    """Whether a network is an ``nn.Sequential``, which takes one argument and is called with ``cat((x, t), -1)``."""
+    return (
+        isinstance(model, nn.Sequential)
+        and type(model).forward is nn.Sequential.forward
+        and "forward" not in vars(model)
+    )
+
+
+def check_sample_shape(model: object, shape: Sequence[int]) -> None:
+    """Raises ValueError for samples that a network of ``cat((x, t), -1)`` cannot take.
+
+    Args:
+        model: of an ``nn.Sequential`` or a `ConcatTime` the first layer is looked at; others pass.
+        shape: the shape of one sample.
+    """
+    net = model.net if type(model) is ConcatTime else model
+    if not is_sequential(net) and net is model:
+        return
+    while isinstance(net, nn.Sequential) and len(net):
+        net = net[0]
+    inputs = net.in_features - 1 if isinstance(net, nn.Linear) else None
+    if len(shape) == 1 and inputs in (None, shape[0]):
+        return
+    expected = "[d]" if inputs is None else f"[{inputs}]"
+    raise ValueError(
+        f"a {type(model).__name__} is called with cat((x, t), -1), on samples of shape {expected}, got {list(shape)}: "
+        f"for other samples wrap it in a module or function that is called as model(x, t)"
+    )
 
 
 _KERNEL_NAMES: dict[type[nn.Module], str] = {

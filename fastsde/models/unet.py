@@ -87,7 +87,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``."""
-        plane = t[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        plane = t.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         signal = torch.cat((x, plane), dim=1)
         skips: list[Tensor] = []
         for level, convolution in enumerate(self.encoder):

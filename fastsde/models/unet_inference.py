@@ -145,7 +145,7 @@ class UNetInference(nn.Module):
 
             if ops.has_triton(x.device):
                 return self._fused(x, t)
-            if self.is_native and x.dtype == t.dtype == self.image_weight.dtype and ops.is_plain(x, t):
+            if self.is_native and x.dtype == self.image_weight.dtype and ops.is_plain(x, t):
                 return self._native(x, t)
         return self._plain(x, t)
 

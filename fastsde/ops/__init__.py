@@ -7,7 +7,7 @@ wanted that a kernel does not have. Each is a ``torch.library`` operation, which
 
 from __future__ import annotations
 
-from .dispatch import has_kernels, has_native, has_triton, is_plain, native_state
+from .dispatch import has_kernels, has_native, has_triton, is_plain, multiplies_bf16, native_state
 from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp
 from .step import (
     check_status,
@@ -35,6 +35,7 @@ __all__ = [
     "launch_mlp_sampler",
     "mlp_limits",
     "mlp_sampler",
+    "multiplies_bf16",
     "native_state",
     "new_status",
     "normal",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "has_triton",
     "is_plain",
     "kernel",
+    "multiplies_bf16",
     "native_state",
     "needs_grad",
 ]
@@ -27,6 +30,7 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _PLAIN = (Tensor, nn.Parameter)
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them, the last on Arm
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -64,6 +68,17 @@ def native_state() -> str:
 
     library, reason = build.load(), build.unavailable_reason()
     return f"no: {reason}" if library is None else f"yes, {library._name}"
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16; others emulate them. True where that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return True
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), None)
+    return flags is None or not _BF16.isdisjoint(flags)
 
 
 def has_kernels(device: torch.device) -> bool:

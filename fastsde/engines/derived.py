@@ -1,0 +1,122 @@
+"""What is run instead of the user's model: a copy in another dtype or layout, its inference form, or compiled code."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.unet import UNet
+from ..models.unet_inference import UNetInference, supports
+from ..reference import Model
+from .fingerprint import Fingerprint, fingerprint
+from .inspection import tensors_of
+
+__all__ = ["Frozen", "can_be_frozen", "compiled", "derived", "form_of"]
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_LOCK = threading.RLock()  # of what is run instead of a model
+
+
+def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
+    return any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors_of(model))
+
+
+@dataclass
+class _Derived:
+    """What is run instead of a model, and the model as it was when that was made."""
+
+    module: nn.Module
+    model: Fingerprint
+
+
+def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: torch.device) -> str:
+    """ "itself", or what is run instead: "optimized", "copy" or "channels_last", a copy of that layout."""
+    if not isinstance(model, nn.Module):
+        return "itself"
+    if optimize and supports(model):
+        return "optimized"
+    if dtype is None or not _has_other_dtype(model, dtype):
+        return "itself"
+    convolutional = any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
+    return "channels_last" if convolutional and device.type == "cuda" else "copy"
+
+
+def derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, cache: dict[str, Any]) -> nn.Module:
+    """What is run instead of the model, with its weights as they are now. It is made again where more has changed."""
+    name = f"{form} in {dtype} on {device}"
+    with _LOCK, torch.inference_mode(False):  # its weights are written to in other modes too
+        found = fingerprint(model)
+        kept: _Derived | None = cache.get(name)
+        if kept is None or not found.is_copied_as(kept.model):
+            kept = cache[name] = _Derived(_make(model, form, dtype), found)
+        elif isinstance(kept.module, UNetInference) and isinstance(model, UNet):
+            kept.module.refresh(model)
+        else:
+            with torch.no_grad():
+                for tensor, original in zip(tensors_of(kept.module), tensors_of(model), strict=True):
+                    tensor.copy_(original)
+        return kept.module
+
+
+def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
+    if form == "optimized" and isinstance(model, UNet):
+        return model.optimize(dtype)
+    try:
+        made = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"dtype is {dtype}, for which the model is copied, but it cannot be: {error}; convert its weights yourself "
+            f"and leave dtype out, or call it under torch.autocast in a function"
+        ) from error
+    made.to(dtype)
+    return made.to(memory_format=torch.channels_last) if form == "channels_last" else made
+
+
+class Frozen:
+    """A network that ``torch.compile`` has made, on the CPU, with its weights as constants of the code.
+
+    What it has compiled is kept on disk by PyTorch, from which other processes take it.
+    """
+
+    def __init__(self, run: nn.Module) -> None:
+        alive = self._run = weakref.ref(run)  # what is kept of a model must not keep it alive
+        self._weights = [each.detach().clone() for each in tensors_of(run)]
+
+        def network(*args: Tensor, **kwargs: Any) -> Tensor:
+            f: Tensor = alive()(*args, **kwargs)  # type: ignore[misc]
+            return f
+
+        network.__code__ = network.__code__.replace()  # of its own: by it PyTorch finds what it has compiled before
+        self._compiled: Model = torch.compile(network)
+
+    def is_of(self, run: Model) -> bool:
+        """Whether it still computes what a network does."""
+        if not isinstance(run, nn.Module) or run is not self._run():
+            return False
+        now = tensors_of(run)
+        return len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
+
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):
+            return self._compiled(*args, **kwargs)
+
+
+def can_be_frozen(run: nn.Module) -> bool:
+    """Whether all tensors of a network are parameters and buffers that a call leaves as they are."""
+    counts = any(module.training and getattr(module, "running_mean", None) is not None for module in run.modules())
+    return not counts and len(fingerprint(run).places) == len(tensors_of(run))
+
+
+def compiled(run: Model, device: torch.device) -> Model:
+    """``torch.compile`` in the mode for inference whose graphs somebody else captures."""
+    if device.type != "cuda":
+        return torch.compile(run)
+    # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.
+    options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
+    return torch.compile(run, dynamic=False, options=options)

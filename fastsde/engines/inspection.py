@@ -1,0 +1,84 @@
+"""What can be told of a network without running it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.mlp import is_sequential
+from ..reference import Model
+
+__all__ = ["check_call", "device_of", "dtype_of", "modules_of", "random_layers", "tensors_of"]
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def device_of(model: Model) -> torch.device | None:
+    """The device of a network's first parameter or buffer, if it has any."""
+    if isinstance(model, nn.Module):
+        for tensor in tensors_of(model):
+            return tensor.device
+    return None
+
+
+def dtype_of(model: Model) -> torch.dtype:
+    """The dtype of a network's first floating-point parameter or buffer; fp32 where it has none."""
+    if isinstance(model, nn.Module):
+        for tensor in tensors_of(model):
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32
+
+
+def modules_of(model: Model | None) -> list[nn.Module]:
+    """The module that a network is, or those that a function reads from its closure and the globals that it names."""
+    if isinstance(model, nn.Module):
+        return [model]
+    held: list[Any] = [getattr(model, "__self__", None), getattr(model, "func", None)]
+    if inspect.isfunction(model):
+        with suppress(ValueError):  # a variable that is not assigned yet
+            variables = inspect.getclosurevars(model)
+            held += [*variables.nonlocals.values(), *variables.globals.values()]
+    return [each for each in held if isinstance(each, nn.Module)]
+
+
+def random_layers(model: Model) -> list[str]:
+    """The layers in training mode that make samples depend on more than their seed: dropout and batch norm."""
+    dropout, batch_norm = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
+    found = {
+        type(layer).__name__: None
+        for module in modules_of(model)
+        for layer in module.modules()
+        if getattr(layer, "training", False)
+        and ((isinstance(layer, dropout) and layer.p > 0) or isinstance(layer, batch_norm))
+    }
+    return list(found)
+
+
+def check_call(model: Model, name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises TypeError where a network's signature does not take ``model(x, t, **kwargs)``.
+
+    Args:
+        name: the argument that ``kwargs`` came in, such as "model_kwargs".
+    """
+    args = (None,) if is_sequential(model) else (None, None)
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # it has none that Python can tell
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        call = ", ".join(["x", "t", *(f"{key}=..." for key in kwargs)])
+        raise TypeError(
+            f"model must take model(x, t, **{name}), got {type(model).__name__}{signature} and {name} with "
+            f"{', '.join(map(repr, kwargs)) or 'nothing'}: model({call}) is {error}"
+        ) from error

@@ -1,0 +1,81 @@
+"""Networks as `fastsde.verify` calls them for the truth and beside it: by hand, and not as the backends call theirs.
+
+A fault of `fastsde.engines.network`, such as times that are rounded, is then not shared by what it is measured with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engines.inspection import dtype_of
+from .models.mlp import ConcatTime, is_sequential
+from .models.unwrap import unwrap
+from .reference import Model
+
+__all__ = ["in_dtype", "in_its_own_dtype"]
+
+
+def in_its_own_dtype(model: Model) -> Model:
+    """The network in its own dtype, between values of float64."""
+    net, dtype = _called(model), dtype_of(model)
+
+    def run(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        return net(x.to(dtype), t.float(), **kwargs).double()
+
+    return run
+
+
+def in_dtype(model: Model, dtype: torch.dtype) -> Model:
+    """A copy of the network in a dtype, called with x in that dtype and all else as it is.
+
+    A network that refuses that gets integer times, its other arguments in the dtype, or what it is given under
+    ``torch.autocast``: the first that it takes.
+    """
+    net = _called(model)
+    if isinstance(net, nn.Module) and dtype_of(net) != dtype:
+        net = copy.deepcopy(net).to(dtype)
+
+    def call(x: Tensor, t: Tensor, kwargs: dict[str, Any], integer: bool, cast: bool, autocast: bool) -> Tensor:
+        if cast:
+            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
+        with torch.autocast(x.device.type, dtype=dtype) if autocast else nullcontext():
+            return net(x.to(dtype), t.long() if integer else t, **kwargs)
+
+    ways = [(integer, cast, False) for cast in (False, True) for integer in (False, True)]
+    if dtype != torch.float32:
+        ways += [(integer, False, True) for integer in (False, True)]
+    return _first_taken(call, ways)
+
+
+def _first_taken(call: Callable[..., Tensor], ways: list[tuple[bool, bool, bool]]) -> Model:
+    def run(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        refusals = []
+        for way in list(ways):
+            if way[0] and not torch.equal(t, t.round()):  # these times are no integers
+                continue
+            try:
+                f = call(x, t, kwargs, *way)
+            except (RuntimeError, IndexError) as error:
+                refusals.append(error)
+                continue
+            del ways[: ways.index(way)]
+            return f
+        raise refusals[0]
+
+    return run
+
+
+def _called(model: Model) -> Model:
+    """The network as ``model(x, t)``."""
+    model = unwrap(model) if isinstance(model, nn.Module) else model
+    return ConcatTime(model) if isinstance(model, nn.Module) and is_sequential(model) else model
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
