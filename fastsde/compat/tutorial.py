@@ -100,7 +100,7 @@ def generate_samples(
         options["x_init"] = torch.randn(shape, device=device, dtype=dtype_of(score_network))
         options["noise"] = lambda row, x: torch.randn_like(x)
     # The tutorial's own fp32 time points: fp32 and float64 ones differ in their last bit.
-    table = euler_maruyama(VPSDE(), torch.linspace(1, 0, TIME_POINTS, device="cpu"))
+    table = euler_maruyama(VPSDE(), torch.linspace(1, 0, TIME_POINTS, dtype=torch.float32, device="cpu"))
     result: Tensor = sample(model, shape, solver=table, **options)
     return result
 
