@@ -1,0 +1,32 @@
+"""The network inside of PyTorch's wrappers."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["unwrap"]
+
+_WITH_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returns. Its class is not imported: torch._dynamo takes a second."""
+    return any(
+        each.__name__ == "OptimizedModule" and each.__module__.startswith("torch._dynamo")
+        for each in type(model).__mro__
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside of ``torch.compile``, DistributedDataParallel, DataParallel and AveragedModel, in any nesting.
+
+    Hooks of the wrappers themselves are not taken along. Any other module comes back as it is.
+    """
+    while True:
+        if isinstance(model, _WITH_MODULE):
+            model = model.module
+        elif _is_compiled(model):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
