@@ -38,7 +38,8 @@ class Checkpoint:
     """A network and how to sample from it.
 
     Args:
-        model: called as ``model(x, t)``; built by this package (it has a ``config`` and a ``shape``).
+        model: called as ``model(x, t)``. One that is to be saved is a `fastsde.models.MLP` or `UNet`, also inside of
+            ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel.
         sde: the SDE that it was trained on.
         prediction: "score", "eps", "x0" or "v".
         data: the name of the data set, or "".
@@ -55,19 +56,38 @@ class Checkpoint:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample."""
-        return tuple(self.model.shape)  # type: ignore[arg-type]
+        """The shape of one sample. Raises TypeError for a network that does not tell it."""
+        shape: Any = getattr(models.unwrap(self.model), "shape", None)
+        if shape is None:
+            raise _not_ours(self.model)
+        return tuple(shape)
+
+    @property
+    def network(self) -> models.MLP | models.UNet:
+        """The model without wrappers. Raises TypeError where it is not one of this package."""
+        network = models.unwrap(self.model)
+        if type(network) is models.MLP or type(network) is models.UNet:  # a subclass would come back as what it is not
+            return network
+        raise _not_ours(self.model)
 
     def describe(self) -> dict[str, Any]:
-        """All but the weights, as JSON takes it."""
+        """All but the weights, as JSON takes it. Raises TypeError for a network that is not one of this package."""
         return {
-            "model": self.model.config,
+            "model": self.network.config,
             "sde": asdict(self.sde),
             "prediction": self.prediction,
             "data": self.data,
             "value_range": self.value_range,
             "record": self.record,
         }
+
+
+def _not_ours(model: object) -> TypeError:
+    return TypeError(
+        f"model must be a fastsde.models.MLP or UNet, got {type(model).__name__}: a checkpoint holds weights and the "
+        f"name of their architecture. Save those of another network with torch.save or safetensors, and give the "
+        f"network itself to fastsde.sample"
+    )
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -92,18 +112,53 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
+        if _is_pickled(path):
+            raise ValueError(
+                f"{path} is a file of torch.save, which is not read, since it may run any code: "
+                f"{_load_yourself('torch.load')}"
+            ) from None
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of fastsde")
+        raise ValueError(
+            f"{path} is a safetensors file, but not a checkpoint of fastsde, since it does not name its architecture: "
+            f"{_load_yourself('safetensors.torch.load_file')}"
+        )
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {metadata.get('format')}, this version reads format {FORMAT}")
     return tensors, metadata
 
 
+def _is_pickled(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do, which are zip files, and were pickles of protocol 2 before."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+
+
+def _load_yourself(function: str) -> str:
+    return (
+        f"load its weights into the network with {function}, and give that to fastsde.sample, or to "
+        f"fastsde.checkpoints.save where it is a fastsde.models.MLP or UNet"
+    )
+
+
 def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a checkpoint to sample from, with its weights in ``dtype``."""
-    weights = {f"model.{name}": tensor.to(dtype) for name, tensor in checkpoint.model.state_dict().items()}
-    write(path, weights, checkpoint.describe())
+    """Writes a checkpoint to sample from, with its weights in ``dtype``, a floating-point one.
+
+    Raises:
+        TypeError: for what is not a `Checkpoint`, for a network that is not one of this package, or for another dtype.
+        ValueError: for weights that are not those of the network's architecture.
+    """
+    check_instance("checkpoint", checkpoint, Checkpoint)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    description, weights = checkpoint.describe(), checkpoint.network.state_dict()
+    with torch.device("meta"):
+        expected = models.from_config(description["model"]).state_dict()
+    ours, theirs = ({name: tuple(each.shape) for name, each in state.items()} for state in (weights, expected))
+    if ours != theirs:
+        odd = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+        raise ValueError(f"model must have the weights of its architecture {description['model']}, which differ: {odd}")
+    write(path, {f"model.{name}": tensor.to(dtype) for name, tensor in weights.items()}, description)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -536,17 +536,15 @@ def test_a_missing_file_is_named(tmp_path):
     check(lambda: checkpoints.load(tmp_path), FileNotFoundError, str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "cut header", "cut tensors", "longer", "pickle"])
+@pytest.mark.parametrize("kind", ["empty", "text", "cut header", "cut tensors", "longer"])
 def test_a_damaged_file_is_named(checkpoint, kind):
     good = checkpoint.read_bytes()
-    torch.save({"weight": torch.zeros(3)}, checkpoint)
     contents = {
         "empty": b"",
         "text": b"not a checkpoint at all",
         "cut header": good[:20],
         "cut tensors": good[:-10],
         "longer": good + b"more",
-        "pickle": checkpoint.read_bytes(),
     }
     checkpoint.write_bytes(contents[kind])
     check(lambda: checkpoints.load(checkpoint), ValueError, str(checkpoint), "not a safetensors file, or is damaged")

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastsde import VPSDE, checkpoints
 from fastsde.checkpoints import Checkpoint
 from fastsde.files import atomic_path
-from fastsde.models import MLP, UNet
+from fastsde.models import MLP, UNet, from_config
 
 
 @pytest.mark.parametrize("model", [MLP(3, (4, 5), "Tanh"), UNet(2, (9, 6), (3, 4, 5))], ids=["mlp", "unet"])
@@ -32,6 +35,73 @@ def test_half_precision_rounds_once(tmp_path: Path) -> None:
     assert torch.equal(weight, model.net[0].weight.half().float())
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, nn.DataParallel, AveragedModel, lambda model: nn.DataParallel(torch.compile(model))],
+    ids=["torch.compile", "DataParallel", "AveragedModel", "nested"],
+)
+def test_of_a_wrapped_network_what_is_inside_is_saved(tmp_path: Path, wrap: Callable[..., nn.Module]) -> None:
+    model = MLP(3, (4,))
+    wrapped = wrap(model)
+    checkpoint = Checkpoint(wrapped)
+    assert checkpoint.model is wrapped
+    assert checkpoint.shape == (3,)
+    assert checkpoint.describe() == Checkpoint(model).describe()
+    checkpoints.save(tmp_path / "a.safetensors", checkpoint)
+    loaded = checkpoints.load(tmp_path / "a.safetensors").model.state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+class Derived(MLP):
+    """A network that `MLP` could not stand for."""
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel], ids=["bare", "compiled", "dp"])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), Derived()], ids=["another", "derived"])
+def test_only_networks_of_this_package_are_saved(
+    tmp_path: Path, model: nn.Module, wrap: Callable[..., nn.Module]
+) -> None:
+    with pytest.raises(TypeError, match=r"must be a fastsde.models.MLP or UNet, got .*torch.save or safetensors"):
+        checkpoints.save(tmp_path / "a.safetensors", Checkpoint(wrap(model)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    other = MLP(2, (4,))
+    other.net[2] = nn.Linear(4, 2, bias=False)
+    with pytest.raises(ValueError, match=r"model must have the weights of its architecture .*differ: net\.2\.bias"):
+        checkpoints.save(path, Checkpoint(other))
+    with pytest.raises(TypeError, match=r"checkpoint must be a Checkpoint, got MLP"):
+        checkpoints.save(path, MLP())
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point dtype, got torch\.int8"):
+        checkpoints.save(path, Checkpoint(MLP()), torch.int8)
+    with pytest.raises(TypeError, match=r"model must be a fastsde.models.MLP or UNet, got Identity"):
+        _ = Checkpoint(nn.Identity()).shape
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_are_loaded_in_fp32_on_any_default_dtype(dtype: torch.dtype) -> None:
+    expected = checkpoints.load("swiss-roll").model.state_dict()
+    config = MLP().config
+    torch.manual_seed(3)
+    fresh = from_config(config).state_dict()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = checkpoints.load("swiss-roll").model.state_dict()
+        torch.manual_seed(3)
+        again = from_config(config).state_dict()
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
+    for ours, theirs in ((loaded, expected), (again, fresh)):
+        assert all(value.dtype == torch.float32 for value in ours.values())
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_shipped_models_load_are_small_and_say_how_they_were_trained() -> None:
     assets = Path(checkpoints.__file__).parent / "assets"
     for name, file in checkpoints.SHIPPED.items():
@@ -51,6 +121,14 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path: Path, content: bytes)
         checkpoints.load(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_a_file_of_torch_save_is_told_from_a_damaged_one(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "roll.pt"
+    torch.save(MLP().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"roll\.pt is a file of torch\.save, which is not read.*fastsde\.sample"):
+        checkpoints.load(path)
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     checkpoints.save(path, Checkpoint(MLP()))
@@ -62,7 +140,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
 def test_other_safetensors_and_later_formats_are_named(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not a checkpoint of fastsde"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of fastsde.*torch\.load_file.*checkpoints\.save"):
         checkpoints.load(path)
     checkpoints.write(path, {}, Checkpoint(MLP()).describe() | {"format": 99})
     with pytest.raises(ValueError, match="format 99, this version reads format 1"):

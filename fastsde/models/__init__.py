@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..validation import check_instance
 from .mlp import MLP, ConcatTime
 from .unet import UNet
+from .unwrap import unwrap
 
-__all__ = ["MLP", "ConcatTime", "UNet", "from_config"]
+__all__ = ["MLP", "ConcatTime", "UNet", "from_config", "unwrap"]
 
 # The AVX-512 log1p that PyTorch ships loads its result for -0 under a mask. Until something has really read the page
 # that it lies in, each such load that is masked off is slow: log1p takes some 15 times as long and log sigmoid 5 to 10
@@ -22,8 +24,18 @@ torch.log1p(torch.full((64,), -0.0, dtype=torch.float32, device="cpu"))
 _ARCHITECTURES: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
 
 
+class _Fp32(TorchFunctionMode):
+    """Makes parameters fp32 on any ``torch.set_default_dtype``, which holds for all threads and so is not changed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return func(*args, **kwargs)
+
+
 def from_config(config: Mapping[str, Any]) -> nn.Module:
-    """The model that ``model.config`` describes, freshly initialised.
+    """The model that ``model.config`` describes, freshly initialised, in fp32 whatever PyTorch's default dtype is.
 
     Raises:
         TypeError, ValueError: for an architecture that this package does not have, or arguments that it does not take.
@@ -33,4 +45,5 @@ def from_config(config: Mapping[str, Any]) -> nn.Module:
     architecture = options.pop("architecture", None)
     if architecture not in tuple(_ARCHITECTURES):
         raise ValueError(f"architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
-    return _ARCHITECTURES[architecture](**options)
+    with _Fp32():
+        return _ARCHITECTURES[architecture](**options)
