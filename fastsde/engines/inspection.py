@@ -46,7 +46,7 @@ def modules_of(model: Model | None) -> list[nn.Module]:
     if inspect.isfunction(model):
         with suppress(ValueError):  # a variable that is not assigned yet
             variables = inspect.getclosurevars(model)
-            held += [*variables.nonlocals.values(), *variables.globals.values()]
+            held += [*variables.nonlocals.values(), *variables.globals.values(), *(model.__defaults__ or ())]
     return [each for each in held if isinstance(each, nn.Module)]
 
 

@@ -1,0 +1,209 @@
+"""Wrapped networks are looked into, samplers can be sent elsewhere, and measuring leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import fastsde
+from fastsde import Sampler, notices
+from fastsde.models import MLP, UNet
+from fastsde.models.unet_inference import UNetInference
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    return wrapped
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "torch.compile": compiled,
+    "nested": lambda model: compiled(nn.DataParallel(model)),
+}
+
+
+# Wrapped networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_wrapped_networks_run_as_what_is_inside(wrap: Any, dtype: torch.dtype | None) -> None:
+    for model, shape in ((MLP(), (2,)), (UNet(1, 8, (16, 16)), (1, 8, 8))):
+        plain, wrapped = (Sampler(each, shape, steps=3, dtype=dtype) for each in (model, wrap(model)))
+        assert wrapped.backend == plain.backend
+        assert isinstance(wrapped._network._run, UNetInference) == isinstance(plain._network._run, UNetInference)
+        if not isinstance(wrap(model), AveragedModel):  # which holds a copy of the weights
+            assert torch.equal(wrapped(4), plain(4))
+
+
+def test_a_compiled_network_that_nothing_replaces_runs_compiled() -> None:
+    model = nn.Linear(2, 2)
+    model.forward = lambda x, t: x * model.weight[0, 0]  # type: ignore[method-assign]
+    wrapped = compiled(model)
+    assert Sampler(wrapped, (2,))._network._run is wrapped
+    assert Sampler(nn.DataParallel(model), (2,))._network._run is model
+
+
+def test_hooks_of_a_wrapper_are_kept() -> None:
+    model = MLP()
+    wrapped = AveragedModel(model)
+    wrapped.register_forward_hook(lambda module, args, output: 2 * output)
+    doubled = Sampler(wrapped, (2,), steps=3)
+    assert doubled.backend == "eager"
+    torch.testing.assert_close(doubled(4), fastsde.sample(lambda x, t: 2 * model(x, t), (4, 2), steps=3))
+
+
+# A bare Sequential, and what else is sampled from -------------------------------------------------------------------
+
+
+def sequential(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 8), *more, nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("layers", [(nn.SiLU(),), (nn.PReLU(),), (nn.LayerNorm(8),), ()], ids=str)
+def test_a_sequential_is_called_with_x_and_t_as_one_wherever_it_goes(layers: tuple[nn.Module, ...]) -> None:
+    net = sequential(*layers)
+    by_hand = fastsde.sample(lambda x, t: net(torch.cat((x, t[:, None]), -1)), (5, 2), steps=6, backend="reference")
+    for options in ({}, {"backend": "reference"}, {"callback": lambda row, time, x: None}, {"trajectory": 2}):
+        x = fastsde.sample(net, (5, 2), steps=6, **options)
+        torch.testing.assert_close(x[0] if "trajectory" in options else x, by_hand, rtol=1e-4, atol=1e-4)
+    low = fastsde.sample(net, (5, 2), steps=6, dtype=torch.bfloat16)
+    assert torch.equal(low, fastsde.sample(fastsde.models.ConcatTime(net), (5, 2), steps=6, dtype=torch.bfloat16))
+    results = fastsde.verify.verify(net, (2,), n=8, steps=4)
+    assert {r.verdict for r in results if r.backend == "eager"} == {"pass"}
+
+
+def test_a_sequential_is_compiled_and_captured_as_such(graphs: Any) -> None:
+    net = sequential(nn.PReLU())
+    captured, eager = (fastsde.sample(net, (5, 2), steps=6, backend=backend) for backend in ("graph", "eager"))
+    torch.testing.assert_close(captured, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sequential_with_a_call_of_its_own_is_called_so() -> None:
+    class Own(nn.Sequential):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+            result: Tensor = super().forward(x) * t[:, None]
+            return result
+
+    net = Own(nn.Linear(2, 2))
+    expected = fastsde.sample(lambda x, t: net[0](x) * t[:, None], (4, 2), steps=3)
+    assert torch.equal(fastsde.sample(net, (4, 2), steps=3), expected)
+
+
+def test_checkpoints_and_their_names_are_sampled_from() -> None:
+    checkpoint = fastsde.checkpoints.load("swiss-roll")
+    expected = fastsde.sample(checkpoint.model, (4, 2), steps=5, prediction=checkpoint.prediction)
+    assert torch.equal(fastsde.sample(checkpoint, (4, 2), steps=5), expected)
+    assert torch.equal(fastsde.sample("swiss-roll", (4, 2), steps=5), expected)
+    assert torch.equal(Sampler("swiss-roll", steps=5)(4), expected)
+    table = fastsde.solvers.build("euler_maruyama", checkpoint.sde, 5, prediction="eps")
+    assert torch.equal(Sampler(checkpoint, solver=table)(4), expected)
+
+
+# Pickling -----------------------------------------------------------------------------------------------------------
+
+
+def draw(pickled: bytes) -> Tensor:
+    torch.set_num_threads(1)
+    x: Tensor = pickle.loads(pickled)(3, seed=4)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (UNet(1, 8, (16, 16)), {}),
+        (UNet(1, 8, (2, 3)), {"dtype": torch.bfloat16}),
+        (MLP(8), {"max_batch": "auto"}),
+        (MLP(8), {"backend": "eager", "solver": "dpm_solver_pp_2m", "prediction": "v"}),
+        (nn.Sequential(nn.Linear(9, 8), nn.PReLU(), nn.Linear(8, 8)), {"compile": "auto"}),
+    ],
+    ids=["native", "copy", "persistent", "eager", "Sequential"],
+)
+def test_a_sampler_can_be_pickled_and_copied(model: nn.Module, options: dict[str, Any]) -> None:
+    sampler = Sampler(model, getattr(model, "shape", (8,)), steps=4, **options)
+    expected = sampler(3, seed=4)
+    for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler), copy.copy(sampler)):
+        assert torch.equal(other(3, seed=4), expected)
+        assert (other.backend, other.device, len(other.table)) == (sampler.backend, sampler.device, 4)
+    copied = copy.deepcopy(sampler)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert torch.equal(copied(3, seed=4), expected)  # its weights are its own
+    assert not torch.equal(sampler(3, seed=4), expected)
+
+
+def test_a_sampler_goes_to_a_spawned_process() -> None:
+    pickled = pickle.dumps(Sampler(UNet(1, 8, (16, 16)), (1, 8, 8), steps=4))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(draw, pickled).result()
+    threads = torch.get_num_threads()
+    try:
+        assert torch.equal(found, draw(pickled))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Layers that depend on more than their input ------------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """A network that counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.linear(self.norm(x))
+        return f
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has been warned of anything yet."""
+    monkeypatch.setattr(notices, "_told", set())
+
+
+@pytest.mark.filterwarnings("ignore:the network has BatchNorm1d in training mode")
+@pytest.mark.parametrize("options", [{"max_batch": "auto"}, {"compile": "auto"}, {}], ids=str)
+@pytest.mark.parametrize("closure", [False, True], ids=["module", "function"])
+def test_measuring_leaves_no_trace(told: None, options: dict[str, Any], closure: bool) -> None:
+    model = Normalised()
+    sampler = Sampler((lambda x, t: model(x, t)) if closure else model, (2,), steps=5, backend="eager", **options)
+    state = torch.get_rng_state()
+    sampler(40)
+    batches = [size for name, size in sampler._network.cache.items() if name.startswith("batch of")]
+    assert int(model.norm.num_batches_tracked) == 5 * -(-40 // (batches[0] if batches else 40))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:the network has BatchNorm1d in training mode")
+def test_warming_up_a_capture_leaves_no_trace(told: None, graphs: Any) -> None:
+    model, other = Normalised(), Normalised()
+    other.load_state_dict(model.state_dict())
+    x, expected = (fastsde.sample(m, (6, 2), steps=5, backend=b) for m, b in ((model, "graph"), (other, "eager")))
+    torch.testing.assert_close(x, expected)
+    assert int(model.norm.num_batches_tracked) == 5
+    torch.testing.assert_close(model.norm.running_mean, other.norm.running_mean)
+
+
+def test_random_layers_are_warned_of_once(told: None) -> None:
+    model, normalised = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)), Normalised()
+    with pytest.warns(RuntimeWarning, match=r"the network has Dropout in training mode: the same seed gives other"):
+        first = fastsde.sample(model, (4, 2), steps=3)
+    assert not torch.equal(first, fastsde.sample(model, (4, 2), steps=3))
+    with pytest.warns(RuntimeWarning, match=r"BatchNorm1d"):
+        fastsde.sample(lambda x, t, net=normalised: net(x, t), (4, 2), steps=3)
+    fastsde.sample(model.eval(), (4, 2), steps=3)
+    fastsde.sample(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.0)), (4, 2), steps=3)
