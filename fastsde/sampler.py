@@ -5,36 +5,35 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import engines, noise, ops, solvers, subject
-from .checkpoints import Checkpoint
+from . import engines, noise, ops, request
 from .engines import CaptureError, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
 from .engines.network import Network
 from .engines.recorder import Recorder
 from .models.mlp import check_sample_shape
 from .notices import warn_once
-from .reference import Model, NoiseFunction, RowHook
+from .reference import NoiseFunction, RowHook
+from .request import CallOptions, ModelLike, SampleOptions
 from .sde import VPSDE
 from .solvers import StepTable
 from .validation import (
     check_bool,
-    check_device,
     check_instance,
     check_int,
-    check_keys,
     check_kwargs,
     check_number,
     check_shape,
     check_tensor,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Sampler", "sample"]
 
@@ -43,7 +42,6 @@ _FAILED, _COMPILING = "failed backends", "what compiling brings"
 # With compile="auto": where the network may be compiled, and from how many seconds of work on. Compiling takes some 10
 # to 60 s, and what it gains is hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
-_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": "score", "clip": None}
 
 
 class Sampler:
@@ -87,7 +85,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Model | Checkpoint | str | Path,
+        model: ModelLike,
         sample_shape: Sequence[int] | None = None,
         *,
         sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
@@ -105,17 +103,17 @@ class Sampler:
     ) -> None:
         check_instance("sde", sde, VPSDE)
         given = (None if sde == VPSDE() else sde, None if prediction == "score" else prediction)
-        model, sample_shape, sde, known = subject.resolve(model, sample_shape, *given, device)
+        model, sample_shape, sde, known = request.resolve(model, sample_shape, *given, device)
         self.sample_shape = check_shape("sample_shape", sample_shape)
         check_sample_shape(model, self.sample_shape)
         if prediction == "score" and not isinstance(solver, StepTable):
             prediction = known
-        self.table = _make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
+        self.table = request.make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
-        self.device = _make_device(device, model)
+        self.device = request.make_device(device, model)
         if not isinstance(compile, bool) and compile != "auto":
             raise TypeError(f"compile must be True, False or 'auto', got {compile!r}")
         runs_in = dtype_of(model) if dtype is None else dtype
@@ -150,6 +148,17 @@ class Sampler:
             without=self._network.cache.get(_FAILED, ()),
         )
 
+    @overload
+    def __call__(self, n: int, *, trajectory: None = None, **options: Unpack[CallOptions]) -> Tensor: ...
+
+    @overload
+    def __call__(self, n: int, *, trajectory: int, **options: Unpack[CallOptions]) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def __call__(
+        self, n: int, *, trajectory: int | None, **options: Unpack[CallOptions]
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def __call__(
         self,
         n: int,
@@ -164,7 +173,7 @@ class Sampler:
         trajectory: int | None = None,
         callback: RowHook | None = None,
         progress: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Draws ``n`` samples. Arguments and result as for `sample`."""
         check_int("n", n, 0)
         if trajectory is not None:
@@ -176,7 +185,7 @@ class Sampler:
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         check_bool("progress", progress)
         shape = (n, *self.sample_shape)
-        keys = _make_keys(keys, n, seed, first_sample, self.device)
+        keys = request.make_keys(keys, n, seed, first_sample, self.device)
         if x_init is not None:
             x_init = check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True)
             check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32
@@ -357,8 +366,26 @@ class Sampler:
         )
 
 
+@overload
 def sample(
-    model: Model,
+    model: ModelLike, shape: Sequence[int], *, trajectory: None = None, **options: Unpack[SampleOptions]
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    model: ModelLike, shape: Sequence[int], *, trajectory: int, **options: Unpack[SampleOptions]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def sample(
+    model: ModelLike, shape: Sequence[int], *, trajectory: int | None, **options: Unpack[SampleOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def sample(
+    model: ModelLike,
     shape: Sequence[int],
     *,
     sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
@@ -383,7 +410,7 @@ def sample(
     trajectory: int | None = None,
     callback: RowHook | None = None,
     progress: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Draws samples from a score network by the reverse VP-SDE.
 
     The same seed gives the same samples, however the batch is split, on any device and backend up to rounding.
@@ -451,51 +478,6 @@ def sample(
         callback=callback,
         progress=progress,
     )
-
-
-def _make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any) -> StepTable:
-    if isinstance(solver, str):
-        return solvers.build(solver, sde, steps, **options)
-    if not isinstance(solver, StepTable):
-        raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
-    for name, default in _TABLE_DEFAULTS.items():
-        if options[name] != default:
-            raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
-    if check_int("steps", steps, 1) not in (999, len(solver)):
-        raise ValueError(f"the StepTable given as solver has {len(solver)} rows, got steps={steps}")
-    return solver
-
-
-def _make_device(device: torch.device | str | None, model: Model) -> torch.device:
-    own = device_of(model)
-    default = own or torch.empty(0).device  # PyTorch's default
-    asked = default if device is None else check_device(device)
-    if own is not None and own != asked:
-        raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
-    if asked.type == "meta":
-        raise ValueError("device must hold data, got meta")
-    return asked
-
-
-def _make_keys(
-    keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device
-) -> Tensor:
-    if keys is None:
-        check_int("seed", seed, 0, 2**64)
-        check_int("first_sample", first_sample, 0, 2**64)
-        return noise.sample_keys(seed, n, first_sample, device=device)
-    if seed != 0 or first_sample != 0:
-        raise ValueError(f"keys replace seed and first_sample: got seed={seed} and first_sample={first_sample} too")
-    if isinstance(keys, Tensor) and keys.ndim == 2:
-        return check_keys(keys, n, device)
-    if not isinstance(keys, (Tensor, Sequence, np.ndarray)):
-        raise TypeError(f"keys must be a tensor or a sequence of seeds, got {type(keys).__name__}")
-    seeds = keys.tolist() if isinstance(keys, Tensor) else list(keys)
-    if len(seeds) != n:
-        raise ValueError(f"keys must have one key or seed for each of the {n} samples, got {len(seeds)}")
-    bits = [noise.int64_bits(f"keys[{i}]", value) for i, value in enumerate(seeds)]
-    pairs = torch.tensor([[seed, 0] for seed in bits], dtype=torch.int64, device="cpu").reshape(n, 2)
-    return noise.fold_in(pairs, 0).to(device)
 
 
 def _slice(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:

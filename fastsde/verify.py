@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, engines, subject
-from .checkpoints import Checkpoint
+from . import __version__, engines, request
 from .files import atomic_path
 from .reference import Model, NonFiniteError
+from .request import ModelLike
 from .sampler import Sampler
 from .sde import VPSDE
 from .solvers import StepTable
@@ -153,7 +153,7 @@ def default_n(shape: Sequence[int]) -> int:
 
 
 def verify(
-    model: str | Path | Checkpoint | Model,
+    model: ModelLike,
     sample_shape: Sequence[int] | None = None,
     *,
     sde: VPSDE | None = None,
@@ -192,7 +192,7 @@ def verify(
         ValueError, TypeError: naming the argument, what came and what was expected.
         NonFiniteError: where the reference in float64 has NaN or infinity.
     """
-    model, shape, sde, prediction = subject.resolve(model, sample_shape, sde, prediction, device)
+    model, shape, sde, prediction = request.resolve(model, sample_shape, sde, prediction, device)
     # It also checks the arguments: after it, a sampler's ValueError is that of a backend.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):

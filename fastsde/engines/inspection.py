@@ -21,7 +21,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def device_of(model: Model) -> torch.device | None:
+def device_of(model: object) -> torch.device | None:
     """The device of a network's first parameter or buffer, if it has any."""
     if isinstance(model, nn.Module):
         for tensor in tensors_of(model):

@@ -1,0 +1,161 @@
+"""What is to be sampled: the network or checkpoint, the table, the device and the keys that arguments name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoints, noise, solvers
+from .checkpoints import Checkpoint
+from .engines.inspection import device_of
+from .reference import Model, NoiseFunction, RowHook
+from .sde import VPSDE
+from .solvers import StepTable
+from .validation import check_device, check_int, check_keys
+
+__all__ = [
+    "CallOptions",
+    "ModelLike",
+    "SampleOptions",
+    "Subject",
+    "make_device",
+    "make_keys",
+    "make_table",
+    "resolve",
+]
+
+ModelLike = Model | Checkpoint | str | Path
+
+_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": "score", "clip": None}
+
+
+class CallOptions(TypedDict, total=False):
+    """What a sampler is called with, for type checkers alone."""
+
+    seed: int
+    first_sample: int
+    keys: Tensor | Sequence[int] | None
+    x_init: Tensor | None
+    noise: NoiseFunction | None
+    model_kwargs: Mapping[str, Any] | None
+    uncond_kwargs: Mapping[str, Any] | None
+    callback: RowHook | None
+    progress: bool
+
+
+class SampleOptions(CallOptions, total=False):
+    """The same for `sample`."""
+
+    sde: VPSDE
+    solver: str | StepTable
+    steps: int
+    t_end: float
+    prediction: str
+    clip: float | None
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    guidance: float | None
+    backend: str
+    compile: bool | str
+    max_batch: int | str | None
+
+
+class Subject(NamedTuple):
+    """A network, the shape of its samples, and how it was trained."""
+
+    model: Model
+    sample_shape: Sequence[int]
+    sde: VPSDE
+    prediction: str
+
+
+def resolve(
+    model: ModelLike,
+    sample_shape: Sequence[int] | None,
+    sde: VPSDE | None,
+    prediction: str | None,
+    device: torch.device | str | None,
+) -> Subject:
+    """The subject that the arguments of `fastsde.Sampler` name, where None is what was not given.
+
+    Args:
+        model: a network; a `Checkpoint`; or its file, the folder of a training run or the name of a shipped model,
+            which is loaded to ``device``, by default CUDA where there is one, else the CPU.
+
+    Raises:
+        TypeError: for a model that is none of these.
+        ValueError: for a network without a sample_shape, or another shape, SDE or prediction than the checkpoint's.
+        FileNotFoundError: where there is no such file.
+    """
+    if isinstance(model, (str, Path)):
+        model = checkpoints.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(model, Checkpoint):
+        if not callable(model):
+            raise TypeError(
+                f"model must be callable as model(x, t), a Checkpoint, or the name or path of one, got "
+                f"{type(model).__name__}"
+            )
+        if sample_shape is None:
+            raise ValueError("sample_shape must be given with a network of your own, got None")
+        return Subject(
+            model, sample_shape, VPSDE() if sde is None else sde, "score" if prediction is None else prediction
+        )
+    shape = None if sample_shape is None else tuple(sample_shape)
+    own = {"sample_shape": (shape, model.shape), "sde": (sde, model.sde), "prediction": (prediction, model.prediction)}
+    for name, (given, known) in own.items():
+        if given is not None and given != known:
+            raise ValueError(f"{name} of the checkpoint is {known}, got {given}: leave it out")
+    return Subject(model.model, model.shape, model.sde, model.prediction)
+
+
+def make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any) -> StepTable:
+    """The table of a solver's name, or the one that is given."""
+    if isinstance(solver, str):
+        return solvers.build(solver, sde, steps, **options)
+    if not isinstance(solver, StepTable):
+        raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
+    for name, default in _TABLE_DEFAULTS.items():
+        if options[name] != default:
+            raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
+    if check_int("steps", steps, 1) not in (999, len(solver)):
+        raise ValueError(f"the StepTable given as solver has {len(solver)} rows, got steps={steps}")
+    return solver
+
+
+def make_device(device: torch.device | str | None, model: Model) -> torch.device:
+    """The device that is asked for, the network's own, or PyTorch's default."""
+    own = device_of(model)
+    default = own or torch.empty(0).device  # PyTorch's default
+    asked = default if device is None else check_device(device)
+    if own is not None and own != asked:
+        raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
+    if asked.type == "meta":
+        raise ValueError("device must hold data, got meta")
+    return asked
+
+
+def make_keys(
+    keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device
+) -> Tensor:
+    """The keys of ``n`` samples, int64 ``[n, 2]``: those of a seed, or the ones that are given as keys or seeds."""
+    if keys is None:
+        check_int("seed", seed, 0, 2**64)
+        check_int("first_sample", first_sample, 0, 2**64)
+        return noise.sample_keys(seed, n, first_sample, device=device)
+    if seed != 0 or first_sample != 0:
+        raise ValueError(f"keys replace seed and first_sample: got seed={seed} and first_sample={first_sample} too")
+    if isinstance(keys, Tensor) and keys.ndim == 2:
+        return check_keys(keys, n, device)
+    if not isinstance(keys, (Tensor, Sequence, np.ndarray)):
+        raise TypeError(f"keys must be a tensor or a sequence of seeds, got {type(keys).__name__}")
+    seeds = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+    if len(seeds) != n:
+        raise ValueError(f"keys must have one key or seed for each of the {n} samples, got {len(seeds)}")
+    bits = [noise.int64_bits(f"keys[{i}]", value) for i, value in enumerate(seeds)]
+    pairs = torch.tensor([[seed, 0] for seed in bits], dtype=torch.int64, device="cpu").reshape(n, 2)
+    return noise.fold_in(pairs, 0).to(device)
