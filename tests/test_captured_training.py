@@ -171,7 +171,17 @@ def test_a_network_that_cannot_be_captured_is_trained_step_by_step(
     assert [step for step, _ in losses(tmp_path / "captured")] == [10, 20, 30, 33]
 
 
-def test_what_no_kernel_takes_is_trained_eagerly(graphs: Any, tmp_path: Path) -> None:
-    data = Dataset("swiss-roll", torch.randn(20, 2).half())
-    trained(replace(POINTS, steps=5), tmp_path / "run", eagerly=False, dataset=data)
-    assert not graphs.made
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_neither_the_default_dtype_nor_that_of_the_data_enters(graphs: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    config = replace(POINTS, steps=5, log_every=1)
+    x = torch.randn(20, 2).bfloat16().half()  # which each of these holds exactly
+    plain = trained(config, tmp_path / "plain", eagerly=False, dataset=Dataset("own", x))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        other = trained(config, tmp_path / "other", eagerly=False, dataset=Dataset("own", x.to(dtype)))
+    finally:
+        torch.set_default_dtype(before)
+    assert len(graphs.made) == 2
+    assert plain.keys() == other.keys()
+    assert all(torch.equal(other[name], value) for name, value in plain.items())
