@@ -8,7 +8,9 @@ and whatever a `fastsde.training.Trainer` needs to resume.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -114,7 +116,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         if _is_pickled(path):
             raise ValueError(
-                f"{path} is a file of torch.save, which is not read, since it may run any code: "
+                f"{path} is a file of torch.save, which is not read since a pickle can run any code: "
                 f"{_load_yourself('torch.load')}"
             ) from None
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
@@ -129,9 +131,13 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _is_pickled(path: Path) -> bool:
-    """Whether a file begins as those of torch.save do, which are zip files, and were pickles of protocol 2 before."""
+    """Whether ``torch.save`` wrote a file: a zip file with a pickle in it or, in its old format, a pickle."""
+    with suppress(zipfile.BadZipFile):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
     with path.open("rb") as file:
-        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+        return file.read(2) == b"\x80\x02"
 
 
 def _load_yourself(function: str) -> str:

@@ -1,7 +1,8 @@
 """Training data: the swiss roll, MNIST, and scikit-learn's digits for use offline.
 
 Images are kept as uint8 and mapped to floats batch by batch, x_0 = scale * pixel + shift. This package's range is
-[-1, 1]; the tutorial's is [0, 1] (``pixel_range=(0, 1)``).
+[-1, 1]; the tutorial's is [0, 1] (``pixel_range=(0, 1)``). Images given as floats are numbers like any other, and are
+trained on as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dataset import Dataset
 from .validation import check_int, check_number, check_range
 
 __all__ = ["DATASETS", "Dataset", "digits", "load", "mnist", "swiss_roll"]
 
 DATASETS = ("swiss-roll", "digits", "mnist")
 DEFAULT_ROOT = Path("data")
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Training data ``x`` ``[N, *shape]``, uint8 or float, of which a network sees scale * x + shift."""
-
-    name: str
-    x: Tensor
-    scale: float = 1.0
-    shift: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one sample."""
-        return tuple(self.x.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same data on a device."""
-        return replace(self, x=self.x.to(device))
 
 
 def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
@@ -59,11 +39,6 @@ def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
     return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32, device="cpu"))
 
 
-def _images(name: str, pixels: Tensor, pixel_range: tuple[float, float]) -> Dataset:
-    low, high = check_range("pixel_range", pixel_range)
-    return Dataset(name, pixels, scale=(high - low) / 255, shift=low)
-
-
 def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8, scaled bilinearly to 28x28. uint8 ``[1797, 1, 28, 28]``.
 
@@ -73,7 +48,8 @@ def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
 
     small = torch.tensor(load_digits().images, dtype=torch.float32, device="cpu")[:, None] * (255 / 16)
     large = F.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
-    return _images("digits", F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8), pixel_range)
+    pixels = F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8)
+    return Dataset("digits", pixels).with_pixel_range(pixel_range)
 
 
 def mnist(
@@ -84,7 +60,7 @@ def mnist(
     Raises:
         FileNotFoundError: naming the folder, where the files are neither there nor to be downloaded.
     """
-    return _images("mnist", mnist_files(root, train)[0], pixel_range)
+    return Dataset("mnist", mnist_files(root, train)[0]).with_pixel_range(pixel_range)
 
 
 def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class TrainConfig:
     Args:
         data: the data set: "swiss-roll", "digits" or "mnist" (or a name of your own, with a `Dataset` of your own).
         data_size: how many points or images, or None for the usual (`fastsde.data.load`).
-        pixel_range: what black and white become.
+        pixel_range: what black and white become, of images in uint8 (floats are trained on as they are).
         model: the architecture, as `fastsde.models.from_config` takes it.
         prediction: what the network learns: "score", "eps", "x0" or "v".
         weighting: of the loss (`fastsde.reference.dsm_loss`).
@@ -199,16 +199,19 @@ class Trainer:
 
     Args:
         config: the run.
-        directory: its folder.
+        directory: its folder. Nothing is written there before `train`.
         device: where to train.
-        dataset: the training data; by default loaded by ``config.data``.
+        dataset: the training data; by default loaded by ``config.data``. Where the model takes images ``[C, H, W]``,
+            they may also come as ``[N, H, W, C]``, and those of one channel as ``[N, H, W]``.
         data_root: the folder of MNIST.
         resume: go on from the folder's checkpoint, or start where there is none. Otherwise a folder that has a
-            checkpoint is refused.
+            checkpoint is refused, unless it is from before the first step: that run is started again.
 
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
-        ValueError: for a checkpoint of another config, or one that is not whole, or a device that cannot be used.
+        TypeError: for an argument of another type.
+        ValueError: for a checkpoint of another config, or one that is not whole, a device that cannot be used, or data
+            of another shape than the model's.
     """
 
     def __init__(
@@ -221,9 +224,10 @@ class Trainer:
         data_root: str | Path = DEFAULT_ROOT,
         resume: bool = False,
     ) -> None:
+        check_instance("config", config, TrainConfig)
         self.config, self.directory, self.device = config, Path(directory), check_device(device)
         checkpoint = self.directory / RUN_CHECKPOINT
-        if checkpoint.exists() and not resume:
+        if not resume and checkpoint.exists() and not _is_before_first_step(checkpoint):
             raise FileExistsError(
                 f"{self.directory} already holds a run: resume or delete it, or choose another folder"
             )
@@ -231,15 +235,15 @@ class Trainer:
         distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
         if self._here.world > 1 and self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # where NCCL looks
-        self.dataset = (dataset or self._load(data_root)).to(self.device)
-        resuming = checkpoint.exists()
+        dataset = self._load(data_root) if dataset is None else dataset
+        check_instance("dataset", dataset, Dataset)
+        resuming = resume and checkpoint.exists()
         start = checkpoints.load(config.init) if config.init and not resuming else None
         self.model = _initial_model(config, start).to(self.device)
-        self.earlier_steps = 0 if start is None else start.record["step"] + start.record.get("earlier_steps", 0)
-        if self.model.shape != self.dataset.shape:
-            raise ValueError(f"the model takes samples of shape {self.model.shape}, the data have {self.dataset.shape}")
+        self.earlier_steps = 0 if start is None else _steps_of(start)
+        self.dataset = dataset.with_shape(self.model.shape).with_pixel_range(config.pixel_range).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
-        self._captures = can_capture(config, self.dataset, self.device, self._here)
+        self._captures = can_capture(self.device, self._here)
         options: dict[str, Any] = {"lr": config.lr, "fused": True, "capturable": self._captures}
         self.optimizer = torch.optim.Adam(self.model.parameters(), **options)
         self.step = 0
@@ -270,7 +274,7 @@ class Trainer:
             sde=self.config.sde,
             prediction=self.config.prediction,
             data=self.config.data,
-            value_range=_value_range(self.dataset),
+            value_range=self.dataset.seen_range,
             record={
                 "config": asdict(self.config),
                 "step": self.step,
@@ -310,14 +314,13 @@ class Trainer:
     def _begin(self) -> None:
         """Makes the folder fit this trainer, once it is locked."""
         path = self.directory / RUN_CHECKPOINT
-        if path.exists():
-            step = checkpoints.read(path)[1]["record"]["step"]
-            if step != self.step:
-                raise RuntimeError(
-                    f"the run in {self.directory} has come to step {step} since this trainer was made at step "
-                    f"{self.step}: make it anew with resume=True"
-                )
-        else:
+        step = checkpoints.read(path)[1]["record"]["step"] if path.exists() else None
+        if step not in (None, self.step):
+            raise RuntimeError(
+                f"the run in {self.directory} has come to step {step} since this trainer was made at step "
+                f"{self.step}: make it anew with resume=True"
+            )
+        if not step:
             self._save()  # so that the config is there to resume from, whenever the run is killed
         self._truncate_log()
 
@@ -356,7 +359,7 @@ class Trainer:
         """The fastest way to take steps that there is."""
         if self._captures:
             return CapturedSteps(work)
-        if can_run_natively(self.config, self.model, self.dataset, self.device, self._here):
+        if can_run_natively(self.config, self.model, self.device, self._here):
             return NativeSteps(work)
         return EagerSteps(work, self._here)
 
@@ -471,9 +474,19 @@ def _json(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _value_range(dataset: Dataset) -> tuple[float, float] | None:
-    """What black and white have become, for images."""
-    return None if dataset.x.is_floating_point() else (dataset.shift, dataset.shift + 255 * dataset.scale)
+def _is_before_first_step(checkpoint: Path) -> bool:
+    """Whether a run wrote this checkpoint before its first step, so that no work is lost with it."""
+    try:
+        metadata = checkpoints.read(checkpoint)[1]
+        return bool(metadata["resumable"]) and metadata["record"]["step"] == 0
+    except (KeyError, TypeError, ValueError):  # not a run's: it stays
+        return False
+
+
+def _steps_of(start: Checkpoint) -> int:
+    """How many steps a checkpoint has been trained for, as far as its record, which is free-form, tells."""
+    steps = (start.record.get(name, 0) for name in ("step", "earlier_steps"))
+    return sum(each for each in steps if isinstance(each, int))
 
 
 def _initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:

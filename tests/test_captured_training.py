@@ -171,7 +171,17 @@ def test_a_network_that_cannot_be_captured_is_trained_step_by_step(
     assert [step for step, _ in losses(tmp_path / "captured")] == [10, 20, 30, 33]
 
 
-def test_what_no_kernel_takes_is_trained_eagerly(graphs: Any, tmp_path: Path) -> None:
-    data = Dataset("swiss-roll", torch.randn(20, 2).half())
-    trained(replace(POINTS, steps=5), tmp_path / "run", eagerly=False, dataset=data)
-    assert not graphs.made
+def test_neither_the_default_dtype_nor_that_of_the_data_enters(graphs: Any, tmp_path: Path) -> None:
+    config = replace(POINTS, steps=5, log_every=5)
+    x = torch.randn(20, 2).bfloat16().float()  # which the other dtypes hold exactly
+    expected = trained(config, tmp_path / "fp32", eagerly=False, dataset=Dataset("own", x))
+    dtypes, before = (torch.bfloat16, torch.float16, torch.float64), torch.get_default_dtype()
+    for dtype in dtypes:
+        torch.set_default_dtype(dtype)
+        try:
+            found = trained(config, tmp_path / str(dtype), eagerly=False, dataset=Dataset("own", x.to(dtype)))
+        finally:
+            torch.set_default_dtype(before)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), dtype
+    assert len(graphs.made) == 1 + len(dtypes)

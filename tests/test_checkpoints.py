@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -127,6 +128,9 @@ def test_a_file_of_torch_save_is_told_from_a_damaged_one(tmp_path: Path, zipped:
     torch.save(MLP().state_dict(), path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"roll\.pt is a file of torch\.save, which is not read.*fastsde\.sample"):
         checkpoints.load(path)
+    np.savez(tmp_path / "roll.npz", samples=np.zeros(3))  # another zip file
+    with pytest.raises(ValueError, match=r"roll\.npz is not a safetensors file"):
+        checkpoints.load(tmp_path / "roll.npz")
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:

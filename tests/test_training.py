@@ -184,6 +184,28 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         Trainer(replace(TINY, seed=3), tmp_path, resume=True)
 
 
+def test_a_run_that_failed_before_its_first_step_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = Trainer(replace(TINY, seed=5), tmp_path / "a")
+    monkeypatch.setattr(failing, "_steps", lambda work: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.train(progress=False)
+    assert saved_config(tmp_path / "a" / "checkpoint.safetensors").seed == 5  # and it could be resumed
+    other = Trainer(TINY, tmp_path / "a")
+    other.train(progress=False)
+    Trainer(TINY, tmp_path / "b").train(progress=False)
+    assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    # What is no run is not overwritten either.
+    for name, write in (
+        ("exported", lambda path: checkpoints.save(path, other.checkpoint())),
+        ("text", lambda path: path.write_text("mine")),
+    ):
+        path = tmp_path / name / "checkpoint.safetensors"
+        path.parent.mkdir()
+        write(path)
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            Trainer(TINY, path.parent)
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     first = Trainer(replace(TINY, steps=40), tmp_path)
     second = Trainer(replace(TINY, steps=40), tmp_path)
@@ -254,11 +276,18 @@ def test_a_trainer_that_was_overtaken_does_no_harm(tmp_path: Path) -> None:
     assert log == log_of(tmp_path)
 
 
-def test_a_diverging_run_is_reported_and_keeps_its_last_checkpoint(tmp_path: Path) -> None:
-    data = Dataset("broken", torch.full((10, 2), float("nan")))
-    with pytest.raises(NonFiniteError, match="loss became nan before step 10"):
-        Trainer(replace(TINY, data="broken"), tmp_path / "a", dataset=data).train(progress=False)
+def test_a_diverging_run_is_reported_and_keeps_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(TINY, tmp_path / "a")
+    trainer.model.net[0].bias.register_hook(lambda grad: grad * float("nan"))
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+        with pytest.raises(NonFiniteError, match="loss became nan before step 10"):
+            trainer.train(progress=False)
     assert saved_step(tmp_path / "a") == 0
+    Trainer(TINY, tmp_path / "a").train(progress=False)  # a run without a step is begun anew
+    assert [line["step"] for line in log_of(tmp_path / "a")] == [10, 20, 30, 40, 50, 60]
     # Weights may break before a loss tells of it.
     wild = replace(TINY, lr=1e38, checkpoint_every=3, log_every=1000)
     with pytest.raises(NonFiniteError, match="weights became NaN or infinity before step"):
@@ -333,9 +362,66 @@ def test_a_device_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         Trainer(TINY, tmp_path, device="gpu")
 
 
-def test_the_value_range_is_that_of_the_data(tmp_path: Path) -> None:
-    data = Dataset("own", torch.zeros(5, 1, 28, 28, dtype=torch.uint8), scale=1 / 255, shift=0.0)
-    assert Trainer(replace(IMAGES, data="own"), tmp_path, dataset=data).checkpoint().value_range == (0.0, 1.0)
+PIXELS = torch.arange(5 * 784).reshape(5, 1, 28, 28).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("data", "seen", "value_range"),
+    [
+        (Dataset("own", PIXELS, scale=1 / 255, shift=0.0), PIXELS / 255, (0.0, 1.0)),
+        (Dataset("own", PIXELS), PIXELS / 51 - 2, (-2.0, 3.0)),
+        (Dataset("own", PIXELS.numpy()[:, 0]), PIXELS / 51 - 2, (-2.0, 3.0)),
+        (Dataset("own", PIXELS.movedim(1, -1)), PIXELS / 51 - 2, (-2.0, 3.0)),
+        (Dataset("own", PIXELS > 127), (PIXELS > 127) * 5.0 - 2, (-2.0, 3.0)),
+        (Dataset("own", PIXELS.double().numpy() / 255), PIXELS / 255, (0.0, 1.0)),
+        (Dataset("own", PIXELS[:, 0] / 255, scale=2, shift=-1), PIXELS / 255 * 2 - 1, (-1.0, 1.0)),
+    ],
+    ids=["own scale", "pixels", "no channel", "channels last", "bool", "floats", "scaled floats"],
+)
+def test_images_of_any_kind_are_seen_in_their_range(
+    tmp_path: Path, data: Dataset, seen: torch.Tensor, value_range: tuple[float, float]
+) -> None:
+    config = replace(IMAGES, data="own", pixel_range=(-2.0, 3.0), steps=1)
+    trainer = Trainer(config, tmp_path / "run", dataset=data)
+    assert trainer.checkpoint().value_range == value_range
+    x_0 = reference.load_batch(trainer.dataset.x, None, trainer.dataset.scale, trainer.dataset.shift)
+    torch.testing.assert_close(x_0, seen, rtol=0, atol=1e-6)
+    assert not (tmp_path / "run").exists()
+    trainer.train(progress=False)
+    assert checkpoints.load(tmp_path / "run").value_range == value_range
+
+
+def test_data_of_another_dtype_resume_to_the_same_bits(tmp_path: Path) -> None:
+    config, data = replace(TINY, data="own"), Dataset("own", swiss_roll(100).x)
+    Trainer(config, tmp_path / "whole", dataset=data).train(progress=False)
+    trainer = Trainer(config, tmp_path / "cut", dataset=data)
+    trainer._run = lambda *args: None  # type: ignore[method-assign]
+    trainer.train(progress=False)
+    doubled = Dataset("own", data.x.double().numpy())
+    Trainer(config, tmp_path / "cut", dataset=doubled, resume=True).train(progress=False)
+    assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("natively", [True, False], ids=["native", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, natively: bool
+) -> None:
+    config = replace(TINY, steps=20, lr_warmup=5)
+    if not natively:
+        monkeypatch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+    Trainer(config, tmp_path / "plain").train(progress=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        Trainer(config, tmp_path / "other").train(progress=False)
+        Trainer(config, tmp_path / "other", resume=True)
+        loaded = checkpoints.load(tmp_path / "other").model
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(tensors(tmp_path / "plain"), tensors(tmp_path / "other"))
+    assert log_of(tmp_path / "plain")[0]["loss"] == log_of(tmp_path / "other")[0]["loss"]
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
 
 
 def test_seeds_of_more_than_32_bits_work(tmp_path: Path) -> None:
@@ -416,6 +502,15 @@ def test_model_and_data_must_fit(tmp_path: Path) -> None:
         Trainer(replace(TINY, data="digits"), tmp_path)
 
 
+@pytest.mark.parametrize("data", [torch.zeros(3, 2), [1.0], ()], ids=["tensor", "list", "empty"])
+def test_data_must_be_a_dataset(tmp_path: Path, data: object) -> None:
+    with pytest.raises(TypeError, match="dataset must be a Dataset, got"):
+        Trainer(TINY, tmp_path / "run", dataset=data)
+    with pytest.raises(TypeError, match="config must be a TrainConfig, got dict"):
+        Trainer(asdict(TINY), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_data_set_may_be_the_users_own(tmp_path: Path) -> None:
     data = Dataset("moons", swiss_roll(100).x * 2)
     checkpoint = Trainer(replace(TINY, data="moons"), tmp_path, dataset=data).train(progress=False)
@@ -436,5 +531,7 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
     assert resumed.earlier_steps == TINY.steps
     third = replace(TINY, init=str(tmp_path / "second"))
     assert Trainer(third, tmp_path / "third").earlier_steps == 2 * TINY.steps
+    checkpoints.save(tmp_path / "own.safetensors", replace(checkpoints.load(tmp_path / "second"), record={}))
+    assert Trainer(replace(TINY, init=str(tmp_path / "own.safetensors")), tmp_path / "fifth").earlier_steps == 0
     with pytest.raises(ValueError, match="init must have the model and prediction of the run"):
         Trainer(replace(TINY, init="swiss-roll"), tmp_path / "fourth")

@@ -57,14 +57,14 @@ def eager_steps(recipe: Recipe, compile: bool = False) -> Run:
 
 def native_steps(recipe: Recipe) -> Run:
     work = recipe.work()
-    if not can_run_natively(recipe.config, work.model, recipe.dataset, recipe.device, Ranks()):
+    if not can_run_natively(recipe.config, work.model, recipe.device, Ranks()):
         raise UnavailableError(f"native steps need an MLP in fp32 on the CPU and a compiler, got {recipe.device}")
     return _steps(recipe, NativeSteps(work))
 
 
 def captured_steps(recipe: Recipe, compile: bool = False) -> Run:
     config = replace(recipe.config, compile=compile)
-    if not can_capture(config, recipe.dataset, recipe.device, Ranks()):
+    if not can_capture(recipe.device, Ranks()):
         raise UnavailableError(f"captured steps need Triton and a CUDA GPU, got device {recipe.device}")
     return _steps(recipe, CapturedSteps(recipe.work(config)))
 

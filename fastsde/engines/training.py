@@ -49,6 +49,11 @@ class Work:
         return torch.compile(self.model) if self.config.compile else self.model
 
     @property
+    def scaling(self) -> dict[str, Any]:
+        """What a network sees of the data, as the functions of a step take it."""
+        return {"scale": self.dataset.scale, "shift": self.dataset.shift}
+
+    @property
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.config.precision == "bf16" else None
 
@@ -63,25 +68,18 @@ class Steps(Protocol):
         """Takes the steps ``first`` to ``first + count - 1`` and returns their losses, fp32 ``[count]``."""
 
 
-def can_capture(config: TrainConfig, dataset: Dataset, device: torch.device, here: Ranks) -> bool:
-    """Whether steps can be captured: on one GPU, on data that the kernels take."""
-    takes = _is_for_kernels(dataset) and here.world == 1
-    return takes and capture.can_record(device) and ops.has_triton(device)
+def can_capture(device: torch.device, here: Ranks) -> bool:
+    """Whether steps can be captured: on one GPU."""
+    return here.world == 1 and capture.can_record(device) and ops.has_triton(device)
 
 
-def can_run_natively(
-    config: TrainConfig, model: nn.Module, dataset: Dataset, device: torch.device, here: Ranks
-) -> bool:
+def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device, here: Ranks) -> bool:
     """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
     if linear_layers(model) is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False
     fit = max(max(each.shape) for each in model.parameters()) <= _NATIVE_WIDTH
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
-    return _is_for_kernels(dataset) and fit and plain and ops.has_native(device, "mlp_training")
-
-
-def _is_for_kernels(dataset: Dataset) -> bool:
-    return dataset.x.dtype in (torch.uint8, torch.float32) and dataset.x.numel() > 0
+    return fit and plain and ops.has_native(device, "mlp_training")
 
 
 class EagerSteps:
@@ -120,8 +118,7 @@ class EagerSteps:
             None,
             step,
             config.sde,
-            scale=work.dataset.scale,
-            shift=work.dataset.shift,
+            **work.scaling,
             prediction=config.prediction,
             weighting=config.weighting,
             autocast=work.autocast,
@@ -151,7 +148,6 @@ class NativeSteps:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._keys = noise.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
-        self._x_0 = work.dataset.x.contiguous()
 
     def chunks(self, count: int) -> list[int]:
         products = self._work.config.batch_size * sum(each.numel() for each in self._work.model.parameters())
@@ -162,7 +158,7 @@ class NativeSteps:
         """As `Steps.take`."""
         from ..kernels.cpu.mlp_training import Parameters, mlp_training
 
-        work, config, data = self._work, self._work.config, self._work.dataset
+        work, config = self._work, self._work.config
         weights, activations = _parameters(work.model)
         states = [None if each is None else self._state(each) for each in weights]
         average, square = ([None if state is None else state[kind] for state in states] for kind in _ADAM_KINDS)
@@ -172,12 +168,11 @@ class NativeSteps:
             losses: Tensor = mlp_training(
                 Parameters(weights, average, square, moving),
                 activations,
-                self._x_0,
+                work.dataset.x,
                 self._keys,
                 config.sde.beta_min,
                 config.sde.beta_max,
-                scale=data.scale,
-                shift=data.shift,
+                **work.scaling,
                 t_min=config.t_min,
                 prediction=config.prediction,
                 weighting=config.weighting,
@@ -229,10 +224,10 @@ class CapturedSteps:
         # Rows of 16 bytes or a multiple: a kernel would be compiled anew, while it is captured, for one that is not.
         width = config.batch_size + config.batch_size % 2
         self._index = torch.zeros((MAX_CHUNK, width), dtype=torch.int64, device=device)
-        self._rates = torch.zeros((MAX_CHUNK, 2), device=device)
-        self._losses = torch.zeros(MAX_CHUNK, device=device)
+        self._rates = torch.zeros((MAX_CHUNK, 2), dtype=torch.float32, device=device)
+        self._losses = torch.zeros(MAX_CHUNK, dtype=torch.float32, device=device)
         for group in work.optimizer.param_groups:
-            group["lr"] = torch.zeros((), device=device)
+            group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
         self._recording = capture.Recording(device)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._warm_ups = 0
@@ -272,14 +267,14 @@ class CapturedSteps:
             self._losses[i] = self._step(i)
 
     def _step(self, i: int) -> Tensor:
-        work, config, data = self._work, self._work.config, self._work.dataset
+        work, config = self._work, self._work.config
         given: dict[str, Any] = {"index": self._index[i, : config.batch_size], "counter": self._first}
-        given |= {"scale": data.scale, "shift": data.shift}
-        x_t, t = ops.perturb(data.x, self._keys, i, config.sde, t_min=config.t_min, **given)
+        given |= work.scaling
+        x_t, t = ops.perturb(work.dataset.x, self._keys, i, config.sde, t_min=config.t_min, **given)
         with torch.autocast(x_t.device.type, dtype=work.autocast, enabled=work.autocast is not None):
             f = self._network(x_t, t)
         kinds: dict[str, Any] = {"prediction": config.prediction, "weighting": config.weighting}
-        loss = ops.dsm_loss(f, data.x, t, self._keys, i, config.sde, **kinds, **given)
+        loss = ops.dsm_loss(f, work.dataset.x, t, self._keys, i, config.sde, **kinds, **given)
         work.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         for group in work.optimizer.param_groups:

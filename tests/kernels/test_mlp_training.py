@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import VPSDE, checkpoints, noise, reference
-from fastsde.data import Dataset
 from fastsde.engines.training import NativeSteps
 from fastsde.models import MLP
 from fastsde.models.mlp import linear_layers
@@ -175,12 +174,6 @@ def _equal(ours: Weights, theirs: Weights) -> bool:
 
 def test_what_it_does_not_take_is_trained_eagerly(tmp_path: Path) -> None:
     _trained(replace(CONFIG, precision="bf16", steps=3), tmp_path / "bf16", natively=False)
-    doubled = Dataset("points", torch.randn(20, 2).double())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NativeSteps, "take", lambda *args: pytest.fail("native steps of float64 data"))
-        trainer = Trainer(replace(CONFIG, steps=1), tmp_path / "double", dataset=doubled)
-        with pytest.raises(RuntimeError):  # the network is fp32
-            trainer.train(progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
