@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .validation import check_int, check_number, check_range
+from .vocabulary import DATASETS
 
 __all__ = ["DATASETS", "Dataset", "digits", "load", "mnist", "swiss_roll"]
 
-DATASETS = ("swiss-roll", "digits", "mnist")
 DEFAULT_ROOT = Path("data")
 
 
