@@ -13,10 +13,14 @@ from functools import cache
 
 import pytest
 
-from fastsde import distributed
-from fastsde.benchmarks.suite.case import Case, Outcome
-from fastsde.benchmarks.suite.plan import Plan
-from fastsde.benchmarks.suite.run import cases, new_result, outcomes
+from fastsde.openmp import wait_passively
+
+wait_passively()  # before torch is loaded
+
+from fastsde import distributed  # noqa: E402
+from fastsde.benchmarks.suite.case import Case, Outcome  # noqa: E402
+from fastsde.benchmarks.suite.plan import Plan  # noqa: E402
+from fastsde.benchmarks.suite.run import cases, new_result, outcomes  # noqa: E402
 
 
 class Replay:

@@ -391,7 +391,17 @@ def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> Non
     done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert {"device", "torch", "triton", "commit", "fp32_products", "ceilings", "quick", "threads"} <= set(result)
+    assert {
+        "device",
+        "torch",
+        "triton",
+        "commit",
+        "fp32_products",
+        "ceilings",
+        "quick",
+        "threads",
+        "threads_wait",
+    } <= set(result)
     (record,) = result["cases"]
     assert all(rate > 0 for rate in result["ceilings"]["flop"].values())
     for name, each in record["providers"].items():
