@@ -66,7 +66,7 @@ class Classifier(nn.Module):
         return result
 
 
-def train_classifier(root: str, epochs: int = 20, seed: int = 0) -> tuple[Classifier, float, Tensor]:
+def train_classifier(root: str | Path, epochs: int = 20, seed: int = 0) -> tuple[Classifier, float, Tensor]:
     """The classifier, its accuracy on the test digits, and those digits ``[N, 1, 28, 28]`` in [-1, 1]."""
     torch.manual_seed(seed)
     (train, labels), (test, test_labels) = (data.mnist_files(root, train=which) for which in (True, False))
