@@ -64,6 +64,7 @@ def cases(plan: Plan) -> Iterator[Case]:
             for module in ("torch", "fastsde")
         ],
         baseline="torch",
+        run_s=1.5,
         **_COMMON,
     )
     for model, n, rows in (("swiss-roll", 1000, 100 if plan.quick else 999), ("mnist", 20, 20)):
@@ -100,6 +101,7 @@ def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
             for name, way in ways.items()
         ],
         targets=[Target("at most 3 s", ("fastsde",), at_most_s=3.0)] if first_roll else [],
+        run_s=4.0,
         **_COMMON,
     )
 
