@@ -38,7 +38,7 @@ class Replay:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastsde")
-    group.addoption("--quick", action="store_true", help="small sizes: two or three minutes on two cores")
+    group.addoption("--quick", action="store_true", help="small sizes: three minutes on two cores")
     group.addoption("--device", default=None, help="cpu or cuda; by default cuda where there is one")
 
 

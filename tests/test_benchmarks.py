@@ -155,6 +155,18 @@ def test_where_the_time_is_short_providers_rounds_and_whole_cases_are_left_out(c
     assert not list(run._wrong(unbegun.record))
 
 
+def test_a_first_call_that_compiled_kernels_is_not_taken_for_a_run(clock: list[float]) -> None:
+    calls = itertools.count()
+
+    def compiles_once() -> None:
+        clock[0] += 5.0 if next(calls) == 0 else 0.1
+
+    providers = [provider(cases.LOOP, lambda: clock.__setitem__(0, clock[0] + 0.1)), provider("fastsde", compiles_once)]
+    case = Case("subject", "case", "a task", {}, providers)
+    record = runner.run_case(case, CPU, MOST, 6.25).record  # after 5.3 s there is time for three rounds
+    assert {each["rounds"] for each in record["providers"].values()} == {3}
+
+
 def test_each_case_gets_the_share_of_what_is_left_that_it_is_expected_to_need(
     monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:

@@ -124,7 +124,7 @@ def _announcement(cases: int, expected: float, minutes: float | None) -> str:
         return f"{cases} cases, {about}; --minutes M cuts them to M, and --quick takes small ones"
     if expected <= 60 * minutes:
         return f"{cases} cases, {about}"
-    return f"{cases} cases, {about}, cut to {minutes:g}; --minutes says to how many"
+    return f"{cases} cases, {about}, cut to {minutes:g}; --minutes M gives more"
 
 
 def _tell_what_is_missing(records: Sequence[Figures]) -> None:

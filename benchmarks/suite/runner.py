@@ -39,7 +39,7 @@ def run_case(
         case.prepare()
     runs, round_s = _prove_all(case, outcome, device, ends, say)
     if time.monotonic() + round_s > ends:
-        reason = f"{LEFT_OUT}a round takes {round_s:.0f} s, which is more than is left of its share of the time"
+        reason = f"{LEFT_OUT}a round takes {round_s:.2g} s, more than is left of its share of the time"
         return Outcome({**case.head(), "failed": reason})
     _time(case, runs, outcome, device, ends, say)
     figures: Figures = outcome.record["providers"]
@@ -72,6 +72,8 @@ def _prove_all(
             figures[provider.name] = {"unavailable": SPENT}
             continue
         own, run, run_s = _prove(provider, device, warms=case.timer is None)
+        if run_s is None:  # not warm yet, and the first call may have compiled kernels
+            run_s = min(own["first_call_s"], slowest) if slowest and case.timer is None else own["first_call_s"]
         figures[provider.name] = own
         if case.timer is not None:
             own.pop("first_call_s", None)  # not all of it is what counts
@@ -98,13 +100,13 @@ def _time(
         figures.setdefault(name, {}).update(summary(each))
 
 
-def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figures, Run | None, float]:
-    """What came of a provider before it was timed: its proof, or why it has no time; and seconds of a run."""
+def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figures, Run | None, float | None]:
+    """What came of a provider before it was timed: its proof, or why it has no time; and seconds of a warm run."""
     figures: Figures = {}
     try:
         run, result = _first_call(provider.make, device, figures)
-        run_s: float = figures["first_call_s"]
-        if warms and (provider.compiles or run_s < _LONG_S):
+        run_s: float | None = None
+        if warms and (provider.compiles or figures["first_call_s"] < _LONG_S):
             result, run_s = _warm(run)
         return {**figures, "parity": provider.prove(run, result)}, run, run_s
     except UnavailableError as error:

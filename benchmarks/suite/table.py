@@ -74,7 +74,8 @@ def show(record: Figures) -> list[str]:
 
 def _line(record: Figures, name: str, each: Figures) -> str:
     if "median_s" not in each:
-        reason = next(f"{word}: {each[key]}" for key, word in _REASONS.items() if key in each)
+        key, reason = next((key, each[key]) for key in _REASONS if key in each)
+        reason = reason if reason.startswith(LEFT_OUT) else f"{_REASONS[key]}: {reason}"
         return f"  {name:38}  {reason}"
     spread = f"{duration(each['p20_s'])} .. {duration(each['p80_s'])}"
     share = f"{each['of_limit']:.0%}" if each.get("limit_s") else ""
