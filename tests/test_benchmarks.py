@@ -146,7 +146,7 @@ def test_where_the_time_is_short_providers_rounds_and_whole_cases_are_left_out(c
     assert record["cut"]
     assert any("for want of time 2 rounds at most" in line and "--minutes" in line for line in table.show(record))
     # Where not even a round fits the case is named, and where its baseline does not it is not begun.
-    late = runner.run_case(case, CPU, MOST, clock[0] + 0.4).record
+    late = runner.run_case(case, CPU, MOST, clock[0] + 0.3).record
     assert late["failed"].startswith(f"{cases.LEFT_OUT}a round takes")
     (unbegun,) = run.outcomes([case], QUICK, MOST, ends=clock[0] - 1)
     assert unbegun.record["failed"].startswith(f"{cases.LEFT_OUT}it takes")
@@ -182,7 +182,7 @@ def test_each_case_gets_the_share_of_what_is_left_that_it_is_expected_to_need(
 
 def test_what_a_case_is_expected_to_take_grows_with_its_work_its_rounds_and_what_compiles() -> None:
     case = Case("subject", "case", "a task", {}, [provider(cases.LOOP)], work=Work(flop=1e11), rounds=5)
-    assert budget.least_s(case, MOST) == pytest.approx(6.0)  # of 1 s at the limit
+    assert budget.least_s(case, MOST) == pytest.approx(39.0)  # 13 runs of 1 s at the limit
     plain, fewer, nothing = (
         budget.expected_s(each, MOST) for each in (case, replace(case, rounds=2), replace(case, work=Work()))
     )

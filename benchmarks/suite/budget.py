@@ -12,7 +12,7 @@ from .case import Case, Provider
 from .machine import Ceilings
 from .measure import FEWEST_ROUNDS
 
-_COMPILE_S = 8.0
+COMPILE_S = 8.0
 _CALLS = 5  # of a provider before it is timed: one cold, two to be warm, and about two in its proof
 _SLOWER = {"cpu": 3.0, "cuda": 10.0}  # than the limit, of a typical provider
 
@@ -23,7 +23,7 @@ def _run_s(case: Case, provider: Provider, ceilings: Ceilings) -> float:
 
 
 def _provider_s(case: Case, provider: Provider, ceilings: Ceilings) -> float:
-    run, compiling = _run_s(case, provider, ceilings), _COMPILE_S if provider.compiles else 0.0
+    run, compiling = _run_s(case, provider, ceilings), COMPILE_S if provider.compiles else 0.0
     if case.run_s:  # each run is a process, which compiles anew
         return (1 + case.rounds) * (run + compiling)
     a_round = max(run * case.calls, 1e-6)
@@ -37,9 +37,10 @@ def expected_s(case: Case, ceilings: Ceilings) -> float:
 
 
 def least_s(case: Case, ceilings: Ceilings) -> float:
-    """Seconds below which nothing comes of a case: its baseline once to see that it is right, and once by the clock."""
+    """Seconds below which nothing comes of a case: two providers that are proved, and a round of them."""
     (baseline,) = [provider for provider in case.providers if provider.name == case.baseline] or case.providers[:1]
-    return (1 + case.calls) * _run_s(case, baseline, ceilings)
+    first = 1 if case.run_s else _CALLS
+    return (2 * first + 3 * case.calls) * _run_s(case, baseline, ceilings)
 
 
 def deadlines(cases: Sequence[Case], ceilings: Ceilings, ends: float) -> Iterator[tuple[Case, float]]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from .budget import COMPILE_S
 from .case import AGAIN, LEFT_OUT, SPENT, Case, Outcome, Provider, UnavailableError, WrongError
 from .machine import Ceilings
 from .measure import Figures, Run, in_words, measure, seconds, summary
 
 _LONG_S = 2.0  # of a first call, after which it is warm
-_FIRST_CALLS = 4  # of a provider until it is warm and proved, about
+_GRACE = 0.25  # of its share, for a first round, so that the proofs have not been in vain
 
 
 def run_case(
@@ -31,14 +32,14 @@ def run_case(
 
     Args:
         ends: when, by ``time.monotonic``, it is to be over. Then providers are left out, first those that compile, and
-            there are fewer rounds; a case of which not one round fits has no figures.
+            there are fewer rounds; a case of which not one round fits, or nearly so, has no figures.
         say: is told what is being done.
     """
     outcome, started = Outcome(case.head()), time.monotonic()
     if case.prepare is not None:
         case.prepare()
     runs, round_s = _prove_all(case, outcome, device, ends, say)
-    if time.monotonic() + round_s > ends:
+    if time.monotonic() + round_s > ends + _GRACE * (ends - started):
         reason = f"{LEFT_OUT}a round takes {round_s:.2g} s, more than is left of its share of the time"
         return Outcome({**case.head(), "failed": reason})
     _time(case, runs, outcome, device, ends, say)
@@ -60,15 +61,17 @@ def _prove_all(
     """What is right, to be timed, and how many seconds a round of it takes.
 
     The baseline comes first, then this package, and what compiles last: where the time ends, the last are left out.
-    Of the others none is expected to take longer than the slowest so far.
+    Of the others none is expected to take longer than the baseline did, but to compile.
     """
     figures: Figures = outcome.record["providers"]
     figures.update({provider.name: {} for provider in case.providers})  # in the order of the table
-    runs, round_s, slowest = dict[str, Run](), 0.0, 0.0
+    runs, round_s, slowest, usual = dict[str, Run](), 0.0, 0.0, 0.0
     order = sorted(case.providers, key=lambda each: (each.name != case.baseline, each.compiles, not each.is_ours))
     for number, provider in enumerate(order):
         say(f"{provider.name}, {number + 1} of {len(order)}")
-        if time.monotonic() + round_s + slowest * (_FIRST_CALLS + case.calls) > ends and number:
+        started = time.monotonic()
+        needed = usual + round_s + slowest * case.calls + COMPILE_S * provider.compiles
+        if number and started + needed > ends:
             figures[provider.name] = {"unavailable": SPENT}
             continue
         own, run, run_s = _prove(provider, device, warms=case.timer is None)
@@ -81,6 +84,7 @@ def _prove_all(
             runs[provider.name] = run
             round_s += run_s * case.calls * (2 if provider.name == case.baseline else 1)
             slowest = max(slowest, run_s)
+        usual = usual or time.monotonic() - started
     return runs, round_s
 
 
