@@ -12,7 +12,7 @@ from .case import Case, Provider
 from .machine import Ceilings
 from .measure import FEWEST_ROUNDS
 
-COMPILE_S = 8.0
+_COMPILE_S, LEAST_COMPILE_S = 8.0, 4.0  # a network, and an elementwise kernel
 _CALLS = 5  # of a provider before it is timed: one cold, two to be warm, and about two in its proof
 _SLOWER = {"cpu": 3.0, "cuda": 10.0}  # than the limit, of a typical provider
 
@@ -23,7 +23,7 @@ def _run_s(case: Case, provider: Provider, ceilings: Ceilings) -> float:
 
 
 def _provider_s(case: Case, provider: Provider, ceilings: Ceilings) -> float:
-    run, compiling = _run_s(case, provider, ceilings), COMPILE_S if provider.compiles else 0.0
+    run, compiling = _run_s(case, provider, ceilings), _COMPILE_S if provider.compiles else 0.0
     if case.run_s:  # each run is a process, which compiles anew
         return (1 + case.rounds) * (run + compiling)
     a_round = max(run * case.calls, 1e-6)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from .budget import COMPILE_S
+from .budget import LEAST_COMPILE_S
 from .case import AGAIN, LEFT_OUT, SPENT, Case, Outcome, Provider, UnavailableError, WrongError
 from .machine import Ceilings
 from .measure import Figures, Run, in_words, measure, seconds, summary
 
 _LONG_S = 2.0  # of a first call, after which it is warm
-_GRACE = 0.25  # of its share, for a first round, so that the proofs have not been in vain
+_GRACE = 0.25  # of what the proofs took, for a round that comes late: so they have not been in vain
 
 
 def run_case(
@@ -39,7 +39,8 @@ def run_case(
     if case.prepare is not None:
         case.prepare()
     runs, round_s = _prove_all(case, outcome, device, ends, say)
-    if time.monotonic() + round_s > ends + _GRACE * (ends - started):
+    now = time.monotonic()
+    if now + round_s > ends and round_s > _GRACE * (now - started):
         reason = f"{LEFT_OUT}a round takes {round_s:.2g} s, more than is left of its share of the time"
         return Outcome({**case.head(), "failed": reason})
     _time(case, runs, outcome, device, ends, say)
@@ -70,7 +71,7 @@ def _prove_all(
     for number, provider in enumerate(order):
         say(f"{provider.name}, {number + 1} of {len(order)}")
         started = time.monotonic()
-        needed = usual + round_s + slowest * case.calls + COMPILE_S * provider.compiles
+        needed = usual + round_s + slowest * case.calls + LEAST_COMPILE_S * provider.compiles
         if number and started + needed > ends:
             figures[provider.name] = {"unavailable": SPENT}
             continue
