@@ -119,7 +119,7 @@ def run(plan: Plan, chosen: Sequence[Case], minutes: float | None, out: Path | N
 
 def _announcement(cases: int, expected: float, minutes: float | None) -> str:
     """How long it will take, and how to have it otherwise."""
-    about = f"about {clock(expected)} minutes on this machine as it is now"
+    about = f"about {clock(expected)} min on this machine as it is now"
     if minutes is None:
         return f"{cases} cases, {about}; --minutes M cuts them to M, and --quick takes small ones"
     if expected <= 60 * minutes:
