@@ -28,6 +28,7 @@ _IMPORT = """
 import json, time
 started = time.perf_counter()
 import {module}
+{use}
 print(json.dumps([time.perf_counter() - started, [1.0]]))
 """
 _SAMPLE = """
@@ -107,7 +108,8 @@ def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
 
 
 def _import(module: str) -> Run:
-    return partial(_seconds, _IMPORT.format(module=module), None)
+    use = "fastsde.sample" if module == "fastsde" else ""  # which loads torch and what sampling needs
+    return partial(_seconds, _IMPORT.format(module=module, use=use), None)
 
 
 def _first_call(plan: Plan, model: str, n: int, rows: int, warm: bool, loop: str = "", options: str = "") -> Run:
