@@ -13,10 +13,14 @@ from functools import cache
 
 import pytest
 
-from fastsde import distributed
-from fastsde.benchmarks.suite.case import Case, Outcome
-from fastsde.benchmarks.suite.plan import Plan
-from fastsde.benchmarks.suite.run import cases, new_result, outcomes
+from fastsde.openmp import wait_passively
+
+wait_passively()  # before torch is loaded
+
+from fastsde import distributed  # noqa: E402
+from fastsde.benchmarks.suite.case import Case, Outcome  # noqa: E402
+from fastsde.benchmarks.suite.plan import Plan  # noqa: E402
+from fastsde.benchmarks.suite.run import cases, new_result, outcomes  # noqa: E402
 
 
 class Replay:
@@ -34,7 +38,7 @@ class Replay:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastsde")
-    group.addoption("--quick", action="store_true", help="small sizes: two or three minutes on two cores")
+    group.addoption("--quick", action="store_true", help="small sizes: three minutes on two cores")
     group.addoption("--device", default=None, help="cpu or cuda; by default cuda where there is one")
 
 

@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from fastsde.openmp import wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before torch is loaded
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,7 +66,7 @@ class Classifier(nn.Module):
         return result
 
 
-def train_classifier(root: str, epochs: int = 20, seed: int = 0) -> tuple[Classifier, float, Tensor]:
+def train_classifier(root: str | Path, epochs: int = 20, seed: int = 0) -> tuple[Classifier, float, Tensor]:
     """The classifier, its accuracy on the test digits, and those digits ``[N, 1, 28, 28]`` in [-1, 1]."""
     torch.manual_seed(seed)
     (train, labels), (test, test_labels) = (data.mnist_files(root, train=which) for which in (True, False))
@@ -108,7 +114,7 @@ def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, A
 @click.command()
 @click.argument("subject", type=click.Choice(("swiss-roll", "mnist")))
 @click.option("--model", help="A checkpoint instead of the shipped model.")
-@click.option("--data", "root", default="data", show_default=True, help="The folder of MNIST.")
+@click.option("--data", "root", help="The folder of MNIST.  [default: data]")
 @click.option("-n", type=int, help="How many samples.  [default: 10,000 points, 1,000 digits]")
 @click.option("--solver", default="euler_maruyama", show_default=True)
 @click.option("--steps", default=999, show_default=True)
@@ -118,7 +124,7 @@ def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, A
 def main(
     subject: str,
     model: str | None,
-    root: str,
+    root: str | None,
     n: int | None,
     solver: str,
     steps: int,
@@ -127,6 +133,8 @@ def main(
     out: Path | None,
 ) -> None:
     """Judge the samples of a model; prints the figures as JSON."""
+    if root is not None and subject != "mnist":
+        raise click.UsageError(f"--data is the folder of MNIST, and {subject} comes from no folder: leave it out")
     started = time.time()
     checkpoint = checkpoints.load(model or subject)
     result: dict[str, Any]
@@ -135,7 +143,7 @@ def main(
         result = swiss_roll_distance(checkpoint, n, seed, solver=solver, steps=steps, compile=compile)
     else:
         n = n or 1000
-        classifier, accuracy, test = train_classifier(root)
+        classifier, accuracy, test = train_classifier(root or data.DEFAULT_ROOT)
         sampler = fastsde.Sampler(
             checkpoint.model,
             checkpoint.shape,

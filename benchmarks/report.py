@@ -48,9 +48,12 @@ def load(path: Path) -> Figures:
 
 def about(result: Figures) -> str:
     """The machine, the versions and the commit, in a line."""
+    threads = f"{result['threads']} threads"
+    if "threads_wait" in result:
+        threads += f", which wait: {result['threads_wait']}"
     rate = max(result["ceilings"]["flop"].values()) / 1e12
     parts = [
-        f"{result['threads']} threads" if result["kind"] == "cpu" else f"Triton {result['triton']}",
+        threads if result["kind"] == "cpu" else f"Triton {result['triton']}",
         f"PyTorch {result['torch']}",
         f"copies {result['ceilings']['bytes'] / 1e9:,.0f} GB/s, products up to {rate:.3g} TFLOP/s",
         f"commit {result['commit'] or 'unknown'}",
@@ -112,7 +115,8 @@ def compare(before: Figures, after: Figures) -> list[str]:
                 rows.append((record["name"], name, "", "", "", "NO TIME any more"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     titles = [f"before  {about(before)}", f"after   {about(after)}"]
-    other = [key for key in ("device", "threads", "torch", "quick") if before.get(key) != after.get(key)]
+    same = ("device", "threads", "threads_wait", "torch", "quick")
+    other = [key for key in same if before.get(key) != after.get(key)]
     titles.append(f"of another {', '.join(other)}: ratios say little" if other else "")
     return titles + [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

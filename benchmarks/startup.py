@@ -28,6 +28,7 @@ _IMPORT = """
 import json, time
 started = time.perf_counter()
 import {module}
+{use}
 print(json.dumps([time.perf_counter() - started, [1.0]]))
 """
 _SAMPLE = """
@@ -64,6 +65,7 @@ def cases(plan: Plan) -> Iterator[Case]:
             for module in ("torch", "fastsde")
         ],
         baseline="torch",
+        run_s=1.5,
         **_COMMON,
     )
     for model, n, rows in (("swiss-roll", 1000, 100 if plan.quick else 999), ("mnist", 20, 20)):
@@ -100,12 +102,14 @@ def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
             for name, way in ways.items()
         ],
         targets=[Target("at most 3 s", ("fastsde",), at_most_s=3.0)] if first_roll else [],
+        run_s=4.0,
         **_COMMON,
     )
 
 
 def _import(module: str) -> Run:
-    return partial(_seconds, _IMPORT.format(module=module), None)
+    use = "fastsde.sample" if module == "fastsde" else ""  # which loads torch and what sampling needs
+    return partial(_seconds, _IMPORT.format(module=module, use=use), None)
 
 
 def _first_call(plan: Plan, model: str, n: int, rows: int, warm: bool, loop: str = "", options: str = "") -> Run:

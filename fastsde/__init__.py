@@ -4,28 +4,64 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "compat", "models", "noise", "sample", "solvers"]
 
 # In a source checkout `fastsde.kernels` and `fastsde.benchmarks` are the folders beside this package.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from . import compat, models, noise, solvers  # noqa: E402
-from .reference import NonFiniteError  # noqa: E402
-from .sampler import Sampler, sample  # noqa: E402
-from .sde import VPSDE  # noqa: E402
-from .solvers import StepTable  # noqa: E402
+if TYPE_CHECKING:
+    from . import checkpoints as checkpoints
+    from . import compat, models, noise, solvers
+    from . import data as data
+    from . import distributed as distributed
+    from . import ops as ops
+    from . import plotting as plotting
+    from . import reference as reference
+    from . import sde as sde
+    from . import training as training
+    from . import verify as verify
+    from .reference import NonFiniteError
+    from .sampler import Sampler, sample
+    from .sde import VPSDE
+    from .solvers import StepTable
+else:
+    # Imported when first asked for: torch takes seconds, and the command line sets how its threads wait before that.
+    _MODULES = (
+        "checkpoints",
+        "compat",
+        "data",
+        "distributed",
+        "models",
+        "noise",
+        "ops",
+        "plotting",
+        "reference",
+        "sde",
+        "solvers",
+        "training",
+        "verify",
+    )
+    _MODULE_OF = {
+        "NonFiniteError": "reference",
+        "Sampler": "sampler",
+        "StepTable": "solvers",
+        "VPSDE": "sde",
+        "sample": "sampler",
+    }
 
-__version__ = "0.1.0"
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
+        if name in _MODULE_OF:
+            globals()[name] = value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-__all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "compat", "models", "noise", "sample", "solvers"]
-
-_ON_DEMAND = ("checkpoints", "data", "distributed", "ops", "plotting", "reference", "training", "verify")
-
-
-def __getattr__(name: str) -> ModuleType:
-    """Imports the modules that cost something, or that few need, when they are first asked for."""
-    if name in _ON_DEMAND:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *_MODULES, "__version__"})

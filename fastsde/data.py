@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .dataset import Dataset
 from .validation import check_int, check_number, check_range
+from .vocabulary import DATASETS
 
 __all__ = ["DATASETS", "Dataset", "digits", "load", "mnist", "swiss_roll"]
 
-DATASETS = ("swiss-roll", "digits", "mnist")
 DEFAULT_ROOT = Path("data")
 
 

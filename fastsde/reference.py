@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import noise
 from .sde import VPSDE, match_dims
 from .solvers import StepTable
+from .vocabulary import WEIGHTINGS
 
 __all__ = [
     "WEIGHTINGS",
@@ -34,8 +35,6 @@ __all__ = [
 Model = Callable[..., Tensor]
 NoiseFunction = Callable[[int, Tensor], Tensor]
 RowHook = Callable[[int, float, Tensor], "Tensor | None"]
-
-WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 
 class NonFiniteError(RuntimeError):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .sde import VPSDE
 from .validation import check_instance, check_int, check_number
+from .vocabulary import PREDICTIONS, SOLVERS
 
 __all__ = [
     "PREDICTIONS",
@@ -37,8 +38,6 @@ __all__ = [
     "heun",
     "score_form",
 ]
-
-PREDICTIONS = ("score", "eps", "x0", "v")
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,7 +382,6 @@ _SCHEDULE_SOLVERS: dict[str, Callable[..., StepTable]] = {
     "ddim": ddim,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
 }
-SOLVERS = (*_SDE_SOLVERS, *_SCHEDULE_SOLVERS)
 
 
 def build(

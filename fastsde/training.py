@@ -26,15 +26,13 @@ from .distributed import Ranks
 from .engines import CaptureError
 from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Work, can_capture, can_run_natively
 from .files import atomic_path
-from .reference import WEIGHTINGS, NonFiniteError
+from .reference import NonFiniteError
 from .sde import VPSDE
-from .solvers import PREDICTIONS
 from .validation import check_bool, check_device, check_instance, check_int, check_number, check_range
+from .vocabulary import LR_SCHEDULES, PRECISIONS, PREDICTIONS, WEIGHTINGS
 
-__all__ = ["LR_SCHEDULES", "PRECISIONS", "TrainConfig", "Trainer", "default_config", "saved_config", "tutorial_config"]
+__all__ = ["TrainConfig", "Trainer", "default_config", "saved_config", "tutorial_config"]
 
-LR_SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("fp32", "bf16")
 LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
 
 

@@ -42,11 +42,12 @@ from .sampler import Sampler
 from .sde import VPSDE
 from .solvers import StepTable
 from .validation import check_bool, check_int
+from .vocabulary import VERIFIED_DTYPES
 from .yardstick import in_dtype, in_its_own_dtype
 
 __all__ = ["DTYPES", "Difference", "Result", "default_n", "machine", "table", "verify", "write_json"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in VERIFIED_DTYPES}
 _REFERENCE = "reference"
 _NORMAL_ERROR = 4e-6  # of the noise contract
 _ROUNDOFF = 2.0**-24  # of fp32

@@ -7,8 +7,13 @@ import importlib.util
 import pkgutil
 
 import pytest
-import torch
-from cuda_graphs import graphs as graphs  # a fixture
+
+from fastsde.openmp import wait_passively
+
+wait_passively()  # in this process and those that tests start
+
+import torch  # noqa: E402
+from cuda_graphs import graphs as graphs  # noqa: E402 (a fixture)
 
 
 def _define_interpreted_kernels() -> None:

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 
 from fastsde import VPSDE, checkpoints, data, ops
 from fastsde.benchmarks.providers import compiled, lean, sampling, tutorial
+from fastsde.benchmarks.suite import budget, measure, progress, run, runner, table
 from fastsde.benchmarks.suite import case as cases
-from fastsde.benchmarks.suite import measure, run, table
 from fastsde.benchmarks.suite.case import Case, Provider, Target
 from fastsde.benchmarks.suite.machine import Ceilings, Work
 from fastsde.benchmarks.suite.plan import Plan
@@ -45,7 +45,7 @@ def provider(name: str, call: Callable[[], object] = lambda: 1.0, error: float =
 def run_case(*providers: Provider, **options: object) -> table.Figures:
     about = {"n": 4, "rows": 2}
     case = Case("subject", "case", "a task", about, providers, **{"rounds": 5, **options})  # type: ignore[arg-type]
-    return cases.run_case(case, CPU, MOST, lambda compiles: True).record
+    return runner.run_case(case, CPU, MOST).record
 
 
 # What is shown ------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_a_wrong_kernel_is_caught_by_the_proof_of_its_case(monkeypatch: pytest.M
     ):
         monkeypatch.setattr(ops, "fused_step", wrong)
         (own,) = (each for each in case.providers if each.name == "fastsde native")
-        record = cases.run_case(replace(case, providers=[own], rounds=1), CPU, MOST, lambda compiles: True).record
+        record = runner.run_case(replace(case, providers=[own], rounds=1), CPU, MOST).record
         assert "wrong" in record["providers"]["fastsde native"], wrong
 
 
@@ -118,15 +118,95 @@ def test_one_provider_that_fails_leaves_the_others_their_times() -> None:
     assert "not here: there is no such thing here" in lines
 
 
-def test_where_the_time_is_spent_what_compiles_and_what_comes_after_is_left_out() -> None:
-    case = Case("subject", "case", "a task", {}, [provider(cases.LOOP), provider("compiled", compiles=True)], rounds=1)
-    outcome = cases.run_case(case, CPU, MOST, has_time=lambda compiles: not compiles)
-    assert outcome.record["providers"]["compiled"] == {"unavailable": cases.SPENT}
-    assert "median_s" in outcome.record["providers"][cases.LOOP]
-    (late,) = run.outcomes([case], QUICK, MOST, minutes=-1)
-    assert late.record["failed"] == cases.SPENT
-    assert cases.SPENT in "\n".join(table.show(late.record))
-    assert not table.headlines(late.record)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time it is, as long as nobody moves it on."""
+    now = [0.0]
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: now[0])
+    return now
+
+
+def test_where_the_time_is_short_providers_rounds_and_whole_cases_are_left_out(clock: list[float]) -> None:
+    def call() -> None:
+        clock[0] += 0.1
+
+    names = (cases.LOOP, "compiled", "another", "fastsde")
+    case = Case("subject", "case", "a task", {}, [provider(name, call, compiles=name == "compiled") for name in names])
+    # Three calls each to be warm, then rounds of 0.4 s; for the fourth provider and a round there is no time.
+    said: list[str] = []
+    record = runner.run_case(case, CPU, MOST, 1.75, said.append).record
+    order = [f"{cases.LOOP}, 1 of 4", "fastsde, 2 of 4", "another, 3 of 4", "compiled, 4 of 4"]
+    assert said == [*order, "round 1 of 10", "round 2 of 10"]
+    assert clock[0] == pytest.approx(1.7)
+    figures = record["providers"]
+    assert tuple(figures) == (*names, cases.LOOP + cases.AGAIN)  # in the order of the table all the same
+    assert figures["compiled"] == {"unavailable": cases.SPENT}
+    assert {figures[name]["rounds"] for name in (cases.LOOP, "another", "fastsde")} == {2}
+    assert record["cut"]
+    assert any("for want of time 2 rounds at most" in line and "--minutes" in line for line in table.show(record))
+    # Where not even a round fits the case is named, and where its baseline does not it is not begun.
+    late = runner.run_case(case, CPU, MOST, clock[0] + 0.3).record
+    assert late["failed"].startswith(f"{cases.LEFT_OUT}a round takes")
+    (unbegun,) = run.outcomes([case], QUICK, MOST, ends=clock[0] - 1)
+    assert unbegun.record["failed"].startswith(f"{cases.LEFT_OUT}it takes")
+    assert f"  {unbegun.record['failed']}" in table.show(unbegun.record)
+    assert not table.headlines(unbegun.record)
+    assert not list(run._wrong(unbegun.record))
+
+
+def test_a_first_call_that_compiled_kernels_is_not_taken_for_a_run(clock: list[float]) -> None:
+    calls = itertools.count()
+
+    def compiles_once() -> None:
+        clock[0] += 5.0 if next(calls) == 0 else 0.1
+
+    providers = [provider(cases.LOOP, lambda: clock.__setitem__(0, clock[0] + 0.1)), provider("fastsde", compiles_once)]
+    case = Case("subject", "case", "a task", {}, providers)
+    record = runner.run_case(case, CPU, MOST, 6.25).record  # after 5.3 s there is time for three rounds
+    assert {each["rounds"] for each in record["providers"].values()} == {3}
+
+
+def test_each_case_gets_the_share_of_what_is_left_that_it_is_expected_to_need(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    monkeypatch.setattr(budget, "expected_s", lambda case, ceilings: {"a": 1.0, "b": 3.0, "c": 4.0}[case.name])
+    chosen = [Case("subject", name, "a task", {}, []) for name in "abc"]
+    shares = {}
+    for case, ends in budget.deadlines(chosen, MOST, 80.0):
+        shares[case.name] = ends - clock[0]
+        clock[0] += 5.0 if case.name == "a" else shares[case.name]
+    assert shares == pytest.approx({"a": 10.0, "b": 75 * 3 / 7, "c": 75 * 4 / 7})  # the second half of a is dealt out
+    assert [ends for _, ends in budget.deadlines(chosen, MOST, torch.inf)] == [torch.inf] * 3
+
+
+def test_what_a_case_is_expected_to_take_grows_with_its_work_its_rounds_and_what_compiles() -> None:
+    case = Case("subject", "case", "a task", {}, [provider(cases.LOOP)], work=Work(flop=1e11), rounds=5)
+    assert budget.least_s(case, MOST) == pytest.approx(39.0)  # 13 runs of 1 s at the limit
+    plain, fewer, nothing = (
+        budget.expected_s(each, MOST) for each in (case, replace(case, rounds=2), replace(case, work=Work()))
+    )
+    assert plain > fewer > nothing
+    assert budget.expected_s(replace(case, providers=[provider(cases.LOOP, compiles=True)]), MOST) > plain
+    assert budget.expected_s(replace(case, work=Work(), run_s=4.0), MOST) > 6 * 4.0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_line_that_is_rewritten_or_one_a_case(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    shown = progress.Progress(2, 100.0)
+    for name in ("first", "second"):
+        shown.begin(name)
+        shown.say("torch.compile, 3 of 4")
+        shown.say("round 1 of 5")
+        shown.end()
+    err = capsys.readouterr().err
+    assert ("\r" in err) == terminal
+    assert "[2/2, 0:00 of about 1:40] second" in err
+    assert err.count("\n") == (0 if terminal else 2)
+    assert ("[1/2, 0:00 of about 1:40] first: torch.compile, 3 of 4" in err) == terminal
 
 
 def test_only_what_is_wrong_or_of_fastsde_makes_a_run_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,9 +437,7 @@ def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
     chosen = [each for each in case.providers if not each.compiles and (table.is_ours(each.name) or not starts)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries beside which fastsde is timed
-        record = cases.run_case(
-            replace(case, providers=chosen, rounds=1, calls=1), CPU, MOST, lambda compiles: True
-        ).record
+        record = runner.run_case(replace(case, providers=chosen, rounds=1, calls=1), CPU, MOST).record
     for name, figures in record["providers"].items():
         reasons = ("not installed", "at least 40 rows", "GPU", "no kernels", "compiler")
         unavailable = figures.get("unavailable")
@@ -386,12 +464,14 @@ def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:
 def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> None:
     out = tmp_path / "noise.json"
     command = [sys.executable, "-m", "fastsde", "bench", "--quick", "--suite", "noise", "--out", str(out)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    given = ("TRITON_INTERPRET", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+    environment = {name: value for name, value in os.environ.items() if name not in given}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([*command, "--device", "cpu"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert {"device", "torch", "triton", "commit", "fp32_products", "ceilings", "quick", "threads"} <= set(result)
+    assert result["threads_wait"] == "passive (set by fastsde)"
     (record,) = result["cases"]
     assert all(rate > 0 for rate in result["ceilings"]["flop"].values())
     for name, each in record["providers"].items():
@@ -400,6 +480,8 @@ def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> Non
             assert f"  {name} " in done.stdout
             assert name.endswith("again") or 0 < each["of_limit"] < 1
     assert done.stdout.splitlines()[-1].startswith("normals")
+    assert done.stderr.startswith("1 cases, about 0:")
+    assert "[1/1, 0:0" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -409,6 +491,8 @@ def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> Non
         (["--out", "figures.txt"], "must end in .json"),
         (["--device", "tpu"], "device"),
         (["--minutes", "0"], "--minutes"),
+        (["--list", "--minutes", "3"], "--list runs nothing: leave --minutes out"),
+        (["--list", "--out", "a.json"], "--list runs nothing: leave --out out"),
     ],
 )
 def test_bad_options_say_what_is_wrong(arguments: list[str], message: str) -> None:

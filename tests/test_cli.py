@@ -1,7 +1,9 @@
-"""The command line as a user calls it: in a process of its own."""
+"""The command line as a user calls it: what works in a process of its own, mistakes in this one."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastsde
-from fastsde import checkpoints, cli, ops
+from fastsde import Sampler, checkpoints, cli, ops
 from fastsde.checkpoints import Checkpoint
+from fastsde.cli.sample import default_picture
 from fastsde.models import MLP, UNet
+from fastsde.training import saved_config
 
 
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fastsde", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    given = os.environ | environment
+    return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +91,24 @@ def test_train_export_and_sample_a_run(tmp_path: Path) -> None:
 
 
 def test_the_tutorial_recipe_trains_its_objective(tmp_path: Path) -> None:
-    result = run("train", "digits", "--recipe", "tutorial", "--steps", 1, "--batch-size", 2, "--quiet", cwd=tmp_path)
+    options = ["--recipe", "tutorial", "--dtype", "bfloat16", "--steps", 1, "--batch-size", 2]
+    result = run("train", "digits", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("runs/digits: 1 steps of batch 2, lr 0.0003 constant, score, bfloat16, seed 0\n")
+    assert saved_config(tmp_path / "runs" / "digits" / "checkpoint.safetensors").precision == "bf16"
     loaded = checkpoints.load(tmp_path / "runs" / "digits")
     assert (loaded.prediction, loaded.value_range) == ("score", (0.0, 1.0))
 
 
 def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
-    result = run("info", cwd=tmp_path)
+    result = run("info", cwd=tmp_path, OMP_WAIT_POLICY="active")
     assert result.returncode == 0, result.stderr
     lines = dict(
         line.split(maxsplit=1) for line in result.stdout.splitlines() if " on " not in line and "model" not in line
     )
     assert lines["torch"] == torch.__version__
     assert lines["fastsde"] == fastsde.__version__
+    assert "threads wait       active (OMP_WAIT_POLICY)\n" in result.stdout
     assert "eager on cpu       yes" in result.stdout
     assert "graph on cpu       no: " in result.stdout
     assert "model mnist" in result.stdout
@@ -114,7 +123,9 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "--save", "a.csv"], 2, "a.csv must end in .safetensors or .npz"),
         (["sample", "swiss-roll", "--animate", "a.mp4"], 2, "a.mp4 must end in .gif"),
         (["sample", "swiss-roll", "--solver", "rk45"], 2, "'rk45' is not one of"),
-        (["sample", "swiss-roll", "-n", "0"], 2, "0 is not in the range x>=1"),
+        (["sample", "swiss-roll", "-n", "-1"], 2, "-1 is not in the range x>=0"),
+        (["sample", "swiss-roll", "-n", "0"], 2, "there is no picture of 0 samples"),
+        (["sample", "swiss-roll", "-n", "0", "--save", "a.npz", "--animate", "a.gif"], 2, "no picture of 0 samples"),
         (["sample", "swiss-roll", "--max-batch", "half"], 2, "half is neither a count of at least 1 nor auto"),
         (["sample", "swiss-roll", "--max-batch", "0"], 2, "0 is neither a count of at least 1 nor auto"),
         (["sample", "swiss-roll", "--clip", "1"], 1, "clip bounds a predicted x_0"),
@@ -122,20 +133,75 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' needs Triton and a CUDA GPU"),
         (["sample", "swiss-roll", "--t-end", "2"], 1, "t_end must be in [0, 1), got 2.0"),
         (["train", "cifar"], 2, "'cifar' is not one of"),
+        (["train", "swiss-roll", "--data", "x"], 2, "--data is the folder of MNIST, and swiss-roll comes from no"),
+        (["train", "digits", "--data", "x"], 2, "--data is the folder of MNIST, and digits comes from no folder"),
+        (["train", "mnist", "--dtype", "float16"], 2, "'float16' is not one of"),
+        (["train", "digits", "--init", "."], 1, "holds no training run: expected checkpoint.safetensors in it"),
         (["train", "swiss-roll", "--lr", "-1"], 1, "lr must be positive and finite, got -1.0"),
         (["train", "digits", "--data-size", "2000"], 1, "size must be at most 1797 for digits, got 2000"),
         (["export", "swiss-roll", "a.pt"], 2, "a.pt must end in .safetensors"),
     ],
 )
 def test_mistakes_end_with_a_message_and_an_exit_code(
-    tmp_path: Path, arguments: list[str], code: int, message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode == code
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (code, "")
+    assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_run_is_named_in_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["sample", "."], ["export", ".", "a.safetensors"], ["verify", "."]):
+        with pytest.raises(SystemExit, match="1"):
+            cli.main(arguments)
+        message = f"Error: the folder {tmp_path} holds no training run: expected checkpoint.safetensors in it"
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_no_samples_make_an_empty_file(tmp_path: Path) -> None:
+    cli.main(["sample", "swiss-roll", "-n", "0", "--quiet", "--save", f"{tmp_path}/x.npz"], standalone_mode=False)
+    assert np.load(tmp_path / "x.npz")["samples"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("also", [[], ["--animate", "x.gif", "--save", "x.npz"]])
+def test_an_interrupt_ends_with_130_and_says_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, also: list[str]
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.chdir(tmp_path)
+    where = (fastsde.plotting, "animate_points") if also else (Sampler, "__call__")
+    monkeypatch.setattr(*where, interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            cli.main(["sample", "swiss-roll", "-n", "2", "--steps", "2", "--quiet", *also])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    written = "only x.npz" if also else "nothing"
+    assert capsys.readouterr().err == f"\ninterrupted: {written} was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == (["x.npz"] if also else [])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["sample", "--help"], ["train", "--help"], ["nope"]])
+def test_help_and_wrong_usage_need_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; sys.modules['torch'] = None; from fastsde.cli import main; main({arguments})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == (2 if arguments == ["nope"] else 0), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_samples_without_a_picture_can_still_be_saved(tmp_path: Path) -> None:
@@ -162,4 +228,4 @@ def test_a_picture_is_named_after_its_model(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert cli._default_picture(model) == Path(picture)
+    assert default_picture(model) == Path(picture)

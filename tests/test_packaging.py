@@ -1,4 +1,4 @@
-"""What `import fastsde` needs, and that a wheel and a bare checkout hold the same package."""
+"""What `import fastsde` needs and shows, and that a wheel and a bare checkout hold the same package."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def python(code: str, cwd: Path, *flags: str) -> str:
     return result.stdout.strip()
 
 
-def test_import_is_light(tmp_path: Path) -> None:
-    # Beyond torch only tqdm: everything else is imported by the function that needs it.
+@pytest.mark.parametrize(("before", "use", "allowed"), [("", "", set()), ("torch", "fastsde.sample", {"tqdm"})])
+def test_import_is_light(tmp_path: Path, before: str, use: str, allowed: set[str]) -> None:
+    # Nothing by itself; to sample, beyond torch, only tqdm: all else is imported by the function that needs it.
     code = (
-        "import sys, torch; before = set(sys.modules); import fastsde; "
+        f"import sys, {before or 'math'}; before = set(sys.modules); import fastsde; {use}\n"
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
     added = [name for name in python(code, tmp_path).split() if not name.startswith("__editable__")]
-    assert set(added) <= {"fastsde", "tqdm"}
+    assert set(added) <= {"fastsde"} | allowed
 
 
 def test_import_and_sampling_need_no_triton_and_touch_no_gpu(tmp_path: Path) -> None:
@@ -47,8 +48,11 @@ def test_import_and_sampling_need_no_triton_and_touch_no_gpu(tmp_path: Path) -> 
 def test_the_mapped_packages_import_only_under_fastsde(tmp_path: Path, package: str) -> None:
     code = f"import fastsde.{package} as p; print(list(p.__path__)[0])"
     assert Path(python(code, tmp_path)).name == package
-    installed = python(f"import importlib.util as u; print(u.find_spec({package!r}) is None)", tmp_path)
-    assert installed == "True"
+    # A checkout on the path, as an editable install has it, hides no other package of that name, not even a later one.
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("name = 'another'")
+    code = f"import sys; sys.path.append(sys.path.pop(0)); import {package}, fastsde.{package}; print({package}.name)"
+    assert python(code, tmp_path) == "another"
 
 
 def test_a_bare_checkout_imports_without_being_installed(tmp_path: Path) -> None:
@@ -86,6 +90,33 @@ def test_the_wheel_holds_code_kernels_benchmarks_and_models(tmp_path: Path) -> N
         "import fastsde.kernels, fastsde.benchmarks; from fastsde import checkpoints as c; print(c.load('mnist').data)"
     )
     assert python(code, tmp_path / "installed") == "mnist"
+    # An editable install is a path, which type checkers can follow.
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path / 'editable')!r})"
+    python(code, source)
+    with zipfile.ZipFile(next((tmp_path / "editable").glob("*.whl"))) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert archive.read(path).decode().strip() == str(source)
+        assert not [name for name in archive.namelist() if name.endswith(".py")]
+
+
+def test_a_script_elsewhere_is_type_checked_against_the_package(tmp_path: Path) -> None:
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = True\nallow_untyped_decorators = True\nallow_subclassing_any = True\n"
+        "[mypy-torch.*,numpy.*,safetensors.*,tqdm.*,PIL.*]\nfollow_imports = skip\nignore_missing_imports = True\n"
+    )
+    (tmp_path / "script.py").write_text(
+        "import fastsde\n"
+        "from fastsde.training import default_config\n"
+        "steps: int = default_config('swiss-roll').steps\n"
+        "number: int = fastsde.VPSDE()\n"
+        "fastsde.nothing\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "script.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    wrong = [line for line in result.stdout.splitlines() if "error:" in line]
+    assert len(wrong) == 2, result.stdout + result.stderr
+    assert wrong[0].startswith('script.py:4: error: Incompatible types in assignment (expression has type "VPSDE"')
+    assert wrong[1].startswith('script.py:5: error: Module has no attribute "nothing"')
 
 
 def test_versions_agree() -> None:
@@ -94,10 +125,18 @@ def test_versions_agree() -> None:
     assert declared[1] == fastsde.__version__
 
 
-def test_modules_are_imported_when_they_are_asked_for() -> None:
+def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys, fastsde; assert 'fastsde.training' not in sys.modules; "
-        "fastsde.training.Trainer, fastsde.checkpoints.load, fastsde.data.load, fastsde.compat.tutorial; "
-        "hasattr(fastsde, 'nothing') and sys.exit(1)"
+        "import pickle, sys, fastsde; names = dir(fastsde); assert 'torch' not in sys.modules\n"
+        "assert all(getattr(fastsde, name) is getattr(fastsde, name) for name in names)\n"
+        "assert not hasattr(fastsde, 'nothing')\n"
+        "fastsde.training.Trainer, fastsde.checkpoints.load, fastsde.data.load, fastsde.compat.tutorial\n"
+        "assert pickle.loads(pickle.dumps(fastsde.VPSDE())) == fastsde.VPSDE()\n"
+        "from fastsde import *\n"
+        "assert (StepTable, sample, noise) == (fastsde.solvers.StepTable, fastsde.sampler.sample, fastsde.noise)\n"
+        "print(*names)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    modules = "checkpoints compat data distributed models noise ops plotting reference sde solvers training verify"
+    names = ["NonFiniteError", "Sampler", "StepTable", "VPSDE", "__version__", "sample", *modules.split()]
+    assert python(code, tmp_path).split() == sorted(names)
+    assert set(fastsde.__all__) <= set(names)

@@ -114,7 +114,11 @@ def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
     after = copy.deepcopy(result)
     for record in after["cases"]:
         record["what"] += ", larger"
-    assert len(report.compare(result, after)) == 4  # the titles alone
+    after["threads_wait"] = "passive (set by fastsde)"
+    lines = report.compare(result, after)
+    assert len(lines) == 4  # the titles alone
+    assert "2 threads, which wait: passive (set by fastsde), " in lines[1]
+    assert lines[2] == "of another threads_wait: ratios say little"
 
 
 def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:

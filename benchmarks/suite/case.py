@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import click
-import torch
-
-from .machine import Ceilings, Work
-from .measure import Figures, Run, in_words, measure, seconds, summary
+from .machine import Work
+from .measure import Figures, Run
 
 LOOP = "tutorial's loop"
 LEAN = "lean eager PyTorch"
 AGAIN = ", again"
-SPENT = "left out: the time of the run was spent"
-_LONG_S = 2.0  # of a first call, after which it is warm
+LEFT_OUT = "left out: "
+SPENT = f"{LEFT_OUT}its share of the time was spent"
 
 
 class UnavailableError(Exception):
@@ -63,6 +56,10 @@ class Provider:
     precision: str = "fp32"
     compiles: bool = False
     work: Work | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("fastsde")
 
 
 @dataclass(frozen=True)
@@ -108,6 +105,7 @@ class Case:
         rounds: at most.
         enough: seconds after which a provider takes part in three rounds alone.
         timer: returns the seconds of a run that are to count; all of them by default.
+        run_s: seconds of a run, about, where its work does not tell, since it is a new process.
         targets: what the project wants to reach.
     """
 
@@ -123,6 +121,7 @@ class Case:
     rounds: int = 10
     enough: float = 6.0
     timer: Callable[[Run], float] | None = None
+    run_s: float = 0.0
     targets: Sequence[Target] = ()
     prepare: Callable[[], Any] | None = None
 
@@ -138,98 +137,3 @@ class Outcome:
 
     record: Figures
     times: dict[str, list[float]] = field(default_factory=dict)
-
-
-def run_case(case: Case, device: torch.device, ceilings: Ceilings, has_time: Callable[[bool], bool]) -> Outcome:
-    """Proves every provider, times those that are right, and compares them with what is physically possible.
-
-    Args:
-        has_time: whether another provider may be begun, one that compiles or not.
-    """
-    outcome, started, runs = Outcome(case.head()), time.monotonic(), dict[str, Run]()
-    figures: Figures = outcome.record["providers"]
-    if case.prepare is not None:
-        case.prepare()
-    for provider in case.providers:
-        if not has_time(provider.compiles):
-            figures[provider.name] = {"unavailable": SPENT}
-            continue
-        click.echo(f"{case.name}: {provider.name}", err=True)
-        figures[provider.name], run = _prove(provider, device, warms=case.timer is None)
-        if case.timer is not None:
-            figures[provider.name].pop("first_call_s", None)  # not all of it is what counts
-        if run is not None:
-            runs[provider.name] = run
-    _time(case, runs, outcome, device)
-    for provider in case.providers:
-        if provider.name in outcome.times:
-            limit = ceilings.limit(provider.work or case.work, provider.precision)
-            own = figures[provider.name]
-            own |= {"precision": provider.precision, **limit, "of_limit": limit["limit_s"] / own["median_s"]}
-    outcome.record["work"] = vars(case.work)
-    outcome.record["targets"] = [target.judge(figures) for target in case.targets]
-    outcome.record["seconds"] = round(time.monotonic() - started, 1)
-    return outcome
-
-
-def _time(case: Case, runs: dict[str, Run], outcome: Outcome, device: torch.device) -> None:
-    """Times what is right, the baseline twice, and notes what fails in doing so."""
-    if case.baseline in runs:
-        runs[case.baseline + AGAIN] = runs[case.baseline]
-    timer = case.timer or partial(seconds, device=device, calls=case.calls)
-    times, failures = measure(runs, timer, case.rounds, case.enough)
-    outcome.times = {name: [taken / case.per for taken in each] for name, each in times.items()}
-    figures: Figures = outcome.record["providers"]
-    figures.update({name: {"failed": failure} for name, failure in failures.items()})
-    for name, each in outcome.times.items():
-        figures.setdefault(name, {}).update(summary(each))
-
-
-def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figures, Run | None]:
-    """What came of a provider before it was timed: its proof, or why it has no time."""
-    figures: Figures = {}
-    try:
-        run, result = _first_call(provider.make, device, figures)
-        if warms and (provider.compiles or figures["first_call_s"] < _LONG_S):
-            result = _warm(run)
-        return {**figures, "parity": provider.prove(run, result)}, run
-    except UnavailableError as error:
-        return {"unavailable": str(error)}, None
-    except WrongError as error:
-        return {"wrong": str(error)}, None
-    except Exception as error:  # whatever it is, the others are still to be seen
-        return {"failed": in_words(error)}, None
-
-
-def _warm(run: Run) -> Any:
-    """Calls it twice, or once where that takes long, so that what is proved is what is timed.
-
-    A CUDA graph of ``torch.compile`` is replayed in the third call only.
-    """
-    started = time.perf_counter()
-    result = run()
-    return run() if time.perf_counter() - started < _LONG_S else result
-
-
-def _first_call(make: Callable[[], Run], device: torch.device, figures: Figures) -> tuple[Run, Any]:
-    """Makes and calls it, in seconds and memory.
-
-    The time has what kernels take to compile that nothing before has used, ``torch.compile``, and the capture.
-    """
-    cuda = device.type == "cuda"
-    if cuda:
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    before, started = torch.cuda.memory_allocated(device) if cuda else 0, time.perf_counter()
-    with warnings.catch_warnings():
-        # The network would go on without it, and stand in the table as compiled.
-        warnings.filterwarnings("error", "torch.compile failed", RuntimeWarning)
-        run = make()
-        result = run()
-    if cuda:
-        torch.cuda.synchronize(device)
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        figures["peak_bytes_of_its_own"] = figures["peak_bytes"] - before
-    figures["first_call_s"] = time.perf_counter() - started
-    return run, result

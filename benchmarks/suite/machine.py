@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import fastsde
+from fastsde.openmp import wait_policy
 from fastsde.verify import machine
 
 from .measure import Figures, fp32_products, seconds
@@ -163,6 +164,7 @@ def settings(device: torch.device) -> Figures:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "kind": device.type,
         "threads": torch.get_num_threads(),
+        "threads_wait": wait_policy(),
         "instructions": cpu_instructions(),
         "commit": _commit(),
         **{name: _version(name) for name in ("triton", *_RIVALS)},

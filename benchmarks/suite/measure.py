@@ -42,6 +42,8 @@ def measure(
     timer: Callable[[Run], float],
     rounds: int,
     enough: float = math.inf,
+    ends: float = math.inf,
+    say: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The seconds of every round of each provider, and why others failed in one. They are to be warm.
 
@@ -50,16 +52,19 @@ def measure(
     Args:
         timer: runs what it is given and returns the seconds that it took.
         enough: seconds after which a provider takes part in no more rounds, once it has had three.
+        ends: when, by ``time.monotonic``, no round may last any longer; the first one is always taken.
+        say: is told which round it is.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     failures: dict[str, str] = {}
     spent = dict.fromkeys(providers, 0.0)
     for number in range(rounds):
-        names = list(times)
+        names = [name for name in times if len(times[name]) < FEWEST_ROUNDS or spent[name] <= enough]
+        if number and time.monotonic() + sum(spent[name] / len(times[name]) for name in names) > ends:
+            break
+        say(f"round {number + 1} of {rounds}")
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
-            if len(times[name]) >= FEWEST_ROUNDS and spent[name] > enough:
-                continue
             started = time.perf_counter()
             try:
                 times[name].append(timer(providers[name]))

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Plan:
-    """A device, and whether small sizes are enough: two or three minutes on two cores."""
+    """A device, and whether small sizes are enough, which take three minutes on two cores."""
 
     device: torch.device
     quick: bool = False

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,14 +15,17 @@ import torch
 
 from fastsde.files import atomic_path
 
-from .case import SPENT, Case, Outcome, run_case
+from .budget import deadlines, expected_s, least_s
+from .case import LEFT_OUT, Case, Outcome
 from .machine import Ceilings, ceilings, settings
 from .measure import Figures, in_words
 from .plan import Plan
-from .table import is_ours, overview, show
+from .progress import Progress, clock
+from .runner import run_case
+from .table import is_cut, is_ours, overview, show
 
 SEED = 1
-_COMPILE_S, _CASE_S = 45.0, 4.0  # what must be left before anything is compiled, and for each case to come
+QUICK_MINUTES = 3.0
 # In the order in which they run: where the time is short, the last are left out.
 SUBJECTS = (
     "noise",
@@ -57,26 +60,26 @@ def new_result(plan: Plan) -> tuple[Figures, Ceilings]:
     return {**settings(plan.device), "quick": plan.quick, "ceilings": most.describe(), "cases": []}, most
 
 
-def outcomes(chosen: Sequence[Case], plan: Plan, most: Ceilings, minutes: float | None = None) -> Iterator[Outcome]:
-    """Runs cases one after the other.
-
-    Args:
-        minutes: after which nothing is begun, and near which nothing is compiled.
-    """
-    ends = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def has_time(later: float, compiles: bool) -> bool:
-        reserve = later + _COMPILE_S if compiles else 0
-        return ends is None or time.monotonic() + reserve < ends
-
-    for number, case in enumerate(chosen):
-        if not has_time(0, False):
-            yield Outcome({**case.head(), "failed": SPENT})
+def outcomes(
+    chosen: Sequence[Case],
+    plan: Plan,
+    most: Ceilings,
+    ends: float = math.inf,
+    progress: Progress | None = None,
+) -> Iterator[Outcome]:
+    """Runs cases one after the other, each in its share of the time until ``ends`` (by ``time.monotonic``)."""
+    limited = [replace(case, enough=min(case.enough, plan.enough_s)) for case in chosen]
+    for case, case_ends in deadlines(limited, most, ends):
+        if progress is not None:
+            progress.begin(f"{case.name}, {len(case.providers)} providers")
+        least = least_s(case, most)
+        if time.monotonic() + least >= case_ends:
+            reason = f"{LEFT_OUT}it takes {least:.2g} s at the least, more than its share of the time"
+            yield Outcome({**case.head(), "failed": reason})
             continue
-        later = _CASE_S * (len(chosen) - number - 1)
-        case = replace(case, enough=min(case.enough, plan.enough_s))
+        say = (lambda what: None) if progress is None else progress.say
         try:
-            yield run_case(case, plan.device, most, partial(has_time, later))
+            yield run_case(case, plan.device, most, case_ends, say)
         except Exception as error:  # what all its providers share cannot be made; the other cases are still to be seen
             yield Outcome({**case.head(), "failed": in_words(error)})
         torch.compiler.reset()  # its graphs keep their memory, and of one function it compiles no more than eight
@@ -87,24 +90,54 @@ def outcomes(chosen: Sequence[Case], plan: Plan, most: Ceilings, minutes: float 
 def run(plan: Plan, chosen: Sequence[Case], minutes: float | None, out: Path | None) -> Figures:
     """Runs and shows cases, and keeps the result after each, so that a run that is cut short has not been in vain.
 
+    Args:
+        minutes: for all of it; with ``plan.quick`` three by default.
+
     Raises:
         ClickException: at the end, where a provider was wrong, or one of fastsde failed.
     """
+    if minutes is None and plan.quick:
+        minutes = QUICK_MINUTES
+    ends = math.inf if minutes is None else time.monotonic() + 60 * minutes
     result, most = new_result(plan)
-    for outcome in outcomes(chosen, plan, most, minutes):
+    expected = sum(expected_s(replace(case, enough=min(case.enough, plan.enough_s)), most) for case in chosen)
+    click.echo(_announcement(len(chosen), expected, minutes), err=True)
+    progress = Progress(len(chosen), min(expected, ends - time.monotonic()))
+    for outcome in outcomes(chosen, plan, most, ends, progress):
+        progress.end()
         result["cases"].append(outcome.record)
         click.echo("\n".join(show(outcome.record)) + "\n")
         if out is not None:
             write_json(out, result)
     click.echo("\n".join(overview(result["cases"])))
+    _tell_what_is_missing(result["cases"])
     wrong = [name for record in result["cases"] for name in _wrong(record)]
     if wrong:
         raise click.ClickException(f"wrong or failed: {', '.join(wrong)}")
     return result
 
 
+def _announcement(cases: int, expected: float, minutes: float | None) -> str:
+    """How long it will take, and how to have it otherwise."""
+    about = f"about {clock(expected)} min on this machine as it is now"
+    if minutes is None:
+        return f"{cases} cases, {about}; --minutes M cuts them to M, and --quick takes small ones"
+    if expected <= 60 * minutes:
+        return f"{cases} cases, {about}"
+    return f"{cases} cases, {about}, cut to {minutes:g}; --minutes M gives more"
+
+
+def _tell_what_is_missing(records: Sequence[Figures]) -> None:
+    """Cases that the time has cut, and what to do about it."""
+    left_out = [record["name"] for record in records if record.get("failed", "").startswith(LEFT_OUT)]
+    cut = [record["name"] for record in records if is_cut(record)]
+    for what, names in (("left out", left_out), ("with fewer rounds or providers", cut)):
+        if names:
+            click.echo(f"for want of time {what}: {', '.join(names)}; --minutes gives more", err=True)
+
+
 def _wrong(record: Figures) -> Iterator[str]:
-    if record.get("failed", SPENT) != SPENT:
+    if not record.get("failed", LEFT_OUT).startswith(LEFT_OUT):
         yield f"{record['name']}: {record['failed']}"
     for name, each in record["providers"].items():
         if "wrong" in each or ("failed" in each and is_ours(name)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .case import AGAIN
+from .case import AGAIN, LEFT_OUT, SPENT
 from .measure import Figures
 
 PRECISIONS = ("fp32", "TF32", "bf16")  # from fine to coarse
@@ -45,6 +45,12 @@ def without_time(record: Figures) -> list[str]:
     return found
 
 
+def is_cut(record: Figures) -> bool:
+    """Whether the time was too short for all rounds of all providers."""
+    spent = any(each.get("unavailable") == SPENT for each in record["providers"].values())
+    return bool(record.get("cut")) or spent
+
+
 def noise(record: Figures) -> float | None:
     """How far the two medians of the baseline lie apart, as a share of the first."""
     both = [record["providers"].get(record["baseline"] + end, {}).get("median_s") for end in ("", AGAIN)]
@@ -58,7 +64,7 @@ def show(record: Figures) -> list[str]:
     """The lines of a case's table."""
     lines = [f"{record['name']}: {record['what']}"]
     if "failed" in record:
-        return [*lines, f"  failed: {record['failed']}"]
+        return [*lines, f"  {'' if record['failed'].startswith(LEFT_OUT) else 'failed: '}{record['failed']}"]
     columns = f"{'median':>10}{'20 % .. 80 %':>22}{'speed':>16}{'of limit':>10}{'first call':>12}"
     columns += f"{'peak':>11}" * any("peak_bytes" in each for each in record["providers"].values())
     lines.append(f"  {'':38}{columns}".rstrip())
@@ -68,7 +74,8 @@ def show(record: Figures) -> list[str]:
 
 def _line(record: Figures, name: str, each: Figures) -> str:
     if "median_s" not in each:
-        reason = next(f"{word}: {each[key]}" for key, word in _REASONS.items() if key in each)
+        key, reason = next((key, each[key]) for key in _REASONS if key in each)
+        reason = reason if reason.startswith(LEFT_OUT) else f"{_REASONS[key]}: {reason}"
         return f"  {name:38}  {reason}"
     spread = f"{duration(each['p20_s'])} .. {duration(each['p80_s'])}"
     share = f"{each['of_limit']:.0%}" if each.get("limit_s") else ""
@@ -88,6 +95,9 @@ def speed(record: Figures, name: str) -> str:
 
 
 def _notes(record: Figures) -> Iterable[str]:
+    if is_cut(record):
+        rounds = max((each["rounds"] for each in timed(record).values()), default=0)
+        yield f"  for want of time {rounds} rounds at most, or fewer providers; --minutes gives more"
     apart = noise(record)
     if apart is not None:
         yield f"  noise, the baseline against itself: {apart:.1%}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..vocabulary import BACKENDS
 from . import capture, eager, graph, persistent
 from .capture import CaptureError
 from .graph import release
@@ -22,7 +23,6 @@ _ENGINES: dict[str, Callable[..., Tensor]] = {
     "graph": graph.sample,
     "persistent": persistent.sample,
 }
-BACKENDS = ("auto", *_ENGINES)
 _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
 # What a backend is, where it runs rows together, and the options of a call that need the host or another network call.
 _TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "is one launch for a whole trajectory"}

@@ -1,0 +1,161 @@
+"""A case is run: every provider is proved, and those that are right are timed."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .budget import LEAST_COMPILE_S
+from .case import AGAIN, LEFT_OUT, SPENT, Case, Outcome, Provider, UnavailableError, WrongError
+from .machine import Ceilings
+from .measure import Figures, Run, in_words, measure, seconds, summary
+
+_LONG_S = 2.0  # of a first call, after which it is warm
+_GRACE = 0.25  # of what the proofs took, for a round that comes late: so they have not been in vain
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    ceilings: Ceilings,
+    ends: float = math.inf,
+    say: Callable[[str], None] = lambda what: None,
+) -> Outcome:
+    """Proves every provider, times those that are right, and compares them with what is physically possible.
+
+    Args:
+        ends: when, by ``time.monotonic``, it is to be over. Then providers are left out, first those that compile, and
+            there are fewer rounds; a case of which not one round fits, or nearly so, has no figures.
+        say: is told what is being done.
+    """
+    outcome, started = Outcome(case.head()), time.monotonic()
+    if case.prepare is not None:
+        case.prepare()
+    runs, round_s = _prove_all(case, outcome, device, ends, say)
+    now = time.monotonic()
+    if now + round_s > ends and round_s > _GRACE * (now - started):
+        reason = f"{LEFT_OUT}a round takes {round_s:.2g} s, more than is left of its share of the time"
+        return Outcome({**case.head(), "failed": reason})
+    _time(case, runs, outcome, device, ends, say)
+    figures: Figures = outcome.record["providers"]
+    for provider in case.providers:
+        if provider.name in outcome.times:
+            limit = ceilings.limit(provider.work or case.work, provider.precision)
+            own = figures[provider.name]
+            own |= {"precision": provider.precision, **limit, "of_limit": limit["limit_s"] / own["median_s"]}
+    outcome.record["work"] = vars(case.work)
+    outcome.record["targets"] = [target.judge(figures) for target in case.targets]
+    outcome.record["seconds"] = round(time.monotonic() - started, 1)
+    return outcome
+
+
+def _prove_all(
+    case: Case, outcome: Outcome, device: torch.device, ends: float, say: Callable[[str], None]
+) -> tuple[dict[str, Run], float]:
+    """What is right, to be timed, and how many seconds a round of it takes.
+
+    The baseline comes first, then this package, and what compiles last: where the time ends, the last are left out.
+    Of the others none is expected to take longer than the baseline did, but to compile.
+    """
+    figures: Figures = outcome.record["providers"]
+    figures.update({provider.name: {} for provider in case.providers})  # in the order of the table
+    runs, round_s, slowest, usual = dict[str, Run](), 0.0, 0.0, 0.0
+    order = sorted(case.providers, key=lambda each: (each.name != case.baseline, each.compiles, not each.is_ours))
+    for number, provider in enumerate(order):
+        say(f"{provider.name}, {number + 1} of {len(order)}")
+        started = time.monotonic()
+        needed = usual + round_s + slowest * case.calls + LEAST_COMPILE_S * provider.compiles
+        if number and started + needed > ends:
+            figures[provider.name] = {"unavailable": SPENT}
+            continue
+        own, run, run_s = _prove(provider, device, warms=case.timer is None)
+        if run_s is None:  # not warm yet, and the first call may have compiled kernels
+            run_s = min(own["first_call_s"], slowest) if slowest and case.timer is None else own["first_call_s"]
+        figures[provider.name] = own
+        if case.timer is not None:
+            own.pop("first_call_s", None)  # not all of it is what counts
+        if run is not None:
+            runs[provider.name] = run
+            round_s += run_s * case.calls * (2 if provider.name == case.baseline else 1)
+            slowest = max(slowest, run_s)
+        usual = usual or time.monotonic() - started
+    return runs, round_s
+
+
+def _time(
+    case: Case, runs: dict[str, Run], outcome: Outcome, device: torch.device, ends: float, say: Callable[[str], None]
+) -> None:
+    """Times what is right, the baseline twice, and notes what fails in doing so."""
+    if case.baseline in runs:
+        runs[case.baseline + AGAIN] = runs[case.baseline]
+    timer = case.timer or partial(seconds, device=device, calls=case.calls)
+    times, failures = measure(runs, timer, case.rounds, case.enough, ends, say)
+    outcome.record["cut"] = any(times.values()) and max(map(len, times.values())) < case.rounds
+    outcome.times = {name: [taken / case.per for taken in each] for name, each in times.items()}
+    figures: Figures = outcome.record["providers"]
+    figures.update({name: {"failed": failure} for name, failure in failures.items()})
+    for name, each in outcome.times.items():
+        figures.setdefault(name, {}).update(summary(each))
+
+
+def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figures, Run | None, float | None]:
+    """What came of a provider before it was timed: its proof, or why it has no time; and seconds of a warm run."""
+    figures: Figures = {}
+    try:
+        run, result = _first_call(provider.make, device, figures)
+        run_s: float | None = None
+        if warms and (provider.compiles or figures["first_call_s"] < _LONG_S):
+            result, run_s = _warm(run)
+        return {**figures, "parity": provider.prove(run, result)}, run, run_s
+    except UnavailableError as error:
+        return {"unavailable": str(error)}, None, 0.0
+    except WrongError as error:
+        return {"wrong": str(error)}, None, 0.0
+    except Exception as error:  # whatever it is, the others are still to be seen
+        return {"failed": in_words(error)}, None, 0.0
+
+
+def _warm(run: Run) -> tuple[Any, float]:
+    """Calls it twice, or once where that takes long, so that what is proved is what is timed; and seconds of the last.
+
+    A CUDA graph of ``torch.compile`` is replayed in the third call only.
+    """
+    started = time.perf_counter()
+    result = run()
+    taken = time.perf_counter() - started
+    if taken < _LONG_S:
+        started = time.perf_counter()
+        result = run()
+        taken = time.perf_counter() - started
+    return result, taken
+
+
+def _first_call(make: Callable[[], Run], device: torch.device, figures: Figures) -> tuple[Run, Any]:
+    """Makes and calls it, in seconds and memory.
+
+    The time has what kernels take to compile that nothing before has used, ``torch.compile``, and the capture.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before, started = torch.cuda.memory_allocated(device) if cuda else 0, time.perf_counter()
+    with warnings.catch_warnings():
+        # The network would go on without it, and stand in the table as compiled.
+        warnings.filterwarnings("error", "torch.compile failed", RuntimeWarning)
+        run = make()
+        result = run()
+    if cuda:
+        torch.cuda.synchronize(device)
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        figures["peak_bytes_of_its_own"] = figures["peak_bytes"] - before
+    figures["first_call_s"] = time.perf_counter() - started
+    return run, result

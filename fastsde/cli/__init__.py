@@ -1,0 +1,31 @@
+"""The ``fastsde`` command, a file for each of its commands. Results go to stdout, all else to stderr.
+
+Exit codes: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C. Nothing here imports torch before a command runs, so
+that help and wrong usage are answered at once, and so that it is known how threads wait when torch is loaded.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from ..openmp import wait_passively
+from .bench import bench
+from .export import export
+from .info import info
+from .sample import sample
+from .train import train
+from .verify import verify
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fastsde")
+def main() -> None:
+    """Sample and train score-based generative models on the variance-preserving SDE."""
+    wait_passively()
+
+
+for command in (sample, train, export, verify, bench, info):
+    main.add_command(command)

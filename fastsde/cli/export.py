@@ -1,0 +1,27 @@
+"""``fastsde export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import PATH, load_checkpoint, reports_errors, suffix
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=PATH, callback=suffix(".safetensors"))
+@click.option("--dtype", type=click.Choice(("float32", "float16", "bfloat16")), default="float32", show_default=True)
+@reports_errors
+def export(model: str, out: Path, dtype: str) -> None:
+    """Write the network of a checkpoint or a run.
+
+    Without what only training needs. Prints the file's path.
+    """
+    import torch
+
+    from .. import checkpoints
+
+    checkpoints.save(out, load_checkpoint(model), getattr(torch, dtype))
+    click.echo(out)

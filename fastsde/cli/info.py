@@ -1,0 +1,74 @@
+"""``fastsde info``."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import click
+
+from .. import __version__
+from ..openmp import wait_policy
+
+
+def version(package: str) -> str:
+    """Of a package, in words where there is none."""
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a build of another name, such as pytorch-triton
+        return "installed, version unknown"
+
+
+@click.command()
+def info() -> None:
+    """Show versions, devices, models and backends.
+
+    Of a backend that cannot run here, the reason is said.
+    """
+    rows = [*_versions(), *_devices(), *_models()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield from (("fastsde", __version__), ("python", platform.python_version()), ("torch", torch.__version__))
+    for package in ("triton", "torchvision", "safetensors", "diffusers", "torchsde"):
+        yield package, version(package)
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from .. import engines, ops
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}"
+    yield "threads wait", wait_policy()
+    yield "native kernels", ops.native_state()
+    devices = [torch.device("cpu")]
+    if not torch.cuda.is_available():
+        yield "cuda", f"not available (torch is built for {torch.version.cuda or 'the CPU only'})"
+    for index in range(torch.cuda.device_count()):
+        devices.append(torch.device("cuda", index))
+        capable = torch.cuda.get_device_capability(index)
+        yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {capable}"
+    for device in devices:
+        for backend in engines.BACKENDS[1:]:
+            reason = engines.unavailable_reason(backend, device)
+            yield f"{backend} on {device}", "yes" if reason is None else f"no: {reason}"
+
+
+def _models() -> Iterator[tuple[str, str]]:
+    from .. import checkpoints
+
+    for name in checkpoints.SHIPPED:
+        record = checkpoints.load(name).record
+        steps = record["step"] + record.get("earlier_steps", 0)
+        yield f"model {name}", f"{steps:,} steps, loss {record['loss']:.4f}"

@@ -1,0 +1,65 @@
+"""What ``fastsde sample`` writes: samples, pictures and animations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import data, plotting, solvers, training
+from ..checkpoints import Checkpoint
+from ..files import atomic_path
+
+
+def has_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of a shape are points of the plane, or grey or coloured images."""
+    return tuple(shape) == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def save_samples(path: Path, x: Tensor) -> None:
+    """Writes the array "samples" as .npz or .safetensors."""
+    x = x.cpu().contiguous()
+    with atomic_path(path) as temporary:
+        if path.suffix.lower() == ".npz":
+            with temporary.open("wb") as file:  # given a name, NumPy would append a suffix of its own
+                np.savez_compressed(file, samples=x.numpy())
+        else:
+            save_file({"samples": x}, temporary)
+
+
+def picture(checkpoint: Checkpoint, x: Tensor, path: Path) -> None:
+    """Draws samples: points beside fresh data, images in a grid."""
+    if checkpoint.shape == (2,):
+        fresh = data.swiss_roll(len(x), seed=1).x if checkpoint.data == "swiss-roll" else None
+        drawn = plotting.scatter(x, fresh)
+    else:
+        drawn = plotting.image_grid(x, checkpoint.value_range or (-1.0, 1.0), _columns(len(x)), scale=3)
+    plotting.save_image(drawn, path)
+
+
+def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], path: Path) -> None:
+    """Draws states ``[frames, n, *shape]`` on their way from noise to data, points with the score field."""
+
+    def score(x: Tensor, t: float) -> Tensor:
+        # Near t = 0 the score grows without bound, so that the last frames show the field of a small time.
+        t = max(t, training.TrainConfig.t_min)
+        r, s = solvers.score_form(
+            checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction
+        )
+        with torch.no_grad():
+            f: Tensor = checkpoint.model(x, torch.full((len(x),), t, device=x.device))
+        return float(r) * x + float(s) * f
+
+    if checkpoint.shape == (2,):
+        frames = plotting.animate_points(states.float(), times, score)
+    else:
+        frames = plotting.animate_images(states, checkpoint.value_range or (-1.0, 1.0), _columns(states.shape[1]))
+    plotting.save_gif(frames, path)
+
+
+def _columns(n: int) -> int | None:
+    return 10 if 10 < n <= 100 else None

@@ -1,0 +1,190 @@
+"""``fastsde sample``."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..vocabulary import BACKENDS, DTYPES, SOLVERS
+from .common import PATH, job, load_checkpoint, reports_errors, suffix
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+    from ..sampler import Sampler
+
+_FRAMES = 60
+
+
+def _max_batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    """A count, or "auto"."""
+    if value is None or value == "auto":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value} is neither a count of at least 1 nor auto")
+    return int(value)
+
+
+def default_picture(model: str) -> Path:
+    """mnist.png for the shipped model; runs-mnist.png for the run in runs/mnist, so that neither replaces the other."""
+    source = Path(model)
+    if source.suffix == ".safetensors":
+        return Path(source.stem + ".png")
+    parts = [part for part in source.parts if part not in ("/", ".", "..")] or [source.resolve().name]
+    return Path("-".join(parts) + ".png")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is to be written."""
+
+    out: Path | None
+    save: Path | None
+    animate: Path | None
+
+    @property
+    def draws(self) -> bool:
+        """A picture of the samples, or an animation."""
+        return self.out is not None or self.animate is not None
+
+    @property
+    def all(self) -> list[Path]:
+        return [path for path in (self.save, self.out, self.animate) if path is not None]
+
+
+@click.command()
+@click.argument("model")
+@click.option("-n", type=click.IntRange(0), help="How many samples.  [default: 1000 points, 20 images]")
+@click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
+@click.option("--t-end", type=float, default=0.0, show_default=True, help="Time that the trajectory ends at.")
+@click.option("--clip", type=float, help="Bound of the predicted data; for ddpm, ddim and dpm_solver_pp_2m.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="What the network runs in.  [default: float32]")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
+@click.option(
+    "--max-batch", callback=_max_batch, help="The most samples that run at once, or auto for as many as are fastest."
+)
+@click.option(
+    "--out",
+    type=PATH,
+    callback=suffix(".png", ".jpg", ".jpeg", ".webp"),
+    help="Picture of the samples: .png, .jpg or .webp.  [default: MODEL.png, where nothing else is written]",
+)
+@click.option("--save", type=PATH, callback=suffix(".safetensors", ".npz"), help="The samples as .safetensors or .npz.")
+@click.option("--animate", type=PATH, callback=suffix(".gif"), help="The way from noise to data as a GIF.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@reports_errors
+def sample(
+    model: str, n: int | None, out: Path | None, save: Path | None, animate: Path | None, **options: Any
+) -> None:
+    """Draw samples from MODEL: swiss-roll, mnist, a checkpoint file, or the folder of a training run.
+
+    Prints the files that it writes. Under torchrun the processes share the work, and the first of them writes.
+    """
+    if out is None and save is None and animate is None:
+        out = default_picture(model)
+    files, written = Files(out, save, animate), list[Path]()
+    if n == 0 and files.draws:
+        raise click.UsageError("there is no picture of 0 samples: write them with --save alone, or draw more with -n")
+    try:
+        _sample(model, n, files, written, **options)
+    except KeyboardInterrupt:
+        so_far = f"only {', '.join(map(str, written))}" if written else "nothing"
+        raise KeyboardInterrupt(f"interrupted: {so_far} was written") from None
+
+
+@job
+def _sample(
+    model: str,
+    n: int | None,
+    files: Files,
+    written: list[Path],
+    *,
+    seed: int,
+    first_sample: int,
+    quiet: bool,
+    dtype: str | None,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Draws samples, and on the first process writes them; ``written`` tells how far it has come."""
+    import torch
+
+    from .. import distributed
+    from ..sampler import Sampler
+
+    on_device, ranks = distributed.device(device), distributed.ranks()
+    leads = ranks is None or ranks.rank == 0
+    checkpoint = load_checkpoint(model, on_device)
+    _check(model, checkpoint, files, leads)
+    sampler = Sampler(
+        checkpoint.model,
+        checkpoint.shape,
+        sde=checkpoint.sde,
+        prediction=checkpoint.prediction,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        **options,
+    )
+    if n is None:
+        n = 20 if len(checkpoint.shape) == 3 else 1000
+    every = max(1, len(sampler.table) // _FRAMES) if files.animate else None
+    draw = sampler if ranks is None else functools.partial(distributed.sample, sampler)
+    result = draw(n, seed=seed, first_sample=first_sample, trajectory=every, progress=not quiet)
+    if leads:
+        _write(checkpoint, sampler, files, written, result, every, options["t_end"])
+
+
+def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:
+    """Refuses what would fail after the work, and tells of a run that is not done."""
+    from ..files import check_writable
+    from .output import has_picture
+
+    if files.draws and not has_picture(checkpoint.shape):
+        raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+    if not leads:
+        return
+    for path in files.all:
+        check_writable(path)
+    step, steps = checkpoint.record.get("step", 0), checkpoint.record.get("config", {}).get("steps", 0)
+    if step < steps:
+        click.echo(f"{model} has come to step {step:,} of {steps:,}", err=True)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    sampler: Sampler,
+    files: Files,
+    written: list[Path],
+    result: Any,
+    every: int | None,
+    t_end: float,
+) -> None:
+    """Writes the files and prints their paths; the states of every ``every``-th row become the animation."""
+    import torch
+
+    from . import output
+
+    x, states = (result, None) if every is None else result
+    if files.save:
+        output.save_samples(files.save, x)
+        _tell(files.save, written)
+    if files.out:
+        output.picture(checkpoint, x, files.out)
+        _tell(files.out, written)
+    if files.animate and states is not None:
+        times = [*sampler.table.time.tolist(), t_end][::every]
+        frames = torch.cat((states, x[None])).to(sampler.device)
+        output.animation(checkpoint, frames, [*times, t_end], files.animate)
+        _tell(files.animate, written)
+
+
+def _tell(path: Path, written: list[Path]) -> None:
+    written.append(path)
+    click.echo(path)

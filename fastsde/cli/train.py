@@ -1,0 +1,124 @@
+"""``fastsde train``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..vocabulary import DATASETS, LR_SCHEDULES, PREDICTIONS, TRAINING_DTYPES, WEIGHTINGS
+from .common import check_model, job, reports_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..training import TrainConfig
+
+
+@click.command()
+@click.argument("dataset", type=click.Choice(DATASETS))
+@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; start where there is none.")
+@click.option(
+    "--recipe",
+    type=click.Choice(("default", "tutorial")),
+    help="The tutorial's own objective, or a better one.  [default: default]",
+)
+@click.option("--data", "data_root", type=click.Path(path_type=Path), help="Folder of MNIST.  [default: data]")
+@click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or first images of the set.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the whole run, in which a cosine lr falls to zero.")
+@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--lr", type=float, help="Learning rate of Adam.")
+@click.option("--lr-schedule", type=click.Choice(LR_SCHEDULES))
+@click.option("--lr-warmup", type=click.IntRange(0), help="Steps in which the learning rate rises.")
+@click.option("--ema-decay", type=float, help="Of the average of the weights that is sampled from; 0 keeps none.")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network learns.")
+@click.option("--weighting", type=click.Choice(WEIGHTINGS), help="Of the loss over time.")
+@click.option(
+    "--dtype",
+    type=click.Choice(tuple(TRAINING_DTYPES)),
+    help="What the network runs in.  [default: bfloat16 for images on a GPU, else float32]",
+)
+@click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
+@click.option("--seed", type=click.IntRange(0))
+@click.option("--init", help="Start from the weights of a checkpoint, a run or a shipped model.")
+@click.option("--checkpoint-every", type=click.IntRange(1))
+@click.option("--log-every", type=click.IntRange(1))
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@reports_errors
+def train(dataset: str, directory: Path | None, data_root: Path | None, **options: Any) -> None:
+    """Train a score network on DATASET and keep the run in a folder.
+
+    Options that are not given come from the recipe, or on --resume from the run. A run that is done is trained further
+    by a new one: --init OLD --dir NEW. Prints the checkpoint's path.
+    """
+    if data_root is not None and dataset != "mnist":
+        raise click.UsageError(f"--data is the folder of MNIST, and {dataset} comes from no folder: leave it out")
+    _train(dataset, directory or Path("runs") / dataset, data_root, **options)
+
+
+@job
+def _train(
+    dataset: str,
+    directory: Path,
+    data_root: Path | None,
+    *,
+    resume: bool,
+    recipe: str | None,
+    dtype: str | None,
+    device: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    from .. import data, distributed, training
+    from ..checkpoints import RUN_CHECKPOINT
+
+    if options["init"]:
+        check_model(options["init"])
+    on_device = distributed.device(device)
+    options["precision"] = None if dtype is None else TRAINING_DTYPES[dtype]
+    config = _config(dataset, directory, recipe, on_device, resume, options)
+    root = data.DEFAULT_ROOT if data_root is None else data_root
+    trainer = training.Trainer(config, directory, device=on_device, data_root=root, resume=resume)
+    ranks = distributed.ranks() or distributed.Ranks()
+    if ranks.rank == 0 and not quiet:
+        click.echo(f"{directory}: {_in_words(config, ranks.world)}", err=True)
+    try:
+        trainer.train(progress=not quiet)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped at step {trainer.step:,}, which is saved; --resume goes on") from None
+    if ranks.rank == 0:
+        click.echo(directory / RUN_CHECKPOINT)
+
+
+def _config(
+    dataset: str, directory: Path, recipe: str | None, device: torch.device, resume: bool, options: dict[str, Any]
+) -> TrainConfig:
+    """That of the run or of the recipe, with the options that are given."""
+    from .. import training
+    from ..checkpoints import RUN_CHECKPOINT
+
+    checkpoint = directory / RUN_CHECKPOINT
+    if resume and checkpoint.exists():
+        config = training.saved_config(checkpoint)
+        if config.data != dataset:
+            raise ValueError(f"the run in {directory} trains on {config.data}, not on {dataset}")
+        if recipe is not None:
+            raise ValueError(f"the run in {directory} has its recipe already: leave --recipe out to resume it")
+    else:
+        config = (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
+        if device.type == "cuda" and config.model["architecture"] == "UNet" and recipe != "tutorial":
+            config = replace(config, precision="bf16")
+    return replace(config, **{name: value for name, value in options.items() if value is not None})
+
+
+def _in_words(config: TrainConfig, world: int) -> str:
+    processes = f" on {world} processes" if world > 1 else ""
+    dtype = next(name for name, precision in TRAINING_DTYPES.items() if precision == config.precision)
+    return (
+        f"{config.steps:,} steps of batch {config.batch_size}{processes}, "
+        f"lr {config.lr:g} {config.lr_schedule}, {config.prediction}, {dtype}, seed {config.seed}"
+    )

@@ -1,0 +1,68 @@
+"""``fastsde verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..vocabulary import SOLVERS, VERIFIED_DTYPES
+from .common import PATH, load_checkpoint, reports_errors
+from .info import version
+
+
+@click.command()
+@click.argument("model", default="swiss-roll")
+@click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 256 points, 4 images]")
+@click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(VERIFIED_DTYPES),
+    multiple=True,
+    help="What the network runs in; may be given again.  [default: float32 and bfloat16, on a GPU float16 too]",
+)
+@click.option("--compile", is_flag=True, help="Run each backend through torch.compile too.")
+@click.option("--json", "out", type=PATH, help="Write the results to a file, too.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@reports_errors
+def verify(
+    model: str,
+    n: int | None,
+    device: str | None,
+    dtypes: tuple[str, ...],
+    out: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Check every backend against the reference, on MODEL: a shipped model, a checkpoint or a training run.
+
+    Prints a table of the differences from the reference in float64. Exit code 1 where a backend fails: where its RMS is
+    above twice that of plain PyTorch in the same dtype and a small constant, or not finite. MODEL is swiss-roll where
+    it is not given.
+    """
+    from .. import distributed
+    from .. import verify as verification
+    from ..files import check_writable
+
+    if out is not None:
+        check_writable(out)
+    on_device = distributed.device(device)
+    checkpoint = load_checkpoint(model, on_device)
+    n = n or verification.default_n(checkpoint.shape)
+    types = [verification.DTYPES[name] for name in dtypes] or None
+    results = verification.verify(checkpoint, n=n, dtypes=types, progress=not quiet, **options)
+    about = {"model": model, "n": n, **options, **verification.machine(on_device), "triton": version("triton")}
+    if out is not None:
+        verification.write_json(out, results, about)
+    click.echo("{model}: {n} samples, {solver}, {steps} steps, seed {seed}".format(**about))
+    click.echo("{device}, torch {torch}, fp32 products: {fp32_products}\n".format(**about))
+    click.echo("\n".join(verification.table(results)))
+    judged = [result for result in results if result.verdict in ("pass", "fail")]
+    failed = ", ".join(str(result) for result in results if result.verdict == "fail")
+    if failed or not judged:
+        raise click.ClickException(f"not as the reference: {failed}" if failed else "no backend could be checked")
