@@ -23,9 +23,12 @@ def python(code: str, cwd: Path, *flags: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize(("before", "use", "allowed"), [("", "", set()), ("torch", "fastsde.sample", {"tqdm"})])
+@pytest.mark.parametrize(
+    ("before", "use", "allowed"), [("", "", set()), ("torch", "fastsde.sample", {"safetensors", "tqdm"})]
+)
 def test_import_is_light(tmp_path: Path, before: str, use: str, allowed: set[str]) -> None:
-    # Nothing by itself; to sample, beyond torch, only tqdm: all else is imported by the function that needs it.
+    # Nothing by itself; to sample, beyond torch, only what takes a millisecond. All else is imported by the function
+    # that needs it.
     code = (
         f"import sys, {before or 'math'}; before = set(sys.modules); import fastsde; {use}\n"
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
@@ -110,13 +113,17 @@ def test_a_script_elsewhere_is_type_checked_against_the_package(tmp_path: Path) 
         "steps: int = default_config('swiss-roll').steps\n"
         "number: int = fastsde.VPSDE()\n"
         "fastsde.nothing\n"
+        "pair: int = fastsde.sample('mnist', (4, 1, 28, 28), trajectory=2)\n"
+        "fastsde.Sampler('mnist')(3, sead=1)\n"
     )
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "script.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     wrong = [line for line in result.stdout.splitlines() if "error:" in line]
-    assert len(wrong) == 2, result.stdout + result.stderr
+    assert [line.split(":")[1] for line in wrong[:-1]] == ["4", "5", "6", "7"], result.stdout + result.stderr
     assert wrong[0].startswith('script.py:4: error: Incompatible types in assignment (expression has type "VPSDE"')
     assert wrong[1].startswith('script.py:5: error: Module has no attribute "nothing"')
+    assert 'expression has type "tuple[Any, Any]", variable has type "int"' in wrong[2]
+    assert 'Unexpected keyword argument "sead"' in wrong[3]
 
 
 def test_versions_agree() -> None:
