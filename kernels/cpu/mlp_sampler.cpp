@@ -1,4 +1,4 @@
-// Whole trajectories of an MLP score network: every thread takes blocks of up to 64 samples from the prior to the end.
+// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table.
 //
 // The state and the activations of a block are [features, samples] and stay in the cache. A layer is one product of its
 // weights [out, in] with them; the time is an extra input, whose weights join the bias of the first layer, once a row:
@@ -23,20 +23,22 @@ struct Mlp {
     const float* const* weights;
     const float* const* biases;
     const int64_t* widths;
-    const int32_t* activations;
+    std::vector<Activation> activations;
 
     int64_t dim() const { return widths[layers]; }
     int64_t widest() const { return *std::max_element(widths, widths + layers + 1); }
 };
 
+// From row ``first_row`` to before ``end_row``, of the samples up to ``end`` of a batch. Between two calls a state is kept
+// in ``out``, and D in ``history``.
 struct Trajectory {
     const float* table;
-    int64_t rows;
+    int64_t first_row, end_row;
     const int64_t* keys;
     const float* x_init;
     float clip;
-    int64_t end, batch, every;  // samples up to ``end`` are taken, of a batch
-    float *states, *out;
+    int64_t end, batch, every;
+    float *states, *history, *out;
 };
 
 // The samples of a block, from row to row.
@@ -51,26 +53,28 @@ class Samples {
         first_ = first, here_ = std::min(width_, run_.end - first);
         for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
         start();
-        for (int64_t row = 0; row < run_.rows; row++) {
+        for (int64_t row = run_.first_row; row < run_.end_row; row++) {
             const float* k = run_.table + row * TABLE_COLUMNS;
             step(k, network(k[TIME]), row);
             if (run_.states && (row + 1) % run_.every == 0)
-                keep(run_.states + (row + 1) / run_.every * run_.batch * dim_);
+                write(x_, run_.states + (row + 1) / run_.every * run_.batch * dim_);
         }
-        keep(run_.out);
+        write(x_, run_.out);
+        if (run_.history) write(history_, run_.history);
     }
 
   private:
     void start() {
-        std::fill((float*)history_, history_ + dim_ * width_, 0.0f);
-        if (run_.x_init) {
-            for (int64_t e = 0; e < dim_; e++)
-                for (int64_t s = 0; s < width_; s++)
-                    x_[e * width_ + s] = s < here_ ? run_.x_init[(first_ + s) * dim_ + e] : 0.0f;
-        } else {
-            draw(0, x_);
+        if (run_.first_row > 0) {
+            read(run_.out, x_), read(run_.history, history_);
+            return;
         }
-        if (run_.states) keep(run_.states);
+        read(nullptr, history_);
+        if (run_.x_init)
+            read(run_.x_init, x_);
+        else
+            draw(0, x_);
+        if (run_.states) write(x_, run_.states);
     }
 
     // The step's normals, to [dim, samples].
@@ -120,10 +124,16 @@ class Samples {
         }
     }
 
-    // The state to its place in [batch, dim].
-    void keep(float* to) {
+    // The block's share of [batch, dim]; zeros where there is none.
+    void read(const float* from, float* to) {
+        for (int64_t e = 0; e < dim_; e++)
+            for (int64_t s = 0; s < width_; s++)
+                to[e * width_ + s] = from && s < here_ ? from[(first_ + s) * dim_ + e] : 0.0f;
+    }
+
+    void write(const float* from, float* to) {
         for (int64_t s = 0; s < here_; s++)
-            for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = x_[e * width_ + s];
+            for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = from[e * width_ + s];
     }
 
     const Mlp& mlp_;
@@ -135,25 +145,31 @@ class Samples {
 
 }  // namespace
 
-// The samples ``first`` to ``end - 1`` of a batch: to ``out`` [batch, dim], and every ``every``-th state of theirs to
-// ``states`` [rows / every + 1, batch, dim].
+// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: their states then go to ``out``
+// [batch, dim], and every ``every``-th state on the way to ``states`` [rows / every + 1, batch, dim].
 //
 // weights[l] is [widths[l + 1], widths[l]], and that of the first layer one column wider, for the time. table is
-// [rows, 8]. Nullable: x_init (then drawn), states, each bias. clip is infinite where there is none.
+// [rows, 8]. A call that does not start with row 0 goes on from ``out`` and ``history`` [batch, dim] as another call has
+// left them. Nullable: x_init (then drawn), states, each bias, and history, where one call has all rows. clip is infinite
+// where there is none.
 extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
                                     const int64_t* widths, const int32_t* activations, const float* table,
-                                    int64_t rows, const int64_t* keys, const float* x_init, float clip, int64_t first,
-                                    int64_t end, int64_t batch, int64_t every, float* states, float* out,
-                                    int threads) {
-    const Mlp mlp{layers, weights, biases, widths, activations};
-    const Trajectory run{table, rows, keys, x_init, clip, end, batch, every, states, out};
+                                    int64_t first_row, int64_t end_row, const int64_t* keys, const float* x_init,
+                                    float clip, int64_t first, int64_t end, int64_t batch, int64_t every,
+                                    float* states, float* history, float* out, int threads) {
     int64_t width = MOST_SAMPLES;  // less where some threads would have nothing to do
     while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
     const int64_t blocks = ceil_div(end - first, width);
     threads = (int)std::min<int64_t>(threads, blocks);
-    return with_memory([&] {
+    return with_status([&] {
+        const Mlp mlp{layers, weights, biases, widths, known_activations(activations, layers - 1)};
+        const Trajectory run{table, first_row, end_row, keys, x_init, clip, end, batch, every, states, history, out};
         PerThread<Samples> samples(threads, mlp, run, width);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
+        run_team(threads, [&] {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
+        });
     });
 }
+
+extern "C" int fastsde_activation(const char* name, int) { return code_of<Activation>(name); }

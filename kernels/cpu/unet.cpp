@@ -348,12 +348,13 @@ extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t heigh
     const auto run = [=](auto&& unet) {
         PerThread<Buffer> sums(threads, unet.floats());
         const int64_t pixels = image_channels * height * width;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < batch; i += chunk)
-            unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels,
-                         sums.mine());
+        run_team(threads, [&] {
+            for (int64_t i = 0; i < batch; i += chunk)
+                unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels,
+                             sums.mine());
+        });
     };
-    return with_memory([&] {
+    return with_status([&] {
 #if defined(FASTSDE_BF16)
         if (bf16) return run(Unet<Half>(chunk, image_channels, height, width, levels, channels, weights, biases));
 #endif
