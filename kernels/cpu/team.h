@@ -2,9 +2,14 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 
 namespace fastsde {
@@ -61,5 +66,28 @@ static inline void run_team(int threads, Body body) {
         body();
     }
 }
+
+// Where the threads of a team wait for one another. OpenMP's own barriers keep a processor busy for milliseconds, beside
+// other processes that of the very thread which is waited for; this one soon lets others run.
+class Barrier {
+  public:
+    void wait() {
+#if defined(_OPENMP)
+        const unsigned turn = turn_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        for (int tries = 0; turn_.load(std::memory_order_acquire) == turn; tries++)
+            if (tries >= SPINS) std::this_thread::yield();
+#endif
+    }
+
+  private:
+    static constexpr int SPINS = 10000;  // some microseconds
+    std::atomic<int> arrived_{0};
+    std::atomic<unsigned> turn_{0};
+};
 
 }  // namespace fastsde

@@ -84,6 +84,19 @@ def test_results_do_not_depend_on_the_number_of_threads(batch: int, size: int) -
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("native", "threads")
+@pytest.mark.parametrize("hidden", [(512, 512, 512), (701, 700)])
+def test_few_samples_of_wide_layers_are_the_same_when_threads_share_them(hidden: tuple[int, ...]) -> None:
+    model, keys = MLP(3, hidden, "SiLU"), noise.sample_keys(1, 100)
+    torch.set_num_threads(1)
+    whole, states = ops.mlp_sampler(model, TABLE, keys, every=2)
+    for count, batch in ((2, 1), (2, 16), (3, 17), (4, 40)):
+        torch.set_num_threads(count)
+        few, kept = ops.mlp_sampler(model, TABLE, keys[:batch], every=2)
+        assert torch.equal(few, whole[:batch])
+        assert torch.equal(kept, states[:, :batch])
+
+
 @pytest.mark.usefixtures("native")
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     model = MLP(3, (33, 20), "SiLU")
@@ -349,7 +362,7 @@ for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 
     _, t = ops.perturb(pixels, keys, 2, sde, index=index, dtype=torch.bfloat16)
     f = x.clone().requires_grad_()
     ops.dsm_loss(f, pixels, t, keys, 2, sde, index=index, prediction="v").backward()
-for dim, hidden, batch in ((1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (20,), 1)):
+for dim, hidden, batch in ((1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (20,), 1), (3, (700, 701), 5)):
     for activation in ACTIVATIONS:
         model, keys = MLP(dim, hidden, activation), noise.sample_keys(0, batch)
         ops.mlp_sampler(model, table, keys, x_init=torch.randn(batch, dim), every=2)
