@@ -6,7 +6,7 @@
 //
 //     h_l = act(h_{l-1} W_l^T + b_l),   dW_l = d_l^T h_{l-1},   d_{l-1} = (d_l W_l) act'
 //
-// A step has two barriers: after the gradients, and after the update of the weights.
+// A step has two barriers (team.h): after the gradients, and after the update of the weights.
 
 #include "activations.h"
 #include "mlp_parameters.h"
@@ -188,14 +188,16 @@ extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const
         std::vector<double> sums(blocks);
         PerThread<GradientsOfBlock> gradients(threads, objective, parameters, kinds);
         parameters.read(weights, average, square, moving);
+        Barrier barrier;
         const auto take = [&](int64_t i) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t slot = 0; slot < slots; slot++)
                 for (int64_t b = slot * blocks_each; b < std::min(blocks, (slot + 1) * blocks_each); b++)
                     sums[b] = gradients.mine().run(b, first + i, parameters.gradients + slot * parameters.size,
                                                    b > slot * blocks_each);
+            barrier.wait();
             const AdamStep step(beta1, beta2, epsilon, taken + i + 1, rates[2 * i], rates[2 * i + 1]);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t b = 0; b < (int64_t)parameters.bands.size(); b++) {
                 parameters.update(parameters.bands[b], step);
                 if (b == 0) {
@@ -204,6 +206,7 @@ extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const
                     losses[i] = (float)(sum / objective.elements());
                 }
             }
+            barrier.wait();
         };
         run_team(threads, [&] {
             for (int64_t i = 0; i < count; i++) take(i);

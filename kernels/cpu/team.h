@@ -80,12 +80,20 @@ class Barrier {
             return;
         }
         for (int tries = 0; turn_.load(std::memory_order_acquire) == turn; tries++)
-            if (tries >= SPINS) std::this_thread::yield();
+            tries < SPINS ? pause() : std::this_thread::yield();
 #endif
     }
 
   private:
-    static constexpr int SPINS = 10000;  // some microseconds
+    static void pause() {
+#if defined(__x86_64__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
+    static constexpr int SPINS = 200;  // some microseconds
     std::atomic<int> arrived_{0};
     std::atomic<unsigned> turn_{0};
 };

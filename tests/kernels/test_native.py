@@ -362,7 +362,8 @@ for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 
     _, t = ops.perturb(pixels, keys, 2, sde, index=index, dtype=torch.bfloat16)
     f = x.clone().requires_grad_()
     ops.dsm_loss(f, pixels, t, keys, 2, sde, index=index, prediction="v").backward()
-for dim, hidden, batch in ((1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (20,), 1), (3, (700, 701), 5)):
+mlps = [(1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (20,), 1), (3, (700, 701), 5)]
+for dim, hidden, batch in mlps:
     for activation in ACTIVATIONS:
         model, keys = MLP(dim, hidden, activation), noise.sample_keys(0, batch)
         ops.mlp_sampler(model, table, keys, x_init=torch.randn(batch, dim), every=2)
