@@ -18,21 +18,21 @@ template <class Kind>
 Kind known(int32_t code);
 
 #define FASTSDE_MEMBER(member, name) member,
-#define FASTSDE_RETURN_NAMED(member, name) \
+#define FASTSDE_RETURN_NAMED(member, name)              \
     if (std::strcmp(asked, name) == 0) return member;
-#define FASTSDE_RETURN_KNOWN(member, name) \
+#define FASTSDE_RETURN_KNOWN(member, name)              \
     if (code == member) return member;
-#define FASTSDE_ENUM(Kind, LIST)                   \
-    enum Kind : int32_t { LIST(FASTSDE_MEMBER) };  \
-    template <>                                    \
-    inline int32_t code_of<Kind>(const char* asked) { \
-        LIST(FASTSDE_RETURN_NAMED)                 \
-        return -1;                                 \
-    }                                              \
-    template <>                                    \
-    inline Kind known<Kind>(int32_t code) {        \
-        LIST(FASTSDE_RETURN_KNOWN)                 \
-        throw UnknownCode();                       \
+#define FASTSDE_ENUM(Kind, LIST)                        \
+    enum Kind : int32_t { LIST(FASTSDE_MEMBER) };       \
+    template <>                                         \
+    inline int32_t code_of<Kind>(const char* asked) {   \
+        LIST(FASTSDE_RETURN_NAMED)                      \
+        return -1;                                      \
+    }                                                   \
+    template <>                                         \
+    inline Kind known<Kind>(int32_t code) {             \
+        LIST(FASTSDE_RETURN_KNOWN)                      \
+        throw UnknownCode();                            \
     }
 
 // What a kernel returns.

@@ -10,7 +10,8 @@
 
 using namespace fastsde;
 
-// The loss to ``out`` [1]; or, with the ``grad`` of the loss, the gradient of f [n, size]. Nullable: index, z, keys, grad.
+// The loss to ``out`` [1]; or, with the ``grad`` of the loss, the gradient of f [n, size]. Nullable: index, z, keys,
+// grad.
 extern "C" int fastsde_dsm_loss(const float* f, const void* x_0, int bytes, const int64_t* index, int64_t rows,
                                 const float* t, const int64_t* keys, const float* z, int64_t step, float scale,
                                 float shift, float beta_min, float beta_max, int prediction_code, int weighting_code,

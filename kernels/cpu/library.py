@@ -20,8 +20,14 @@ __all__ = ["CALL_PRODUCTS", "available", "call", "code", "has_code", "pointers"]
 # Between two calls Ctrl-C is heard and the progress moves. A call has at most about so many multiply-adds a thread: a
 # quarter of a second of AVX-512.
 CALL_PRODUCTS = 8e9
-_TYPES = {"s": ctypes.c_int, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
-_TYPES["n"] = ctypes.c_char_p
+_TYPES = {
+    "s": ctypes.c_int,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+    "n": ctypes.c_char_p,  # a name
+}
 _DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; those of p are the launcher's affair
 # Of each kernel: what it returns (- for nothing, s for a status), and its arguments but for the last, the threads.
 _SIGNATURES = {
@@ -83,7 +89,7 @@ def call(name: str, *arguments: Any) -> Any:
     if tells and result == _OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"the native kernel {name} does not get the memory that it works in")
     if tells and result:
-        raise ValueError(f"the native kernel {name} was given a code that it does not know: {arguments}")
+        raise ValueError(f"the native kernel {name} was given a code that it does not know")
     return result
 
 

@@ -1,5 +1,5 @@
-// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table; of
-// wide layers and few samples, all threads share a block, and each has some of a layer's outputs.
+// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table;
+// of few samples of wide layers, all threads share a block, and each has some of a layer's outputs.
 //
 // The state and the activations of a block are [features, samples] and stay in the cache. A layer is one product of its
 // weights [out, in] with them; the time is an extra input, whose weights join the bias of the first layer, once a row:
@@ -39,8 +39,8 @@ struct Mlp {
     }
 };
 
-// From row ``first_row`` to before ``end_row``, of the samples up to ``end`` of a batch. Between two calls a state is kept
-// in ``out``, and D in ``history``.
+// From ``first_row`` to before ``end_row``, of the samples up to ``end`` of a batch. Between two calls a state is
+// kept in ``out``, and D in ``history``.
 struct Trajectory {
     const float* table;
     int64_t first_row, end_row;
@@ -56,8 +56,8 @@ class Samples {
   public:
     // ``shared``: by all threads of a team, which call run together.
     Samples(const Mlp& mlp, const Trajectory& run, int64_t width, bool shared)
-        : mlp_(mlp), run_(run), shared_(shared), dim_(mlp.dim()), width_(width), x_(dim_ * width), history_(dim_ * width),
-          noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
+        : mlp_(mlp), run_(run), shared_(shared), dim_(mlp.dim()), width_(width), x_(dim_ * width),
+          history_(dim_ * width), noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
           next_(mlp.widest() * width) {}
 
     void run(int64_t first) {
@@ -180,13 +180,13 @@ class Samples {
 
 }  // namespace
 
-// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: their states then go to ``out``
-// [batch, dim], and every ``every``-th state on the way to ``states`` [rows / every + 1, batch, dim].
+// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: their states then go to
+// ``out`` [batch, dim], and every ``every``-th state on the way to ``states`` [rows / every + 1, batch, dim].
 //
 // weights[l] is [widths[l + 1], widths[l]], and that of the first layer one column wider, for the time. table is
-// [rows, 8]. A call that does not start with row 0 goes on from ``out`` and ``history`` [batch, dim] as another call has
-// left them. Nullable: x_init (then drawn), states, each bias, and history, where one call has all rows. clip is infinite
-// where there is none.
+// [rows, 8]. A call that does not start with row 0 goes on from ``out`` and ``history`` [batch, dim] as another call
+// has left them. Nullable: x_init (then drawn), states, each bias, and history, where one call has all rows. clip is
+// infinite where there is none.
 extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
                                     const int64_t* widths, const int32_t* activations, const float* table,
                                     int64_t first_row, int64_t end_row, const int64_t* keys, const float* x_init,

@@ -23,8 +23,8 @@ class FlushSubnormals {
     FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 
   private:
-    // The compiler does not know that arithmetic depends on the mode. What is read from memory or written to it stays on
-    // its side of the switch, and with it the arithmetic between.
+    // The compiler does not know that arithmetic depends on the mode. What is read from memory or written to it stays
+    // on its side of the switch, and with it the arithmetic between.
     static void barrier() { asm volatile("" ::: "memory"); }
 
 #if defined(__x86_64__)
@@ -56,8 +56,8 @@ class FlushSubnormals {
     const uint64_t before_;
 };
 
-// body() in each of so many threads, to which its ``omp for`` loops give their iterations. The only place where kernels
-// make threads. The body may not throw.
+// body() in each of so many threads, which its ``omp for`` loops give their iterations to. The only place where
+// kernels make threads. The body may not throw.
 template <class Body>
 static inline void run_team(int threads, Body body) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -67,8 +67,8 @@ static inline void run_team(int threads, Body body) {
     }
 }
 
-// Where the threads of a team wait for one another. OpenMP's own barriers keep a processor busy for milliseconds, beside
-// other processes that of the very thread which is waited for; this one soon lets others run.
+// Where threads of a team wait for one another. OpenMP's own barriers keep a processor busy for milliseconds: beside
+// other processes, that of the very thread which is waited for. This one soon lets others run.
 class Barrier {
   public:
     void wait() {
