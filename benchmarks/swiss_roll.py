@@ -41,14 +41,15 @@ def _case(plan: Plan, n: int, rows: int) -> Case:
         subject="swiss_roll",
         name=f"swiss-roll-{n}",
         what=f"swiss roll, {n:,} samples x {rows}",
-        providers=[*sampling.others(task, proof), *_ours(task, proof)],
+        providers=[*sampling.others(task, proof), *mlp_samplers(task, proof)],
         targets=[Target(f"{targets[n]:g} times the loop's speed", persistent, beside=(loop,), at_least=targets[n])]
         if not plan.quick and not plan.has_gpu and n in targets
         else [],
     )
 
 
-def _ours(task: Trajectory, proof: Proof) -> list[Provider]:
+def mlp_samplers(task: Trajectory, proof: Proof) -> list[Provider]:
+    """Every backend and precision."""
     ways = [("reference", "fp32"), ("eager", "fp32"), ("persistent", "fp32")]
     if task.device.type == "cuda":
         ways += [("graph", "fp32"), ("graph", "bf16"), ("persistent", "TF32"), ("persistent", "bf16")]

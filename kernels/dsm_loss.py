@@ -31,11 +31,14 @@ def _residual(f, x_0, z, t, beta_min, beta_max, PREDICTION: tl.constexpr, WEIGHT
     elif PREDICTION == "x0":
         error, factor = f - x_0, alpha / sigma
     else:
+        tl.static_assert(PREDICTION == "v", "an unknown prediction")
         error, factor = f - (alpha * z - sigma * x_0), alpha
     if WEIGHTING == "likelihood":
         factor *= tl.sqrt(beta_min + (beta_max - beta_min) * t)[:, None] / sigma
     elif WEIGHTING == "target":
         factor = tl.full(sigma.shape, 1.0, tl.float32)
+    else:
+        tl.static_assert(WEIGHTING == "sigma2", "an unknown weighting")
     return error * factor, factor
 
 

@@ -17,7 +17,7 @@ and the one after by ln 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -28,6 +28,8 @@ from .philox import STREAM_SAMPLING, draw_offset, load_keys, normal, special
 from .tile import fast_math, on_device
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+# Those that `activate` has, by the names of fastsde/models/activations.py.
+ACTIVATIONS = ("LogSigmoid", "Softplus", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh", "Identity")
 _MIN_WIDTH, _BLOCK = 16, 64
 _RESIDENT_BYTES = 88 * 1024  # of shared memory, which every GPU from sm_80 on has
 _BINARY_LOGARITHM = ("LogSigmoid", "Softplus")
@@ -43,11 +45,17 @@ class Packed:
         layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer; the last input of the first is the time.
         activations: the one after each layer but the last.
         dtype: of the packed weights.
+
+    Raises:
+        ValueError: for an activation that the kernel does not have.
     """
 
     def __init__(
         self, layers: Sequence[tuple[Tensor, Tensor | None]], activations: Sequence[str], dtype: torch.dtype
     ) -> None:
+        for name in activations:
+            if not has_activation(name):
+                raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
         self.activations, self.dtype = tuple(activations), dtype
         self.dim = layers[-1][0].shape[0]
         self.layers: tuple[tuple[int, int, int, int], ...] = ()  # first block, offset of the bias, blocks out, width
@@ -99,6 +107,11 @@ class Packed:
         return buffer[: self._weights_end].to(self.dtype), buffer[self._weights_end :].clone()
 
 
+def has_activation(name: str) -> bool:
+    """Whether the kernel has an activation."""
+    return name in ACTIVATIONS
+
+
 def _blocks(size: int) -> tuple[int, int]:
     """How many blocks a width is cut into, and their width."""
     width = min(_BLOCK, max(_MIN_WIDTH, triton.next_power_of_2(size)))
@@ -145,12 +158,14 @@ def activate(x, NAME: tl.constexpr, FAST: tl.constexpr):
     elif NAME == "GELU_tanh":
         return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     else:
+        tl.static_assert(NAME == "Identity", "an activation that is not one of ACTIVATIONS")
         return x
 
 
 @triton.jit
 def _product(h, w, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
     """``total + h w``, in fp32."""
+    tl.static_assert(PRECISION == "fp32" or PRECISION == "tf32" or PRECISION == "bf16", "not one of PRECISIONS")
     if PRECISION == "bf16":
         if FAST:
             return tl.dot(h.to(tl.bfloat16), w, total)
@@ -403,6 +418,7 @@ def mlp_sampler(
     precision: str = "fp32",
     every: int = 1,
     states: Tensor | None = None,
+    progress: Callable[[int], object] | None = None,
     out: Tensor,
 ) -> None:
     """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` where given.
@@ -413,33 +429,40 @@ def mlp_sampler(
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         has_noise, has_history, uses_data: whether d, c, e are not all zero in the table.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
+        progress: called with the number of rows, once all of them are launched.
+
+    Raises:
+        ValueError: for another number of data than the network's, or an unknown precision.
     """
     batch, dim = out.shape
     if dim != packed.dim:
         raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
-    if not batch:
-        return
-    weights, biases = packed.read()
-    config = _device_config(batch, packed, precision, out.device)
-    with on_device(out):
-        mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
-            x_init,
-            keys,
-            table,
-            weights,
-            biases,
-            out,
-            states,
-            None if clip is None else float(clip),
-            batch,
-            dim,
-            len(table),
-            every,
-            0,
-            HAS_NOISE=has_noise,
-            HAS_HISTORY=has_history,
-            USES_DATA=uses_data,
-            FAST=fast_math(out),
-            **config,
-            **constants(packed, precision),
-        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if batch:
+        weights, biases = packed.read()
+        config = _device_config(batch, packed, precision, out.device)
+        with on_device(out):
+            mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
+                x_init,
+                keys,
+                table,
+                weights,
+                biases,
+                out,
+                states,
+                None if clip is None else float(clip),
+                batch,
+                dim,
+                len(table),
+                every,
+                0,
+                HAS_NOISE=has_noise,
+                HAS_HISTORY=has_history,
+                USES_DATA=uses_data,
+                FAST=fast_math(out),
+                **config,
+                **constants(packed, precision),
+            )
+    if progress is not None:
+        progress(len(table))

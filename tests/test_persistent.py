@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import fastsde
 from fastsde import Sampler, checkpoints, ops
@@ -197,6 +198,16 @@ def test_x_init_and_a_table_with_a_clip() -> None:
         for backend in ("persistent", "reference")
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_bar_moves_while_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ops.has_native(CPU):
+        pytest.skip("no native kernels")
+    kernel, updates = ops.dispatch.kernel("mlp_sampler", CPU), []
+    monkeypatch.setattr(kernel, "piece", lambda rows, batch, products, threads: (4, 16))
+    monkeypatch.setattr(tqdm, "update", lambda self, n: updates.append(n))
+    fastsde.sample(MLP(), (40, 2), steps=10, backend="persistent", progress=True)
+    assert updates == [4, 4, 2]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the infinities that the test is about

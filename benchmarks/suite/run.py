@@ -34,6 +34,7 @@ SUBJECTS = (
     "dsm_loss",
     "swiss_roll",
     "mnist",
+    "fresh_weights",
     "few_steps",
     "train_swiss_roll",
     "train_mnist",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -67,6 +67,13 @@ class Unknown(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         f: Tensor = self.inside[0](x, t)
         return f
+
+
+def fresh(architecture: Callable[[], nn.Module]) -> Checkpoint:
+    """One of the tutorial's networks before its training, which is of the score."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Checkpoint(architecture(), prediction="score")
 
 
 def random_unet(width: int, known: bool = True) -> Checkpoint:

@@ -37,6 +37,9 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
     max_dim, max_width = ops.mlp_limits(device)
     if layers[0][0].in_features != dim + 1 or dim > max_dim or max(widths) > max_width:
         return f"it runs MLPs of x and t with up to {max_dim} data and {max_width} hidden units"
+    unknown = ops.unknown_activation(layers[1], device)
+    if unknown is not None:
+        return f"its kernel on {device.type} does not have the activation {unknown}"
     fits = math.prod(sample_shape) == dim if isinstance(network.model, MLP) else tuple(sample_shape) == (dim,)
     return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
 
@@ -103,14 +106,13 @@ def sample(
         precision=_precision(model, keys.device),
         every=every,
         states=kept,
+        progress=None if after_row is None else after_row.bar.update,
     )
     finite = torch.isfinite(out).all(dim=1)
     if not finite.all():
         _raise(model, shape, table, keys, x_init, int(finite.logical_not().nonzero()[0]))
     if states is not None and kept is not None:
         states.copy_(kept.reshape(states.shape))
-    if after_row is not None:
-        after_row.bar.update(len(table))
     return out.reshape(*shape)
 
 

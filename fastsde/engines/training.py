@@ -75,11 +75,16 @@ def can_capture(device: torch.device, here: Ranks) -> bool:
 
 def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device, here: Ranks) -> bool:
     """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
-    if linear_layers(model) is None or config.compile or config.precision != "fp32" or here.world > 1:
+    layers = linear_layers(model)
+    if layers is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False
     fit = max(max(each.shape) for each in model.parameters()) <= _NATIVE_WIDTH
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
-    return fit and plain and ops.has_native(device, "mlp_training")
+    if not (fit and plain and ops.has_native(device, "mlp_training")):
+        return False
+    from ..kernels.cpu import mlp_training as native
+
+    return bool(native.takes(layers[1], config.prediction, config.weighting))
 
 
 class EagerSteps:

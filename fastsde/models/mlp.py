@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..validation import check_ints
+from .activations import ACTIVATIONS, name_of
 from .hooks import is_hooked
 
-__all__ = ["ACTIVATIONS", "MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers"]
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    activation.__name__: activation for activation in (nn.LogSigmoid, nn.SiLU, nn.ReLU, nn.Tanh, nn.GELU, nn.Softplus)
-}
+__all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers"]
 
 
 class MLP(nn.Module):
@@ -28,7 +25,7 @@ class MLP(nn.Module):
     Args:
         shape: the shape of one sample (of a plain number, ``()``), or its length.
         hidden: the widths of the hidden layers.
-        activation: the name of an activation: LogSigmoid, SiLU, ReLU, Tanh, GELU or Softplus.
+        activation: the name of one of `fastsde.models.activations.ACTIVATIONS`, such as LogSigmoid or SiLU.
 
     Raises:
         TypeError, ValueError: for sizes that are not positive ints, or an activation that is not one of these.
@@ -46,7 +43,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         width = data_dim + 1
         for next_width in self.hidden:
-            layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
+            layers += [nn.Linear(width, next_width), ACTIVATIONS[activation].build()]
             width = next_width
         self.net = nn.Sequential(*layers, nn.Linear(width, data_dim))
 
@@ -115,24 +112,6 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
     )
 
 
-_KERNEL_NAMES: dict[type[nn.Module], str] = {
-    nn.Identity: "Identity",
-    nn.LogSigmoid: "LogSigmoid",
-    nn.SiLU: "SiLU",
-    nn.ReLU: "ReLU",
-    nn.Tanh: "Tanh",
-}
-
-
-def _activation(module: nn.Module) -> str | None:
-    """The kernel's name of an activation, or None where it has none."""
-    if type(module) is nn.GELU:
-        return "GELU" if module.approximate == "none" else "GELU_tanh"
-    if type(module) is nn.Softplus:  # above its threshold, Softplus is the identity to the last bit of fp32
-        return "Softplus" if module.beta == 1 and module.threshold >= 20 else None
-    return _KERNEL_NAMES.get(type(module))
-
-
 def _fit(linears: Sequence[nn.Linear]) -> bool:
     """Whether each layer takes what the one before it gives; PyTorch takes biases of other shapes, too."""
     width = linears[0].in_features
@@ -145,7 +124,7 @@ def _fit(linears: Sequence[nn.Linear]) -> bool:
 
 
 def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
-    """The Linear layers of an MLP of ``cat((x, t), -1)``, and the kernels' names of the activations between them.
+    """The Linear layers of an MLP of ``cat((x, t), -1)``, and the names of the activations between them.
 
     None for any other network. ``model`` is an `MLP`, a `ConcatTime` of a Sequential, or that Sequential itself.
     """
@@ -156,7 +135,7 @@ def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
     linears: list[nn.Linear] = []
     activations: list[str] = []
     for module in net:
-        name = _activation(module)
+        name = name_of(module)
         if type(module) is nn.Linear:
             activations += ["Identity"] * (len(linears) - len(activations))
             linears.append(module)

@@ -8,7 +8,7 @@ wanted that a kernel does not have. Each is a ``torch.library`` operation, which
 from __future__ import annotations
 
 from .dispatch import has_kernels, has_native, has_triton, is_plain, multiplies_bf16, native_state
-from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp
+from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp, unknown_activation
 from .step import (
     check_status,
     counted_step,
@@ -43,4 +43,5 @@ __all__ = [
     "perturb",
     "solver_step",
     "step_counter",
+    "unknown_activation",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from . import library  # noqa: F401 (registers the operations)
 from .dispatch import constant, contiguous, has_kernels, has_native, kernel
 from .step import device_table
 
-__all__ = ["PRECISIONS", "launch_mlp_sampler", "mlp_limits", "mlp_sampler", "pack_mlp"]
+__all__ = ["PRECISIONS", "launch_mlp_sampler", "mlp_limits", "mlp_sampler", "pack_mlp", "unknown_activation"]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -24,6 +24,13 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 def mlp_limits(device: torch.device) -> tuple[int, int]:
     """The most data and hidden units that the kernel takes."""
     return (1024, 1024) if has_native(device) else (64, 256)
+
+
+@constant
+def unknown_activation(activations: Sequence[str], device: torch.device) -> str | None:
+    """The first of the activations that the kernel of a device does not have, or None."""
+    has_activation = kernel("mlp_sampler", device).has_activation
+    return next((name for name in activations if not has_activation(name)), None)
 
 
 def pack_mlp(linears: Sequence[nn.Linear], activations: Sequence[str], dtype: torch.dtype) -> Any:
@@ -45,11 +52,13 @@ def launch_mlp_sampler(
     precision: str = "fp32",
     every: int = 1,
     states: Tensor | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """`mlp_sampler` by its kernel, for an MLP that is packed. Arguments are trusted.
 
     Args:
         states: contiguous fp32 ``[K // every + 1, B, d]`` that the states go to, or None.
+        progress: called with the number of rows that have been done since; on the CPU several times in a long run.
     """
     out = torch.empty((len(keys), packed.dim), dtype=torch.float32, device=keys.device)
     x_init, keys = contiguous(x_init, keys)
@@ -63,6 +72,7 @@ def launch_mlp_sampler(
         precision=precision,
         every=every,
         states=states,
+        progress=progress,
         out=out,
         **known,
     )
@@ -87,8 +97,8 @@ def mlp_sampler(
     """All rows of a table for an MLP of x and t: by one launch where the kernel runs, else `fastsde.reference.sample`.
 
     Args:
-        model: an ``nn.Sequential`` of Linear layers and activations (LogSigmoid, SiLU, ReLU, Tanh, GELU, Softplus) that
-            is fed with ``cat((x, t), -1)``, or a `fastsde.models.MLP` or `ConcatTime`. Its weights are fp32.
+        model: an ``nn.Sequential`` of Linear layers and activations (`fastsde.models.activations`) that is fed with
+            ``cat((x, t), -1)``, or a `fastsde.models.MLP` or `ConcatTime`. Its weights are fp32.
         keys: int64 ``[B, 2]``.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         precision: of the products on a GPU: "fp32", "tf32" or "bf16". They are fp32 on the CPU.
@@ -121,6 +131,9 @@ def mlp_sampler(
     max_dim, max_width = mlp_limits(weight.device)
     with torch.no_grad():
         if has_kernels(weight.device) and dim <= max_dim and max(widths) <= max_width:
+            unknown = unknown_activation(activations, weight.device)
+            if unknown is not None:
+                raise ValueError(f"model has the activation {unknown}, which the kernel on {weight.device} has not")
             parameters = ([linear.weight for linear in linears], [linear.bias for linear in linears])
             drawn = (device_table(table, weight.device), keys, x_init, table.clip, *_terms(table))
             packed = (*parameters, ",".join(activations), *drawn)

@@ -2,11 +2,30 @@
 
 #pragma once
 
+#include <vector>
+
+#include "codes.h"
 #include "simd.h"
 
 namespace fastsde {
 
-enum Activation { IDENTITY, LOG_SIGMOID, SILU, RELU, TANH, GELU, GELU_TANH, SOFTPLUS };
+// All that are known, by the names of fastsde/models/activations.py.
+#define FASTSDE_ACTIVATIONS(X)   \
+    X(IDENTITY, "Identity")      \
+    X(LOG_SIGMOID, "LogSigmoid") \
+    X(SILU, "SiLU")              \
+    X(RELU, "ReLU")              \
+    X(TANH, "Tanh")              \
+    X(GELU, "GELU")              \
+    X(GELU_TANH, "GELU_tanh")    \
+    X(SOFTPLUS, "Softplus")
+FASTSDE_ENUM(Activation, FASTSDE_ACTIVATIONS)
+
+static inline std::vector<Activation> known_activations(const int32_t* codes, int64_t count) {
+    std::vector<Activation> found;
+    for (int64_t i = 0; i < count; i++) found.push_back(known<Activation>(codes[i]));
+    return found;
+}
 
 // e^(-scale |x|), which is NaN for NaN.
 static inline Floats falling(Floats x, float scale) {
@@ -28,26 +47,27 @@ static inline Floats tanh(Floats x) {
 template <Activation KIND>
 static inline void activate(Floats x, Floats& value, Floats& derivative) {
     const Floats one = all(1.0f);
-    if (KIND == IDENTITY) {
+    if constexpr (KIND == IDENTITY) {
         value = x, derivative = one;
-    } else if (KIND == LOG_SIGMOID || KIND == SOFTPLUS) {
+    } else if constexpr (KIND == LOG_SIGMOID || KIND == SOFTPLUS) {
         const bool rises = KIND == SOFTPLUS;
         const Floats e = falling(x, 1.0f);
         const Floats tail = log1p(e);
         value = rises ? at_least(x, 0.0f) + tail : at_most(x, 0.0f) - tail;
         derivative = ((rises ? x < 0.0f : x > 0.0f) ? e : one) / (one + e);
-    } else if (KIND == SILU) {
+    } else if constexpr (KIND == SILU) {
         const Floats s = sigmoid(x);
         value = x * s, derivative = s * (one + x * (one - s));
-    } else if (KIND == RELU) {
+    } else if constexpr (KIND == RELU) {
         value = at_least(x, 0.0f), derivative = x > 0.0f ? one : Floats{};
-    } else if (KIND == TANH) {
+    } else if constexpr (KIND == TANH) {
         value = tanh(x), derivative = one - value * value;
-    } else if (KIND == GELU) {
+    } else if constexpr (KIND == GELU) {
         const Floats below = 0.5f + 0.5f * erf(x * 0.707106781f);
         value = x * below;
         derivative = below + x * (0.398942280f * exp2_negative(x * x * -0.721347520f));
     } else {
+        static_assert(KIND == GELU_TANH, "an activation without a formula");
         const float slope = 0.797884561f, cubic = 0.044715f;
         const Floats t = tanh(slope * x * (one + cubic * x * x));
         value = 0.5f * x * (one + t);
@@ -66,16 +86,12 @@ static inline void activate_all(float* x, float* derivative, int64_t count) {
 }
 
 // Of ``count`` values, a multiple of LANES, in place; the derivatives go to where they are wanted.
-static inline void activate(int32_t kind, float* x, float* derivative, int64_t count) {
+static inline void activate(Activation kind, float* x, float* derivative, int64_t count) {
     switch (kind) {
-        case LOG_SIGMOID: return activate_all<LOG_SIGMOID>(x, derivative, count);
-        case SILU: return activate_all<SILU>(x, derivative, count);
-        case RELU: return activate_all<RELU>(x, derivative, count);
-        case TANH: return activate_all<TANH>(x, derivative, count);
-        case GELU: return activate_all<GELU>(x, derivative, count);
-        case GELU_TANH: return activate_all<GELU_TANH>(x, derivative, count);
-        case SOFTPLUS: return activate_all<SOFTPLUS>(x, derivative, count);
-        default: return activate_all<IDENTITY>(x, derivative, count);
+#define FASTSDE_CASE(member, name) \
+    case member: return activate_all<member>(x, derivative, count);
+        FASTSDE_ACTIVATIONS(FASTSDE_CASE)
+#undef FASTSDE_CASE
     }
 }
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import call
-
-PREDICTIONS = ("score", "eps", "x0", "v")  # in the order of the C++ enum, as the weightings
-WEIGHTINGS = ("sigma2", "likelihood", "target")
+from .library import call, code
 
 
 def dsm_loss(
@@ -39,10 +36,9 @@ def dsm_loss(
         grad: fp32 ``[]``.
         out: with ``grad``, shaped like ``f``.
     """
-    gradient = None if grad is None else torch.empty_like(f, dtype=torch.float32)
+    result = torch.empty_like(out if grad is None else f, dtype=torch.float32)
     step += 0 if counter is None else int(counter)
-    kinds = (PREDICTIONS.index(prediction), WEIGHTINGS.index(weighting))
-    loss = call(
+    call(
         "dsm_loss",
         f.float(),
         x_0,
@@ -57,10 +53,11 @@ def dsm_loss(
         shift,
         beta_min,
         beta_max,
-        *kinds,
+        code("prediction", prediction),
+        code("weighting", weighting),
         len(f),
         f.numel() // len(f),
         None if grad is None else grad.float(),
-        gradient,
+        result,
     )
-    out.copy_(gradient) if gradient is not None else out.fill_(loss)
+    out.copy_(result)

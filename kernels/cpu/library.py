@@ -6,6 +6,7 @@ A pointer of another dtype would be read and written past its end, so each tenso
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,19 @@ from torch import Tensor
 
 from . import build
 
-__all__ = ["available", "call", "pointers"]
+__all__ = ["CALL_PRODUCTS", "available", "call", "code", "has_code", "pointers"]
 
-_TYPES = {"s": ctypes.c_int, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
+# Between two calls Ctrl-C is heard and the progress moves. A call has at most about so many multiply-adds a thread: a
+# quarter of a second of AVX-512.
+CALL_PRODUCTS = 8e9
+_TYPES = {
+    "s": ctypes.c_int,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+    "n": ctypes.c_char_p,  # a name
+}
 _DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; those of p are the launcher's affair
 # Of each kernel: what it returns (- for nothing, s for a status), and its arguments but for the last, the threads.
 _SIGNATURES = {
@@ -24,17 +35,21 @@ _SIGNATURES = {
     "bits": "- L l l l l I",
     "solver_step": "l F F F F F L F l f f l l F F",
     "perturb": "- p i L l L F F l f f f f f l l F F",
-    "dsm_loss": "f F p i L l F L F l f f f f i i l l F F",
-    "mlp_sampler": "s l p p p p F l L F f l l l l F F",
+    "dsm_loss": "s F p i L l F L F l f f f f i i l l F F",
+    "mlp_sampler": "s l p p p p F l l L F f l l l l F F F",
     "mlp_training": "s l p p p p p p p i l f f L l f f f i i d d d l l l F F",
     "unet": "s l l l l l p p p F F F F i",
     "unet_has_bf16": "i",
+    "activation": "i n",
+    "prediction": "i n",
+    "weighting": "i n",
 }
 _SOURCES = {
     "mlp_training": "mlp_training.cpp",
     "unet": "unet.cpp",
     "unet_has_bf16": "unet.cpp",
 }  # of the kernels that have a library of their own
+_OUT_OF_MEMORY = 1  # a status
 _functions: dict[str, Any] = {}
 
 
@@ -63,6 +78,7 @@ def call(name: str, *arguments: Any) -> Any:
     Raises:
         TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype than the kernel's.
         OutOfMemoryError: where it does not get the memory that it works in.
+        ValueError: for a code that it does not know.
     """
     function, dtypes, tells = _function(name)
     values = [
@@ -70,9 +86,33 @@ def call(name: str, *arguments: Any) -> Any:
         for each, dtype in zip(arguments, dtypes, strict=True)
     ]
     result = function(*values, torch.get_num_threads())
-    if tells and result:
+    if tells and result == _OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"the native kernel {name} does not get the memory that it works in")
+    if tells and result:
+        raise ValueError(f"the native kernel {name} was given a code that it does not know")
     return result
+
+
+@functools.cache
+def _code(kind: str, name: str) -> int:
+    code: int = call(kind, name.encode())
+    return code
+
+
+def has_code(kind: str, name: str) -> bool:
+    """Whether the kernels know an ``activation``, a ``prediction`` or a ``weighting``, by its name."""
+    return _code(kind, name) >= 0
+
+
+def code(kind: str, name: str) -> int:
+    """How the kernels call it.
+
+    Raises:
+        ValueError: where they do not know it.
+    """
+    if not has_code(kind, name):
+        raise ValueError(f"{kind} must be one that the native kernels have, got {name!r}")
+    return _code(kind, name)
 
 
 def pointers(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = torch.float32) -> Any:

@@ -1,4 +1,4 @@
-// Memory that the threads of a kernel work in, and what is told where there is none.
+// Memory that the threads of a kernel work in. Where there is none, std::bad_alloc is thrown.
 
 #pragma once
 
@@ -53,18 +53,5 @@ class PerThread {
   private:
     std::vector<std::unique_ptr<T>> all_;
 };
-
-// What a kernel returns that takes memory.
-enum Status { DONE = 0, OUT_OF_MEMORY = 1 };
-
-template <class Body>
-static inline int with_memory(Body body) {
-    try {
-        body();
-        return DONE;
-    } catch (const std::bad_alloc&) {
-        return OUT_OF_MEMORY;
-    }
-}
 
 }  // namespace fastsde

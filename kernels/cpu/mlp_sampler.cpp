@@ -1,4 +1,5 @@
-// Whole trajectories of an MLP score network: every thread takes blocks of up to 64 samples from the prior to the end.
+// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table;
+// of few samples of wide layers, all threads share a block, and each has some of a layer's outputs.
 //
 // The state and the activations of a block are [features, samples] and stay in the cache. A layer is one product of its
 // weights [out, in] with them; the time is an extra input, whose weights join the bias of the first layer, once a row:
@@ -16,6 +17,8 @@ using namespace fastsde;
 namespace {
 
 constexpr int64_t MOST_SAMPLES = 64;  // of a block; a multiple of COLUMNS, as every width of one
+constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // of a layer and thread, below which to wait for others takes too long
+constexpr int64_t SHARED_ROWS = 12;           // of a layer, that a thread takes at once: a tile of a product
 
 // widths are those of x (without the time), of each hidden layer, and of f. A bias may be null.
 struct Mlp {
@@ -23,54 +26,85 @@ struct Mlp {
     const float* const* weights;
     const float* const* biases;
     const int64_t* widths;
-    const int32_t* activations;
+    std::vector<Activation> activations;
 
     int64_t dim() const { return widths[layers]; }
     int64_t widest() const { return *std::max_element(widths, widths + layers + 1); }
+
+    // Of a layer, in the mean.
+    int64_t products() const {
+        int64_t sum = 0;
+        for (int64_t l = 0; l < layers; l++) sum += widths[l] * widths[l + 1];
+        return sum / layers;
+    }
 };
 
+// From ``first_row`` to before ``end_row``, of the samples up to ``end`` of a batch. Between two calls a state is
+// kept in ``out``, and D in ``history``.
 struct Trajectory {
     const float* table;
-    int64_t rows;
+    int64_t first_row, end_row;
     const int64_t* keys;
     const float* x_init;
     float clip;
-    int64_t end, batch, every;  // samples up to ``end`` are taken, of a batch
-    float *states, *out;
+    int64_t end, batch, every;
+    float *states, *history, *out;
 };
 
 // The samples of a block, from row to row.
 class Samples {
   public:
-    Samples(const Mlp& mlp, const Trajectory& run, int64_t width)
-        : mlp_(mlp), run_(run), dim_(mlp.dim()), width_(width), x_(dim_ * width), history_(dim_ * width),
-          noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
+    // ``shared``: by all threads of a team, which call run together.
+    Samples(const Mlp& mlp, const Trajectory& run, int64_t width, bool shared)
+        : mlp_(mlp), run_(run), shared_(shared), dim_(mlp.dim()), width_(width), x_(dim_ * width),
+          history_(dim_ * width), noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
           next_(mlp.widest() * width) {}
 
     void run(int64_t first) {
-        first_ = first, here_ = std::min(width_, run_.end - first);
-        for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
-        start();
-        for (int64_t row = 0; row < run_.rows; row++) {
+        by_one([&] { start(first); });
+        for (int64_t row = run_.first_row; row < run_.end_row; row++) {
             const float* k = run_.table + row * TABLE_COLUMNS;
-            step(k, network(k[TIME]), row);
-            if (run_.states && (row + 1) % run_.every == 0)
-                keep(run_.states + (row + 1) / run_.every * run_.batch * dim_);
+            const float* f = network(k[TIME]);
+            by_one([&] { step(k, f, row); });
         }
-        keep(run_.out);
+        by_one([&] {
+            write(x_, run_.out);
+            if (run_.history) write(history_, run_.history);
+        });
     }
 
   private:
-    void start() {
-        std::fill((float*)history_, history_ + dim_ * width_, 0.0f);
-        if (run_.x_init) {
-            for (int64_t e = 0; e < dim_; e++)
-                for (int64_t s = 0; s < width_; s++)
-                    x_[e * width_ + s] = s < here_ ? run_.x_init[(first_ + s) * dim_ + e] : 0.0f;
-        } else {
-            draw(0, x_);
+    // body() in one thread, for which the others wait.
+    template <class Body>
+    void by_one(Body body) {
+        if (!shared_) return body();
+#pragma omp single nowait
+        body();
+        barrier_.wait();
+    }
+
+    // body(first, end) for rows of a layer's output: all at once, or by all threads, which then wait for one another.
+    template <class Body>
+    void for_rows(int64_t rows, Body body) {
+        if (!shared_) return body(0, rows);
+#pragma omp for schedule(static) nowait
+        for (int64_t first = 0; first < rows; first += SHARED_ROWS) body(first, std::min(rows, first + SHARED_ROWS));
+        barrier_.wait();
+    }
+
+    void start(int64_t first) {
+        first_ = first, here_ = std::min(width_, run_.end - first);
+        for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
+        if (run_.first_row > 0) {
+            read(run_.out, x_), read(run_.history, history_);
+            return;
         }
-        if (run_.states) keep(run_.states);
+        read(nullptr, history_);
+        if (run_.x_init)
+            read(run_.x_init, x_);
+        else
+            draw(0, x_);
+        if (run_.states) write(x_, run_.states);
     }
 
     // The step's normals, to [dim, samples].
@@ -92,16 +126,17 @@ class Samples {
         float *to = signal_, *other = next_;
         for (int64_t l = 0; l < mlp_.layers; l++) {
             const int64_t in = mlp_.widths[l], out = mlp_.widths[l + 1], stride = l == 0 ? in + 1 : in;
-            const float *weights = mlp_.weights[l], *bias = mlp_.biases[l];
-            if (l == 0) {
-                for (int64_t o = 0; o < out; o++)
-                    first_bias_[o] = (bias ? bias[o] : 0.0f) + time * weights[o * stride + in];
-                bias = first_bias_;
-            }
-            Product product{weights, stride, 1, from, width_, to, width_, in, {}};
-            product.start.of_row = bias;
-            multiply(product, out, width_);
-            if (l + 1 < mlp_.layers) activate(mlp_.activations[l], to, nullptr, out * width_);
+            const float *weights = mlp_.weights[l], *given = mlp_.biases[l];
+            const float* bias = l == 0 ? (const float*)first_bias_ : given;
+            for_rows(out, [&](int64_t first, int64_t end) {
+                for (int64_t o = first; l == 0 && o < end; o++)
+                    first_bias_[o] = (given ? given[o] : 0.0f) + time * weights[o * stride + in];
+                float* c = to + first * width_;
+                Product product{weights + first * stride, stride, 1, from, width_, c, width_, in, {}};
+                product.start.of_row = bias ? bias + first : nullptr;
+                multiply(product, end - first, width_);
+                if (l + 1 < mlp_.layers) activate(mlp_.activations[l], c, nullptr, (end - first) * width_);
+            });
             from = to;
             std::swap(to, other);
         }
@@ -118,16 +153,26 @@ class Samples {
             // What is not finite stays so to the end, whatever clips or activations make of it.
             store(x_ + i, next + 0.0f * (x + out));
         }
+        if (run_.states && (row + 1) % run_.every == 0)
+            write(x_, run_.states + (row + 1) / run_.every * run_.batch * dim_);
     }
 
-    // The state to its place in [batch, dim].
-    void keep(float* to) {
+    // The block's share of [batch, dim]; zeros where there is none.
+    void read(const float* from, float* to) {
+        for (int64_t e = 0; e < dim_; e++)
+            for (int64_t s = 0; s < width_; s++)
+                to[e * width_ + s] = from && s < here_ ? from[(first_ + s) * dim_ + e] : 0.0f;
+    }
+
+    void write(const float* from, float* to) {
         for (int64_t s = 0; s < here_; s++)
-            for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = x_[e * width_ + s];
+            for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = from[e * width_ + s];
     }
 
     const Mlp& mlp_;
     const Trajectory& run_;
+    const bool shared_;
+    Barrier barrier_;
     int64_t dim_, width_, first_ = 0, here_ = 0;
     Keys keys_[MOST_SAMPLES / LANES];
     Buffer x_, history_, noise_, first_bias_, signal_, next_;
@@ -135,25 +180,38 @@ class Samples {
 
 }  // namespace
 
-// The samples ``first`` to ``end - 1`` of a batch: to ``out`` [batch, dim], and every ``every``-th state of theirs to
-// ``states`` [rows / every + 1, batch, dim].
+// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: their states then go to
+// ``out`` [batch, dim], and every ``every``-th state on the way to ``states`` [rows / every + 1, batch, dim].
 //
 // weights[l] is [widths[l + 1], widths[l]], and that of the first layer one column wider, for the time. table is
-// [rows, 8]. Nullable: x_init (then drawn), states, each bias. clip is infinite where there is none.
+// [rows, 8]. A call that does not start with row 0 goes on from ``out`` and ``history`` [batch, dim] as another call
+// has left them. Nullable: x_init (then drawn), states, each bias, and history, where one call has all rows. clip is
+// infinite where there is none.
 extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
                                     const int64_t* widths, const int32_t* activations, const float* table,
-                                    int64_t rows, const int64_t* keys, const float* x_init, float clip, int64_t first,
-                                    int64_t end, int64_t batch, int64_t every, float* states, float* out,
-                                    int threads) {
-    const Mlp mlp{layers, weights, biases, widths, activations};
-    const Trajectory run{table, rows, keys, x_init, clip, end, batch, every, states, out};
-    int64_t width = MOST_SAMPLES;  // less where some threads would have nothing to do
-    while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
-    const int64_t blocks = ceil_div(end - first, width);
-    threads = (int)std::min<int64_t>(threads, blocks);
-    return with_memory([&] {
-        PerThread<Samples> samples(threads, mlp, run, width);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
+                                    int64_t first_row, int64_t end_row, const int64_t* keys, const float* x_init,
+                                    float clip, int64_t first, int64_t end, int64_t batch, int64_t every,
+                                    float* states, float* history, float* out, int threads) {
+    return with_status([&] {
+        const Mlp mlp{layers, weights, biases, widths, known_activations(activations, layers - 1)};
+        const Trajectory run{table, first_row, end_row, keys, x_init, clip, end, batch, every, states, history, out};
+        const int64_t least = std::min(MOST_SAMPLES, padded(end - first));
+        if (ceil_div(end - first, COLUMNS) < threads && mlp.products() * least >= SHARED_PRODUCTS * threads) {
+            Samples samples(mlp, run, least, true);
+            run_team(threads, [&] {
+                for (int64_t at = first; at < end; at += least) samples.run(at);
+            });
+            return;
+        }
+        int64_t width = MOST_SAMPLES;  // less where some threads would have nothing to do
+        while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
+        const int64_t blocks = ceil_div(end - first, width), team = std::min<int64_t>(threads, blocks);
+        PerThread<Samples> samples((int)team, mlp, run, width, false);
+        run_team((int)team, [&] {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
+        });
     });
 }
+
+extern "C" int fastsde_activation(const char* name, int) { return code_of<Activation>(name); }

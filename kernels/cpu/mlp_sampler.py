@@ -1,21 +1,20 @@
-"""Whole trajectories of an MLP score network in one call, or in a few where they take long."""
+"""Whole trajectories of an MLP score network in one call, or in several where they take long."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .library import call, pointers
+from .library import CALL_PRODUCTS, call, code, has_code, pointers
 
-ACTIVATIONS = ("Identity", "LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh", "Softplus")  # as the C++ enum
-# Between two calls, Ctrl-C is heard: a call has about this many multiply-adds a thread, a few tenths of a second.
-_PRODUCTS = 2e10
-_BLOCK = 64  # samples that a thread takes at once
+_SPECIALS = 32  # multiply-adds that an activation, or a normal, takes the time of
+_BLOCK, _LEAST = 64, 16  # samples that a thread takes at once: the most, and the fewest
+_PIECES = 100  # a run in more pieces is cut by samples, too, rather than going through memory more often
 
 
 class Packed:
@@ -26,6 +25,9 @@ class Packed:
             the last input of the first is the time.
         activations: the one after each layer but the last.
         dtype: of the products, torch.float32.
+
+    Raises:
+        ValueError: for another dtype, or an activation that the kernel does not have.
     """
 
     def __init__(
@@ -35,7 +37,29 @@ class Packed:
             raise ValueError(f"dtype must be torch.float32 on the CPU, got {dtype}")
         self.layers, self.dim = tuple(layers), layers[-1][0].shape[0]
         self.widths = (self.dim, *(len(weight) for weight, _ in layers))
-        self.activations = tuple(ACTIVATIONS.index(name) for name in activations)
+        self.activations = tuple(code("activation", name) for name in activations)
+        # Multiply-adds of a row of a sample.
+        self.products = sum(weight.numel() for weight, _ in layers) + _SPECIALS * sum(self.widths)
+
+
+def has_activation(name: str) -> bool:
+    """Whether the kernel has an activation."""
+    return has_code("activation", name)
+
+
+def piece(rows: int, batch: int, products: int, threads: int) -> tuple[int, int]:
+    """How many rows of how many samples a call takes.
+
+    Args:
+        products: of a row of a sample.
+    """
+    most = CALL_PRODUCTS / products  # rows of samples that a thread may take
+    each = math.ceil(batch / threads / _LEAST) * _LEAST
+    rows_each = int(most / each)
+    if rows_each * _PIECES >= rows:
+        return math.ceil(rows / math.ceil(rows / min(rows_each, rows))), batch
+    rows_each = max(1, min(math.ceil(rows / _PIECES), int(most / _BLOCK)))
+    return rows_each, max(1, int(most / rows_each / _BLOCK)) * _BLOCK * threads
 
 
 def mlp_sampler(
@@ -47,6 +71,7 @@ def mlp_sampler(
     clip: float | None = None,
     every: int = 1,
     states: Tensor | None = None,
+    progress: Callable[[int], object] | None = None,
     out: Tensor,
     **known: Any,
 ) -> None:
@@ -57,9 +82,10 @@ def mlp_sampler(
         keys: int64 ``[B, 2]``.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
+        progress: called now and then with the number of rows that have been done since.
         known: what other kernels want to know ahead, and this one reads in the table.
     """
-    batch, dim = out.shape
+    (batch, dim), rows = out.shape, len(table)
     if dim != packed.dim:
         raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
     weights = [weight.detach().float().contiguous() for weight, _ in packed.layers]
@@ -72,9 +98,14 @@ def mlp_sampler(
         (ctypes.c_int64 * (count + 1))(*packed.widths),
         (ctypes.c_int32 * max(1, count - 1))(*packed.activations),
     )
-    products = len(table) * sum(weight.numel() for weight in weights)
-    blocks = max(1, math.ceil(_PRODUCTS / products / _BLOCK)) * torch.get_num_threads()
+    rows_each, samples_each = piece(rows, max(1, batch), packed.products, torch.get_num_threads())
+    history = None if rows_each == rows else torch.empty_like(out)
     limit = math.inf if clip is None else clip
-    for first in range(0, batch, blocks * _BLOCK):
-        part = (first, min(first + blocks * _BLOCK, batch), batch)
-        call("mlp_sampler", *network, table, len(table), keys, x_init, limit, *part, every, states, out)
+    for row in range(0, rows, rows_each):
+        end_row = min(row + rows_each, rows)
+        for first in range(0, batch, samples_each):
+            samples = (first, min(first + samples_each, batch), batch)
+            drawn = (keys, x_init, limit, *samples)
+            call("mlp_sampler", *network, table, row, end_row, *drawn, every, states, history, out)
+        if progress is not None:
+            progress(end_row - row)

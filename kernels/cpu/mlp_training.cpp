@@ -6,7 +6,7 @@
 //
 //     h_l = act(h_{l-1} W_l^T + b_l),   dW_l = d_l^T h_{l-1},   d_{l-1} = (d_l W_l) act'
 //
-// A step has two barriers: after the gradients, and after the update of the weights.
+// A step has two barriers (team.h): after the gradients, and after the update of the weights.
 
 #include "activations.h"
 #include "mlp_parameters.h"
@@ -34,7 +34,8 @@ struct Objective {
 // One thread's memory, and the gradients of a block.
 class GradientsOfBlock {
   public:
-    GradientsOfBlock(const Objective& objective, Parameters& parameters, const int32_t* activations)
+    GradientsOfBlock(const Objective& objective, Parameters& parameters,
+                     const std::vector<Activation>& activations)
         : objective_(objective), parameters_(parameters), layers_(parameters.layers), activations_(activations),
           noise_(BLOCK_SAMPLES * objective.dim), clean_(BLOCK_SAMPLES * objective.dim),
           signals_(BLOCK_SAMPLES * features()), slopes_(BLOCK_SAMPLES * features()),
@@ -156,7 +157,7 @@ class GradientsOfBlock {
     const Objective& objective_;
     Parameters& parameters_;
     const std::vector<Layer>& layers_;
-    const int32_t* activations_;
+    const std::vector<Activation>& activations_;
     int64_t first_ = 0, here_ = 0;
     float times_[BLOCK_SAMPLES] = {};
     Buffer noise_, clean_, signals_, slopes_, error_, next_error_;
@@ -170,29 +171,33 @@ extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const
                                     TensorList weights, TensorList average, TensorList square, TensorList moving,
                                     const void* x_0, int bytes, int64_t rows, float scale, float shift,
                                     const int64_t* keys, int64_t batch, float t_min, float beta_min, float beta_max,
-                                    int prediction, int weighting, double beta1, double beta2, double epsilon,
+                                    int prediction_code, int weighting_code, double beta1, double beta2, double epsilon,
                                     int64_t first, int64_t count, int64_t taken, const float* rates, float* losses,
                                     int threads) {
     const int64_t dim = widths[layers];
-    const Objective objective{Data{x_0, bytes != 0, nullptr, rows, dim, scale, shift}, Schedule{beta_min, beta_max},
-                              (Prediction)prediction, (Weighting)weighting, keys, batch, dim, t_min};
     const int64_t blocks = ceil_div(batch, BLOCK_SAMPLES), blocks_each = ceil_div(blocks, MAX_SLOTS);
     const int64_t slots = ceil_div(blocks, blocks_each);
     threads = (int)std::min<int64_t>(threads, slots);
-    return with_memory([&] {
+    return with_status([&] {
+        const Data data{x_0, bytes != 0, nullptr, rows, dim, scale, shift};
+        const Prediction prediction = known<Prediction>(prediction_code);
+        const Weighting weighting = known<Weighting>(weighting_code);
+        const Objective objective{data, Schedule{beta_min, beta_max}, prediction, weighting, keys, batch, dim, t_min};
+        const std::vector<Activation> kinds = known_activations(activations, layers - 1);
         Parameters parameters(layers, widths, slots);
         std::vector<double> sums(blocks);
-        PerThread<GradientsOfBlock> gradients(threads, objective, parameters, activations);
+        PerThread<GradientsOfBlock> gradients(threads, objective, parameters, kinds);
         parameters.read(weights, average, square, moving);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < count; i++) {
-#pragma omp for schedule(static)
+        Barrier barrier;
+        const auto take = [&](int64_t i) {
+#pragma omp for schedule(static) nowait
             for (int64_t slot = 0; slot < slots; slot++)
                 for (int64_t b = slot * blocks_each; b < std::min(blocks, (slot + 1) * blocks_each); b++)
                     sums[b] = gradients.mine().run(b, first + i, parameters.gradients + slot * parameters.size,
                                                    b > slot * blocks_each);
+            barrier.wait();
             const AdamStep step(beta1, beta2, epsilon, taken + i + 1, rates[2 * i], rates[2 * i + 1]);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t b = 0; b < (int64_t)parameters.bands.size(); b++) {
                 parameters.update(parameters.bands[b], step);
                 if (b == 0) {
@@ -201,7 +206,11 @@ extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const
                     losses[i] = (float)(sum / objective.elements());
                 }
             }
-        }
+            barrier.wait();
+        };
+        run_team(threads, [&] {
+            for (int64_t i = 0; i < count; i++) take(i);
+        });
         parameters.write(weights, average, square, moving);
     });
 }

@@ -9,9 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dsm_loss import PREDICTIONS, WEIGHTINGS
-from .library import call, pointers
-from .mlp_sampler import ACTIVATIONS
+from .library import call, code, has_code, pointers
+
+
+def takes(activations: Sequence[str], prediction: str, weighting: str) -> bool:
+    """Whether the kernel has all of these."""
+    known = all(has_code("activation", name) for name in activations)
+    return known and has_code("prediction", prediction) and has_code("weighting", weighting)
 
 
 class Parameters(NamedTuple):
@@ -58,7 +62,7 @@ def mlp_training(
     """
     weights = parameters.weights[::2]
     widths = [weight.shape[1] for weight in weights if weight is not None] + [x_0[0].numel()]
-    codes = [ACTIVATIONS.index(name) for name in activations]
+    codes = [code("activation", name) for name in activations]
     losses = torch.empty_like(rates[:, 0])
     call(
         "mlp_training",
@@ -76,8 +80,8 @@ def mlp_training(
         t_min,
         beta_min,
         beta_max,
-        PREDICTIONS.index(prediction),
-        WEIGHTINGS.index(weighting),
+        code("prediction", prediction),
+        code("weighting", weighting),
         *betas,
         epsilon,
         first,

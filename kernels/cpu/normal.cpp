@@ -18,15 +18,17 @@ extern "C" void fastsde_normal(const int64_t* keys, int64_t step, int64_t stream
 extern "C" void fastsde_bits(const int64_t* keys, int64_t step, int64_t stream, int64_t n, int64_t size, uint32_t* out,
                              int threads) {
     const uint64_t draw = draw_offset(step, (Stream)stream);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n > LANES)
-    for (int64_t first = 0; first < n; first += LANES) {
-        const Keys lanes = Keys::load(keys, first, n);
-        for (int64_t element = 0; element < size; element += 4) {
-            Words words[4];
-            words_across(lanes, draw + (uint64_t)element / 4, words);
-            for (int64_t i = 0; i < std::min<int64_t>(LANES, n - first); i++)
-                for (int64_t j = 0; j < std::min<int64_t>(4, size - element); j++)
-                    out[(first + i) * size + element + j] = words[j][i];
+    run_team(n > LANES ? threads : 1, [&] {
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < n; first += LANES) {
+            const Keys lanes = Keys::load(keys, first, n);
+            for (int64_t element = 0; element < size; element += 4) {
+                Words words[4];
+                words_across(lanes, draw + (uint64_t)element / 4, words);
+                for (int64_t i = 0; i < std::min<int64_t>(LANES, n - first); i++)
+                    for (int64_t j = 0; j < std::min<int64_t>(4, size - element); j++)
+                        out[(first + i) * size + element + j] = words[j][i];
+            }
         }
-    }
+    });
 }

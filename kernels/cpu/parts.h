@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "philox.h"
+#include "team.h"
 
 namespace fastsde {
 
@@ -50,8 +51,10 @@ struct Parts {
 template <class Body>
 static inline void for_parts(const Parts& parts, int threads, Body body) {
     const int64_t count = parts.count();
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 1)
-    for (int64_t i = 0; i < count; i++) body(i, parts[i]);
+    run_team(count > 1 ? threads : 1, [&] {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) body(i, parts[i]);
+    });
 }
 
 // The part's normals, to ``to`` [samples, elements].

@@ -51,15 +51,16 @@ extern "C" int64_t fastsde_solver_step(const float* x, const float* f, const flo
     const uint64_t draw = draw_offset(row + 1, SAMPLING);
     const Parts parts(n, size);
     int found = 2;
-#pragma omp parallel for schedule(static) reduction(min : found) num_threads(threads) \
-    if (threads > 1 && parts.count() > 1)
-    for (int64_t i = 0; i < parts.count(); i++) {
-        const Part part = parts[i];
+    for_parts(parts, threads, [&](int64_t, const Part& part) {
         const int64_t start = part.start(size);
         float drawn[PART];
         const float* noise = z ? z + start : keys ? drawn : nullptr;
         if (noise == drawn) draw_normals(keys, draw, part, n, drawn);
-        found = std::min(found, step(at, start, part.count(), noise, k, guidance, clip));
-    }
+        const int here = step(at, start, part.count(), noise, k, guidance, clip);
+        if (here < 2) {
+#pragma omp critical
+            found = std::min(found, here);
+        }
+    });
     return 2 * row + found;
 }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "codes.h"
 #include "parts.h"
 
 namespace fastsde {
@@ -40,8 +41,11 @@ struct Data {
     }
 };
 
-enum Prediction { SCORE, EPS, X0, V };
-enum Weighting { SIGMA2, LIKELIHOOD, TARGET };
+// Those that are known, by the names of fastsde/solvers.py and fastsde/reference.py.
+#define FASTSDE_PREDICTIONS(X) X(SCORE, "score") X(EPS, "eps") X(X0, "x0") X(V, "v")
+#define FASTSDE_WEIGHTINGS(X) X(SIGMA2, "sigma2") X(LIKELIHOOD, "likelihood") X(TARGET, "target")
+FASTSDE_ENUM(Prediction, FASTSDE_PREDICTIONS)
+FASTSDE_ENUM(Weighting, FASTSDE_WEIGHTINGS)
 
 // The residual of the loss of one sample.
 struct Residual {
@@ -66,9 +70,14 @@ struct Target {
             case EPS: from_z = one, from_x = none, factor = one; break;
             case X0: from_z = none, from_x = one, factor = alpha / sigma; break;
             case V: from_z = alpha, from_x = -sigma, factor = alpha; break;
+            default: __builtin_trap();
         }
-        if (weighting == LIKELIHOOD) factor *= square_root(sde.beta(t)) / sigma;
-        if (weighting == TARGET) factor = one;
+        switch (weighting) {
+            case SIGMA2: break;
+            case LIKELIHOOD: factor *= square_root(sde.beta(t)) / sigma; break;
+            case TARGET: factor = one; break;
+            default: __builtin_trap();
+        }
     }
 };
 

@@ -186,12 +186,12 @@ struct Cut {
     int64_t floats(int64_t width) const { return images * rows * width * GROUP; }
 };
 
-// To be called by all threads of a team.
+// This and what follows is to be called by all threads of a team, which then have to wait for one another.
 template <class In, class Out>
 void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t batch, float* sums,
               const Time* time = nullptr) {
     const Cut cut(batch, out.height, out.width, by.out);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t part = 0; part < cut.count(); part++) {
         const int64_t group = part % cut.groups, rest = part / cut.groups;
         const int64_t row = rest % cut.per_image * cut.rows, image = rest / cut.per_image * cut.images;
@@ -204,7 +204,7 @@ void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64
 // The last convolution, to few channels: weights [out, 9, in] fp32, and no activation. Writes [images, out, y, x].
 template <class In>
 void convolve_last(const Convolution& by, Signal<const In> in, float* out, int64_t batch) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t line = 0; line < batch * in.height; line++) {
         const int64_t image = line / in.height, y = line % in.height;
         for (int64_t channel = 0; channel < by.out; channel++)
@@ -226,7 +226,7 @@ void convolve_last(const Convolution& by, Signal<const In> in, float* out, int64
 // The largest of 2 x 2 pixels; an odd size has a row or column of its own in front. NaN stays.
 template <class T>
 void pool(Signal<const T> in, Signal<T> out, int64_t channels, int64_t batch) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t line = 0; line < batch * out.height; line++) {
         const int64_t image = line / out.height, y = line % out.height;
         const int64_t top = 2 * y - in.height % 2;
@@ -267,25 +267,32 @@ class Unet {
     // x and out [images, channels, height, width], of at most a chunk of images. To be called by all threads of a team.
     void forward(int64_t images, const float* x, const Time& time, float* out, float* sums) {
         channels_last(images, x);
+        barrier_.wait();
         for (int64_t l = 0; l < levels_; l++) {
             Signal<T> to = wide_[l];
             if (l + 1 < levels_) to.data += channels_[l];
             if (l == 0) {
                 convolve<float, T>(layer(0, image_channels_, channels_[0]), readable(image_), to, images, sums, &time);
+                barrier_.wait();
                 continue;
             }
             Signal<const T> behind = readable(wide_[l - 1]);
             behind.data += channels_[l - 1];
             pool<T>(behind, pooled_[l - 1], channels_[l - 1], images);
+            barrier_.wait();
             convolve<T, T>(layer(l, channels_[l - 1], channels_[l]), readable(pooled_[l - 1]), to, images, sums);
+            barrier_.wait();
         }
         int64_t number = levels_;
         for (int64_t l = levels_ - 1; l > 0; l--, number++) {
             const Convolution by = layer(number, wide_[l].stride, channels_[l - 1], true);
             convolve<T, T>(by, readable(wide_[l]), wide_[l - 1], images, sums);
+            barrier_.wait();
         }
         convolve<T, T>(layer(number, wide_[0].stride, channels_[0]), readable(wide_[0]), head_, images, sums);
+        barrier_.wait();
         convolve_last<T>(layer(number + 1, channels_[0], image_channels_), readable(head_), out, images);
+        barrier_.wait();
     }
 
   private:
@@ -295,7 +302,7 @@ class Unet {
 
     void channels_last(int64_t images, const float* x) {
         const int64_t pixels = image_.height * image_.width;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t place = 0; place < images * pixels; place++)
             for (int64_t c = 0; c < image_channels_; c++)
                 image_.data[place * image_channels_ + c] =
@@ -317,6 +324,7 @@ class Unet {
     }
 
     std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;  // first, since the others lie in it
+    Barrier barrier_;
     int64_t image_channels_, levels_, floats_ = 0;
     const int64_t* channels_;
     const void* const* weights_;
@@ -348,12 +356,13 @@ extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t heigh
     const auto run = [=](auto&& unet) {
         PerThread<Buffer> sums(threads, unet.floats());
         const int64_t pixels = image_channels * height * width;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < batch; i += chunk)
-            unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels,
-                         sums.mine());
+        run_team(threads, [&] {
+            for (int64_t i = 0; i < batch; i += chunk)
+                unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels,
+                             sums.mine());
+        });
     };
-    return with_memory([&] {
+    return with_status([&] {
 #if defined(FASTSDE_BF16)
         if (bf16) return run(Unet<Half>(chunk, image_channels, height, width, levels, channels, weights, biases));
 #endif

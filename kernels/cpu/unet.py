@@ -1,16 +1,20 @@
-"""The U-Net of the tutorial from image to score (the twin of ``fastsde.models.UNet``) in one call."""
+"""The U-Net of the tutorial from image to score (the twin of ``fastsde.models.UNet``) in one call, or in several for a
+large batch.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .library import available, call, pointers
+from .library import CALL_PRODUCTS, available, call, pointers
 
 CHANNELS = 16  # that those of the levels must be multiples of
+_IMAGES = 12  # a thread: what the kernel goes through the network with at once
 
 
 def takes(channels: Sequence[int], dtype: torch.dtype) -> bool:
@@ -43,6 +47,23 @@ class Packed:
             else:  # pairs of inputs lie side by side
                 self.weights.append(taps.unflatten(1, (-1, 2)).transpose(2, 3).to(dtype).contiguous())
 
+    def products(self, height: int, width: int) -> int:
+        """The multiply-adds of an image."""
+        levels = len(self.weights) // 2
+        pixels = [math.ceil(height / 2**level) * math.ceil(width / 2**level) for level in range(levels)]
+        at = [*range(levels), *range(levels - 1, 0, -1), 0, 0]  # of a transposed convolution: what it reads
+        return sum(weight.numel() * pixels[level] for weight, level in zip(self.weights, at, strict=True))
+
+
+def images_each(products: int, threads: int) -> int:
+    """How many images a call takes.
+
+    Args:
+        products: of an image.
+    """
+    images, chunk = max(1, int(CALL_PRODUCTS * threads / products)), _IMAGES * threads
+    return images if images < chunk else images // chunk * chunk
+
 
 def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, out: Tensor) -> None:
     """Writes the network's output to ``out``.
@@ -54,16 +75,13 @@ def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, out: Ten
     """
     if not x.numel():
         return
-    call(
-        "unet",
-        *x.shape,
+    network = (
         len(channels),
         (ctypes.c_int64 * len(channels))(*channels),
         pointers(packed.weights, None),
         pointers(packed.biases),
         packed.plane,
-        x,
-        t,
-        out,
-        packed.dtype == torch.bfloat16,
     )
+    images = images_each(packed.products(*x.shape[2:]), torch.get_num_threads())
+    for part in zip(x.split(images), t.split(images), out.split(images), strict=True):
+        call("unet", *part[0].shape, *network, *part, packed.dtype == torch.bfloat16)

@@ -206,6 +206,15 @@ def test_the_gradient_of_the_reference_is_its_derivative(prediction: str, weight
     assert torch.autograd.gradcheck(loss, f.requires_grad_())
 
 
+@pytest.mark.parametrize("unknown", ["prediction", "weighting"])
+def test_what_the_kernel_does_not_know_is_an_error(device: torch.device, unknown: str) -> None:
+    x, t = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
+    given = {"keys": noise.sample_keys(3, 2, device=device), "out": torch.empty((), device=device), unknown: "flow"}
+    run = ops.dispatch.kernel("dsm_loss", device).dsm_loss
+    with pytest.raises(Exception, match=unknown):
+        run(x, x, t, step=0, beta_min=SDE.beta_min, beta_max=SDE.beta_max, **given)
+
+
 # torch.library and torch.compile ------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import fastsde
 from fastsde import VPSDE, StepTable, checkpoints, noise, ops, reference, solvers
 from fastsde.models import MLP, ConcatTime
+from fastsde.models.activations import ACTIVATIONS, Activation
+from fastsde.models.mlp import linear_layers
 
 SDE = VPSDE()
 TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 6))
@@ -37,8 +39,7 @@ def _kernel(device: torch.device) -> Any:
 def _run(
     model: MLP, n: int, device: torch.device, table: StepTable = TABLE, precision: str = "fp32", **options: Any
 ) -> Tensor:
-    linears = [module for module in model.net if isinstance(module, nn.Linear)]
-    names = [type(module).__name__ for module in model.net if not isinstance(module, nn.Linear)]
+    linears, names = linear_layers(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layers = [(linear.weight.to(device), linear.bias.to(device)) for linear in linears]
     packed = _kernel(device).Packed(layers, names, dtype)
@@ -58,10 +59,44 @@ def _expected(model: MLP, n: int, table: StepTable = TABLE, **options: Any) -> T
     return x.reshape(n, math.prod(model.shape))
 
 
-@pytest.mark.parametrize("activation", ["LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "Softplus"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(device: torch.device, activation: str) -> None:
     model = _tame(MLP(3, (20, 33), activation))
     _assert_close(_run(model, 17, device), _expected(model, 17))
+
+
+def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
+    model = _tame(MLP(2, (16,), "Mish"))
+    expected = _expected(model, 5)
+    sampler = fastsde.Sampler(model.to(device), (2,), solver=TABLE, device=device)
+    assert sampler.backend in ("graph", "eager")
+    _assert_close(sampler(5, seed=3).cpu(), expected)
+    with pytest.raises(
+        ValueError, match=f"'persistent': its kernel on {device.type} does not have the activation Mish"
+    ):
+        fastsde.Sampler(model, (2,), backend="persistent", device=device)
+    with pytest.raises(ValueError, match="model has the activation Mish, which the kernel on"):
+        ops.mlp_sampler(model, TABLE, noise.sample_keys(3, 5, device=device))
+    with pytest.raises(ValueError, match=r"activation must be one .*got 'Mish'"):
+        _run(model, 5, device)
+
+
+def test_an_activation_without_a_formula_is_no_identity(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_kernel(triton_device), "ACTIVATIONS", ("Mish",))
+    monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
+    with pytest.raises(Exception, match="not one of ACTIVATIONS"):
+        _run(MLP(2, (16,), "Mish"), 5, triton_device)
+
+
+def test_progress_is_told_of_every_row(device: torch.device) -> None:
+    rows: list[int] = []
+    _run(_tame(MLP(2, (16,))), 5, device, progress=rows.append)
+    assert rows == [len(TABLE)]
 
 
 @pytest.mark.parametrize("hidden", [(), (1,), (16,), (64, 64, 64), (65,), (128, 100), (256, 256), (8,) * 7])

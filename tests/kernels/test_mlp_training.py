@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastsde import VPSDE, checkpoints, noise, reference
 from fastsde.engines.training import NativeSteps
 from fastsde.models import MLP
+from fastsde.models.activations import ACTIVATIONS, Activation
 from fastsde.models.mlp import linear_layers
 from fastsde.reference import WEIGHTINGS
 from fastsde.solvers import PREDICTIONS
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("native")
 
 SDE = VPSDE()
 EPS = 2.0**-24
-ACTIVATIONS = ("LogSigmoid", "SiLU", "ReLU", "Tanh", "GELU", "Softplus")
 
 
 @pytest.fixture(autouse=True)
@@ -172,8 +172,12 @@ def _equal(ours: Weights, theirs: Weights) -> bool:
     return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_it_does_not_take_is_trained_eagerly(tmp_path: Path) -> None:
-    _trained(replace(CONFIG, precision="bf16", steps=3), tmp_path / "bf16", natively=False)
+def test_what_it_does_not_take_is_trained_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NativeSteps, "take", lambda *args: pytest.fail("native steps"))
+    monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
+    Trainer(replace(CONFIG, precision="bf16", steps=3), tmp_path / "bf16").train(progress=False)
+    mish = replace(CONFIG, model=CONFIG.model | {"activation": "Mish"}, steps=3)
+    Trainer(mish, tmp_path / "Mish").train(progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

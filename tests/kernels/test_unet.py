@@ -148,6 +148,39 @@ def test_where_more_is_done_than_to_compute_it_is_pytorchs(native_kernel: list[i
     assert cast(x.bfloat16(), t.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_batch_in_several_calls_is_the_batch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    from fastsde.kernels.cpu import unet as kernel
+
+    torch.set_num_threads(2)
+    model = _unet("odd, three channels")
+    fast, (x, t) = model.optimize(dtype), (each.to(dtype) for each in _inputs(model, 70))
+    if not fast.is_native:
+        pytest.skip("this build does not multiply bf16")
+    whole, calls, call = fast(x, t), [], kernel.call
+    monkeypatch.setattr(kernel, "call", lambda *args: calls.append(args[1:2]) or call(*args))
+    for images, expected in ((1, [1] * 70), (33, [33, 33, 4]), (24, [24, 24, 22])):
+        monkeypatch.setattr(kernel, "images_each", lambda products, threads, images=images: images)
+        calls.clear()
+        assert torch.equal(fast(x, t), whole)
+        assert [images for (images,) in filter(None, calls)] == expected  # without the question for bf16
+
+
+def test_a_call_has_as_many_images_as_take_a_fraction_of_a_second() -> None:
+    from fastsde.kernels.cpu import unet as kernel
+
+    model = UNet()
+    fast = model.optimize()
+    fast(*_inputs(model, 1))
+    packed = fast._packed[1]
+    assert packed.products(28, 28) == 55_452_672  # 49 * 9 * 64 * 128 and so on
+    for threads in (1, 2, 64):
+        images = kernel.images_each(packed.products(28, 28), threads)
+        assert images % (12 * threads) == 0
+        assert 0.9 * kernel.CALL_PRODUCTS < images / threads * packed.products(28, 28) <= kernel.CALL_PRODUCTS
+    assert kernel.images_each(int(1e11), 2) == 1
+
+
 def test_equal_weights_are_not_packed_again(native_kernel: list[int]) -> None:
     model = _unet("one pixel")
     fast, (x, t) = model.optimize(), _inputs(model, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastsde
 from fastsde.models import MLP, UNet, from_config
-from fastsde.models.mlp import ACTIVATIONS
+from fastsde.models.activations import ACTIVATIONS
 
 
 def count(model: nn.Module) -> int:
@@ -221,7 +221,9 @@ FORMULAS = {
     "ReLU": lambda y: torch.where(y > 0, y, 0),
     "Tanh": lambda y: (torch.exp(2 * y) - 1) / (torch.exp(2 * y) + 1),
     "GELU": lambda y: 0.5 * y * (1 + torch.erf(y / 2**0.5)),
+    "GELU_tanh": lambda y: 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3))),
     "Softplus": lambda y: torch.log1p(torch.exp(y)),
+    "Identity": lambda y: y,
 }
 
 

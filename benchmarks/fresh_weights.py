@@ -1,0 +1,40 @@
+"""The tutorial's networks before training. Their samples diverge, and their activations underflow to subnormal numbers,
+each of which costs many CPUs 150 cycles. The same networks after training are in `swiss_roll.py` and `mnist.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from fastsde.models import MLP, UNet
+
+from .mnist import unet_samplers
+from .providers import lean, sampling, tutorial
+from .suite.case import LEAN, LOOP, Case, Provider
+from .suite.plan import Plan
+from .swiss_roll import CLOCKS, mlp_samplers
+from .tasks.networks import DIGITS, UNET_KERNELS, fresh, mlp_work, unet_work
+from .tasks.trajectory import Trajectory, proof
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """In --quick the MLP alone. The time of a row is the same in all rows."""
+    rows = 100 if plan.quick else 250
+    points = Trajectory(partial(fresh, MLP), (2,), 1000, rows, plan.device, *mlp_work(), clocks=CLOCKS)
+    yield _case(points, "fresh-mlp", "untrained MLP", mlp_samplers(points, proof(points)))
+    if not plan.quick:
+        digits = Trajectory(partial(fresh, UNet), DIGITS, 20, 20, plan.device, *unet_work(), kernels=UNET_KERNELS)
+        yield _case(digits, "fresh-unet", "untrained U-Net", unet_samplers(digits, proof(digits)))
+
+
+def _case(task: Trajectory, name: str, words: str, ours: list[Provider]) -> Case:
+    precision, shows = sampling.precisions(task)[0], proof(task)
+    loops = ((LOOP, tutorial.sampling), (LEAN, lean.sampling))
+    return sampling.case(
+        task,
+        subject="fresh_weights",
+        name=name,
+        what=f"{words}, {task.n:,} x {task.rows}",
+        providers=[*(sampling.loop(each, make, task, shows, precision) for each, make in loops), *ours],
+    )

@@ -1,0 +1,138 @@
+"""Subnormal numbers: every native kernel flushes them, and leaves the mode of every thread as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsde import VPSDE, StepTable, noise, ops
+from fastsde.models import MLP, UNet
+
+pytestmark = pytest.mark.usefixtures("native")
+
+SUBNORMAL = 71_362  # the bits of 1e-40, which no conversion flushes
+BATCH, SIZE = 300, 50  # which several threads share
+KEYS = noise.sample_keys(0, BATCH)
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+def _small(*shape: int) -> Tensor:
+    return torch.full(shape, SUBNORMAL, dtype=torch.int32).view(torch.float32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """But for the sign."""
+    return x.view(torch.int32) & 0x7FFFFFFF
+
+
+def _table() -> StepTable:
+    """A row that keeps the state: x' = x."""
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    return StepTable(time=one, a=one, b=zero, c=zero, d=zero, e=zero, p=zero, q=zero)
+
+
+def _solver_step() -> Tensor:
+    return ops.solver_step(_small(BATCH, SIZE), torch.zeros(BATCH, SIZE), _table(), 0)[0]
+
+
+def _perturb() -> Tensor:
+    x_0, none = _small(BATCH, SIZE), torch.zeros(BATCH, SIZE)
+    return ops.perturb(x_0, None, 0, VPSDE(), t=torch.zeros(BATCH), z=none)[0]
+
+
+def _dsm_loss() -> Tensor:
+    f = torch.full((BATCH, SIZE), 1e-37).requires_grad_()  # whose gradient is 2 f / n
+    given = {"z": torch.zeros(BATCH, SIZE), "prediction": "eps", "weighting": "target"}
+    loss = ops.dsm_loss(f, torch.zeros(BATCH, SIZE), torch.ones(BATCH), None, 0, VPSDE(), **given)
+    return torch.autograd.grad(loss, f)[0]
+
+
+def _mlp_sampler() -> Tensor:
+    x, states = ops.mlp_sampler(MLP(SIZE, (8,)), _table(), KEYS, x_init=_small(BATCH, SIZE), every=1)
+    assert (_bits(states[0]) == SUBNORMAL).all()  # moved, not computed with
+    return x
+
+
+def _mlp_training() -> Tensor:
+    from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
+
+    weights = [_small(8, 3), _small(8), _small(2, 8), _small(2)]
+    zeros = [[torch.zeros_like(each) for each in weights] for _ in range(2)]
+    options = {"scale": 1.0, "shift": 0.0, "t_min": 1e-4, "prediction": "eps", "weighting": "sigma2"}
+    options |= {"betas": (0.9, 0.999), "epsilon": 1e-8, "first": 0, "taken": 0, "rates": torch.zeros(1, 2)}
+    mlp_training(Parameters(weights, *zeros, None), ["SiLU"], torch.zeros(9, 2), KEYS, 0.1, 20.0, **options)
+    return torch.cat([each.flatten() for each in weights])
+
+
+@torch.no_grad()
+def _unet() -> Tensor:
+    model = UNet(1, 8, (16, 16))
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.head[1].bias.copy_(_small(1))
+    return model.optimize()(torch.zeros(30, 1, 8, 8), torch.ones(30))
+
+
+def _draws() -> Tensor:
+    """No draw is subnormal: these are of interest for the mode that they leave."""
+    keys = noise.sample_keys(0, BATCH)
+    ops.dispatch.kernel("normal", keys.device).bits(keys, 0, 0, (SIZE,))
+    return ops.normal(keys, 0, (SIZE,)) * 0
+
+
+def _unknown_code() -> Tensor:
+    from fastsde.kernels.cpu import library, mlp_sampler
+
+    model = MLP(2, (8,))
+    packed = mlp_sampler.Packed([(model.net[i].weight, model.net[i].bias) for i in (0, 2)], ["SiLU"], torch.float32)
+    packed.activations = (99,)
+    with pytest.raises(ValueError, match="mlp_sampler was given a code that it does not know"):
+        mlp_sampler.mlp_sampler(packed, torch.zeros(1, 8), KEYS, out=torch.zeros(BATCH, 2))
+    with pytest.raises(ValueError, match="weighting must be one that the native kernels have, got 'sigma3'"):
+        library.code("weighting", "sigma3")
+    return torch.zeros(1)
+
+
+KERNELS: list[Callable[[], Tensor]] = [
+    _solver_step,
+    _perturb,
+    _dsm_loss,
+    _mlp_sampler,
+    _mlp_training,
+    _unet,
+    _draws,
+    _unknown_code,
+]
+
+
+def _flushes() -> list[bool]:
+    """Whether this thread flushes, in fp32 and in float64, and whether any of PyTorch's threads does."""
+    small = 1e-300
+    of_all = _small(1 << 18) * 1.0
+    return [bool((_small(1) * 1.0 == 0).any()), small * 1e-20 == 0, bool((_bits(of_all) == 0).any())]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__[1:])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_flushes_and_leaves_every_thread_as_it_was(kernel: Callable[[], Tensor], threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert not any(_flushes())
+    assert (_bits(kernel()) == 0).all()
+    assert not any(_flushes())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__[1:])
+def test_a_caller_that_flushes_goes_on_to_do_so(kernel: Callable[[], Tensor]) -> None:
+    assert torch.set_flush_denormal(True), "PyTorch cannot flush on this CPU"
+    kernel()
+    assert all(_flushes()[:2])
