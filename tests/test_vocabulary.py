@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastsde import VPSDE, data, engines, solvers, vocabulary
-from fastsde.kernels.cpu import dsm_loss
+from fastsde.models.activations import ACTIVATIONS
+from fastsde.ops import has_native
 
 
 def test_every_word_has_its_meaning() -> None:
@@ -14,12 +16,22 @@ def test_every_word_has_its_meaning() -> None:
         assert len(solvers.build(solver, VPSDE(), 4, prediction=prediction)) == 4
     for backend in vocabulary.BACKENDS[1:]:
         assert callable(engines.get(backend))
-    assert dsm_loss.PREDICTIONS == vocabulary.PREDICTIONS  # kernels import nothing of the package
-    assert dsm_loss.WEIGHTINGS == vocabulary.WEIGHTINGS
     assert set(vocabulary.VERIFIED_DTYPES) | set(vocabulary.TRAINING_DTYPES) <= set(vocabulary.DTYPES)
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in vocabulary.DTYPES)
     for name in vocabulary.DATASETS[:2]:  # the third needs files
         assert data.load(name, size=3).name == name
+
+
+@pytest.mark.skipif(not has_native(torch.device("cpu")), reason="no C++ compiler")
+def test_the_native_kernels_know_the_words() -> None:
+    from fastsde.kernels.cpu.library import has_code
+
+    for kind, words in (
+        ("prediction", vocabulary.PREDICTIONS),
+        ("weighting", vocabulary.WEIGHTINGS),
+        ("activation", ACTIVATIONS),
+    ):
+        assert [word for word in (*words, "nothing") if not has_code(kind, word)] == ["nothing"]
 
 
 def test_no_word_is_missing() -> None:

@@ -3,8 +3,14 @@
 #pragma once
 
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <thread>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -67,20 +73,22 @@ static inline void run_team(int threads, Body body) {
     }
 }
 
-// Where threads of a team wait for one another. OpenMP's own barriers keep a processor busy for milliseconds: beside
-// other processes, that of the very thread which is waited for. This one soon lets others run.
+// Where threads of a team wait for one another: awake for some microseconds, in which the others nearly always come, and
+// then asleep. OpenMP's own barriers keep a processor busy for milliseconds: beside other processes, that of the very
+// thread which is waited for.
 class Barrier {
   public:
     void wait() {
 #if defined(_OPENMP)
-        const unsigned turn = turn_.load(std::memory_order_relaxed);
+        const uint32_t turn = turn_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
             arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
+            turn_.store(turn + 1);
+            if (sleepers_.load() > 0) wake();
             return;
         }
         for (int tries = 0; turn_.load(std::memory_order_acquire) == turn; tries++)
-            tries < SPINS ? pause() : std::this_thread::yield();
+            tries < PAUSES ? pause() : tries < PAUSES + YIELDS ? std::this_thread::yield() : sleep(turn);
 #endif
     }
 
@@ -93,9 +101,27 @@ class Barrier {
 #endif
     }
 
-    static constexpr int SPINS = 200;  // some microseconds
-    std::atomic<int> arrived_{0};
-    std::atomic<unsigned> turn_{0};
+    // Until it is woken, or not at all where the turn is over: the last to arrive ends it before it looks for sleepers.
+    void sleep(uint32_t turn) {
+#if defined(__linux__)
+        sleepers_.fetch_add(1);
+        syscall(SYS_futex, &turn_, FUTEX_WAIT_PRIVATE, turn, nullptr, nullptr, 0);
+        sleepers_.fetch_sub(1);
+#else
+        (void)turn;
+        std::this_thread::yield();
+#endif
+    }
+
+    void wake() {
+#if defined(__linux__)
+        syscall(SYS_futex, &turn_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
+    }
+
+    static constexpr int PAUSES = 200, YIELDS = 50;
+    std::atomic<int> arrived_{0}, sleepers_{0};
+    std::atomic<uint32_t> turn_{0};
 };
 
 }  // namespace fastsde

@@ -59,10 +59,9 @@ def _assert_gradients(model: MLP, data: Tensor, batch: int, t_min: float = 1e-4,
     for dtype in (torch.float64, torch.float32):
         network = copy.deepcopy(model).to(dtype)
         cast = reference.Draws(draws.data_index, draws.t.to(dtype), draws.z.to(dtype))
-        data_in = data.to(dtype) if data.is_floating_point() else data
         sgd = torch.optim.SGD(network.parameters(), lr=0.0)
         kinds = {name: given[name] for name in ("prediction", "weighting", "scale", "shift") if name in given}
-        loss = reference.train_step(network, sgd, data_in, None, step, SDE, draws=cast, **kinds)
+        loss = reference.train_step(network, sgd, data.to(dtype), None, step, SDE, draws=cast, **kinds)
         results.append([loss, *(each.grad for each in network.parameters())])
     ours = _native_gradients(model, data, keys, step, t_min=t_min, **given)
     for mine, exact, theirs in zip([ours[0], *ours[1]], *results, strict=True):
