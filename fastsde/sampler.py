@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import engines, noise, ops, solvers
+from .dynamo import untraced
 from .engines import CaptureError, batches
 from .engines.network import Network, device_of, dtype_of
 from .engines.recorder import Recorder
@@ -134,6 +135,7 @@ class Sampler:
             without=self._network.cache.get(_FAILED, ()),
         )
 
+    @untraced
     def __call__(
         self,
         n: int,
@@ -269,7 +271,7 @@ class Sampler:
                 warnings.warn(
                     f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             except RuntimeError as error:
                 if not batches.is_out_of_memory(error):
@@ -318,6 +320,7 @@ class Sampler:
         )
 
 
+@untraced
 def sample(
     model: Model,
     shape: Sequence[int],

@@ -17,10 +17,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from .dynamo import constant
 from .sde import VPSDE
 from .validation import check_instance, check_int, check_number
 
@@ -98,13 +100,31 @@ class StepTable:
         columns = (getattr(self, name).tolist() for name in names)
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
+    @constant
     def row(self, k: int) -> dict[str, float]:
         """The time and coefficients of row k as Python floats."""
         return self._rows[k]
 
+    @constant
+    def terms(self) -> list[bool]:
+        """Whether a row has noise, history, and D."""
+        return [bool((column != 0).any()) for column in (self.d, self.c, self.e)]
+
+    @constant
+    def on(self, device: torch.device) -> Tensor:
+        """All columns as the kernels read them, fp32 ``[K, 8]`` on a device; made once."""
+        copies = _on_devices.setdefault(self, {})
+        if device not in copies:
+            columns = torch.stack([getattr(self, name) for name in self.columns()], dim=1)
+            copies[device] = columns.to(device, torch.float32)
+        return copies[device]
+
     def head(self, rows: int) -> StepTable:
         """The table of the first rows."""
         return replace(self, **{name: getattr(self, name)[:rows] for name in self.columns()})
+
+
+_on_devices: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()  # what is not pickled
 
 
 def _float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:

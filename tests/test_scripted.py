@@ -16,6 +16,9 @@ from fastsde import Sampler
 from fastsde.engines.fingerprint import fingerprint
 from fastsde.models import ConcatTime
 
+# What PyTorch 2.11 says where a module of torch.export is copied.
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+
 
 class Net(nn.Module):
     """A small network with a buffer, layers inside of another, and attributes that are no tensors."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..dynamo import constant
+
 __all__ = [
-    "constant",
     "contiguous",
     "has_kernels",
     "has_native",
@@ -24,16 +24,8 @@ __all__ = [
     "needs_grad",
 ]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 _PLAIN = (Tensor, nn.Parameter)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def constant(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result``, which would import the compiler, and Triton with it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def has_triton(device: torch.device) -> bool:
