@@ -50,14 +50,10 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _STEP_BITS, _STREAM_BITS = 28, 4
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of ``value`` mod 2^64."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
 def int64_bits(name: str, value: object) -> int:
     """The int64 with the bits of a uint64, which is checked to be one."""
-    return _signed(check_int(name, value, 0, 2**64))
+    bits = check_int(name, value, 0, 2**64)
+    return bits - 2**64 if bits >= 2**63 else bits  # a remainder is more than torch.compile can do with a symbolic int
 
 
 def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,7 +129,8 @@ def _draw_offset(step: int | Tensor, stream: int, device: torch.device) -> int |
         if step.ndim != 1 or step.dtype != torch.int64:
             raise ValueError(f"step must be an int or an int64 tensor [R], got {step.dtype} {list(step.shape)}")
         return ((step.to(device) | stream << _STEP_BITS) << 32)[:, None, None]
-    return _signed((stream << _STEP_BITS | check_int("step", step, 0, 2**_STEP_BITS)) << 32)
+    signed = stream - (1 << _STREAM_BITS) if stream >> (_STREAM_BITS - 1) else stream
+    return ((signed << _STEP_BITS) + check_int("step", step, 0, 2**_STEP_BITS)) * (1 << 32)
 
 
 def _blocks(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import engines, noise, ops, request
+from .dynamo import untraced
 from .engines import CaptureError, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
 from .engines.network import Network
@@ -159,6 +160,7 @@ class Sampler:
         self, n: int, *, trajectory: int | None, **options: Unpack[CallOptions]
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
+    @untraced
     def __call__(
         self,
         n: int,
@@ -317,7 +319,7 @@ class Sampler:
                 warnings.warn(
                     f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             except RuntimeError as error:
                 if not batches.is_out_of_memory(error):
@@ -384,6 +386,7 @@ def sample(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@untraced
 def sample(
     model: ModelLike,
     shape: Sequence[int],

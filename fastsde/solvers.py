@@ -17,10 +17,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from .dynamo import constant
 from .sde import VPSDE
 from .validation import check_instance, check_int, check_number
 from .vocabulary import PREDICTIONS, SOLVERS
@@ -97,13 +99,31 @@ class StepTable:
         columns = (getattr(self, name).tolist() for name in names)
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
+    @constant
     def row(self, k: int) -> dict[str, float]:
         """The time and coefficients of row k as Python floats."""
         return self._rows[k]
 
+    @constant
+    def terms(self) -> list[bool]:
+        """Whether a row has noise, history, and D."""
+        return [bool((column != 0).any()) for column in (self.d, self.c, self.e)]
+
+    @constant
+    def on(self, device: torch.device) -> Tensor:
+        """All columns as the kernels read them, fp32 ``[K, 8]`` on a device; made once."""
+        copies = _on_devices.setdefault(self, {})
+        if device not in copies:
+            columns = torch.stack([getattr(self, name) for name in self.columns()], dim=1)
+            copies[device] = columns.to(device, torch.float32)
+        return copies[device]
+
     def head(self, rows: int) -> StepTable:
         """The table of the first rows."""
         return replace(self, **{name: getattr(self, name)[:rows] for name in self.columns()})
+
+
+_on_devices: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()  # what is not pickled
 
 
 def _float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:
@@ -139,18 +159,23 @@ def _continuous_times(sde: VPSDE, times: Tensor | Sequence[float], prediction: s
 def _schedule(
     alpha: Tensor | Sequence[float], sigma: Tensor | Sequence[float], time: Tensor | Sequence[float], prediction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked alpha and sigma ``[K + 1]`` and time ``[K]``."""
+    """Checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0, as Lin et al. (2024) want it."""
     _check_prediction(prediction)
     alpha, sigma, time = _float64("alpha", alpha, 2), _float64("sigma", sigma, 2), _float64("time", time)
     if not len(alpha) == len(sigma) == len(time) + 1:
         raise ValueError(
             f"alpha and sigma must have one point more than time, got {len(alpha)}, {len(sigma)} and {len(time)}"
         )
-    if not (alpha > 0).all():
-        raise ValueError(f"alpha must be positive, got {alpha.min().item():g}")
+    if not (alpha[1:] > 0).all() or alpha[0] < 0:
+        raise ValueError(f"alpha must be positive but for a first point of zero, got {alpha.min().item():g}")
+    if prediction in ("score", "eps") and not torch.isfinite(1 / alpha[:-1].float()).all():
+        raise ValueError(
+            f"prediction={prediction!r} tells nothing of x_0 where alpha is {alpha[:-1].min().item():g}: for zero "
+            f"terminal SNR, train and sample with prediction='v' or 'x0'"
+        )
     if not (sigma[:-1] > 0).all() or sigma[-1] < 0:
         raise ValueError(f"sigma must be positive but for a last point of zero, got {sigma.min().item():g}")
-    if not ((sigma / alpha).diff() < 0).all():
+    if not (alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]).all():
         raise ValueError("sigma / alpha must decrease strictly from point to point")
     return alpha, sigma, time
 
@@ -211,7 +236,9 @@ def _table(
     """
     zero = torch.zeros_like(time)
     b, c, d, e = (zero if column is None else column for column in (b, c, d, e))
-    p, q = data
+    # A row without e has no use for D, which may then not exist: where alpha is next to 0, x_t tells nothing of x_0.
+    is_usable = (e != 0) | torch.isfinite(torch.stack(data).float()).all(dim=0)
+    p, q = (torch.where(is_usable, column, zero) for column in data)
     if clip is None:
         a, b, e = a + e * p, b + e * q, zero
     return StepTable(time=time, a=a, b=b, c=c, d=d, e=e, p=p, q=q, clip=clip)
@@ -293,7 +320,8 @@ def ddpm(
 
     Args:
         alpha, sigma: ``[K + 1]``, the factor of x_0 and the standard deviation of the noise, before each row and after
-            the last.
+            the last. The first alpha may be 0 (zero terminal SNR; Lin et al. 2024, arXiv:2305.08891) where the network
+            predicts v or x_0, and the last sigma may be 0.
         time: ``[K]``, what the network is called with.
         prediction: what the network predicts.
         clip: bound of the predicted x_0, or None.
@@ -301,7 +329,7 @@ def ddpm(
     alpha, sigma, time = _schedule(alpha, sigma, time, prediction)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     ratio = before[0] / after[0]
-    variance = before[1] ** 2 - ratio**2 * after[1] ** 2
+    variance = (before[1] ** 2 - ratio**2 * after[1] ** 2).clamp(min=0)  # of points that differ by a rounding, too
     return _table(
         time,
         a=ratio * after[1] ** 2 / before[1] ** 2,
@@ -327,8 +355,8 @@ def ddim(
     alpha, sigma, time = _schedule(alpha, sigma, time, prediction)
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
-    posterior = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).sqrt() * after[1] / before[1]
-    noise = eta * posterior
+    variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
+    noise = eta * variance.sqrt() * after[1] / before[1]
     direction = (after[1] ** 2 - noise**2).clamp(min=0).sqrt()
     r, s = _eps_form(*before, prediction)
     data = _data_form(*before, prediction)
@@ -352,7 +380,7 @@ def dpm_solver_pp_2m(
             second-order row does not exist there.
     """
     alpha, sigma, time = _schedule(alpha, sigma, time, prediction)
-    half_log_snr = torch.log(alpha / sigma)
+    half_log_snr = torch.log(alpha / sigma)  # -inf at zero terminal SNR, where h is infinite, and a row from pure noise
     h = half_log_snr.diff()
     decay = torch.exp(-h)
     gain = -torch.expm1(-2 * h if stochastic else -h) * alpha[1:]

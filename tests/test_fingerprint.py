@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import functools
 import gc
+import pathlib
 import types
 import weakref
 from collections.abc import Callable
@@ -174,3 +177,191 @@ def test_a_long_list_is_one_object() -> None:
     network = nn.Identity()
     network.table = list(range(100_000))
     assert len(fingerprint(network).structure) < 20
+
+
+class Raising:
+    """Raises at whatever it is asked."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    def __hash__(self) -> int:
+        raise RuntimeError("no hash")
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("no truth")
+
+
+class Incomparable:
+    """Equal to nothing and to everything, as arrays are, and of a property and a __getattr__ that raise."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def __eq__(self, other: object) -> Any:
+        return np.ones(3) == 1
+
+    __hash__ = None
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("no truth")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+    @property
+    def table(self) -> Any:
+        raise RuntimeError("no table")
+
+
+class Slots:
+    __slots__ = ("__weakref__", "empty", "scale")
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class SlotsAlone:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Lying(list):
+    """A list whose own methods tell another story than its entries, and that has an attribute."""
+
+    scale = 0.0
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("no entries")
+
+
+class Number(int):
+    """An int that cannot be compared."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+
+def network_with(part: Any) -> nn.Module:
+    network = nn.Identity()
+    vars(network)["part"] = part  # past the module, which would ask it what it is
+    return network
+
+
+def set_scale(part: Any) -> None:
+    part.scale = 2.0
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "incomparable": (Incomparable, set_scale),
+    "slots": (Slots, set_scale),
+    "slots without weak references": (SlotsAlone, set_scale),
+    "an attribute of a list": (Lying, set_scale),
+    "a list of another length": (Lying, lambda part: part.append(1)),
+    "a namespace": (lambda: argparse.Namespace(scale=1.0), set_scale),
+    "an attribute of a function": (lambda: lambda x, t: x, set_scale),
+    "a deque": (collections.deque, lambda part: part.append(1)),
+    "a user's dict": (collections.UserDict, lambda part: part.update(scale=1)),
+    "a small array": (lambda: np.ones(3), lambda part: part.fill(2)),
+    "a bound method of a list": (lambda: [].append, lambda part: part(1)),
+    "a signed zero": (lambda: [0.0], lambda part: part.__setitem__(0, -0.0)),
+    "the keys of a dict": (lambda: {(1, 2): 0}, lambda part: part.update({(1, 3): part.pop((1, 2))})),
+    "behind a weak reference": (lambda: weakref.ref(MODEL), lambda part: MODEL.train(not MODEL.training)),
+    "a proxy": (lambda: weakref.proxy(MODEL), lambda part: MODEL.train(not MODEL.training)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_inside_of_odd_objects_are_seen(name: str) -> None:
+    make, change = CHANGES[name]
+    network = network_with(make())
+    before = fingerprint(network)
+    assert before.is_whole
+    assert fingerprint(network).is_run_as(before)
+    change(network.part)
+    assert fingerprint(network).is_whole
+    assert not fingerprint(network).is_run_as(before)
+    assert not fingerprint(network).is_copied_as(before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Number(3),
+        lambda: pathlib.Path("a/b"),
+        lambda: slice(1, 2),
+        lambda: np.float32(np.nan),
+        lambda: np.zeros(3, dtype=[("a", "f4"), ("b", "i4", 2)]),
+        lambda: torch.finfo(torch.float32),
+        lambda: torch.Generator(),
+        lambda: torch.Size([2]),
+        lambda: torch.sum,
+        lambda: object(),
+        lambda: torch.empty(3, device="meta"),
+        lambda: torch.zeros(3).as_subclass(type("Own", (Tensor,), {})),
+    ],
+)
+def test_odd_values_stay_what_they_are(make: Callable[[], Any]) -> None:
+    network = network_with(make())
+    before = fingerprint(network)
+    assert before.is_whole
+    assert fingerprint(network).is_run_as(before)
+    assert fingerprint(network).is_copied_as(before)
+    network.part = None
+    assert not fingerprint(network).is_run_as(before)
+
+
+def deep(levels: int) -> nn.Module:
+    return functools.reduce(lambda inner, _: nn.Sequential(inner), range(levels), nn.Identity())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: network_with(Raising()),
+        lambda: network_with(dict(enumerate([Raising()]))),
+        lambda: network_with(torch.eye(3).to_sparse()),
+        lambda: network_with(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+        lambda: nn.LazyLinear(3),
+        lambda: network_with(types.MappingProxyType({}).items()),
+        lambda: deep(2000),
+        lambda: half_way(),
+        Raising,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:Lazy modules:UserWarning")
+def test_what_cannot_be_read_equals_nothing(make: Callable[[], Any]) -> None:
+    network = make()
+    before = fingerprint(network)
+    assert not before.is_whole
+    after = fingerprint(network)
+    assert not after.is_run_as(before, after.differences(before))
+    assert not after.is_copied_as(before)
+    assert not before.is_run_as(before)
+
+
+def half_way() -> nn.Module:
+    """A module that is being taken apart."""
+    network = nn.Linear(1, 1)
+    del network._parameters
+    return network
+
+
+def test_an_object_that_is_gone_is_not_taken_for_one_in_its_place() -> None:
+    network = network_with(SlotsAlone())
+    before = fingerprint(network)
+    for scale in (1.0, 2.0):
+        del network.part
+        network.part = SlotsAlone()  # likely at the same address
+        network.part.scale = scale
+    assert not fingerprint(network).is_run_as(before)

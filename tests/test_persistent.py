@@ -88,7 +88,6 @@ def test_auto_takes_it_for_an_mlp(model: nn.Module) -> None:
         (_sequential(), {}, "runs MLPs alone"),
         (MLP(65), {}, "up to 64 data and 256 hidden units"),
         (MLP(2, (257,)), {}, "up to 64 data and 256 hidden units"),
-        (_sequential(nn.Linear(4, 3)), {}, r"samples of 3 elements, not of shape \[2\]"),
         (MLP(), {"dtype": torch.float16}, "in torch.float32 or torch.bfloat16, not in torch.float16"),
         (MLP(), {"dtype": torch.float64}, "keeps the state in fp32"),
         (MLP(), {"compile": True}, "without compile; use 'eager'"),

@@ -689,7 +689,14 @@ def test_continuous_solvers_name_bad_times(name, times, error, message):
     [
         ({"time": [9.0]}, "alpha and sigma must have one point more than time, got 3, 3 and 1"),
         ({"alpha": [0.3, 0.9]}, "alpha and sigma must have one point more than time, got 2, 3 and 2"),
-        ({"alpha": [0.0, 0.8, 0.9]}, "alpha must be positive, got 0"),
+        ({"alpha": [0.3, 0.0, 0.9]}, "alpha must be positive but for a first point of zero, got 0"),
+        ({"alpha": [-0.1, 0.8, 0.9]}, "alpha must be positive but for a first point of zero, got -0.1"),
+        ({"alpha": [0.0, 0.0, 0.9], "prediction": "v"}, "alpha must be positive but for a first point of zero, got 0"),
+        (
+            {"alpha": [0.0, 0.8, 0.9]},
+            "prediction='eps' tells nothing of x_0 where alpha is 0: .* prediction='v' or 'x0'",
+        ),
+        ({"alpha": [1e-40, 0.8, 0.9], "prediction": "score"}, "prediction='score' tells nothing .* alpha is 1e-40"),
         ({"sigma": [0.9, 0.0, 0.1]}, "sigma must be positive but for a last point of zero, got 0"),
         ({"sigma": [0.9, 0.5, -0.1]}, "sigma must be positive but for a last point of zero, got -0.1"),
         ({"sigma": [0.9, 0.5, 0.7]}, "sigma / alpha must decrease strictly"),

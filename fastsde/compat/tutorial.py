@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dynamo import untraced
 from ..engines.inspection import device_of, dtype_of
 from ..engines.network import Network
 from ..models import ConcatTime
@@ -59,6 +60,7 @@ def _data_dim(score_network: nn.Module | Model) -> int:
     return _MNIST_DIM
 
 
+@untraced
 def generate_samples(
     score_network: nn.Module | Model,
     nsamples: int,
@@ -125,7 +127,12 @@ def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"x must have shape [B, d] with B and d at least 1, got {list(x.shape)}")
     model = Network(adapt(score_network))
-    t = (torch.rand((len(x), 1), dtype=x.dtype, device=x.device) * (1 - T_MIN) + T_MIN)[:, 0]
-    z = torch.randn_like(x)
+    t, z = _draw(x)
     x_t, _ = perturb(x, None, 0, VPSDE(), t=t, z=z)
     return dsm_loss(model(x_t, t), x, t, None, 0, VPSDE(), z=z)
+
+
+@untraced  # compiled code has a generator of its own
+def _draw(x: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.rand((len(x), 1), dtype=x.dtype, device=x.device) * (1 - T_MIN) + T_MIN
+    return t[:, 0], torch.randn_like(x)

@@ -50,7 +50,7 @@ def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: tor
 def derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, cache: dict[str, Any]) -> nn.Module:
     """What is run instead of the model, with its weights as they are now. It is made again where more has changed."""
     name = f"{form} in {dtype} on {device}"
-    with _LOCK, torch.inference_mode(False):  # its weights are written to in other modes too
+    with _LOCK, torch.inference_mode(False), torch.no_grad():  # its weights are written to in other modes too
         found = fingerprint(model)
         kept: _Derived | None = cache.get(name)
         if kept is None or not found.is_copied_as(kept.model):
@@ -58,9 +58,8 @@ def derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.devic
         elif isinstance(kept.module, UNetInference) and isinstance(model, UNet):
             kept.module.refresh(model)
         else:
-            with torch.no_grad():
-                for tensor, original in zip(tensors_of(kept.module), tensors_of(model), strict=True):
-                    tensor.copy_(original)
+            for tensor, original in zip(tensors_of(kept.module), tensors_of(model), strict=True):
+                tensor.copy_(original)
         return kept.module
 
 
@@ -109,8 +108,10 @@ class Frozen:
 
 def can_be_frozen(run: nn.Module) -> bool:
     """Whether all tensors of a network are parameters and buffers that a call leaves as they are."""
-    counts = any(module.training and getattr(module, "running_mean", None) is not None for module in run.modules())
-    return not counts and len(fingerprint(run).places) == len(tensors_of(run))
+    running = (module for module in run.modules() if getattr(module, "running_mean", None) is not None)
+    counts = any(getattr(module, "training", False) for module in running)  # a frozen script has no mode
+    found = fingerprint(run)
+    return not counts and found.is_whole and len(found.places) == len(tensors_of(run))
 
 
 def compiled(run: Model, device: torch.device) -> Model:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import functools
+import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +19,19 @@ from torch import Tensor, nn
 
 __all__ = ["Fingerprint", "fingerprint"]
 
-_VALUES = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, torch.layout)
+# Of these types alone, not of types derived from them, which may compare as they like.
+_VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
+_CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+_MAPPINGS = (dict, types.MappingProxyType)
+_BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What else nn.Module keeps in itself: weights and children, which are looked at apart, and what no forward reads.
 _OF_MODULES = frozenset(vars(nn.Module()))
-# Objects and functions of these are taken for what they are: nothing is looked for inside.
+# Objects and functions of these are taken for what they are: nothing is looked for inside, but in the plain ones.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
+_PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, collections.ChainMap)
 _DEPTH = 8  # of objects inside of objects, other than modules
-_LENGTH = 1000  # of a container that is looked through
+_LENGTH = 1000  # of a container or an array that is looked through
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,9 @@ class Fingerprint:
     versions: tuple[Any, ...]
     """Which tensors its attributes are, and how often they have been written to. Weights are expected to be."""
 
+    is_whole: bool = True
+    """Whether all of it could be read. One that could not is never run or copied as another, nor as itself."""
+
     def differences(self, other: Fingerprint) -> frozenset[int]:
         """Where in the structure another one of the same length differs."""
         pairs = zip(self.structure, other.structure, strict=False)
@@ -50,37 +61,45 @@ class Fingerprint:
         Args:
             besides: where the structure may differ.
         """
+        if not (self.is_whole and other.is_whole):
+            return False
         if self.places != other.places or len(self.structure) != len(other.structure):
             return False
         return self.structure == other.structure or self.differences(other) <= besides
 
     def is_copied_as(self, other: Fingerprint) -> bool:
         """Whether a copy of the other one is a copy of this one, but for the weights."""
+        if not (self.is_whole and other.is_whole):
+            return False
         return (self.structure, self.versions) == (other.structure, other.versions)
 
 
 def fingerprint(model: Any) -> Fingerprint:
-    """Looks through a module or another callable.
+    """Looks through a module or another callable, and never raises: see `Fingerprint.is_whole`.
 
-    Seen are attributes, closures, default arguments and the globals that a function names, through containers and
-    plain objects. Not seen are the globals that the methods of a class name, and what an extension module keeps.
+    Seen are attributes and slots, closures, default arguments and the globals that a function names, through
+    containers and plain objects; of TorchScript, weights, modes and the attributes that its code reads. Not seen are
+    attributes of classes, the globals that the methods of a class name, what an extension module keeps, and what is
+    in a container of more than 1,000 entries or inside of more than 8 objects.
     """
     look = _Look()
     look.at(model, _DEPTH)
-    return Fingerprint(tuple(look.structure), tuple(look.places), tuple(look.versions))
+    return Fingerprint(tuple(look.structure), tuple(look.places), tuple(look.versions), look.is_whole)
 
 
 class _Same:
     """Equal for one and the same object alone, which it does not keep alive."""
 
-    __slots__ = ("_id", "_reference")
+    __slots__ = ("_id", "_reference", "is_sure")
 
     def __init__(self, value: object) -> None:
         self._id = id(value)
+        self.is_sure = True  # whether it can be seen to have gone
         try:
             self._reference: Any = weakref.ref(value)
         except TypeError:
-            self._reference = lambda: _Same  # such a one cannot be seen to have gone
+            self.is_sure = not gc.is_tracked(value)  # one that refers to nothing else may be kept alive
+            self._reference = (lambda: value) if self.is_sure else (lambda: _Same)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self._id == other._id and self._reference() is other._reference()
@@ -95,26 +114,49 @@ class _Look:
         self.structure: list[Any] = []
         self.places: list[Any] = []
         self.versions: list[Any] = []
-        self._seen: dict[int, int] = {}
+        self.is_whole = True
+        self._seen: dict[int, tuple[int, object]] = {}  # which are kept, so that no other object takes their place
 
     def at(self, value: Any, depth: int, is_weight: bool = False) -> None:
-        if isinstance(value, _VALUES):
-            self.structure.append((type(value), repr(value) if value != value else value))  # NaN is not equal to itself
-            return
-        if id(value) in self._seen:
-            self.structure.append(self._seen[id(value)])
-            return
-        self._seen[id(value)] = len(self._seen)
-        if isinstance(value, nn.Module):
+        try:
+            if type(value) in _VALUES:
+                self.structure.append((type(value), value))
+            elif type(value) in (float, complex):
+                self.structure.append((type(value), repr(value)))  # NaN is not equal to itself, and 0.0 equals -0.0
+            elif id(value) in self._seen:
+                self.structure.append(self._seen[id(value)][0])
+            else:
+                self._seen[id(value)] = len(self._seen), value
+                self._at_object(value, depth, is_weight)
+        except Exception:  # whatever an object's own code does when it is looked at
+            self.is_whole = False
+
+    def _at_object(self, value: Any, depth: int, is_weight: bool) -> None:
+        if isinstance(value, torch.jit.ScriptModule):
+            self._at_script(value)
+        elif isinstance(value, nn.Module):
             self._at_module(value)
         elif isinstance(value, Tensor):
             self._at_tensor(value, is_weight)
-        elif depth:
-            self._at_object(value, depth - 1)
+        elif isinstance(value, (np.generic, np.ndarray)):
+            self._at_array(value)
+        elif not depth:
+            self.structure.append(_Same(value))
+        elif isinstance(value, types.FunctionType):
+            self._at_function(value, depth - 1)
+        elif isinstance(value, weakref.ReferenceType):
+            self.at(value(), depth - 1)
+        elif isinstance(value, _BOUND):
+            self.at(value.__self__, depth - 1)
+            self.at(getattr(value, "__func__", value.__name__), depth - 1)
+        elif isinstance(value, (*_CONTAINERS, *_MAPPINGS)):
+            self._at_container(value, depth - 1)
+        else:
+            self._at_other(value, depth - 1)
 
     def _at_module(self, module: nn.Module) -> None:
         own = vars(module)
-        self.structure += [_Same(module), type(module), module.training]
+        self.structure += [_Same(module), _Same(type(module)), module.training]
         for weights in (own["_parameters"], own["_buffers"]):
             for name, tensor in list(weights.items()):
                 self.structure.append(name)
@@ -123,50 +165,89 @@ class _Look:
             self._at_items(own[hooks], _DEPTH)
         self._at_items({name: value for name, value in list(own.items()) if name not in _OF_MODULES}, _DEPTH)
         self._at_items(own["_modules"], _DEPTH)
+        self._at_slots(module, _DEPTH)
+
+    def _at_script(self, script: Any) -> None:
+        """A scripted, traced or frozen module keeps its weights and attributes in C++, where its code reads them."""
+        self.structure.append(_Same(script))
+        for name, tensor in (*script.named_parameters(), *script.named_buffers()):
+            self.structure.append(name)
+            self.at(tensor, 0, is_weight=True)
+        graph = script.inlined_graph
+        if graph.findNode("prim::CallMethod") is not None:
+            raise NotImplementedError("a module behind an interface, whose code is not known")
+        read = sorted({node.s("name") for node in graph.findAllNodes("prim::GetAttr")})
+        for path, module in script.named_modules():
+            self.structure += [path, getattr(module, "training", None)]  # a frozen one has no mode
+            found = {name: getattr(module, name) for name in read if hasattr(module, name)}
+            self._at_items({name: value for name, value in found.items() if not isinstance(value, nn.Module)}, _DEPTH)
+        for hooks in _HOOKS:
+            self._at_items(getattr(script, hooks), _DEPTH)
 
     def _at_tensor(self, tensor: Tensor, is_weight: bool) -> None:
+        if tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):
+            raise NotImplementedError("a tensor of several tensors")
         self.structure.append((tuple(tensor.shape), tensor.dtype))
-        self.places.append(_place(tensor))
+        self.places.append((tensor.data_ptr(), tensor.stride(), tensor.device))
         if not is_weight:
             self.versions.append((_Same(tensor), None if tensor.is_inference() else tensor._version))
+        self._at_attributes(tensor, _DEPTH)
 
-    def _at_object(self, value: Any, depth: int) -> None:
-        if isinstance(value, types.MethodType):
-            self.at(value.__self__, depth)
-            self.at(value.__func__, depth)
-        elif isinstance(value, functools.partial):
+    def _at_array(self, array: np.generic | np.ndarray[Any, Any]) -> None:
+        self.structure += [_Same(type(array)), array.shape, array.dtype.str]
+        if isinstance(array, np.ndarray):
+            self.structure.append(_Same(array))
+        if array.size <= _LENGTH and not array.dtype.hasobject:
+            self.structure.append(array.tobytes())
+        self._at_attributes(array, _DEPTH)
+
+    def _at_function(self, function: types.FunctionType, depth: int) -> None:
+        self.structure.append(_Same(function.__code__))
+        if not _is_of_library(function):
+            self._at_items(dict(_variables(function)), depth)
+            self._at_items(vars(function), depth)
+
+    def _at_container(self, value: Any, depth: int) -> None:
+        """A container, by the methods of Python's own type, since one derived from it may have others."""
+        kind: Any = next(kind for kind in (*_CONTAINERS, *_MAPPINGS) if isinstance(value, kind))
+        self.structure += [_Same(type(value)), kind.__len__(value)]
+        if kind.__len__(value) > _LENGTH:
+            self.structure.append(_Same(value))
+        elif kind in _MAPPINGS:
+            self._at_items(value if kind is not dict else dict(dict.items(value)), depth)
+        else:
+            for part in list(kind.__iter__(value)):
+                self.at(part, depth)
+        self._at_attributes(value, depth)
+
+    def _at_other(self, value: Any, depth: int) -> None:
+        if isinstance(value, (torch._C.ScriptMethod, torch._C.ScriptModule)):
+            raise NotImplementedError("a method of a script, whose weights are not known")
+        same = _Same(value)
+        self.structure.append(same)
+        if isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self.at(part, depth)
-        elif isinstance(value, types.FunctionType):
-            self.structure.append(_Same(value.__code__))
-            if not _is_of_library(value):
-                self._at_items(dict(_variables(value)), depth)
-        elif isinstance(value, (list, tuple, Mapping, Set)) and len(value) <= _LENGTH:
-            self.structure.append((type(value), len(value)))
-            if isinstance(value, Mapping):
-                self._at_items(value, depth)
-            else:
-                for part in list(value):
-                    self.at(part, depth)
-        else:
-            self.structure.append(_Same(value))
-            if not isinstance(value, (type, types.ModuleType)) and (
-                isinstance(value, types.SimpleNamespace) or not _is_of_library(type(value))
-            ):
-                self._at_items(getattr(value, "__dict__", {}), depth)
+        if not isinstance(value, (type, types.ModuleType)):
+            self._at_attributes(value, depth)
+            if not same.is_sure:  # another one may have taken its place: it is read as it would be pickled
+                self.at(value.__reduce_ex__(2), depth)
+
+    def _at_attributes(self, value: Any, depth: int) -> None:
+        if isinstance(value, _PLAIN) or not _is_of_library(type(value)):
+            self._at_items(getattr(value, "__dict__", {}), depth)
+            self._at_slots(value, depth)
+
+    def _at_slots(self, value: Any, depth: int) -> None:
+        for own in (vars(kind) for kind in type(value).__mro__ if "__slots__" in vars(kind)):
+            slots = {name: slot for name, slot in own.items() if isinstance(slot, types.MemberDescriptorType)}
+            filled = {name: slot.__get__(value) for name, slot in slots.items() if hasattr(value, name)}
+            self._at_items(filled, depth)
 
     def _at_items(self, items: Mapping[Any, Any], depth: int) -> None:
         for name, value in list(items.items()):
-            self.structure.append(name if isinstance(name, _VALUES) else _Same(name))
+            self.at(name, depth)
             self.at(value, depth)
-
-
-def _place(tensor: Tensor) -> Any:
-    """Where a tensor lies; of one without memory of its own kind, such as a sparse one, which it is."""
-    try:
-        return tensor.data_ptr(), tensor.stride(), tensor.device
-    except (RuntimeError, NotImplementedError):
-        return _Same(tensor)
 
 
 def _is_of_library(value: Any) -> bool:

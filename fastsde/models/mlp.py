@@ -73,7 +73,7 @@ class ConcatTime(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.training = getattr(net, "training", False)  # which frozen scripts do not have
+        self.training = getattr(net, "training", True)  # a frozen script has no mode
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x ``[B, d]`` and t ``[B]`` to ``[B, d]``."""

@@ -6,16 +6,16 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..dynamo import constant
+
 __all__ = [
-    "constant",
     "contiguous",
     "has_kernels",
     "has_native",
@@ -27,17 +27,9 @@ __all__ = [
     "needs_grad",
 ]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 _PLAIN = (Tensor, nn.Parameter)
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them, the last on Arm
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def constant(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result``, which would import the compiler, and Triton with it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def has_triton(device: torch.device) -> bool:

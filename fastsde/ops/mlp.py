@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise, reference
+from ..dynamo import constant
 from ..models.mlp import MLP, ConcatTime, linear_layers
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_tensor
 from . import library  # noqa: F401 (registers the operations)
-from .dispatch import constant, contiguous, has_kernels, has_native, kernel
+from .dispatch import contiguous, has_kernels, has_native, kernel
 from .step import device_table
 
 __all__ = ["PRECISIONS", "launch_mlp_sampler", "mlp_limits", "mlp_sampler", "pack_mlp", "unknown_activation"]
@@ -62,7 +63,7 @@ def launch_mlp_sampler(
     """
     out = torch.empty((len(keys), packed.dim), dtype=torch.float32, device=keys.device)
     x_init, keys = contiguous(x_init, keys)
-    known = dict(zip(("has_noise", "has_history", "uses_data"), _terms(table), strict=True))
+    known = dict(zip(("has_noise", "has_history", "uses_data"), table.terms(), strict=True))
     kernel("mlp_sampler", out.device).mlp_sampler(
         packed,
         device_table(table, out.device),
@@ -77,12 +78,6 @@ def launch_mlp_sampler(
         **known,
     )
     return out
-
-
-@constant
-def _terms(table: StepTable) -> list[bool]:
-    """Whether a row of a table has noise, history, and D."""
-    return [bool((column != 0).any()) for column in (table.d, table.c, table.e)]
 
 
 def mlp_sampler(
@@ -135,7 +130,7 @@ def mlp_sampler(
             if unknown is not None:
                 raise ValueError(f"model has the activation {unknown}, which the kernel on {weight.device} has not")
             parameters = ([linear.weight for linear in linears], [linear.bias for linear in linears])
-            drawn = (device_table(table, weight.device), keys, x_init, table.clip, *_terms(table))
+            drawn = (device_table(table, weight.device), keys, x_init, table.clip, *table.terms())
             packed = (*parameters, ",".join(activations), *drawn)
             x, states = torch.ops.fastsde.mlp_sampler(*packed, precision, every or 1, count)
         else:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .. import noise, reference
+from ..dynamo import guard_identity
 from ..reference import non_finite
 from ..solvers import StepTable
 from ..validation import check_instance, check_int, check_keys, check_number, check_shape, check_tensor
 from . import library
-from .dispatch import constant, contiguous, has_kernels, is_plain, kernel, needs_grad
+from .dispatch import contiguous, has_kernels, is_plain, kernel, needs_grad
 
 __all__ = [
     "check_status",
@@ -27,22 +27,11 @@ __all__ = [
     "step_counter",
 ]
 
-_device_tables: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()
 
-
-@constant
 def device_table(table: StepTable, device: torch.device) -> Tensor:
     """The table as the kernels read it, fp32 ``[K, 8]`` on the device; made once."""
-    copies = _device_tables.setdefault(table, {})
-    if device not in copies:
-        columns = torch.stack([getattr(table, name) for name in StepTable.columns()], dim=1)
-        copies[device] = columns.to(device, torch.float32)
-    return copies[device]
-
-
-@constant
-def _row(table: StepTable, row: int) -> dict[str, float]:
-    return table.row(row)
+    guard_identity(table)
+    return table.on(device)
 
 
 def fused_step(
@@ -193,13 +182,14 @@ def solver_step(
     if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
     check_instance("table", table, StepTable)
-    check_int("row", row, 0, len(table))
+    row = len(range(check_int("row", row, 0, len(table))))  # in compiled code an int may be a symbol, but no length is
     check_tensor("f", f, shape=x.shape, device=x.device, floating=True)
     options: dict[str, Any] = {"history": history, "z": z, "f_uncond": f_uncond}
     for name, value in options.items():
         if value is not None:
             options[name] = check_tensor(name, value, shape=x.shape, device=x.device, floating=True).to(x.dtype)
-    k = _row(table, row)
+    guard_identity(table)
+    k = table.row(row)
     if z is None and k["d"] != 0:
         if keys is None:
             raise ValueError(f"z or keys must be given for row {row}, where d is {k['d']:g}, got neither")
