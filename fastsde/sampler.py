@@ -193,13 +193,13 @@ class Sampler:
             check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32
         kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
         uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
+
+        options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
+        backend = self._choose(**options)
         for name, conditions in (("model_kwargs", kwargs), ("uncond_kwargs", uncond)):
             if conditions is not None:
                 check_call(self._network.model, name, conditions)
         self._warn_of_randomness()
-
-        options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
-        backend = self._choose(**options)
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
         saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))

@@ -286,6 +286,7 @@ def test_autocast_around_a_call_is_that_of_the_capture() -> None:
         assert torch.equal(sampler(4), full)
 
 
+@pytest.mark.filterwarnings("ignore:the network has Dropout in training mode")
 def test_training_mode_is_seen(graphs: Any) -> None:
     model = Net().eval()
     sampler = Sampler(model, (3,), steps=3, backend="graph")

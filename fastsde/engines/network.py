@@ -251,7 +251,10 @@ def _inside(model: Model) -> Model:
 
 def _is_compiled(model: Model) -> bool:
     """Whether it is what ``torch.compile`` returns for a module."""
-    return isinstance(model, nn.Module) and unwrap(model) is model._modules.get("_orig_mod")
+    if not isinstance(model, nn.Module):
+        return False
+    inner = unwrap(model)
+    return inner is not model and getattr(model, "_orig_mod", None) is inner
 
 
 def _cache(model: Model) -> dict[str, Any]:
