@@ -106,7 +106,6 @@ class Sampler:
         given = (None if sde == VPSDE() else sde, None if prediction == "score" else prediction)
         model, sample_shape, sde, known = request.resolve(model, sample_shape, *given, device)
         self.sample_shape = check_shape("sample_shape", sample_shape)
-        check_sample_shape(model, self.sample_shape)
         if prediction == "score" and not isinstance(solver, StepTable):
             prediction = known
         self.table = request.make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
@@ -124,6 +123,7 @@ class Sampler:
         optimize = backend != "reference" and self.state_dtype == torch.float32
         integer_times = bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compile is True, optimize, self.device, integer_times)
+        check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
         self._backend, self._compile = backend, compile

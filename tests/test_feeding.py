@@ -189,6 +189,12 @@ def test_verify_sees_times_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert verdicts() == ["pass", "fail"]
 
 
+def test_what_a_network_takes_is_learned_before_it_is_captured(graphs: Any) -> None:
+    sampler = Sampler(Embedded(), (2,), solver=integer_table(), backend="graph")
+    assert torch.equal(sampler(3), sampler(3))
+    assert len(graphs.recorded) == 1
+
+
 def test_samples_of_integer_and_other_times_share_no_capture(graphs: Any) -> None:
     model = Embedded()
     fractional = integer_table()

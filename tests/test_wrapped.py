@@ -89,6 +89,14 @@ def test_a_sequential_is_compiled_and_captured_as_such(graphs: Any) -> None:
     torch.testing.assert_close(captured, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_sequential_is_called_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = sequential(nn.PReLU())
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # it need not be compiled to be called
+    assert torch.equal(fastsde.sample(compiled(net), (5, 2), steps=3), fastsde.sample(net, (5, 2), steps=3))
+    with pytest.raises(ValueError, match=r"on samples of shape \[2\], got \[3\]"):
+        Sampler(nn.DataParallel(net), (3,))
+
+
 def test_a_sequential_with_a_call_of_its_own_is_called_so() -> None:
     class Own(nn.Sequential):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]

@@ -52,15 +52,18 @@ def modules_of(model: Model | None) -> list[nn.Module]:
 
 def random_layers(model: Model) -> list[str]:
     """The layers in training mode that make samples depend on more than their seed: dropout and batch norm."""
-    dropout, batch_norm = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
-    found = {
-        type(layer).__name__: None
-        for module in modules_of(model)
-        for layer in module.modules()
-        if getattr(layer, "training", False)
-        and ((isinstance(layer, dropout) and layer.p > 0) or isinstance(layer, batch_norm))
-    }
-    return list(found)
+    layers = (layer for module in modules_of(model) for layer in module.modules())
+    return list(dict.fromkeys(type(layer).__name__ for layer in layers if _is_random(layer)))
+
+
+def _is_random(layer: Any) -> bool:
+    if not getattr(layer, "training", False):  # which a frozen script does not have
+        return False
+    if isinstance(layer, nn.modules.dropout._DropoutNd):
+        return bool(layer.p > 0)
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+        return bool(layer.dropout > 0)
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
 def check_call(model: Model, name: str, kwargs: Mapping[str, Any]) -> None:

@@ -89,6 +89,7 @@ class Network:
         self.dtype = dtype_of(model) if dtype is None else dtype
         self.device = device or device_of(model) or torch.device("cpu")
         self.cache = _cache(self.model)  # what an engine keeps of this network
+        self._takes_one = isinstance(model, nn.Module) and is_sequential(unwrap(model))
         self._feeds = _feeds(self.dtype, integer_times)
         self._run: Model | None = None
         self._compiled: Model | None = None
@@ -149,7 +150,7 @@ class Network:
 
     def form(self) -> tuple[Any, ...]:
         """How the network is run, beside what its `fingerprint` tells."""
-        return self._form, self.dtype, self.is_compiled, tuple(self._feeds)
+        return self._form, self.dtype, self.is_compiled, self._arguments["integer_times"]
 
     def fingerprint(self) -> Fingerprint:
         """What is run, at this moment."""
@@ -199,7 +200,7 @@ class Network:
         x, t = x.to(self.dtype, memory_format=layout), t.to(feed.time)
         if feed.casts:
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
-        args = (torch.cat((x, t[:, None].to(x.dtype)), -1),) if is_sequential(self._run) else (x, t)
+        args = (torch.cat((x, t[:, None].to(x.dtype)), -1),) if self._takes_one else (x, t)
         if not feed.autocast:
             return self._through(args, kwargs)
         with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):
