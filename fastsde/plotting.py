@@ -142,7 +142,7 @@ def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score:
     figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.06)
     axes = figure.subplots()
     if score is not None:
-        ticks = torch.linspace(*limits, 19, device="cpu")[1:-1]
+        ticks = torch.linspace(*limits, 19, dtype=torch.float32, device="cpu")[1:-1]
         grid = torch.cartesian_prod(ticks, ticks).to(state.device)
         field = score(grid, time).detach().float().cpu().numpy()
         length = np.linalg.norm(field, axis=1, keepdims=True)

@@ -86,7 +86,8 @@ class Packed:
         for vector, factor, size in vectors:
             self._place(None if vector is None else vector[None], (1, size))
             factors.append((factor, size))
-        self._factor = torch.cat([torch.full((size,), factor) for factor, size in factors]).to(layers[0][0].device)
+        each = [torch.full((size,), factor, dtype=torch.float32) for factor, size in factors]
+        self._factor = torch.cat(each).to(layers[0][0].device)
         self.nbytes = self._weights_end * dtype.itemsize
 
     def _place(self, source: Tensor | None, shape: tuple[int, int]) -> None:

@@ -51,7 +51,7 @@ def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], pa
             checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction
         )
         with torch.no_grad():
-            f: Tensor = checkpoint.model(x, torch.full((len(x),), t, device=x.device))
+            f: Tensor = checkpoint.model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
         return float(r) * x + float(s) * f
 
     if checkpoint.shape == (2,):

@@ -65,7 +65,7 @@ class Recording:
         """Records ``run``, without running it, and returns what replays it on the current stream.
 
         Raises:
-            CaptureError: where ``run`` waits for the device, copies from the host, or does else what no graph holds.
+            CaptureError: where ``run`` waits for the device, copies from the host, or does anything else that a graph cannot hold.
             torch.OutOfMemoryError: where the memory does not suffice.
         """
         for attempt in range(_ATTEMPTS):
@@ -124,7 +124,7 @@ def _clean_up(pool: Any, device: torch.device) -> None:
     with suppress(RuntimeError):  # where the pool was not in use any more
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-    element = torch.zeros(1, device=device)
+    element = torch.zeros(1, dtype=torch.float32, device=device)
     graph = torch.cuda.CUDAGraph()
     with suppress(RuntimeError):
         graph.capture_begin(capture_error_mode="thread_local")

@@ -39,7 +39,7 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
         return f"it runs MLPs of x and t with up to {max_dim} data and {max_width} hidden units"
     unknown = ops.unknown_activation(layers[1], device)
     if unknown is not None:
-        return f"its kernel on {device.type} does not have the activation {unknown}"
+        return f"its kernel on {device.type} does not implement the activation {unknown}"
     fits = math.prod(sample_shape) == dim if isinstance(network.model, MLP) else tuple(sample_shape) == (dim,)
     return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
 

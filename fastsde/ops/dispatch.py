@@ -44,7 +44,7 @@ def has_triton(device: torch.device) -> bool:
 @constant
 def has_native(device: torch.device, name: str = "solver_step") -> bool:
     """Whether a native kernel runs on a device: the CPU, where a compiler has been found and Triton's interpreter is
-    off. The first question compiles it, which takes about two seconds, unless an earlier process has done so.
+    off. It is compiled on first use, which takes about two seconds, unless an earlier process has done so.
     """
     if device.type != "cpu" or has_triton(device):
         return False

@@ -128,7 +128,9 @@ def mlp_sampler(
         if has_kernels(weight.device) and dim <= max_dim and max(widths) <= max_width:
             unknown = unknown_activation(activations, weight.device)
             if unknown is not None:
-                raise ValueError(f"model has the activation {unknown}, which the kernel on {weight.device} has not")
+                raise ValueError(
+                    f"model has the activation {unknown}, which the kernel on {weight.device} does not implement"
+                )
             parameters = ([linear.weight for linear in linears], [linear.bias for linear in linears])
             drawn = (device_table(table, weight.device), keys, x_init, table.clip, *table.terms())
             packed = (*parameters, ",".join(activations), *drawn)

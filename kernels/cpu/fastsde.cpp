@@ -5,3 +5,6 @@
 #include "normal.cpp"
 #include "perturb.cpp"
 #include "solver_step.cpp"
+
+// How many floats a vector has.
+extern "C" int fastsde_lanes(int) { return LANES; }

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from . import build
 
-__all__ = ["CALL_PRODUCTS", "available", "call", "code", "has_code", "pointers"]
+__all__ = ["available", "call", "call_products", "code", "has_code", "pointers"]
 
-# Between two calls Ctrl-C is heard and the progress moves. A call has at most about so many multiply-adds a thread: a
-# quarter of a second of AVX-512.
-CALL_PRODUCTS = 8e9
 _TYPES = {
     "s": ctypes.c_int,
     "l": ctypes.c_int64,
@@ -28,7 +25,7 @@ _TYPES = {
     "d": ctypes.c_double,
     "n": ctypes.c_char_p,  # a name
 }
-_DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; those of p are the launcher's affair
+_DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; the launcher checks those of p
 # Of each kernel: what it returns (- for nothing, s for a status), and its arguments but for the last, the threads.
 _SIGNATURES = {
     "normal": "- L l l l l F",
@@ -40,6 +37,7 @@ _SIGNATURES = {
     "mlp_training": "s l p p p p p p p i l f f L l f f f i i d d d l l l F F",
     "unet": "s l l l l l p p p F F F F i",
     "unet_has_bf16": "i",
+    "lanes": "i",
     "activation": "i n",
     "prediction": "i n",
     "weighting": "i n",
@@ -49,6 +47,7 @@ _SOURCES = {
     "unet": "unet.cpp",
     "unet_has_bf16": "unet.cpp",
 }  # of the kernels that have a library of their own
+_LANE_PRODUCTS = 5e8  # of a lane of a vector, in a quarter of a second
 _OUT_OF_MEMORY = 1  # a status
 _functions: dict[str, Any] = {}
 
@@ -68,7 +67,7 @@ def _function(name: str) -> Any:
 
 
 def available(name: str) -> bool:
-    """Whether a kernel can be had; the first question compiles it."""
+    """Returns whether a kernel is available, compiling it on first use."""
     return build.load(_SOURCES.get(name, build.MAIN)) is not None
 
 
@@ -115,11 +114,20 @@ def code(kind: str, name: str) -> int:
     return _code(kind, name)
 
 
+def call_products() -> float:
+    """How many multiply-adds a thread does in a call, at most about: a quarter of a second of them.
+
+    Between two calls Ctrl-C is heard and the progress moves.
+    """
+    products: float = _LANE_PRODUCTS * call("lanes")
+    return products
+
+
 def pointers(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = torch.float32) -> Any:
     """An array of pointers to tensors, null for None; it does not keep the tensors alive.
 
     Args:
-        dtype: theirs, or None where it is the launcher's affair.
+        dtype: theirs, or None where the launcher checks it.
 
     Raises:
         TypeError: as `call`.

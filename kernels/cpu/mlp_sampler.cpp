@@ -208,7 +208,7 @@ extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, 
         const int64_t blocks = ceil_div(end - first, width), team = std::min<int64_t>(threads, blocks);
         PerThread<Samples> samples((int)team, mlp, run, width, false);
         run_team((int)team, [&] {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
             for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
         });
     });

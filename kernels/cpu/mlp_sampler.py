@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import CALL_PRODUCTS, call, code, has_code, pointers
+from .library import call, call_products, code, has_code, pointers
 
 _SPECIALS = 32  # multiply-adds that an activation, or a normal, takes the time of
 _BLOCK, _LEAST = 64, 16  # samples that a thread takes at once: the most, and the fewest
@@ -53,7 +53,7 @@ def piece(rows: int, batch: int, products: int, threads: int) -> tuple[int, int]
     Args:
         products: of a row of a sample.
     """
-    most = CALL_PRODUCTS / products  # rows of samples that a thread may take
+    most = call_products() / products  # rows of samples that a thread may take
     each = math.ceil(batch / threads / _LEAST) * _LEAST
     rows_each = int(most / each)
     if rows_each * _PIECES >= rows:

@@ -19,7 +19,7 @@ extern "C" void fastsde_bits(const int64_t* keys, int64_t step, int64_t stream, 
                              int threads) {
     const uint64_t draw = draw_offset(step, (Stream)stream);
     run_team(n > LANES ? threads : 1, [&] {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t first = 0; first < n; first += LANES) {
             const Keys lanes = Keys::load(keys, first, n);
             for (int64_t element = 0; element < size; element += 4) {

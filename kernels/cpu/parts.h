@@ -52,7 +52,7 @@ template <class Body>
 static inline void for_parts(const Parts& parts, int threads, Body body) {
     const int64_t count = parts.count();
     run_team(count > 1 ? threads : 1, [&] {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < count; i++) body(i, parts[i]);
     });
 }

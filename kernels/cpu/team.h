@@ -62,17 +62,6 @@ class FlushSubnormals {
     const uint64_t before_;
 };
 
-// body() in each of so many threads, which its ``omp for`` loops give their iterations to. The only place where
-// kernels make threads. The body may not throw.
-template <class Body>
-static inline void run_team(int threads, Body body) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const FlushSubnormals flushes;
-        body();
-    }
-}
-
 // Where threads of a team wait for one another: awake for some microseconds, in which the others nearly always come, and
 // then asleep. OpenMP's own barriers keep a processor busy for milliseconds: beside other processes, that of the very
 // thread which is waited for.
@@ -123,5 +112,18 @@ class Barrier {
     std::atomic<int> arrived_{0}, sleepers_{0};
     std::atomic<uint32_t> turn_{0};
 };
+
+// body() in each of so many threads, which its ``omp for nowait`` loops give their iterations to. The only place where
+// kernels make threads. The body may not throw.
+template <class Body>
+static inline void run_team(int threads, Body body) {
+    Barrier end;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const FlushSubnormals flushes;
+        body();
+        end.wait();  // so that OpenMP's own barrier, which follows, finds everybody there
+    }
+}
 
 }  // namespace fastsde

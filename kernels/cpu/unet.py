@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import CALL_PRODUCTS, available, call, pointers
+from .library import available, call, call_products, pointers
 
 CHANNELS = 16  # that those of the levels must be multiples of
 _IMAGES = 12  # a thread: what the kernel goes through the network with at once
@@ -61,7 +61,7 @@ def images_each(products: int, threads: int) -> int:
     Args:
         products: of an image.
     """
-    images, chunk = max(1, int(CALL_PRODUCTS * threads / products)), _IMAGES * threads
+    images, chunk = max(1, int(call_products() * threads / products)), _IMAGES * threads
     return images if images < chunk else images // chunk * chunk
 
 

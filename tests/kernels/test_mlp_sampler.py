@@ -75,7 +75,7 @@ def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
     assert sampler.backend in ("graph", "eager")
     _assert_close(sampler(5, seed=3).cpu(), expected)
     with pytest.raises(
-        ValueError, match=f"'persistent': its kernel on {device.type} does not have the activation Mish"
+        ValueError, match=f"'persistent': its kernel on {device.type} does not implement the activation Mish"
     ):
         fastsde.Sampler(model, (2,), backend="persistent", device=device)
     with pytest.raises(ValueError, match="model has the activation Mish, which the kernel on"):

@@ -132,18 +132,19 @@ def test_a_call_in_pieces_is_the_call(solver: str, batch: int, given: bool, monk
 
 @pytest.mark.usefixtures("native")
 def test_pieces_are_short_and_as_few_as_that_allows() -> None:
-    from fastsde.kernels.cpu.library import CALL_PRODUCTS
+    from fastsde.kernels.cpu.library import call_products
     from fastsde.kernels.cpu.mlp_sampler import piece
 
+    most = call_products()
     for rows, batch, width, threads in product((1, 50, 999), (1, 17, 1000, 10**7), (10, 10**4, 6 * 10**6), (1, 2, 64)):
         rows_each, samples = piece(rows, batch, width, threads)
         assert 1 <= rows_each <= rows
         each = math.ceil(min(samples, batch) / threads / 16) * 16  # samples of a thread
-        assert each * rows_each * width <= CALL_PRODUCTS
+        assert each * rows_each * width <= most
         whole = math.ceil(batch / threads / 16) * 16 * rows * width
-        assert ((rows_each, samples) == (rows, batch)) == (whole <= CALL_PRODUCTS)
+        assert ((rows_each, samples) == (rows, batch)) == (whole <= most)
         calls = math.ceil(rows / rows_each) * math.ceil(batch / samples)
-        assert calls <= 2 * whole / CALL_PRODUCTS + 1
+        assert calls <= 2 * whole / most + 1
 
 
 def test_ctrl_c_ends_a_long_run() -> None:

@@ -168,8 +168,9 @@ def test_a_large_batch_in_several_calls_is_the_batch(monkeypatch: pytest.MonkeyP
 
 def test_a_call_has_as_many_images_as_take_a_fraction_of_a_second() -> None:
     from fastsde.kernels.cpu import unet as kernel
+    from fastsde.kernels.cpu.library import call_products
 
-    model = UNet()
+    model, most = UNet(), call_products()
     fast = model.optimize()
     fast(*_inputs(model, 1))
     packed = fast._packed[1]
@@ -177,7 +178,7 @@ def test_a_call_has_as_many_images_as_take_a_fraction_of_a_second() -> None:
     for threads in (1, 2, 64):
         images = kernel.images_each(packed.products(28, 28), threads)
         assert images % (12 * threads) == 0
-        assert 0.9 * kernel.CALL_PRODUCTS < images / threads * packed.products(28, 28) <= kernel.CALL_PRODUCTS
+        assert 0.9 * most < images / threads * packed.products(28, 28) <= most
     assert kernel.images_each(int(1e11), 2) == 1
 
 
