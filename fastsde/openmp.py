@@ -1,8 +1,9 @@
 """How the threads that PyTorch computes with wait for one another.
 
-By default they spin. On a machine with other work a spinning thread takes the processor from the one that it waits for,
-and everything takes several times as long; threads that sleep cost a few microseconds a wait. OpenMP reads its
-environment when it is loaded, so this module does not import torch.
+By default they spin for milliseconds. On a machine with other work a spinning thread takes the processor from the one
+that it waits for, and everything takes several times as long. Threads that sleep at once make small operations slow on an
+idle machine, since waking one takes longer than the operation does. So they spin for about as long as waking takes, and
+then sleep. OpenMP reads its environment when it is loaded, so this module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ __all__ = ["wait_passively", "wait_policy"]
 
 # What a user says it with, to the OpenMP of GCC or of LLVM and Intel.
 _VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+_SPINS = (
+    "1000"  # before a thread sleeps, of GCC's OpenMP: some 10 microseconds, in which the next small operation comes
+)
 _set_here = False
 
 
 def wait_passively() -> None:
-    """Makes threads sleep where they wait, in this process and those that it starts.
+    """Makes threads sleep where they have to wait long, in this process and those that it starts.
 
     For programs, before they import torch. Does nothing where the environment says how to wait, or where torch is
     loaded and has read it.
     """
     global _set_here
     if "torch" not in sys.modules and not _given():
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": _SPINS}
         _set_here = True
 
 
 def wait_policy() -> str:
-    """What is in force and where it comes from, such as "passive (set by fastsde)" or "active (OMP_WAIT_POLICY)"."""
+    """What is in force and where it comes from, such as "active (OMP_WAIT_POLICY)"."""
     if _set_here:
-        return "passive (set by fastsde)"
+        return f"passive after {_SPINS} spins (set by fastsde)"
     return ", ".join(f"{os.environ[name]} ({name})" for name in _given()) or "the runtime's default"
 
 

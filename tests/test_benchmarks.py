@@ -471,7 +471,7 @@ def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert {"device", "torch", "triton", "commit", "fp32_products", "ceilings", "quick", "threads"} <= set(result)
-    assert result["threads_wait"] == "passive (set by fastsde)"
+    assert result["threads_wait"] == "passive after 1000 spins (set by fastsde)"
     (record,) = result["cases"]
     assert all(rate > 0 for rate in result["ceilings"]["flop"].values())
     for name, each in record["providers"].items():

@@ -23,12 +23,12 @@ def shown(code: str, **given: str) -> str:
 
 def test_programs_wait_passively_unless_told_otherwise() -> None:
     wait = "from fastsde.openmp import wait_passively; wait_passively()"
-    assert shown(wait) == "passive (set by fastsde); passive"
+    assert shown(wait) == "passive after 1000 spins (set by fastsde); passive"
     assert shown(wait, OMP_WAIT_POLICY="active") == "active (OMP_WAIT_POLICY); active"
     assert shown(wait, GOMP_SPINCOUNT="9", KMP_BLOCKTIME="0") == "9 (GOMP_SPINCOUNT), 0 (KMP_BLOCKTIME); None"
     assert shown(f"import torch; {wait}") == "the runtime's default; None"  # which has read its environment
     command = "from click.testing import CliRunner; from fastsde.cli import main; CliRunner().invoke(main, ['train'])"
-    assert shown(command) == "passive (set by fastsde); passive"
+    assert shown(command) == "passive after 1000 spins (set by fastsde); passive"
 
 
 def test_a_library_leaves_the_environment_alone() -> None:

@@ -65,7 +65,8 @@ class Recording:
         """Records ``run``, without running it, and returns what replays it on the current stream.
 
         Raises:
-            CaptureError: where ``run`` waits for the device, copies from the host, or does anything else that a graph cannot hold.
+            CaptureError: where ``run`` waits for the device, copies from the host, or does anything else that a graph
+                cannot hold.
             torch.OutOfMemoryError: where the memory does not suffice.
         """
         for attempt in range(_ATTEMPTS):

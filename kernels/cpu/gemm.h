@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace fastsde {
@@ -108,6 +110,62 @@ static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
     } else {
         for (; column < columns; column += 2 * LANES) product_columns<Kind, 2>(p, rows, column);
     }
+}
+
+// c [rows, samples] = start + w x for a few samples. Vectors run along the sums, so that no sample is padded.
+struct Dots {
+    const float* w;  // [rows, depth], rows w_row apart
+    int64_t w_row;
+    const float* x;  // [samples, depth], rows x_row apart, with zeros up to a multiple of LANES
+    int64_t x_row;
+    float* c;
+    int64_t c_row, depth;
+    const float* start;  // [rows], or null for zeros
+};
+
+// OUTS rows of c from ``row`` on, and SAMPLES columns of them from ``sample`` on, whose sums stay in registers.
+template <int OUTS, int SAMPLES>
+__attribute__((noinline)) static void dots_tile(const Dots& p, int64_t row, int64_t sample) {
+    Floats sum[OUTS][SAMPLES];
+#pragma GCC unroll 8
+    for (int o = 0; o < OUTS; o++)
+#pragma GCC unroll 8
+        for (int s = 0; s < SAMPLES; s++) sum[o][s] = Floats{};
+    const float *w = p.w + row * p.w_row, *x = p.x + sample * p.x_row;
+    for (int64_t k = 0; k < p.depth; k += LANES) {
+        const int64_t here = std::min<int64_t>(LANES, p.depth - k);
+        Floats weights[OUTS];
+#pragma GCC unroll 8
+        for (int o = 0; o < OUTS; o++) weights[o] = load(w + o * p.w_row + k, here);
+#pragma GCC unroll 8
+        for (int s = 0; s < SAMPLES; s++) {
+            const Floats signal = load(x + s * p.x_row + k);
+#pragma GCC unroll 8
+            for (int o = 0; o < OUTS; o++) sum[o][s] += weights[o] * signal;
+        }
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < OUTS; o++)
+#pragma GCC unroll 8
+        for (int s = 0; s < SAMPLES; s++)
+            p.c[(row + o) * p.c_row + sample + s] = (p.start ? p.start[row + o] : 0.0f) + sum_of(sum[o][s]);
+}
+
+template <int OUTS>
+static void dots_rows(const Dots& p, int64_t row, int64_t samples) {
+    int64_t sample = 0;
+    for (; sample + 8 <= samples; sample += 8) dots_tile<OUTS, 8>(p, row, sample);
+    if (sample + 4 <= samples) dots_tile<OUTS, 4>(p, row, sample), sample += 4;
+    if (sample + 2 <= samples) dots_tile<OUTS, 2>(p, row, sample), sample += 2;
+    if (sample < samples) dots_tile<OUTS, 1>(p, row, sample);
+}
+
+static inline void multiply(const Dots& p, int64_t rows, int64_t samples) {
+    constexpr int MANY = LANES == 16 ? 2 : 1;  // whose sums of eight samples fit the registers
+    int64_t row = 0;
+    for (; samples <= 4 && row + 4 <= rows; row += 4) dots_rows<4>(p, row, samples);
+    for (; row + MANY <= rows; row += MANY) dots_rows<MANY>(p, row, samples);
+    for (; row < rows; row++) dots_rows<1>(p, row, samples);
 }
 
 static inline int64_t padded(int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }

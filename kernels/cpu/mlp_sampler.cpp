@@ -1,5 +1,6 @@
-// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table;
-// of few samples of wide layers, all threads share a block, and each has some of a layer's outputs.
+// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table.
+// Of few samples of wide layers, all threads share a block, each has some of a layer's outputs, and up to 16 samples are
+// multiplied by dot products along the features.
 //
 // The state and the activations of a block are [features, samples] and stay in the cache. A layer is one product of its
 // weights [out, in] with them; the time is an extra input, whose weights join the bias of the first layer, once a row:
@@ -19,6 +20,7 @@ namespace {
 constexpr int64_t MOST_SAMPLES = 64;  // of a block; a multiple of COLUMNS, as every width of one
 constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // of a layer and thread, below which to wait for others takes too long
 constexpr int64_t SHARED_ROWS = 12;           // of a layer, that a thread takes at once: a tile of a product
+constexpr int64_t FEW_PRODUCTS = 1 << 15;     // of a layer, from which on few samples are not padded to COLUMNS
 
 // widths are those of x (without the time), of each hidden layer, and of f. A bias may be null.
 struct Mlp {
@@ -58,7 +60,8 @@ class Samples {
     Samples(const Mlp& mlp, const Trajectory& run, int64_t width, bool shared)
         : mlp_(mlp), run_(run), shared_(shared), dim_(mlp.dim()), width_(width), x_(dim_ * width),
           history_(dim_ * width), noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
-          next_(mlp.widest() * width) {}
+          next_(mlp.widest() * width), few_(run.batch <= COLUMNS && mlp.products() >= FEW_PRODUCTS),
+          row_(padded(mlp.widest())), rows_(few_ ? COLUMNS * row_ : 0), next_rows_(few_ ? COLUMNS * row_ : 0) {}
 
     void run(int64_t first) {
         by_one([&] { start(first); });
@@ -95,6 +98,11 @@ class Samples {
     void start(int64_t first) {
         first_ = first, here_ = std::min(width_, run_.end - first);
         for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
+        begin();
+        if (few_) to_rows(x_, dim_, 0, rows_);
+    }
+
+    void begin() {
         if (run_.first_row > 0) {
             read(run_.out, x_), read(run_.history, history_);
             return;
@@ -123,7 +131,7 @@ class Samples {
     // f [dim, samples] of the state.
     const float* network(float time) {
         const float* from = x_;
-        float *to = signal_, *other = next_;
+        float *to = signal_, *other = next_, *rows = rows_, *other_rows = next_rows_;
         for (int64_t l = 0; l < mlp_.layers; l++) {
             const int64_t in = mlp_.widths[l], out = mlp_.widths[l + 1], stride = l == 0 ? in + 1 : in;
             const float *weights = mlp_.weights[l], *given = mlp_.biases[l];
@@ -132,13 +140,19 @@ class Samples {
                 for (int64_t o = first; l == 0 && o < end; o++)
                     first_bias_[o] = (given ? given[o] : 0.0f) + time * weights[o * stride + in];
                 float* c = to + first * width_;
-                Product product{weights + first * stride, stride, 1, from, width_, c, width_, in, {}};
-                product.start.of_row = bias ? bias + first : nullptr;
-                multiply(product, end - first, width_);
+                const float *w = weights + first * stride, *start = bias ? bias + first : nullptr;
+                if (few_) {
+                    multiply(Dots{w, stride, rows, row_, c, width_, in, start}, end - first, here_);
+                } else {
+                    Product product{w, stride, 1, from, width_, c, width_, in, {}};
+                    product.start.of_row = start;
+                    multiply(product, end - first, width_);
+                }
                 if (l + 1 < mlp_.layers) activate(mlp_.activations[l], c, nullptr, (end - first) * width_);
+                if (few_) to_rows(c, end - first, first, other_rows);
             });
             from = to;
-            std::swap(to, other);
+            std::swap(to, other), std::swap(rows, other_rows);
         }
         return from;
     }
@@ -153,8 +167,15 @@ class Samples {
             // What is not finite stays so to the end, whatever clips or activations make of it.
             store(x_ + i, next + 0.0f * (x + out));
         }
+        if (few_) to_rows(x_, dim_, 0, rows_);
         if (run_.states && (row + 1) % run_.every == 0)
             write(x_, run_.states + (row + 1) / run_.every * run_.batch * dim_);
+    }
+
+    // ``count`` features [features, samples] to columns of [samples, features], from the column ``first`` on.
+    void to_rows(const float* from, int64_t count, int64_t first, float* to) const {
+        for (int64_t s = 0; s < here_; s++)
+            for (int64_t i = 0; i < count; i++) to[s * row_ + first + i] = from[i * width_ + s];
     }
 
     // The block's share of [batch, dim]; zeros where there is none.
@@ -176,6 +197,9 @@ class Samples {
     int64_t dim_, width_, first_ = 0, here_ = 0;
     Keys keys_[MOST_SAMPLES / LANES];
     Buffer x_, history_, noise_, first_bias_, signal_, next_;
+    const bool few_;
+    const int64_t row_;
+    Buffer rows_, next_rows_;  // of few samples, the input of a layer and its output as [samples, features]
 };
 
 }  // namespace

@@ -77,6 +77,26 @@ static inline bool any_nan(Floats v) {
     return false;
 }
 
+// The sum of all lanes, half added to half.
+static inline float sum_of(Floats v) {
+#if defined(__x86_64__)
+#if defined(FASTSDE_AVX512)
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(FASTSDE_AVX2)
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+#else
+    const __m128 quarter = v;
+#endif
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+#else
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
+
 static inline Floats all(float x) { return x - Floats{}; }
 
 // Both return NaN for a NaN in x.
