@@ -1,17 +1,35 @@
-"""Warnings that a process gives once."""
+"""Warnings that point at the user's own line."""
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
 
-__all__ = ["warn_once"]
+__all__ = ["warn", "warn_once"]
 
-_told: set[str] = set()
+# What lies between the user's line and the warning: this package, and the compiler's wrapper of what it does not trace.
+_OURS = (str(Path(__file__).parent), str(Path("torch", "_dynamo")))
+_told: dict[str, Any] = {}
 
 
-def warn_once(message: str, category: type[Warning] = RuntimeWarning) -> None:
-    """Warns, unless this process has been told the same before."""
-    if message in _told:
-        return
-    _told.add(message)
-    warnings.warn(message, category, stacklevel=2)
+def warn(message: str) -> None:
+    """Warns at the last line outside of this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and any(path in frame.f_code.co_filename for path in _OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def warn_once(message: str, told: MutableMapping[str, Any] | None = None) -> None:
+    """The same, unless it has been told before.
+
+    Args:
+        told: where it is noted; by default, once for the whole process.
+    """
+    told = _told if told is None else told
+    if message not in told:
+        told[message] = True
+        warn(message)

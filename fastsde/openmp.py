@@ -1,9 +1,9 @@
 """How the threads that PyTorch computes with wait for one another.
 
 By default they spin for milliseconds. On a machine with other work a spinning thread takes the processor from the one
-that it waits for, and everything takes several times as long. Threads that sleep at once make small operations slow on an
-idle machine, since waking one takes longer than the operation does. So they spin for about as long as waking takes, and
-then sleep. OpenMP reads its environment when it is loaded, so this module does not import torch.
+that it waits for, and everything takes several times as long. Threads that sleep at once make small operations slow on
+an idle machine, since waking one takes longer than the operation does. So they spin for about as long as waking takes,
+and then sleep. OpenMP reads its environment when it is loaded, so this module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ __all__ = ["wait_passively", "wait_policy"]
 
 # What a user says it with, to the OpenMP of GCC or of LLVM and Intel.
 _VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-_SPINS = (
-    "1000"  # before a thread sleeps, of GCC's OpenMP: some 10 microseconds, in which the next small operation comes
-)
+_SPINS = "1000"  # of GCC's OpenMP, before a thread sleeps: some 10 microseconds, in which the next operation comes
 _set_here = False
 
 

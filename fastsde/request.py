@@ -13,10 +13,11 @@ from torch import Tensor
 from . import checkpoints, noise, solvers
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
+from .models import unwrap
 from .reference import Model, NoiseFunction, RowHook
 from .sde import VPSDE
 from .solvers import StepTable
-from .validation import check_device, check_int, check_keys
+from .validation import check_device, check_instance, check_int, check_keys, check_shape
 
 __all__ = [
     "CallOptions",
@@ -31,7 +32,7 @@ __all__ = [
 
 ModelLike = Model | Checkpoint | str | Path
 
-_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": "score", "clip": None}
+_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": None, "clip": None}
 
 
 class CallOptions(TypedDict, total=False):
@@ -51,11 +52,11 @@ class CallOptions(TypedDict, total=False):
 class SampleOptions(CallOptions, total=False):
     """The same for `sample`."""
 
-    sde: VPSDE
+    sde: VPSDE | None
     solver: str | StepTable
     steps: int
     t_end: float
-    prediction: str
+    prediction: str | None
     clip: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
@@ -92,6 +93,8 @@ def resolve(
         ValueError: for a network without a sample_shape, or another shape, SDE or prediction than the checkpoint's.
         FileNotFoundError: where there is no such file.
     """
+    if sde is not None:
+        check_instance("sde", sde, VPSDE)
     if isinstance(model, (str, Path)):
         model = checkpoints.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, Checkpoint):
@@ -105,12 +108,15 @@ def resolve(
         return Subject(
             model, sample_shape, VPSDE() if sde is None else sde, "score" if prediction is None else prediction
         )
-    shape = None if sample_shape is None else tuple(sample_shape)
-    own = {"sample_shape": (shape, model.shape), "sde": (sde, model.sde), "prediction": (prediction, model.prediction)}
-    for name, (given, known) in own.items():
+    shape = model.shape if hasattr(unwrap(model.model), "shape") else sample_shape
+    if shape is None:
+        raise ValueError("sample_shape must be given with a checkpoint of a network of your own, got None")
+    given_shape = None if sample_shape is None else check_shape("sample_shape", sample_shape)
+    own = {"sample_shape": (given_shape, tuple(shape)), "sde": (sde, model.sde)}
+    for name, (given, known) in {**own, "prediction": (prediction, model.prediction)}.items():
         if given is not None and given != known:
             raise ValueError(f"{name} of the checkpoint is {known}, got {given}: leave it out")
-    return Subject(model.model, model.shape, model.sde, model.prediction)
+    return Subject(model.model, shape, model.sde, model.prediction)
 
 
 def make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any) -> StepTable:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import engines, noise, ops, request
@@ -18,14 +17,13 @@ from .engines.inspection import check_call, device_of, dtype_of, random_layers
 from .engines.network import Network
 from .engines.recorder import Recorder
 from .models.mlp import check_sample_shape
-from .notices import warn_once
+from .notices import warn, warn_once
 from .reference import NoiseFunction, RowHook
 from .request import CallOptions, ModelLike, SampleOptions
 from .sde import VPSDE
 from .solvers import StepTable
 from .validation import (
     check_bool,
-    check_instance,
     check_int,
     check_kwargs,
     check_number,
@@ -54,12 +52,12 @@ class Sampler:
             mode. Or a `fastsde.checkpoints.Checkpoint`, its file, the folder of a training run, or the name of a
             shipped model.
         sample_shape: the shape of one sample; a checkpoint has its own.
-        sde: the SDE; a checkpoint has its own.
+        sde: the SDE, by default ``VPSDE()``; a checkpoint has its own.
         solver: "euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m", or a
             `StepTable`.
         steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
         t_end: the time that the trajectory ends at, in [0, 1).
-        prediction: what the network predicts: "score", "eps", "x0" or "v"; a checkpoint has its own.
+        prediction: what the network predicts: "score" (the default), "eps", "x0" or "v"; a checkpoint has its own.
         clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
         dtype: what the network runs in, by default the dtype of its weights. x is cast to it; t is fp32, an integer
             where the network takes no other and all times are integers, and floating-point arguments keep their dtype
@@ -89,11 +87,11 @@ class Sampler:
         model: ModelLike,
         sample_shape: Sequence[int] | None = None,
         *,
-        sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
+        sde: VPSDE | None = None,
         solver: str | StepTable = "euler_maruyama",
         steps: int = 999,
         t_end: float = 0.0,
-        prediction: str = "score",
+        prediction: str | None = None,
         clip: float | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -102,11 +100,9 @@ class Sampler:
         compile: bool | str = False,
         max_batch: int | str | None = None,
     ) -> None:
-        check_instance("sde", sde, VPSDE)
-        given = (None if sde == VPSDE() else sde, None if prediction == "score" else prediction)
-        model, sample_shape, sde, known = request.resolve(model, sample_shape, *given, device)
+        model, sample_shape, sde, known = request.resolve(model, sample_shape, sde, prediction, device)
         self.sample_shape = check_shape("sample_shape", sample_shape)
-        if prediction == "score" and not isinstance(solver, StepTable):
+        if not isinstance(solver, StepTable):
             prediction = known
         self.table = request.make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
@@ -196,9 +192,6 @@ class Sampler:
 
         options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
         backend = self._choose(**options)
-        for name, conditions in (("model_kwargs", kwargs), ("uncond_kwargs", uncond)):
-            if conditions is not None:
-                check_call(self._network.model, name, conditions)
         self._warn_of_randomness()
         x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
         rows = len(self.table)
@@ -209,21 +202,29 @@ class Sampler:
             recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)
             x[part] = self._run(network, backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
 
-        with torch.no_grad():
-            batch = self._batch(backend, keys, kwargs, uncond)
-            network = self._faster(backend, keys, kwargs, uncond, batch, progress)
-            if progress:
-                _tell_of_compiling(network)
-            with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
-                self._run_parts(run, options, n, batch, bar)
+        try:
+            with torch.no_grad():
+                batch = self._batch(backend, keys, kwargs, uncond)
+                network = self._faster(backend, keys, kwargs, uncond, batch, progress)
+                if progress:
+                    _tell_of_compiling(network)
+                with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
+                    self._run_parts(run, options, n, batch, bar)
+        except TypeError:
+            for name, conditions in (("model_kwargs", kwargs), ("uncond_kwargs", uncond)):
+                if conditions is not None:
+                    check_call(self._network.model, name, conditions)  # says which argument, where it is the call's
+            raise
         return x if saved is None else (x, saved)
 
     def _warn_of_randomness(self) -> None:
-        layers = random_layers(self._network.model)
+        network = self._network
+        layers = random_layers(network.model)
         if layers:
             warn_once(
                 f"the network has {', '.join(layers)} in training mode: the same seed gives other samples in each "
-                f"call, or in another batch; call model.eval() first"
+                f"call, or in another batch; call model.eval() first",
+                network.cache if isinstance(network.model, nn.Module) else None,
             )
 
     def _batch(self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None) -> int:
@@ -237,8 +238,10 @@ class Sampler:
             return n
         name = f"batch of {n} {self.sample_shape} in {self._network.dtype}, {self.guidance is not None}"
         if name not in self._network.cache:
-            probe = self._probe(self._network.again(compile=False), keys, kwargs, uncond)
-            self._network.cache[name] = batches.fastest(lambda count: batches.seconds(probe, count, self.device), n)
+            plain = self._network.again(compile=False)
+            probe = self._probe(plain, keys, kwargs, uncond)
+            with plain.unchanged():
+                self._network.cache[name] = batches.fastest(lambda count: batches.seconds(probe, count, self.device), n)
         batch: int = self._network.cache[name]
         return batch
 
@@ -249,17 +252,16 @@ class Sampler:
 
         def probe(count: int) -> None:
             first = slice(0, count)
-            with network.unchanged():
-                engines.get("eager")(
-                    network,
-                    (count, *self.sample_shape),
-                    self.table.head(1),
-                    keys[first],
-                    model_kwargs=_slice(kwargs, first),
-                    guidance=self.guidance,
-                    uncond_kwargs=None if uncond is None else _slice(uncond, first),
-                    dtype=self.state_dtype,
-                )
+            engines.get("eager")(
+                network,
+                (count, *self.sample_shape),
+                self.table.head(1),
+                keys[first],
+                model_kwargs=_slice(kwargs, first),
+                guidance=self.guidance,
+                uncond_kwargs=None if uncond is None else _slice(uncond, first),
+                dtype=self.state_dtype,
+            )
 
         return probe
 
@@ -281,7 +283,8 @@ class Sampler:
         known: dict[str, Any] = plain.cache.setdefault(_COMPILING, {})  # seconds a row; whether compiled it is faster
         if name not in known:
             run = self._probe(plain, keys, kwargs, uncond)
-            known[name] = [batches.seconds(run, count, self.device), None]
+            with plain.unchanged():
+                known[name] = [batches.seconds(run, count, self.device), None]
         seconds, is_faster = known[name]
         if is_faster is False or (is_faster is None and seconds * len(self.table) * -(-len(keys) // count) < _WORK_S):
             return plain
@@ -292,7 +295,8 @@ class Sampler:
             if progress:
                 _tell_of_compiling(self._compiled)
             run = self._probe(self._compiled, keys, kwargs, uncond)
-            known[name][1] = is_faster = batches.seconds(run, count, self.device) < seconds
+            with plain.unchanged():
+                known[name][1] = is_faster = batches.seconds(run, count, self.device) < seconds
         return self._compiled if is_faster else plain
 
     def _run_parts(
@@ -316,11 +320,7 @@ class Sampler:
                     raise CaptureError(f"backend {backend!r}: {error}; use 'eager' or 'auto'") from error
                 self._network.cache.setdefault(_FAILED, set()).add(backend)
                 failed, backend, self.backend = backend, self._choose(**options), self._choose()
-                warnings.warn(
-                    f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+                warn(f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}")
             except RuntimeError as error:
                 if not batches.is_out_of_memory(error):
                     raise
@@ -391,11 +391,11 @@ def sample(
     model: ModelLike,
     shape: Sequence[int],
     *,
-    sde: VPSDE = VPSDE(),  # noqa: B008 (frozen)
+    sde: VPSDE | None = None,
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
     t_end: float = 0.0,
-    prediction: str = "score",
+    prediction: str | None = None,
     seed: int = 0,
     first_sample: int = 0,
     keys: Tensor | Sequence[int] | None = None,
@@ -488,7 +488,7 @@ def _slice(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
 
 
 def _tell_of_compiling(network: Network) -> None:
-    if network.is_compiled and not network.has_run:
+    if network.is_to_be_compiled:
         tqdm.write("torch.compile makes code for the network first, which takes 10 to 60 s", file=sys.stderr)
 
 

@@ -8,7 +8,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -26,6 +25,7 @@ from .distributed import Ranks
 from .engines import CaptureError
 from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Work, can_capture, can_run_natively
 from .files import atomic_path
+from .notices import warn
 from .reference import NonFiniteError
 from .sde import VPSDE
 from .validation import check_bool, check_device, check_instance, check_int, check_number, check_range
@@ -333,7 +333,7 @@ class Trainer:
                 try:
                     losses.append(steps.take(self.step, count))
                 except CaptureError as error:
-                    warnings.warn(f"the steps are taken one by one: {error}", RuntimeWarning, stacklevel=3)
+                    warn(f"the steps are taken one by one: {error}")
                     steps = EagerSteps(work, self._here)
                     break
                 self.step += count

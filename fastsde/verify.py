@@ -108,7 +108,7 @@ class _Case:
             self._sampler(self.model, 1, dtype=torch.float64, backend=_REFERENCE)(self.n, **self.call)
         except NonFiniteError:
             raise
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             return self.draw(_REFERENCE, torch.float64, model=in_its_own_dtype(self.model))
         return self.draw(_REFERENCE, torch.float64)
 
@@ -197,7 +197,7 @@ def verify(
     # It also checks the arguments: after it, a sampler's ValueError is that of a backend.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):
-        del table["prediction"]
+        table["prediction"] = None
     options: dict[str, Any] = {**table, "t_end": t_end, "clip": clip, "guidance": guidance}
     sampler = Sampler(model, shape, device=device, dtype=torch.float64, backend=_REFERENCE, **options)
     shape = sampler.sample_shape

@@ -26,7 +26,7 @@ def in_its_own_dtype(model: Model) -> Model:
     net, dtype = _called(model), dtype_of(model)
 
     def run(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        return net(x.to(dtype), t.float(), **kwargs).double()
+        return net(x.to(dtype), t.float() if t.is_floating_point() else t, **kwargs).double()
 
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,3 +132,39 @@ def test_verify_does_not_depend_on_it(dtype: torch.dtype, tmp_path: Path) -> Non
     expected = verify("swiss-roll", n=8, steps=4, device="cpu")
     with default_dtype(dtype):
         assert verify("swiss-roll", n=8, steps=4, device="cpu") == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_triton_kernels_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.has_triton(torch.device("cpu"))
+
+    roll, unet = copy.deepcopy(ROLL), copy.deepcopy(DIGITS)  # of which nothing is kept for the native kernels
+
+    def calls() -> list[Tensor]:
+        options = {"steps": 3, "solver": "dpm_solver_pp_2m", "prediction": "eps"}
+        samples = [fastsde.sample(roll, (5, 2), backend=backend, **options) for backend in ("persistent", "eager")]
+        return [*samples, *perturbed(ops), fastsde.sample(unet, (2, 1, 8, 8), backend="eager", **options)]
+
+    with np.errstate(all="ignore"):
+        expected = calls()
+        with default_dtype(dtype):
+            assert all(map(torch.equal, calls(), expected))
+
+
+FACTORIES = {"zeros", "ones", "empty", "full", "linspace", "rand", "randn", "eye"}
+
+
+@pytest.mark.parametrize("folder", ["fastsde", "kernels"])
+def test_every_tensor_that_is_made_names_its_dtype(folder: str) -> None:
+    found = []
+    for path in sorted((Path(__file__).parent.parent / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if function.removeprefix("torch.") not in FACTORIES or not function.startswith("torch."):
+                continue
+            is_device = node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == 0
+            if not is_device and not {"dtype", None} & {keyword.arg for keyword in node.keywords}:
+                found.append(f"{path.name}:{node.lineno}")
+    assert not found

@@ -119,7 +119,7 @@ class Conditional(nn.Module):
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_conditions_keep_their_dtype_unless_the_network_refuses_it(backend: str) -> None:
-    for casts, seen in ((True, [torch.float32] * 3), (False, [torch.float32, LOW, LOW, LOW])):
+    for casts, seen in ((True, [torch.float32] * 3), (False, [torch.float32, LOW, torch.float32, LOW, LOW])):
         model = Conditional(casts).to(LOW)
         options = {"steps": 3, "backend": backend, "model_kwargs": {"y": torch.randn(4, 2), "weight": 0.5}}
         x = fastsde.sample(model, (4, 2), **options)
@@ -142,7 +142,7 @@ def test_an_error_of_the_network_is_raised_as_it_is() -> None:
 
 
 def test_a_network_that_takes_times_in_its_dtype_alone_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_told", {})
 
     def strict(x: Tensor, t: Tensor) -> Tensor:
         if t.dtype != x.dtype:
@@ -204,3 +204,45 @@ def test_samples_of_integer_and_other_times_share_no_capture(graphs: Any) -> Non
     Sampler(model, (2,), solver=integer_table(), backend="graph")(3)
     with pytest.raises(RuntimeError, match="Long, Int"):
         Sampler(model, (2,), solver=fractional, backend="graph")(3)
+
+
+@pytest.mark.filterwarnings("ignore:the network has BatchNorm1d in training mode")
+def test_refusals_leave_no_trace_and_are_learned_once_for_all_samplers() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear, self.calls = nn.BatchNorm1d(2), nn.Linear(3, 2), []
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = self.norm(x)
+            f: Tensor = self.linear(torch.cat((x, t[:, None]), 1))  # which promotes to fp32
+            return f
+
+    model = Counted().to(LOW)
+    model.register_forward_pre_hook(lambda module, args: module.calls.append(args[1].dtype))
+    for _ in range(2):
+        fastsde.sample(model, (8, 2), steps=3, backend="eager")
+    assert int(model.norm.num_batches_tracked) == 6
+    assert len(model.calls) == 3 + 5  # two more in the first row, and one to be sure
+
+
+def test_an_error_that_passes_is_no_refusal() -> None:
+    times: list[torch.dtype] = []
+
+    def flaky(x: Tensor, t: Tensor) -> Tensor:
+        times.append(t.dtype)
+        if len(times) == 1:
+            raise RuntimeError("a lock timed out")
+        return -x
+
+    fastsde.sample(flaky, (2, 2), solver=integer_table(), backend="eager")
+    assert times == [torch.float32, torch.int64] + [torch.float32] * len(TIMES)
+    with pytest.raises(fastsde.NonFiniteError, match="in row 0"):
+        fastsde.sample(lambda x, t: fastsde.sample(lambda x, t: x / 0, (2, 2), steps=1), (2, 2), solver=integer_table())
+
+
+def test_verify_takes_a_closure_that_looks_integer_times_up() -> None:
+    model, labels = Embedded(), torch.randn(8, 2)
+    closure = lambda x, t: model(x + labels, t)  # noqa: E731
+    results = verify(closure, (2,), solver=integer_table(), n=8, device="cpu", dtypes=[torch.float32])
+    assert [r.verdict for r in results if r.backend == "eager"] == ["pass"]

@@ -69,12 +69,12 @@ def test_verify_takes_a_function_that_holds_weights_and_labels_of_its_own() -> N
 
 
 def test_emulated_bf16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_told", {})
     monkeypatch.setattr(ops, "multiplies_bf16", lambda: False)
     with pytest.warns(RuntimeWarning, match="this CPU has no bf16 arithmetic"):
         Sampler(MLP(), (2,), dtype=torch.bfloat16)
     Sampler(MLP().bfloat16(), (2,))
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_told", {})
     Sampler(MLP(), (2,))
 
 

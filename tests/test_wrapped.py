@@ -89,10 +89,11 @@ def test_a_sequential_is_compiled_and_captured_as_such(graphs: Any) -> None:
     torch.testing.assert_close(captured, eager, rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_sequential_is_called_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_sequential_is_called_as_one() -> None:
     net = sequential(nn.PReLU())
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # it need not be compiled to be called
-    assert torch.equal(fastsde.sample(compiled(net), (5, 2), steps=3), fastsde.sample(net, (5, 2), steps=3))
+    expected = fastsde.sample(net, (5, 2), steps=3)
+    with torch._dynamo.config.patch(disable=True):  # it need not be compiled to be called
+        assert torch.equal(fastsde.sample(compiled(net), (5, 2), steps=3), expected)
     with pytest.raises(ValueError, match=r"on samples of shape \[2\], got \[3\]"):
         Sampler(nn.DataParallel(net), (3,))
 
@@ -180,7 +181,7 @@ class Normalised(nn.Module):
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has been warned of anything yet."""
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_told", {})
 
 
 @pytest.mark.filterwarnings("ignore:the network has BatchNorm1d in training mode")
@@ -215,3 +216,73 @@ def test_random_layers_are_warned_of_once(told: None) -> None:
         fastsde.sample(lambda x, t, net=normalised: net(x, t), (4, 2), steps=3)
     fastsde.sample(model.eval(), (4, 2), steps=3)
     fastsde.sample(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.0)), (4, 2), steps=3)
+
+
+class Held:
+    """A network that is no module and holds one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.models = {"first": [model]}
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.models["first"][0](x, t)
+        return f
+
+    def method(self, x: Tensor, t: Tensor) -> Tensor:
+        return self(x, t)
+
+
+@pytest.mark.parametrize("hold", [Held, lambda m: Held(m).method, lambda m: lambda x, t, *, held=[m]: held[0](x, t)])
+def test_layers_are_found_wherever_a_function_holds_them(told: None, hold: Any) -> None:
+    model = Normalised()
+    with pytest.warns(RuntimeWarning, match="BatchNorm1d in training mode") as caught:
+        fastsde.sample(hold(model), (40, 2), steps=3, backend="eager", compile="auto")
+    assert caught[0].filename == __file__  # the user's line
+    assert int(model.norm.num_batches_tracked) == 3
+
+
+@pytest.mark.filterwarnings("ignore:the network has BatchNorm1d in training mode")
+def test_a_probe_that_runs_out_of_memory_leaves_no_trace() -> None:
+    class Large(Normalised):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            f = super().forward(x, t)
+            if len(x) > 16:
+                raise torch.OutOfMemoryError("too much")
+            return f
+
+    model = Large()
+    fastsde.sample(model, (40, 2), steps=2, backend="eager", max_batch="auto")
+    assert int(model.norm.num_batches_tracked) == 2 * 3
+
+
+@pytest.mark.parametrize("options", [{"max_batch": "auto"}, {"compile": "auto"}], ids=str)
+def test_networks_made_in_inference_mode_are_measured(options: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        model = Normalised().eval()
+    assert torch.isfinite(fastsde.sample(model, (40, 2), steps=2, backend="eager", **options)).all()
+
+
+def test_a_hook_may_give_what_the_network_lacks() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, y: float) -> Tensor:
+            return -y * x
+
+    model = Scaled()
+    model.register_forward_pre_hook(lambda module, args, kwargs: (args, {"y": 0.5}), with_kwargs=True)
+    assert torch.equal(fastsde.sample(model, (4, 2), steps=3), fastsde.sample(lambda x, t: -0.5 * x, (4, 2), steps=3))
+
+
+def test_a_checkpoint_of_a_network_of_ones_own_is_sampled_from() -> None:
+    net = Normalised().eval()
+    checkpoint = fastsde.checkpoints.Checkpoint(net, prediction="eps")
+    expected = fastsde.sample(net, (4, 2), steps=3, prediction="eps")
+    assert torch.equal(fastsde.sample(checkpoint, (4, 2), steps=3), expected)
+    with pytest.raises(ValueError, match="sample_shape must be given with a checkpoint of a network of your own"):
+        Sampler(checkpoint)
+    with pytest.raises(ValueError, match="prediction of the checkpoint is eps, got score"):
+        Sampler(checkpoint, (2,), prediction="score")
+
+
+def test_a_lazy_layer_does_not_tell_its_inputs() -> None:
+    net = nn.Sequential(nn.LazyLinear(4), nn.SiLU(), nn.LazyLinear(2))
+    assert fastsde.sample(net, (4, 2), steps=3, device="cpu").shape == (4, 2)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "fingerprint"]
+__all__ = ["Fingerprint", "fingerprint", "modules_of"]
 
 # Of these types alone, not of types derived from them, which may compare as they like.
 _VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -87,6 +87,15 @@ def fingerprint(model: Any) -> Fingerprint:
     return Fingerprint(tuple(look.structure), tuple(look.places), tuple(look.versions), look.is_whole)
 
 
+def modules_of(model: Any) -> list[nn.Module]:
+    """The module that a network is, or all that a function or an object of another kind holds."""
+    if isinstance(model, nn.Module):
+        return [model]
+    look = _Look()
+    look.at(model, _DEPTH)
+    return look.modules
+
+
 class _Same:
     """Equal for one and the same object alone, which it does not keep alive."""
 
@@ -114,6 +123,7 @@ class _Look:
         self.structure: list[Any] = []
         self.places: list[Any] = []
         self.versions: list[Any] = []
+        self.modules: list[nn.Module] = []
         self.is_whole = True
         self._seen: dict[int, tuple[int, object]] = {}  # which are kept, so that no other object takes their place
 
@@ -132,6 +142,8 @@ class _Look:
             self.is_whole = False
 
     def _at_object(self, value: Any, depth: int, is_weight: bool) -> None:
+        if isinstance(value, nn.Module):
+            self.modules.append(value)
         if isinstance(value, torch.jit.ScriptModule):
             self._at_script(value)
         elif isinstance(value, nn.Module):

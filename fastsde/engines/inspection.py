@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from ..models.mlp import is_sequential
 from ..reference import Model
+from .fingerprint import modules_of
 
-__all__ = ["check_call", "device_of", "dtype_of", "modules_of", "random_layers", "tensors_of"]
+__all__ = ["check_call", "device_of", "dtype_of", "random_layers", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
@@ -36,18 +36,6 @@ def dtype_of(model: Model) -> torch.dtype:
             if tensor.is_floating_point():
                 return tensor.dtype
     return torch.float32
-
-
-def modules_of(model: Model | None) -> list[nn.Module]:
-    """The module that a network is, or those that a function reads from its closure and the globals that it names."""
-    if isinstance(model, nn.Module):
-        return [model]
-    held: list[Any] = [getattr(model, "__self__", None), getattr(model, "func", None)]
-    if inspect.isfunction(model):
-        with suppress(ValueError):  # a variable that is not assigned yet
-            variables = inspect.getclosurevars(model)
-            held += [*variables.nonlocals.values(), *variables.globals.values(), *(model.__defaults__ or ())]
-    return [each for each in held if isinstance(each, nn.Module)]
 
 
 def random_layers(model: Model) -> list[str]:

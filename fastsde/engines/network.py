@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,19 @@ from torch import Tensor, nn
 from ..models.mlp import is_sequential
 from ..models.unet_inference import UNetInference
 from ..models.unwrap import unwrap
-from ..notices import warn_once
-from ..reference import Model
+from ..notices import warn, warn_once
+from ..reference import Model, NonFiniteError
 from .batches import is_out_of_memory
+from .capture import CaptureError
 from .derived import Frozen, can_be_frozen, compiled, derived, form_of
-from .fingerprint import Fingerprint, fingerprint
-from .inspection import device_of, dtype_of, modules_of
+from .fingerprint import Fingerprint, fingerprint, modules_of
+from .inspection import device_of, dtype_of
 
 __all__ = ["Network"]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_REFUSALS = (RuntimeError, IndexError)  # what PyTorch raises for a dtype that an operation does not take
+_NO_REFUSALS = (NonFiniteError, CaptureError, getattr(torch, "AcceleratorError", NonFiniteError))
+_made: WeakSet[Model] = WeakSet()  # what has been run through torch.compile
 # What is kept of a model while it lives, whichever sampler made it.
 _caches: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
@@ -93,7 +94,6 @@ class Network:
         self._feeds = _feeds(self.dtype, integer_times)
         self._run: Model | None = None
         self._compiled: Model | None = None
-        self.has_run = False
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,9 +109,9 @@ class Network:
         return isinstance(self._run, UNetInference) and self._run.is_native
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether it runs through ``torch.compile``."""
-        return self._compiled is not None
+    def is_to_be_compiled(self) -> bool:
+        """Whether its next call makes code by ``torch.compile``."""
+        return self._compiled is not None and self._compiled not in _made
 
     def refresh(self) -> None:
         """Brings what is run instead of the model up to date: its weights, and where more has changed, all of it."""
@@ -135,22 +135,33 @@ class Network:
         return frozen
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Restores buffers and random states at the end, for calls that only measure or warm up.
+    def unchanged(self, unless_done: bool = False) -> Iterator[None]:
+        """Restores buffers and random states at the end, for calls that only measure, warm up or try.
 
         Batch norm in training mode moves its statistics in every call, and dropout draws from PyTorch's generator.
+
+        Args:
+            unless_done: only where an error leaves the block.
         """
         modules = [*modules_of(self.model), *modules_of(self._run)]
         held = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_initialized()
+        states = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
+        try:
             yield
-        with torch.no_grad():
-            for buffer, value in held.items():
-                buffer.copy_(value)
+        except BaseException:
+            unless_done = False
+            raise
+        finally:
+            if not unless_done:
+                _restore(held)
+                torch.set_rng_state(states[0])
+                if states[1] is not None:
+                    torch.cuda.set_rng_state(states[1], self.device)
 
     def form(self) -> tuple[Any, ...]:
         """How the network is run, beside what its `fingerprint` tells."""
-        return self._form, self.dtype, self.is_compiled, self._arguments["integer_times"]
+        return self._form, self.dtype, self._compiled is not None, self._arguments["integer_times"]
 
     def fingerprint(self) -> Fingerprint:
         """What is run, at this moment."""
@@ -167,33 +178,66 @@ class Network:
             raise ValueError(f"model must return a tensor on {x.device}, got {f.device}")
         if f.shape != x.shape:
             raise ValueError(f"model must return the shape of x, {list(x.shape)}, got {list(f.shape)}")
-        self.has_run = True
+        if self._compiled is not None:
+            _made.add(self._compiled)
         result: Tensor = f
         return result
 
     # How it is fed --------------------------------------------------------------------------------------------------
 
     def _fed(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The network's output, fed as before, or else in the next way that it takes."""
+        """The network's output, fed in the first way that it takes, which is kept for the next call."""
+        ways = self._ways(kwargs)
+        if len(ways) == 1:
+            return self._evaluate(x, t, kwargs, ways[0])
+        name = f"how it is fed in {self.dtype}, {self._arguments['integer_times']}"
+        known: dict[Any, _Feed] = self.cache.setdefault(name, {})
+        kinds = tuple((key, value.dtype) for key, value in kwargs.items() if isinstance(value, Tensor))
+        if kinds in known:
+            return self._evaluate(x, t, kwargs, known[kinds])
+        f, refusal = self._tried(x, t, kwargs, ways[0])
+        if refusal is not None:
+            f, known[kinds] = self._fed_otherwise(x, t, kwargs, ways, refusal)
+        else:
+            known[kinds] = ways[0]
+        return f
+
+    def _fed_otherwise(
+        self, x: Tensor, t: Tensor, kwargs: dict[str, Any], ways: list[_Feed], refusal: Exception
+    ) -> tuple[Any, _Feed]:
+        """The output of a network that refuses the first way to be fed, and the way that it takes."""
+        for feed in ways[1:]:
+            f, error = self._tried(x, t, kwargs, feed)
+            if error is None:
+                break
+        else:
+            raise refusal
+        again, error = self._tried(x, t, kwargs, ways[0])
+        if error is None:  # it was no refusal, but something that has passed
+            return again, ways[0]
+        if feed.time in _LOW_PRECISION:
+            warn_once(
+                f"the network takes times in {feed.time} alone, to which t is rounded: neighbouring times become one "
+                f"({refusal})"
+            )
+        return f, feed
+
+    def _tried(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> tuple[Any, Exception | None]:
+        """The network's output, or its refusal, which leaves no trace."""
         try:
-            return self._evaluate(x, t, kwargs, self._feeds[0])
-        except _REFUSALS as error:
-            if is_out_of_memory(error):
+            with self.unchanged(unless_done=True):
+                return self._evaluate(x, t, kwargs, feed), None
+        except (RuntimeError, IndexError) as error:  # what PyTorch raises for a dtype that an operation does not take
+            if isinstance(error, _NO_REFUSALS) or is_out_of_memory(error):
                 raise
-            refusal = error
-        for feed in self._feeds[1:]:
-            try:
-                f = self._evaluate(x, t, kwargs, feed)
-            except _REFUSALS:
-                continue
-            if feed.time in _LOW_PRECISION:
-                warn_once(
-                    f"the network takes times in {feed.time} alone, to which t is rounded: neighbouring times become "
-                    f"one ({refusal})"
-                )
-            self._feeds = self._feeds[self._feeds.index(feed) :]
-            return f
-        raise refusal
+            return None, error
+
+    def _ways(self, kwargs: dict[str, Any]) -> list[_Feed]:
+        """The ways to feed it, but for casts that change nothing."""
+        floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
+        if any(value.dtype != self.dtype for value in floats):
+            return self._feeds
+        return [feed for feed in self._feeds if not feed.casts or feed._replace(casts=False) not in self._feeds]
 
     def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> Any:
         layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
@@ -219,11 +263,20 @@ class Network:
             f = run(*args, **kwargs)  # raises the network's own error, if it was that
             self._compiled = None
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            warnings.warn(f"torch.compile failed, the network runs without it: {reason}", RuntimeWarning, stacklevel=2)
+            warn(f"torch.compile failed, the network runs without it: {reason}")
             return f
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _restore(held: dict[Tensor, Tensor]) -> None:
+    """Writes back the buffers that have changed: others may be such as cannot be written to here."""
+    with torch.no_grad():
+        for buffer, value in held.items():
+            if not torch.equal(buffer, value):
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.copy_(value)
 
 
 def _make(model: Model, compile: bool, arguments: dict[str, Any]) -> Network:

@@ -102,7 +102,8 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
         return
     while isinstance(net, nn.Sequential) and len(net):
         net = net[0]
-    inputs = net.in_features - 1 if isinstance(net, nn.Linear) else None
+    # A lazy layer does not know yet.
+    inputs = net.in_features - 1 if isinstance(net, nn.Linear) and net.in_features else None
     if len(shape) == 1 and inputs in (None, shape[0]):
         return
     expected = "[d]" if inputs is None else f"[{inputs}]"
