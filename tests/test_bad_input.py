@@ -85,7 +85,7 @@ SAMPLE = [
     ({"model": lambda x, t: x + 0j}, TypeError, "model must return a floating-point tensor", "torch.complex64"),
     ({"model": lambda x, t: x.to("meta")}, ValueError, "model must return a tensor on cpu", "meta"),
     # sde
-    ({"sde": None}, TypeError, "sde must be a VPSDE", "NoneType"),
+    ({"sde": "vp"}, TypeError, "sde must be a VPSDE", "str"),
     ({"sde": VPSDE}, TypeError, "sde must be a VPSDE", "type"),
     ({"sde": (0.1, 20.0)}, TypeError, "sde must be a VPSDE", "tuple"),
     # solver
@@ -114,7 +114,7 @@ SAMPLE = [
     ({"t_end": torch.tensor([0.1, 0.2])}, TypeError, "t_end must be a number", "Tensor"),
     # prediction
     ({"prediction": "epsilon"}, ValueError, "prediction must be one of score, eps, x0, v", "'epsilon'"),
-    ({"prediction": None}, ValueError, "prediction must be one of score, eps, x0, v", "None"),
+    ({"prediction": 3}, ValueError, "prediction must be one of score, eps, x0, v", "3"),
     # seed and first_sample
     ({"seed": -1}, ValueError, "seed must be in [0, 2^64)", "-1"),
     ({"seed": 2**64}, ValueError, "seed must be in [0, 2^64)", str(2**64)),

@@ -92,6 +92,7 @@ def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
     clip = 1.5 if solver not in ("euler_maruyama", "heun") else None
     # Before it is clipped, the data prediction of eps is 1 / alpha times the state: 150 times, in the first row.
     largest = 10.0 if clip is None else 500.0
+    torch.manual_seed(0)  # few steps of other weights may amplify a difference
     assert_same(*both(Net(), (7, 3), clip=clip, **options), steps, largest)
 
 

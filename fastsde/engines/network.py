@@ -145,7 +145,7 @@ class Network:
         """
         modules = [*modules_of(self.model), *modules_of(self._run)]
         held = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
-        on_gpu = self.device.type == "cuda" and torch.cuda.is_initialized()
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         states = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
         try:
             yield
