@@ -20,7 +20,7 @@ _set_here = False
 
 
 def wait_passively() -> None:
-    """Makes threads sleep where they have to wait long, in this process and those that it starts.
+    """Makes threads that wait sleep after a short spin, in this process and those that it starts.
 
     For programs, before they import torch. Does nothing where the environment says how to wait, or where torch is
     loaded and has read it.

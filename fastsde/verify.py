@@ -103,7 +103,7 @@ class _Case:
     progress: bool
 
     def truth(self) -> tuple[Tensor, Tensor]:
-        """The states of the reference in float64, of the network as it is where it does not take that."""
+        """The states of the reference in float64. A network that refuses float64 runs in its own dtype."""
         try:
             self._sampler(self.model, 1, dtype=torch.float64, backend=_REFERENCE)(self.n, **self.call)
         except NonFiniteError:

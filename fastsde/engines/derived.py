@@ -115,7 +115,7 @@ def can_be_frozen(run: nn.Module) -> bool:
 
 
 def compiled(run: Model, device: torch.device) -> Model:
-    """``torch.compile`` in the mode for inference whose graphs somebody else captures."""
+    """``torch.compile`` for inference, without CUDA graphs of its own: the graph engine captures the rows."""
     if device.type != "cuda":
         return torch.compile(run)
     # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.

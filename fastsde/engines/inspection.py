@@ -1,4 +1,4 @@
-"""What can be told of a network without running it."""
+"""Questions about a network that are answered without running it."""
 
 from __future__ import annotations
 

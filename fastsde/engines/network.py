@@ -110,7 +110,7 @@ class Network:
 
     @property
     def is_to_be_compiled(self) -> bool:
-        """Whether its next call makes code by ``torch.compile``."""
+        """Returns whether the next call compiles code."""
         return self._compiled is not None and self._compiled not in _made
 
     def refresh(self) -> None:
@@ -186,7 +186,7 @@ class Network:
     # How it is fed --------------------------------------------------------------------------------------------------
 
     def _fed(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The network's output, fed in the first way that it takes, which is kept for the next call."""
+        """The network's output, fed in the first way that it accepts. Later calls go that way at once."""
         ways = self._ways(kwargs)
         if len(ways) == 1:
             return self._evaluate(x, t, kwargs, ways[0])
@@ -205,7 +205,7 @@ class Network:
     def _fed_otherwise(
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any], ways: list[_Feed], refusal: Exception
     ) -> tuple[Any, _Feed]:
-        """The output of a network that refuses the first way to be fed, and the way that it takes."""
+        """The output of a network that refuses the first way, and the way that it accepts."""
         for feed in ways[1:]:
             f, error = self._tried(x, t, kwargs, feed)
             if error is None:
@@ -223,7 +223,7 @@ class Network:
         return f, feed
 
     def _tried(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> tuple[Any, Exception | None]:
-        """The network's output, or its refusal, which leaves no trace."""
+        """The network's output or its refusal. A refused call leaves buffers and random states as they were."""
         try:
             with self.unchanged(unless_done=True):
                 return self._evaluate(x, t, kwargs, feed), None
@@ -233,7 +233,7 @@ class Network:
             return None, error
 
     def _ways(self, kwargs: dict[str, Any]) -> list[_Feed]:
-        """The ways to feed it, but for casts that change nothing."""
+        """The ways to feed it, without casts that change nothing."""
         floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
         if any(value.dtype != self.dtype for value in floats):
             return self._feeds
@@ -251,7 +251,7 @@ class Network:
             return self._through(args, kwargs)
 
     def _through(self, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        """What is run, compiled where it is to be."""
+        """Calls the network, through ``torch.compile`` where that is asked for."""
         run: Any = self._run
         if self._compiled is None:
             return run(*args, **kwargs)
@@ -271,7 +271,7 @@ class Network:
 
 
 def _restore(held: dict[Tensor, Tensor]) -> None:
-    """Writes back the buffers that have changed: others may be such as cannot be written to here."""
+    """Writes back the buffers that have changed. The others may be read-only here, as tensors of inference mode are."""
     with torch.no_grad():
         for buffer, value in held.items():
             if not torch.equal(buffer, value):
@@ -284,7 +284,7 @@ def _make(model: Model, compile: bool, arguments: dict[str, Any]) -> Network:
 
 
 def _feeds(dtype: torch.dtype, integer_times: bool) -> list[_Feed]:
-    """The ways to feed a network of a dtype, from the one that loses nothing on."""
+    """The ways to feed a network of a dtype, the most exact first."""
     times = [torch.float64 if dtype == torch.float64 else torch.float32]
     if integer_times:
         times.append(torch.int64)
@@ -304,7 +304,7 @@ def _inside(model: Model) -> Model:
 
 
 def _is_compiled(model: Model) -> bool:
-    """Whether it is what ``torch.compile`` returns for a module."""
+    """Returns whether a model is what ``torch.compile`` returns for a module."""
     if not isinstance(model, nn.Module):
         return False
     inner = unwrap(model)

@@ -35,7 +35,7 @@ class Recorder:
             self.states[0] = x
 
     def __call__(self, row: int, time: float, x: Tensor) -> Tensor:
-        """Calls back, keeps the state that this has left, and returns it."""
+        """Calls the callback, then keeps and returns the state that it leaves."""
         replaced = None if self.callback is None else self.callback(row, time, x)
         if replaced is not None:
             name = f"the result of callback in row {row}"

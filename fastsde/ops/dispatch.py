@@ -64,7 +64,7 @@ def native_state() -> str:
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products of bf16; others emulate them. True where that is not known."""
+    """Returns whether this CPU multiplies bf16 in hardware, or True where that is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
