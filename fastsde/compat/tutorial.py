@@ -16,6 +16,7 @@ from ..dynamo import untraced
 from ..engines.inspection import device_of, dtype_of
 from ..engines.network import Network
 from ..models import ConcatTime
+from ..models.mlp import is_sequential
 from ..reference import Model, dsm_loss, perturb
 from ..sampler import sample
 from ..sde import VPSDE
@@ -126,7 +127,7 @@ def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
     check_tensor("x", x, floating=True)
     if x.ndim != 2 or not x.numel():
         raise ValueError(f"x must have shape [B, d] with B and d at least 1, got {list(x.shape)}")
-    model = Network(adapt(score_network))
+    model = Network(score_network if is_sequential(score_network) else adapt(score_network))
     t, z = _draw(x)
     x_t, _ = perturb(x, None, 0, VPSDE(), t=t, z=z)
     return dsm_loss(model(x_t, t), x, t, None, 0, VPSDE(), z=z)
