@@ -121,7 +121,7 @@ def test_what_holds_more_than_its_weights_is_not_frozen(monkeypatch: pytest.Monk
 class _Slow(MLP):
     """Slow, unless it is compiled by the fixture below."""
 
-    pause = 0.002
+    pause = 0.008  # beside which a busy machine's delays are short
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time.sleep(self.pause)
@@ -137,9 +137,9 @@ def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
     def fake(run: Any, **options: Any) -> Any:
         def compiled(x: Tensor, t: Tensor) -> Tensor:
             calls.append(1)
-            monkeypatch.setattr(_Slow, "pause", 0.002 - gains * 0.0019)
+            monkeypatch.setattr(_Slow, "pause", 0.008 - gains * 0.0076)
             result: Tensor = run(x, t)
-            monkeypatch.setattr(_Slow, "pause", 0.002)
+            monkeypatch.setattr(_Slow, "pause", 0.008)
             return result
 
         given.append(run)
