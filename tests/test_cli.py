@@ -108,7 +108,7 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
     )
     assert lines["torch"] == torch.__version__
     assert lines["fastsde"] == fastsde.__version__
-    assert "threads wait       active (OMP_WAIT_POLICY)\n" in result.stdout
+    assert "threads wait       active (OMP_WAIT_POLICY)" in result.stdout
     assert "eager on cpu       yes" in result.stdout
     assert "graph on cpu       no: " in result.stdout
     assert "model mnist" in result.stdout
