@@ -130,9 +130,8 @@ def _call(model: Model, x: Tensor, t: Tensor, name: str, kwargs: Mapping[str, An
             for key, value in kwargs.items()
             if isinstance(value, Tensor) and value.numel() and not value.is_floating_point()
         ]
-        if not ranges:
-            raise
-        raise IndexError(f"the network failed with {name} {', '.join(ranges)}: {error}") from error
+        given = f" with {name} {', '.join(ranges)}" if ranges else ""
+        raise IndexError(f"the network failed at time {float(t[0]):g}{given}: {error}") from error
 
 
 def sample(

@@ -98,6 +98,8 @@ def resolve(
     if isinstance(model, (str, Path)):
         model = checkpoints.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, Checkpoint):
+        if isinstance(model, type):
+            raise TypeError(f"model must be a network, got the class {model.__name__}: give an instance of it")
         if not callable(model):
             raise TypeError(
                 f"model must be callable as model(x, t), a Checkpoint, or the name or path of one, got "
@@ -115,7 +117,7 @@ def resolve(
     own = {"sample_shape": (given_shape, tuple(shape)), "sde": (sde, model.sde)}
     for name, (given, known) in {**own, "prediction": (prediction, model.prediction)}.items():
         if given is not None and given != known:
-            raise ValueError(f"{name} of the checkpoint is {known}, got {given}: leave it out")
+            raise ValueError(f"{name} of the checkpoint is {known}, got {given}: give that, or leave it out")
     return Subject(model.model, shape, model.sde, model.prediction)
 
 

@@ -47,7 +47,9 @@ def test_missing_conditions_point_at_their_argument(backend: str) -> None:
 @pytest.mark.parametrize(("name", "y"), [("model_kwargs", (0, 10)), ("uncond_kwargs", (10, 0))])
 def test_labels_out_of_range_are_named_with_their_argument(backend: str, name: str, y: tuple[int, int]) -> None:
     given = {"model_kwargs": {"y": LABELS + y[1]}, "uncond_kwargs": {"y": LABELS + y[0]}}
-    with pytest.raises(IndexError, match=rf"the network failed with {name} 'y' of 10 \.\. 13: index out of range"):
+    with pytest.raises(
+        IndexError, match=rf"the network failed at time 1 with {name} 'y' of 10 \.\. 13: index out of range"
+    ):
         fastsde.sample(MODEL, (4, 2), steps=2, backend=backend, guidance=1.5, **given)
 
 

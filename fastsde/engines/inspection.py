@@ -71,5 +71,5 @@ def check_call(model: Model, name: str, kwargs: Mapping[str, Any]) -> None:
         call = ", ".join(["x", "t", *(f"{key}=..." for key in kwargs)])
         raise TypeError(
             f"model must take model(x, t, **{name}), got {type(model).__name__}{signature} and {name} with "
-            f"{', '.join(map(repr, kwargs)) or 'nothing'}: model({call}) is {error}"
+            f"{', '.join(map(repr, kwargs)) or 'nothing'}: model({call}) has {error}"
         ) from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.mlp import MLP, linear_layers
+from ..models.mlp import MLP, linear_layers, unknown_layer
 from ..reference import NoiseFunction, NonFiniteError
 from ..solvers import StepTable
 from . import eager
@@ -29,7 +29,9 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
     """Why the engine cannot run a network on samples of a shape on a device; None where it can."""
     layers = linear_layers(network.model)
     if layers is None:
-        return "it runs MLPs alone: fastsde.models.MLP, or fastsde.models.ConcatTime of a Sequential of Linear layers"
+        reason = "it runs MLPs alone: Sequentials of Linear layers and activations between them"
+        strange = unknown_layer(network.model)
+        return reason if strange is None else f"{reason}, got {strange}"
     dtypes = (torch.float32,) if ops.has_native(device) else (torch.float32, torch.bfloat16)
     if network.dtype not in dtypes:
         return f"on {device.type} it runs networks in {' or '.join(map(str, dtypes))}, not in {network.dtype}"

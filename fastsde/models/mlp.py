@@ -14,7 +14,7 @@ from ..validation import check_ints
 from .activations import ACTIVATIONS, name_of
 from .hooks import is_hooked
 
-__all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers"]
+__all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers", "unknown_layer"]
 
 
 class MLP(nn.Module):
@@ -106,10 +106,12 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
     inputs = net.in_features - 1 if isinstance(net, nn.Linear) and net.in_features else None
     if len(shape) == 1 and inputs in (None, shape[0]):
         return
-    expected = "[d]" if inputs is None else f"[{inputs}]"
+    expected, reason = "[d]", "for other samples wrap it in a module or function that is called as model(x, t)"
+    if inputs is not None:
+        expected, reason = f"[{inputs}]", f"its first Linear takes {inputs + 1} features, those of x and t"
     raise ValueError(
         f"a {type(model).__name__} is called with cat((x, t), -1), on samples of shape {expected}, got {list(shape)}: "
-        f"for other samples wrap it in a module or function that is called as model(x, t)"
+        f"{reason}"
     )
 
 
@@ -122,6 +124,15 @@ def _fit(linears: Sequence[nn.Linear]) -> bool:
             return False
         width = out
     return True
+
+
+def unknown_layer(model: object) -> str | None:
+    """The class of the first layer of a Sequential that is neither Linear nor an activation, or None."""
+    net = model.net if isinstance(model, ConcatTime) else model
+    if not isinstance(net, nn.Sequential):
+        return None
+    unknown = (type(layer).__name__ for layer in net if type(layer) is not nn.Linear and name_of(layer) is None)
+    return next(unknown, None)
 
 
 def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
