@@ -239,16 +239,16 @@ class Sampler:
         name = f"batch of {n} {self.sample_shape} in {self._network.dtype}, {self.guidance is not None}"
         if name not in self._network.cache:
             plain = self._network.again(compile=False)
-            probe = self._probe(plain, keys, kwargs, uncond)
+            seconds = self._timed(plain, keys, kwargs, uncond)
             with plain.unchanged():
-                self._network.cache[name] = batches.fastest(lambda count: batches.seconds(probe, count, self.device), n)
+                self._network.cache[name] = batches.fastest(seconds, n)
         batch: int = self._network.cache[name]
         return batch
 
-    def _probe(
+    def _timed(
         self, network: Network, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None
-    ) -> Callable[[int], None]:
-        """Runs the first row of some samples."""
+    ) -> Callable[[int], float]:
+        """How long the first row of some samples takes."""
 
         def probe(count: int) -> None:
             first = slice(0, count)
@@ -263,7 +263,7 @@ class Sampler:
                 dtype=self.state_dtype,
             )
 
-        return probe
+        return lambda count: batches.seconds(probe, count, self.device)
 
     def _faster(
         self,
@@ -282,9 +282,8 @@ class Sampler:
         name = f"{count} {self.sample_shape} in {plain.dtype}, {self.guidance is not None}"
         known: dict[str, Any] = plain.cache.setdefault(_COMPILING, {})  # seconds a row; whether compiled it is faster
         if name not in known:
-            run = self._probe(plain, keys, kwargs, uncond)
             with plain.unchanged():
-                known[name] = [batches.seconds(run, count, self.device), None]
+                known[name] = [self._timed(plain, keys, kwargs, uncond)(count), None]
         seconds, is_faster = known[name]
         if is_faster is False or (is_faster is None and seconds * len(self.table) * -(-len(keys) // count) < _WORK_S):
             return plain
@@ -294,9 +293,8 @@ class Sampler:
         if is_faster is None:
             if progress:
                 _tell_of_compiling(self._compiled)
-            run = self._probe(self._compiled, keys, kwargs, uncond)
             with plain.unchanged():
-                known[name][1] = is_faster = batches.seconds(run, count, self.device) < seconds
+                known[name][1] = is_faster = self._timed(self._compiled, keys, kwargs, uncond)(count) < seconds
         return self._compiled if is_faster else plain
 
     def _run_parts(

@@ -124,14 +124,7 @@ def _sample(
     leads = ranks is None or ranks.rank == 0
     checkpoint = load_checkpoint(model, on_device)
     _check(model, checkpoint, files, leads)
-    sampler = Sampler(
-        checkpoint.model,
-        checkpoint.shape,
-        sde=checkpoint.sde,
-        prediction=checkpoint.prediction,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        **options,
-    )
+    sampler = Sampler(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), **options)
     if n is None:
         n = 20 if len(checkpoint.shape) == 3 else 1000
     every = max(1, len(sampler.table) // _FRAMES) if files.animate else None

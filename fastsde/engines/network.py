@@ -92,6 +92,13 @@ class Network:
         self.cache = _cache(self.model)  # what an engine keeps of this network
         self._takes_one = isinstance(model, nn.Module) and is_sequential(unwrap(model))
         self._feeds = _feeds(self.dtype, integer_times)
+        # Without the casts that change nothing where no argument is to be cast.
+        self._feeds_without_casts = [
+            feed for feed in self._feeds if not feed.casts or feed._replace(casts=False) not in self._feeds
+        ]
+        # How it is fed, by the dtypes of its arguments: learned once for all samplers of a network.
+        known = f"feeds in {self.dtype}, {integer_times}"
+        self._known_feeds: dict[Any, _Feed] = self.cache.setdefault(known, {})
         self._run: Model | None = None
         self._compiled: Model | None = None
         self.refresh()
@@ -190,8 +197,7 @@ class Network:
         ways = self._ways(kwargs)
         if len(ways) == 1:
             return self._evaluate(x, t, kwargs, ways[0])
-        name = f"how it is fed in {self.dtype}, {self._arguments['integer_times']}"
-        known: dict[Any, _Feed] = self.cache.setdefault(name, {})
+        known = self._known_feeds
         kinds = tuple((key, value.dtype) for key, value in kwargs.items() if isinstance(value, Tensor))
         if kinds in known:
             return self._evaluate(x, t, kwargs, known[kinds])
@@ -233,11 +239,10 @@ class Network:
             return None, error
 
     def _ways(self, kwargs: dict[str, Any]) -> list[_Feed]:
-        """The ways to feed it, without casts that change nothing."""
+        """The ways to feed it."""
         floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
-        if any(value.dtype != self.dtype for value in floats):
-            return self._feeds
-        return [feed for feed in self._feeds if not feed.casts or feed._replace(casts=False) not in self._feeds]
+        has_casts = any(value.dtype != self.dtype for value in floats)
+        return self._feeds if has_casts else self._feeds_without_casts
 
     def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> Any:
         layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
