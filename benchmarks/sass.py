@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,8 @@ from fastsde.files import atomic_path
 
 CAPABILITIES = (80, 90, 100)
 _PROCESSORS = 132  # of an H100 or H200
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, and the end of the program
 
 
@@ -52,6 +53,8 @@ class Report:
     shared_bytes: int
     stack_bytes: int  # what spills take
     local_accesses: int
+    loop_instructions: int  # of the longest loop, which in `mlp_sampler` is that of the rows
+    loop_special: int  # those of them that are special functions
     global_accesses: dict[str, int]
     matrix: dict[str, int]
 
@@ -123,24 +126,30 @@ def _unet_cases() -> Iterator[Case]:
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:
-    """The swiss roll's MLP, 3-64-64-64-2 with LogSigmoid, for few samples and for many, and a wide one in bf16."""
+    """MLPs of three layers and LogSigmoid for few samples and for many: the swiss roll's, 64-dimensional, and wide."""
     from fastsde.kernels import mlp_sampler
 
     arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32", "clip": None}
     arguments |= {"out_ptr": "*fp32", "states_ptr": None}
     arguments |= dict.fromkeys(("batch", "dim", "rows", "every", "stride"), "i64")
     arguments |= {"HAS_NOISE": True, "HAS_HISTORY": False, "USES_DATA": False, "FAST": True}
-    roll, wide = (3, 64, 64, 64, 2), (3, 256, 256, 256, 2)
-    for sizes, precision in (*((roll, name) for name in mlp_sampler.PRECISIONS), (wide, "bf16")):
+    few, many = 1000, 1_000_000
+    for dim, width, precision, batches in (
+        *((2, 64, precision, (few, many)) for precision in mlp_sampler.PRECISIONS),
+        (64, 64, "fp32", (few, many)),
+        (2, 256, "bf16", (many,)),
+    ):
+        sizes = (dim + 1, width, width, width, dim)
         layers = [(torch.zeros(outputs, inputs), torch.zeros(outputs)) for inputs, outputs in pairwise(sizes)]
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         packed = mlp_sampler.Packed(layers, ["LogSigmoid"] * 3, dtype)
-        for batch in (1000, 1_000_000) if sizes == roll else (1_000_000,):
+        for batch in batches:
             config = mlp_sampler.launch_config(batch, packed, precision, _PROCESSORS, capability)
             warps, height = config.pop("num_warps"), config["M"]
             known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32"}
             known |= {**mlp_sampler.constants(packed, precision), **config}
-            name = f"mlp_sampler, {precision}, {height} samples, width {sizes[1]}"
+            of = "few" if batch == few else "many"
+            name = f"mlp_sampler, {precision}, {of} samples of {dim}, width {width}"
             yield _case(name, mlp_sampler.mlp_sampler_kernel, arguments | known, height, warps)
 
 
@@ -156,8 +165,9 @@ def compile_case(case: Case, capability: int) -> Report:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
-    sass = _disassemble(compiled.asm["cubin"])
-    found = Counter(_INSTRUCTION.findall(sass))
+    sass = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(_disassemble(compiled.asm["cubin"]))]
+    found = Counter(op for _, op, _ in sass)
+    loop = _longest_loop(sass)
     counted = sum(n for op, n in found.items() if op.split(".")[0] not in _UNCOUNTED)
 
     def chosen(*prefixes: str) -> dict[str, int]:
@@ -173,9 +183,22 @@ def compile_case(case: Case, capability: int) -> Report:
         shared_bytes=int(compiled.metadata.shared),
         stack_bytes=stack,
         local_accesses=sum(chosen("LDL", "STL").values()),
+        loop_instructions=len(loop),
+        loop_special=sum(op.startswith("MUFU") for op in loop),
         global_accesses=chosen("LDG", "STG"),
         matrix={op: n for op, n in sorted(found.items()) if "MMA" in op and "HFMA" not in op},
     )
+
+
+def _longest_loop(sass: Sequence[tuple[int, str, str]]) -> list[str]:
+    """The instructions between the target of a jump backwards and the jump."""
+    longest: list[str] = []
+    for at, op, rest in sass:
+        target = _TARGET.search(rest) if op.startswith("BRA") else None
+        first = at if target is None else int(target[1], 16)
+        if first < at:
+            longest = max(longest, [name for place, name, _ in sass if first <= place <= at], key=len)
+    return longest
 
 
 def _tool(name: str) -> str:

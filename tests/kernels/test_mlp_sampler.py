@@ -36,6 +36,11 @@ def _kernel(device: torch.device) -> Any:
     return ops.dispatch.kernel("mlp_sampler", device)
 
 
+def _sizes(device: torch.device) -> tuple[int, int]:
+    """Few samples and many, by what a GPU takes for them."""
+    return 9, 16 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1) + 1
+
+
 def _run(
     model: MLP, n: int, device: torch.device, table: StepTable = TABLE, precision: str = "fp32", **options: Any
 ) -> Tensor:
@@ -62,7 +67,8 @@ def _expected(model: MLP, n: int, table: StepTable = TABLE, **options: Any) -> T
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(device: torch.device, activation: str) -> None:
     model = _tame(MLP(3, (20, 33), activation))
-    _assert_close(_run(model, 17, device), _expected(model, 17))
+    for n in _sizes(device):
+        _assert_close(_run(model, n, device), _expected(model, n))
 
 
 def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
@@ -87,7 +93,7 @@ def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
 def test_an_activation_without_a_formula_is_no_identity(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_kernel(triton_device), "ACTIVATIONS", ("Mish",))
+    monkeypatch.setattr("fastsde.kernels.mlp_packing.ACTIVATIONS", ("Mish",))
     monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
     with pytest.raises(Exception, match="not one of ACTIVATIONS"):
         _run(MLP(2, (16,), "Mish"), 5, triton_device)
@@ -104,6 +110,13 @@ def test_progress_is_told_of_every_row(device: torch.device) -> None:
 def test_every_width_depth_and_dimension(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
     model = _tame(MLP(dim, hidden, "SiLU"))
     _assert_close(_run(model, 5, device), _expected(model, 5))
+
+
+@pytest.mark.parametrize("hidden", [(16,), (64, 64, 64), (65,), (8,) * 7])
+@pytest.mark.parametrize("dim", [2, 16, 17])
+def test_many_samples_of_every_kind_of_layer(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
+    model, n = _tame(MLP(dim, hidden, "LogSigmoid")), _sizes(device)[1]
+    _assert_close(_run(model, n, device), _expected(model, n))
 
 
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 65, 130])
@@ -155,10 +168,11 @@ def test_lower_precisions_are_as_close_as_their_products(
     triton_device: torch.device, precision: str, hidden: tuple[int, ...]
 ) -> None:
     model = _tame(MLP(2, hidden))
-    error = (_run(model, 40, triton_device, precision=precision) - _expected(model, 40)).abs().max()
-    # A product's operands are rounded to 8 or 11 bits (the interpreter truncates to bf16); |f| is of order 1, and
-    # the five rows weigh it by beta h, at most 4 each.
-    assert error <= 5 * 4 * 4 * {"bf16": 2**-7, "tf32": 2**-10}[precision] * 0.5
+    for n in _sizes(triton_device):
+        error = (_run(model, n, triton_device, precision=precision) - _expected(model, n)).abs().max()
+        # A product's operands are rounded to 8 or 11 bits (the interpreter truncates to bf16); |f| is of order 1, and
+        # the five rows weigh it by beta h, at most 4 each.
+        assert error <= 5 * 4 * 4 * {"bf16": 2**-7, "tf32": 2**-10}[precision] * 0.5
 
 
 def test_a_linear_without_bias_and_activations_between(device: torch.device) -> None:
