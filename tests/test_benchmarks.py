@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -341,6 +342,26 @@ def test_a_wrong_loop_is_found_out(monkeypatch: pytest.MonkeyPatch, model: str, 
     monkeypatch.setattr(tutorial, "step", step)
     with pytest.raises((cases.WrongError, RuntimeError)):  # a batch that has shrunk may fail by itself
         shows.given_noise("fp32", own, own())
+
+
+def test_convolutions_are_those_of_aten_while_a_step_for_a_gpu_compiles_and_only_then() -> None:
+    config, seen = torch._inductor.config, []
+
+    def backends() -> dict[str, str]:
+        found = config.get_config_copy().items()
+        return {name: value for name, value in found if re.fullmatch("max_autotune_conv.*backends", name)}
+
+    def look(graph: object) -> None:
+        seen.append(backends())
+        raise InterruptedError("seen enough")
+
+    fast = compiled.compiled(torch.nn.Conv2d(1, 1, 3), torch.device("cuda"), graph=True)
+    with config.patch(max_autotune_conv_backends="ATEN,TRITON", post_grad_custom_pre_pass=look):
+        before = backends()
+        with pytest.raises(Exception, match="seen enough"):
+            fast(torch.zeros(1, 1, 5, 5))
+        assert seen == [dict.fromkeys(before, "ATEN")]
+        assert backends() == before
 
 
 @pytest.mark.parametrize("wrong", ["a", "b", "c", "d"])
