@@ -17,6 +17,7 @@ from fastsde.engines import capture
 from .measure import Rotated, Run, seconds
 
 _HOST_ROUNDS = 5
+_HOST_CALLS = 5  # whose launches a GPU queues, so that the host waits for none of them
 
 
 class Replay:
@@ -53,14 +54,14 @@ class Replay:
         return seconds(self._replay, self._device, lead=self._replay) / self.calls
 
 
-def host_seconds(run: Run, device: torch.device, calls: int) -> float:
-    """Seconds a call that the host is busy, while the device may still work on the calls before."""
+def host_seconds(run: Run, device: torch.device) -> float:
+    """Seconds a call that the host is busy, while the device works on the calls before."""
     rounds = []
     for _ in range(_HOST_ROUNDS):
         capture.wait(device)
         started = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(_HOST_CALLS):
             run()
-        rounds.append((time.perf_counter() - started) / calls)
+        rounds.append((time.perf_counter() - started) / _HOST_CALLS)
     capture.wait(device)
     return statistics.median(rounds)

@@ -134,7 +134,7 @@ def _prove(case: Case, provider: Provider, device: torch.device) -> tuple[Figure
 
 def _captured(case: Case, provider: Provider, run: Run, device: torch.device, figures: Figures) -> Run:
     """A graph of some calls, whose replay is proved as well; or the run itself, where no graph can hold it."""
-    figures["host_s"] = host_seconds(run, device, case.calls)
+    figures["host_s"] = host_seconds(run, device)
     try:
         replay = Replay(run, device, case.calls)
     except (capture.CaptureError, torch.OutOfMemoryError) as error:
