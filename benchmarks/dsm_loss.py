@@ -22,7 +22,7 @@ from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
 from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
-from .tasks.elements import SDE, copies, kernels_name, keys_of, need_kernels, traffic
+from .tasks.elements import SDE, calls, copies, kernels_name, keys_of, need_kernels, traffic
 
 _BATCHES = {"points": (256, 2), "digits": (64, 784), "large": (8192, 3072)}
 _CPU_LARGE = (1000, 3072)
@@ -106,9 +106,10 @@ def _case(batches: Batches, name: str) -> Case:
         providers=providers,
         work=Work(traffic(4 * elements, 4 * elements, batches.plan), flop=6 * elements, launches=1),
         prepare=lambda: batches.all,
-        calls=20,
+        calls=calls(elements, batches.plan),
         rounds=30,
         enough=2.0,
+        is_kernel=True,
     )
 
 

@@ -16,7 +16,7 @@ from .suite.case import Case, Provider, Target, check
 from .suite.machine import Work
 from .suite.measure import Figures, Run
 from .suite.plan import Plan
-from .tasks.elements import SPECIALS, check_normals, kernels_name, keys_of, need_kernels, traffic
+from .tasks.elements import SPECIALS, calls, check_normals, kernels_name, keys_of, need_kernels, traffic
 
 RANDN = "torch.randn"
 
@@ -43,9 +43,10 @@ def _case(plan: Plan, name: str, shape: tuple[int, ...]) -> Case:
         ],
         baseline=RANDN,
         work=Work(traffic(0, 4 * math.prod(shape), plan), specials=SPECIALS * math.prod(shape), launches=1),
-        calls=20,
+        calls=calls(math.prod(shape), plan),
         rounds=30,
         enough=2.0,
+        is_kernel=True,
         targets=[] if plan.has_gpu or plan.quick else [Target("twice torch.randn", (ours,), None, (RANDN,), 2.0)],
     )
 

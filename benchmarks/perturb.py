@@ -19,7 +19,7 @@ from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
 from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
-from .tasks.elements import SDE, SPECIALS, check_normals, copies, kernels_name, keys_of, need_kernels, traffic
+from .tasks.elements import SDE, SPECIALS, calls, check_normals, copies, kernels_name, keys_of, need_kernels, traffic
 
 _BATCHES = {
     "points": ((256, 2), False),
@@ -94,9 +94,10 @@ def _case(batches: Batches, name: str) -> Case:
         about={"n": batches.shape[0], "elements": size},
         providers=providers,
         work=Work(traffic(batches.input_bytes, 4 * size, plan), 2 * size, SPECIALS * size, launches=1),
-        calls=20,
+        calls=calls(size, plan),
         rounds=30,
         enough=2.0,
+        is_kernel=True,
         prepare=lambda: (batches.given, batches.keys),
     )
 

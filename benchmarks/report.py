@@ -19,7 +19,7 @@ import click
 from fastsde.files import atomic_path
 
 from .suite.measure import Figures
-from .suite.table import TITLES, headlines, noise, ratio, timed, without_time
+from .suite.table import TITLES, duration, has_replays, headlines, is_ours, noise, ratio, timed, without_time
 
 _MARK = re.compile(r"(?P<begin><!-- benchmarks:(?P<files>[^>]*)-->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
 
@@ -65,10 +65,26 @@ def markdown(result: Figures) -> str:
     """A paragraph on the machine and a table of all cases."""
     rows = [row.cells for record in result["cases"] for row in headlines(record)]
     lines = [about(result) + ".", "", _row(TITLES), _row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(_row, rows)]
+    lines += _of_the_host(result["cases"])
     left = [f"{record['what']}: {reason}" for record in result["cases"] for reason in without_time(record)]
     if left:
         lines += ["", f"Without a time: {'; '.join(left)}."]
     return "\n".join(lines)
+
+
+def _of_the_host(records: Sequence[Figures]) -> list[str]:
+    """How single kernels were timed on a GPU, and what a call of each takes the host."""
+    found = []
+    for record in filter(has_replays, records):
+        chosen = {name: each for name, each in timed(record).items() if name == record["baseline"] or is_ours(name)}
+        each = (f"{duration(figures['host_s'])} ({name})" for name, figures in chosen.items() if "host_s" in figures)
+        found.append(f"{record['what']}: {', '.join(each)}")
+    if not found:
+        return []
+    meaning = (
+        'Times of single kernels are the GPU\'s, of calls in a replayed CUDA graph; "by calls" has the host in it.'
+    )
+    return ["", f"{meaning} A call from Python takes the host, {'; '.join(found)}."]
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -130,6 +146,8 @@ def _change(earlier: Figures, record: Figures, name: str) -> tuple[str, ...]:
     change = ratios[1] / ratios[0] - 1  # type: ignore[operator]
     doubt = 2 * max(_doubt(each, name) for each in (earlier, record))
     verdict = "" if abs(change) <= doubt else "faster" if change > 0 else "SLOWER"
+    if earlier["providers"][name].get("timed_by") != record["providers"][name].get("timed_by"):
+        verdict = "timed in another way"
     return record["name"], name, *(ratio(each) for each in ratios if each is not None), f"{change:+.1%}", verdict
 
 

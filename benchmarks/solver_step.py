@@ -18,7 +18,7 @@ from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
 from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
-from .tasks.elements import SDE, SPECIALS, check_normals, copies, kernels_name, keys_of, need_kernels, traffic
+from .tasks.elements import SDE, SPECIALS, calls, check_normals, copies, kernels_name, keys_of, need_kernels, traffic
 
 TABLE = solvers.build("euler_maruyama", SDE, 999)
 ROW = 500
@@ -93,9 +93,10 @@ def _case(state: State, name: str) -> Case:
         providers=providers,
         work=work(state, 8),
         prepare=lambda: (state.pairs, state.keys),
-        calls=20 if state.plan.has_gpu else 5,
+        calls=calls(state.elements, state.plan) if state.plan.has_gpu else 5,
         rounds=30,
         enough=2.0,
+        is_kernel=True,
     )
 
 

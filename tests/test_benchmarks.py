@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,18 +14,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from fastsde import VPSDE, checkpoints, data, ops
+from fastsde.benchmarks import dsm_loss, noise, perturb, solver_step
 from fastsde.benchmarks.providers import compiled, lean, sampling, tutorial
 from fastsde.benchmarks.suite import budget, measure, progress, run, runner, table
 from fastsde.benchmarks.suite import case as cases
 from fastsde.benchmarks.suite.case import Case, Provider, Target
 from fastsde.benchmarks.suite.machine import Ceilings, Work
 from fastsde.benchmarks.suite.plan import Plan
+from fastsde.benchmarks.suite.replay import Replay
 from fastsde.benchmarks.tasks import elements
 from fastsde.benchmarks.tasks.networks import mlp_work, unet_work
 from fastsde.benchmarks.tasks.recipe import Recipe
@@ -343,6 +347,26 @@ def test_a_wrong_loop_is_found_out(monkeypatch: pytest.MonkeyPatch, model: str, 
         shows.given_noise("fp32", own, own())
 
 
+def test_convolutions_are_those_of_aten_while_a_step_for_a_gpu_compiles_and_only_then() -> None:
+    config, seen = torch._inductor.config, []
+
+    def backends() -> dict[str, str]:
+        found = config.get_config_copy().items()
+        return {name: value for name, value in found if re.fullmatch("max_autotune_conv.*backends", name)}
+
+    def look(graph: object) -> None:
+        seen.append(backends())
+        raise InterruptedError("seen enough")
+
+    fast = compiled.compiled(torch.nn.Conv2d(1, 1, 3), torch.device("cuda"), graph=True)
+    with config.patch(max_autotune_conv_backends="ATEN,TRITON", post_grad_custom_pre_pass=look):
+        before = backends()
+        with pytest.raises(Exception, match="seen enough"):
+            fast(torch.zeros(1, 1, 5, 5))
+        assert seen == [dict.fromkeys(before, "ATEN")]
+        assert backends() == before
+
+
 @pytest.mark.parametrize("wrong", ["a", "b", "c", "d"])
 def test_a_wrong_compiled_step_is_found_out(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """By one of its coefficients."""
@@ -425,6 +449,72 @@ def test_a_round_that_fails_costs_a_provider_its_time_alone() -> None:
     record = run_case(provider(cases.LOOP), provider("fastsde", fails_later))
     assert record["providers"]["fastsde"] == {"failed": "MemoryError: no more"}
     assert record["providers"][cases.LOOP]["rounds"] == 5
+
+
+# Kernels on a GPU ---------------------------------------------------------------------------------------------------
+
+
+def replayed(device: torch.device, *providers: Provider, **options: object) -> table.Figures:
+    about: dict[str, object] = {"is_kernel": True, "rounds": 2, "calls": 5, **options}
+    return runner.run_case(Case("subject", "case", "a task", {}, providers, **about), device, MOST).record  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("graphs")
+def test_every_single_kernel_is_replayed_as_a_graph_and_proved_so() -> None:
+    device = torch.get_default_device()
+    plan = Plan(device, quick=True)
+    found = [  # interpreted, where there is no GPU
+        noise._case(plan, "noise", (4, 400)),
+        solver_step._case(solver_step.State((4, 400), plan), "step"),
+        perturb._case(perturb.Batches((4, 400), True, plan), "perturb"),
+        dsm_loss._case(dsm_loss.Batches((4, 400), plan), "loss"),
+    ]
+    for case in found:
+        left_out = ("torch.compile", "diffusers", "reference", "bf16")
+        chosen = [each for each in case.providers if not any(word in each.name for word in left_out)]
+        record = runner.run_case(replace(case, providers=chosen, rounds=1, calls=2), device, MOST).record
+        for name, each in record["providers"].items():
+            assert each["median_s"] > 0, name
+            if not name.endswith(cases.AGAIN):
+                assert each["timed_by"] == cases.REPLAYED, each
+                assert each["host_s"] > 0
+        lines = table.show(record)
+        assert lines[1].endswith("host")
+        assert any("replayed CUDA graph" in line for line in lines)
+        assert not any("by calls" in line for line in lines)
+
+
+def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_calls(graphs: Any) -> None:
+    device = torch.get_default_device()
+    inputs = [torch.full((2,), float(i), device=device) for i in range(3)]
+    turn = measure.Rotated(lambda x: x * 2, inputs)
+    replay = Replay(turn, device, 5)
+    assert replay.calls == 6
+    assert torch.equal(replay(), 2 * turn.last)
+    assert replay.seconds() > 0
+
+    # One that reads the device, and one that is wrong from its thirtieth call on, which is the first in the graph.
+    ones, numbers = torch.ones(2, device=device), itertools.count(1)
+    record = replayed(
+        device,
+        provider(cases.LOOP, lambda: ones + 1),
+        provider("fastsde", lambda: float(ones[0])),
+        Provider(
+            "wrong in a graph",
+            lambda: lambda: ones * (1 if next(numbers) < 30 else 4),
+            lambda run, result: cases.check("it", float(result.max()) - 1, 0.0),
+        ),
+    )
+    figures = record["providers"]
+    assert figures[cases.LOOP]["timed_by"] == cases.REPLAYED
+    assert figures["fastsde"]["timed_by"] == cases.CALLED
+    assert figures["fastsde"]["not_captured"].startswith("CaptureError: it cannot be captured as a CUDA graph")
+    assert figures["wrong in a graph"] == {"wrong": "replayed, it is off by 3, where at most 0 is due"}
+    lines = table.show(record)
+    assert any(line.startswith("  fastsde is timed by calls, the host included: CaptureError") for line in lines)
+    (row,) = table.headlines(record)
+    assert row.cells[3].endswith("(by calls)")
+    assert "by calls" not in row.cells[1]
 
 
 # The cases ----------------------------------------------------------------------------------------------------------

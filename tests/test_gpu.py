@@ -97,6 +97,7 @@ def test_auto_is_persistent_for_an_mlp_and_graph_for_the_rest() -> None:
     assert fastsde.Sampler(UNet().cuda(), (1, 28, 28)).backend == "graph"
 
 
+@pytest.mark.alone
 def test_more_than_2_to_the_31_elements() -> None:
     n, size = 2049, 2**20  # the offsets of the last sample need 64 bits
     if torch.cuda.mem_get_info()[0] < 5 * n * size * 4:
@@ -263,6 +264,7 @@ def test_a_capture_that_fails_leaves_cuda_as_it_was() -> None:
     torch.testing.assert_close(x, fastsde.sample(model, (64, 2), steps=30, backend="eager"), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.alone
 def test_memory_that_runs_out_halves_the_batch() -> None:
     model = MLP().cuda()
     free = torch.cuda.mem_get_info()[0]

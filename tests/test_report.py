@@ -110,6 +110,21 @@ def test_two_commits_are_compared_by_the_change_of_the_ratio(
     assert not any("SLOWER" in line or "faster" in line for line in others)
 
 
+def test_tables_and_comparisons_say_how_single_kernels_were_timed(result: dict[str, Any]) -> None:
+    after = copy.deepcopy(result)
+    (record,) = (each for each in after["cases"] if each["name"] == "noise-sample")
+    for name in ("torch.randn", "fastsde native"):
+        record["providers"][name] |= {"host_s": 41e-6, "timed_by": "graph replay"}
+    record["providers"]["fastsde native"]["timed_by"] = "calls"
+    text = report.markdown(after)
+    assert f"takes the host, {record['what']}: 41 us (torch.randn), 41 us (fastsde native)." in text
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {record['what']} |"))
+    assert "(native, by calls)" in line
+    assert "the host" not in report.markdown(result)
+    lines = [line for line in report.compare(result, after) if line.endswith("timed in another way")]
+    assert [line.split()[:3] for line in lines] == [["noise-sample", "fastsde", "native"]]
+
+
 def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
     after = copy.deepcopy(result)
     for record in after["cases"]:

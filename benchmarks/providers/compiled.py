@@ -34,8 +34,7 @@ def compiled(function: Callable[..., Any], device: torch.device, graph: bool = F
     options: dict[str, Any] = {"fallback_random": True}
     if device.type == "cuda":
         options = torch._inductor.list_mode_options("max-autotune" if graph else "max-autotune-no-cudagraphs")
-        config = torch._inductor.config
-        options |= {name: "ATEN" for name in dir(config) if name.startswith("max_autotune_conv") and "backend" in name}
+        options["max_autotune_conv_backends"] = "ATEN"
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 

@@ -13,6 +13,7 @@ from .measure import Figures, Run
 LOOP = "tutorial's loop"
 LEAN = "lean eager PyTorch"
 AGAIN = ", again"
+REPLAYED, CALLED = "graph replay", "calls"  # how a single kernel was timed on a GPU
 LEFT_OUT = "left out: "
 SPENT = f"{LEFT_OUT}its share of the time was spent"
 
@@ -104,6 +105,7 @@ class Case:
         calls: runs between two events of a GPU, or of one round.
         rounds: at most.
         enough: seconds after which a provider takes part in three rounds alone.
+        is_kernel: a run is a kernel or a few, so that a GPU is timed while it replays a CUDA graph of some runs.
         timer: returns the seconds of a run that are to count; all of them by default.
         run_s: seconds of a run, about, where its work does not tell, since it is a new process.
         targets: what the project wants to reach.
@@ -120,6 +122,7 @@ class Case:
     calls: int = 1
     rounds: int = 10
     enough: float = 6.0
+    is_kernel: bool = False
     timer: Callable[[Run], float] | None = None
     run_s: float = 0.0
     targets: Sequence[Target] = ()

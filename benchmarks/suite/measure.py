@@ -20,8 +20,12 @@ Inputs = TypeVar("Inputs")
 FEWEST_ROUNDS = 3  # of what is slow
 
 
-def seconds(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Seconds a call, of ``calls`` of them: on a GPU between two events, so that the launch of one hides in another."""
+def seconds(run: Run, device: torch.device, calls: int = 1, lead: Run = lambda: None) -> float:
+    """Seconds a call, of ``calls`` of them: on a GPU between two events, so that the launch of one hides in another.
+
+    Args:
+        lead: what a GPU does before the first event, so that it does not wait for the launch of the first call either.
+    """
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(calls):
@@ -29,6 +33,7 @@ def seconds(run: Run, device: torch.device, calls: int = 1) -> float:
         return (time.perf_counter() - started) / calls
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
+    lead()
     start.record()
     for _ in range(calls):
         run()
@@ -95,15 +100,16 @@ class Rotated(Generic[Inputs]):
     """Calls ``run`` on one of ``inputs`` after the other: together larger than a cache, so that none holds the next."""
 
     def __init__(self, run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> None:
-        self._run, self._inputs, self._turn = run, inputs, -1
+        self.inputs = inputs
+        self._run, self._turn = run, -1
 
     @property
     def last(self) -> Inputs:
         """Those of the last call."""
-        return self._inputs[self._turn]
+        return self.inputs[self._turn]
 
     def __call__(self) -> Any:
-        self._turn = (self._turn + 1) % len(self._inputs)
+        self._turn = (self._turn + 1) % len(self.inputs)
         return self._run(self.last)
 
 

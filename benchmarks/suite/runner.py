@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from fastsde.engines import capture
+
 from .budget import LEAST_COMPILE_S
-from .case import AGAIN, LEFT_OUT, SPENT, Case, Outcome, Provider, UnavailableError, WrongError
+from .case import AGAIN, CALLED, LEFT_OUT, REPLAYED, SPENT, Case, Outcome, Provider, UnavailableError, WrongError
 from .machine import Ceilings
 from .measure import Figures, Run, in_words, measure, seconds, summary
+from .replay import Replay, host_seconds
 
 _LONG_S = 2.0  # of a first call, after which it is warm
 _GRACE = 0.25  # of what the proofs took, for a round that comes late: so they have not been in vain
@@ -75,7 +78,7 @@ def _prove_all(
         if number and started + needed > ends:
             figures[provider.name] = {"unavailable": SPENT}
             continue
-        own, run, run_s = _prove(provider, device, warms=case.timer is None)
+        own, run, run_s = _prove(case, provider, device)
         if run_s is None:  # not warm yet, and the first call may have compiled kernels
             run_s = min(own["first_call_s"], slowest) if slowest and case.timer is None else own["first_call_s"]
         figures[provider.name] = own
@@ -95,7 +98,7 @@ def _time(
     """Times what is right, the baseline twice, and notes what fails in doing so."""
     if case.baseline in runs:
         runs[case.baseline + AGAIN] = runs[case.baseline]
-    timer = case.timer or partial(seconds, device=device, calls=case.calls)
+    timer = case.timer or partial(_seconds, device=device, calls=case.calls)
     times, failures = measure(runs, timer, case.rounds, case.enough, ends, say)
     outcome.record["cut"] = any(times.values()) and max(map(len, times.values())) < case.rounds
     outcome.times = {name: [taken / case.per for taken in each] for name, each in times.items()}
@@ -105,21 +108,44 @@ def _time(
         figures.setdefault(name, {}).update(summary(each))
 
 
-def _prove(provider: Provider, device: torch.device, warms: bool) -> tuple[Figures, Run | None, float | None]:
+def _seconds(run: Run, device: torch.device, calls: int) -> float:
+    return run.seconds() if isinstance(run, Replay) else seconds(run, device, calls)
+
+
+def _prove(case: Case, provider: Provider, device: torch.device) -> tuple[Figures, Run | None, float | None]:
     """What came of a provider before it was timed: its proof, or why it has no time; and seconds of a warm run."""
     figures: Figures = {}
     try:
         run, result = _first_call(provider.make, device, figures)
         run_s: float | None = None
-        if warms and (provider.compiles or figures["first_call_s"] < _LONG_S):
+        if case.timer is None and (provider.compiles or figures["first_call_s"] < _LONG_S):
             result, run_s = _warm(run)
-        return {**figures, "parity": provider.prove(run, result)}, run, run_s
+        figures["parity"] = provider.prove(run, result)
+        if case.is_kernel and capture.can_record(device):
+            run = _captured(case, provider, run, device, figures)
+        return figures, run, run_s
     except UnavailableError as error:
         return {"unavailable": str(error)}, None, 0.0
     except WrongError as error:
         return {"wrong": str(error)}, None, 0.0
     except Exception as error:  # whatever it is, the others are still to be seen
         return {"failed": in_words(error)}, None, 0.0
+
+
+def _captured(case: Case, provider: Provider, run: Run, device: torch.device, figures: Figures) -> Run:
+    """A graph of some calls, whose replay is proved as well; or the run itself, where no graph can hold it."""
+    figures["host_s"] = host_seconds(run, device)
+    try:
+        replay = Replay(run, device, case.calls)
+    except (capture.CaptureError, torch.OutOfMemoryError) as error:
+        figures |= {"timed_by": CALLED, "not_captured": in_words(error)}
+        return run
+    figures["timed_by"] = REPLAYED
+    try:
+        provider.prove(run, replay())
+    except WrongError as error:
+        raise WrongError(f"replayed, {error}") from error
+    return replay
 
 
 def _warm(run: Run) -> tuple[Any, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .case import AGAIN, LEFT_OUT, SPENT
+from .case import AGAIN, CALLED, LEFT_OUT, SPENT
 from .measure import Figures
 
 PRECISIONS = ("fp32", "TF32", "bf16")  # from fine to coarse
@@ -51,6 +51,16 @@ def is_cut(record: Figures) -> bool:
     return bool(record.get("cut")) or spent
 
 
+def has_replays(record: Figures) -> bool:
+    """Whether it was timed by replayed CUDA graphs, where there can be one."""
+    return any("host_s" in each for each in timed(record).values())
+
+
+def timed_by_calls(record: Figures, name: str) -> bool:
+    """Whether a provider's time has the host in it, where those of others are of a replayed CUDA graph."""
+    return bool(record["providers"][name].get("timed_by") == CALLED)
+
+
 def noise(record: Figures) -> float | None:
     """How far the two medians of the baseline lie apart, as a share of the first."""
     both = [record["providers"].get(record["baseline"] + end, {}).get("median_s") for end in ("", AGAIN)]
@@ -67,6 +77,7 @@ def show(record: Figures) -> list[str]:
         return [*lines, f"  {'' if record['failed'].startswith(LEFT_OUT) else 'failed: '}{record['failed']}"]
     columns = f"{'median':>10}{'20 % .. 80 %':>22}{'speed':>16}{'of limit':>10}{'first call':>12}"
     columns += f"{'peak':>11}" * any("peak_bytes" in each for each in record["providers"].values())
+    columns += f"{'host':>11}" * has_replays(record)
     lines.append(f"  {'':38}{columns}".rstrip())
     lines += [_line(record, name, each) for name, each in record["providers"].items()]
     return lines + list(_notes(record))
@@ -81,7 +92,9 @@ def _line(record: Figures, name: str, each: Figures) -> str:
     share = f"{each['of_limit']:.0%}" if each.get("limit_s") else ""
     first = f"{each['first_call_s']:.2f} s" if "first_call_s" in each else ""
     peak = f"{each['peak_bytes_of_its_own'] / 2**20:.0f} MiB" if "peak_bytes" in each else ""
+    host = duration(each["host_s"]) if "host_s" in each else ""
     cells = f"{duration(each['median_s']):>10}{spread:>22}{speed(record, name):>16}{share:>10}{first:>12}{peak:>11}"
+    cells += f"{host:>11}"
     return f"  {name:38}{cells}".rstrip()
 
 
@@ -98,6 +111,11 @@ def _notes(record: Figures) -> Iterable[str]:
     if is_cut(record):
         rounds = max((each["rounds"] for each in timed(record).values()), default=0)
         yield f"  for want of time {rounds} rounds at most, or fewer providers; --minutes gives more"
+    if has_replays(record):
+        yield "  median: of the GPU, a call in a replayed CUDA graph; host: of Python and the driver, a call"
+    for name, each in timed(record).items():
+        if timed_by_calls(record, name):
+            yield f"  {name} is timed by calls, the host included: {each['not_captured']}"
     apart = noise(record)
     if apart is not None:
         yield f"  noise, the baseline against itself: {apart:.1%}"
@@ -133,20 +151,18 @@ class Headline:
         has_base = "median_s" in self.record["providers"].get(base, {})
         return (
             self.record["what"],
-            duration(self.median(base)) if has_base else "",
-            _named(duration(self.median(self.other)), self.other) if self.other else "",
-            _named(
-                duration(ours["median_s"]),
-                self.ours if "." in self.ours else self.ours.removeprefix("fastsde").strip(" ,"),
-            ),
+            self._timed(base, "") if has_base else "",
+            self._timed(self.other, self.other) if self.other else "",
+            self._timed(self.ours, self.ours if "." in self.ours else self.ours.removeprefix("fastsde").strip(" ,")),
             ratio(self.median(base) / ours["median_s"]) if has_base else "",
             ratio(self.median(self.other) / ours["median_s"]) if self.other else "",
             f"{ours['of_limit']:.0%}" if ours.get("limit_s") else "",
         )
 
-
-def _named(value: str, name: str) -> str:
-    return f"{value} ({name})" if name else value
+    def _timed(self, name: str, shown: str) -> str:
+        """A median, whose it is, and how it was timed where that was not as the others were."""
+        words = ", ".join(filter(None, (shown, "by calls" if timed_by_calls(self.record, name) else "")))
+        return f"{duration(self.median(name))} ({words})" if words else duration(self.median(name))
 
 
 def headlines(record: Figures) -> list[Headline]:

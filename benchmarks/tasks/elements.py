@@ -17,6 +17,7 @@ from .trajectory import SEED
 SDE = VPSDE()
 CACHE_BYTES = 256 << 20  # more than any L2, or a core's share of L3: rotated inputs together are larger
 _SMALL_BYTES = 1 << 20  # of what the step before has left in the cache in real use, too
+_SMALL_ELEMENTS = 1 << 21
 _KEPT_BYTES = 64 << 20  # of an output that is written again and again, and may never leave the cache
 SPECIALS = 2  # of a normal: of two, a logarithm, a root, a sine and a cosine
 
@@ -26,6 +27,11 @@ def copies(input_bytes: int, plan: Plan) -> int:
     if input_bytes < _SMALL_BYTES or plan.quick:
         return 2
     return max(2, math.ceil(CACHE_BYTES / input_bytes))
+
+
+def calls(elements: int, plan: Plan) -> int:
+    """How many a round has: on a GPU so many of a small kernel that the start of a graph is little beside them."""
+    return 100 if plan.has_gpu and elements <= _SMALL_ELEMENTS else 20
 
 
 def traffic(input_bytes: int, output_bytes: int, plan: Plan) -> int:

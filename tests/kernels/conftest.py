@@ -22,6 +22,16 @@ _NATIVE = {"native": "", "avx2": "-march=x86-64-v3", "baseline": "-march=x86-64"
 _taken: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # what is loaded and found of a build
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests on CUDA of what is marked ``not_on_cuda``."""
+    kept, left_out = [], []
+    for item in items:
+        on_cuda = item.get_closest_marker("gpu") is not None
+        (left_out if on_cuda and item.get_closest_marker("not_on_cuda") else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 def _triton_on(where: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     pytest.importorskip("triton")
     if where == "cuda":

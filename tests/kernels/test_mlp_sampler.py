@@ -105,7 +105,14 @@ def test_progress_is_told_of_every_row(device: torch.device) -> None:
     assert rows == [len(TABLE)]
 
 
-@pytest.mark.parametrize("hidden", [(), (1,), (16,), (64, 64, 64), (65,), (128, 100), (256, 256), (8,) * 7])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        *((), (1,), (16,), (64, 64, 64), (65,), (8,) * 7),
+        # 20 seconds of compilation each.
+        *(pytest.param(wide, marks=pytest.mark.not_on_cuda) for wide in ((128, 100), (256, 256))),
+    ],
+)
 @pytest.mark.parametrize("dim", [1, 2, 4, 5, 16, 17, 64])
 def test_every_width_depth_and_dimension(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
     model = _tame(MLP(dim, hidden, "SiLU"))
