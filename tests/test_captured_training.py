@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> 
     trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
     assert len(graphs.recorded) == 3  # 20, 5 and 1
     assert len(graphs.made) == 1
-    assert graphs.recorded[0] % 5 == 0  # 17 after the three that warm up: 5, 5, 5, 1, 1
+    assert len(graphs.recorded[0]) % 5 == 0  # 17 after the three that warm up: 5, 5, 5, 1, 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 23, 99, 100, 1000])
@@ -152,6 +153,33 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     captured.take(5, 2)
     assert torch.equal(result, kept)
     assert not any(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_a_step_of_another_thread_warms_it_up(graphs: Any, tmp_path: Path) -> None:
+    config = replace(POINTS, steps=6)
+    trainer = Trainer(config, tmp_path / "run", device=torch.get_default_device())
+    work = steps.Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured, errors = steps.CapturedSteps(work), []
+
+    def take(firsts: range) -> None:
+        try:
+            for first in firsts:
+                captured.take(first, 1)
+        except Exception as error:
+            errors.append(error)
+
+    take(range(3))
+    for firsts in (range(3, 5), range(5, 6)):  # a warm-up and a recording; a replay needs neither
+        thread = threading.Thread(target=take, args=(firsts,))
+        thread.start()
+        thread.join()
+        assert errors == []
+        assert len(graphs.recorded) == 1
+    expected = trained(config, tmp_path / "eager", eagerly=True)
+    for name, value in trainer.model.named_parameters():
+        torch.testing.assert_close(
+            value, expected[f"weights.{name}"].to(value.device), rtol=0, atol=1e-3 * 6 * config.lr
+        )
 
 
 @pytest.mark.usefixtures("graphs")

@@ -217,7 +217,8 @@ def _rates(config: TrainConfig, first: int, count: int) -> Tensor:
 class CapturedSteps:
     """Whole steps as CUDA graphs: gather, noising, network, loss, backward, Adam and the moving average.
 
-    The first steps are taken as they are, which warms up what is then captured. The step number, the rows of the data,
+    The first steps are taken as they are, which warms up what is then captured, as is one of each other thread that
+    comes to capture some. The step number, the rows of the data,
     the learning rates and the decays lie in device memory, and are written there before each replay.
     """
 
@@ -247,7 +248,7 @@ class CapturedSteps:
         Raises:
             CaptureError: where the steps cannot be captured; none of them has then been taken.
         """
-        if self._warm_ups < _WARM_UPS:
+        if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
             self._write(first, count)
             self._recording.warm_up(lambda: self._steps(count))
             self._warm_ups += 1
