@@ -55,7 +55,8 @@ class Tape(Launches):
                 self._keep(given.get(argument.name))
         result = super().call(func, args, kwargs)
         inputs = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        # Their memory and not themselves: autograd takes a gradient as it is where nobody else holds it.
+        outputs = [leaf.detach() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         fresh = [storage(output) not in inputs for output in outputs]
         self._made |= {storage(output): output for output, new in zip(outputs, fresh, strict=True) if new}
         if any(fresh) or schema.is_mutable:
@@ -82,7 +83,7 @@ class Tape(Launches):
                 whole.copy_(held)
             for value in self._made.values():
                 if value.is_floating_point():
-                    value.detach().fill_(torch.nan)
+                    value.fill_(torch.nan)
 
     def replay(self) -> None:
         """Runs it all again, as one launch."""
@@ -98,7 +99,7 @@ def _run(func: Any, args: Any, kwargs: Any, outputs: list[Tensor], fresh: list[b
     again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
     for output, value, new in zip(outputs, again, fresh, strict=True):
         if new:
-            output.detach().copy_(value)
+            output.copy_(value)
 
 
 class TapeRecording(capture.Recording):

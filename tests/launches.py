@@ -8,7 +8,7 @@ list of tensors), and a copy is not always a kernel.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,13 +28,18 @@ _watching: list[Launches] = []
 class Launches(TorchDispatchMode):
     """Counts what is launched inside, as ``with watching(Launches()) as launches``.
 
+    Args:
+        host: tensors that are on the host where there is a GPU, such as a table of a solver. What is computed from
+            these alone is no launch.
+
     Attributes:
         names: of the launches, in order. A replay of a graph of tests/cuda_graphs.py is one of that name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._host = {storage(each): each for each in host}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,11 +47,13 @@ class Launches(TorchDispatchMode):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         result = self.call(func, args, kwargs)
-        name = func._schema.name.removeprefix("aten::")
+        namespace, name = func._schema.name.split("::")
         inputs = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         is_view = bool(outputs) and all(storage(output) in inputs for output in outputs)
-        if name not in _EMPTY and (func._schema.is_mutable or not is_view):
+        if inputs and inputs <= self._host.keys():
+            self._host |= {storage(output): output for output in outputs}
+        elif namespace == "aten" and name not in _EMPTY and (func._schema.is_mutable or not is_view):
             self.names.append(name)
         return result
 

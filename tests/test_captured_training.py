@@ -120,6 +120,47 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
     assert_same(resumed, eager, POINTS, 1e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_train_in_channels_last(
+    graphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    kinds = ("exp_avg", "exp_avg_sq")
+    config = replace(IMAGES, steps=6, lr_schedule="constant", checkpoint_every=4, precision=precision)
+    contiguous, share = {}, 0.2 if precision == "bf16" else 1e-2
+    for steps_done in (4, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastsde.training.prefers_channels_last", lambda model, device: False)
+            contiguous = trained(
+                replace(config, steps=steps_done), tmp_path / f"contiguous {steps_done}", eagerly=False
+            )
+    monkeypatch.setattr("fastsde.training.prefers_channels_last", lambda model, device: True)  # as on a GPU
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    device = torch.get_default_device()
+    trainer = Trainer(config, tmp_path / "whole", device=device)
+    trainer.train(progress=False)
+    for parameter, average in zip(trainer.model.parameters(), trainer.ema.parameters(), strict=True):
+        state = trainer.optimizer.state[parameter]
+        for each in (parameter, average, parameter.grad, *(state[kind] for kind in kinds)):
+            assert each.stride() == parameter.stride()
+            assert each.ndim != 4 or each.is_contiguous(memory_format=torch.channels_last)
+    whole = checkpoints.read(tmp_path / "whole" / "checkpoint.safetensors")[0]
+    assert all(each.is_contiguous() for each in whole.values())
+    assert_same(whole, contiguous, config, share)
+    # A run that is cut comes to the same, and one that begins in another layout goes on from the same weights.
+    trained(replace(config, steps=4), tmp_path / "cut", eagerly=False)
+    resumed = trained(config, tmp_path / "cut", eagerly=False, resume=True)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    trainer = Trainer(config, tmp_path / "contiguous 4", device=device, resume=True)
+    saved = checkpoints.read(tmp_path / "contiguous 4" / "checkpoint.safetensors")[0]
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, saved[f"weights.{name}"].to(device))
+        for kind in kinds:
+            assert torch.equal(trainer.optimizer.state[parameter][kind], saved[f"adam.{kind}.{name}"].to(device))
+            assert trainer.optimizer.state[parameter][kind].stride() == parameter.stride()
+    trainer.train(progress=False)
+    assert_same(checkpoints.read(tmp_path / "contiguous 4" / "checkpoint.safetensors")[0], whole, config, share)
+
+
 def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> None:
     trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
     assert len(graphs.recorded) == 3  # 20, 5 and 1
