@@ -83,7 +83,7 @@ class Tape(Launches):
                 whole.copy_(held)
             for value in self._made.values():
                 if value.is_floating_point():
-                    value.fill_(torch.nan)
+                    value.detach().fill_(torch.nan)
 
     def replay(self) -> None:
         """Runs it all again, as one launch."""
@@ -99,7 +99,7 @@ def _run(func: Any, args: Any, kwargs: Any, outputs: list[Tensor], fresh: list[b
     again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
     for output, value, new in zip(outputs, again, fresh, strict=True):
         if new:
-            output.copy_(value)
+            output.detach().copy_(value)  # where it was made in inference mode, too
 
 
 class TapeRecording(capture.Recording):
@@ -161,4 +161,6 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         pytest.skip("the graphs are CUDA's own where there is a GPU")
     interpret(monkeypatch)
     monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
+    adam = torch.optim.Adam  # PyTorch refuses one of weights on the CPU that can be captured, which the tape needs not
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable=False, **options: adam(*args, **options))
     yield kind

@@ -100,6 +100,11 @@ def test_cached_blocks_are_freed_once_before_the_graphs_of_a_run(cuda: Cuda, rec
     recording.warm_up(lambda: None)
     recording.record(lambda: None)
     assert cuda.count("empty_cache") == 2
+    recording.warm_up(lambda: None)
+    cuda.raises["empty_cache"] = [RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")]
+    for _ in range(2):  # refused, and then made up for
+        recording.record(lambda: None)
+    assert cuda.count("empty_cache") == 4
     replays[0]()
     assert cuda.calls[-1] == "replay"
 

@@ -43,15 +43,6 @@ IMAGES = replace(
 Weights = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def plain_adam(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch refuses a capturable Adam of weights on the CPU, where the tape needs none."""
-    if torch.cuda.is_available():
-        return
-    adam = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable, **options: adam(*args, **options))
-
-
 def trained(config: TrainConfig, directory: Path, eagerly: bool, **options: Any) -> Weights:
     with pytest.MonkeyPatch.context() as patch:
         if eagerly:

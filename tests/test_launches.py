@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cuda_graphs import TapeRecording
-from launches import Launches, interpret, watching
+from launches import Launches, watching
 
 from fastsde import Sampler, StepTable
 from fastsde.engines import training as steps
@@ -54,19 +53,12 @@ NETWORKS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 ROWS = 2
 
 
+pytestmark = pytest.mark.parametrize("graphs", ["tape"], indirect=True)
+
+
 @pytest.fixture(autouse=True)
-def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything as on a GPU, on the CPU."""
-    if torch.cuda.is_available():
-        pytest.skip("launches are counted where there is no GPU")
-    interpret(monkeypatch)
-    monkeypatch.setattr(TapeRecording, "made", [])
-    monkeypatch.setattr(TapeRecording, "recorded", [])
-    monkeypatch.setattr("fastsde.engines.capture.Recording", TapeRecording)
-    monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
+def as_on_a_gpu(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastsde.training.prefers_channels_last", lambda model, device: True)
-    adam = torch.optim.Adam  # PyTorch refuses a capturable one of weights on the CPU
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable, **options: adam(*args, **options))
 
 
 def launches_of(run: Callable[[], object], table: StepTable | None = None) -> Counter[str]:

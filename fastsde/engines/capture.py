@@ -107,8 +107,9 @@ class Recording:
         need its memory twice. This waits for the device.
         """
         if self._leaves_blocks:
-            torch.cuda.empty_cache()
-            self._leaves_blocks = False
+            with suppress(RuntimeError):  # PyTorch refuses while another library records; it then takes more memory
+                torch.cuda.empty_cache()
+                self._leaves_blocks = False
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
