@@ -193,9 +193,9 @@ class Trainer:
     that was not interrupted.
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`); on the CPU those of an
-    MLP are taken by a native kernel (`NativeSteps`). On a GPU a network with convolutions has its weights in
-    channels_last; those of a checkpoint are contiguous. In a process group
-    (`fastsde.distributed.process_group`) each rank takes its part of every batch, and the first one writes the folder.
+    MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
+    takes its part of every batch, and the first one writes the folder. On a GPU the weights of a network with
+    convolutions are in channels_last; those of a checkpoint are contiguous.
 
     Args:
         config: the run.
