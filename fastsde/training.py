@@ -23,6 +23,7 @@ from .checkpoints import RUN_CHECKPOINT, Checkpoint
 from .data import DEFAULT_ROOT, Dataset, load
 from .distributed import Ranks
 from .engines import CaptureError
+from .engines.inspection import prefers_channels_last
 from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Work, can_capture, can_run_natively
 from .files import atomic_path
 from .notices import warn
@@ -192,8 +193,9 @@ class Trainer:
     that was not interrupted.
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`); on the CPU those of an
-    MLP are taken by a native kernel (`NativeSteps`). In a process group
-    (`fastsde.distributed.process_group`) each rank takes its part of every batch, and the first one writes the folder.
+    MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
+    takes its part of every batch, and the first one writes the folder. On a GPU the weights of a network with
+    convolutions are in channels_last; those of a checkpoint are contiguous.
 
     Args:
         config: the run.
@@ -238,6 +240,8 @@ class Trainer:
         resuming = resume and checkpoint.exists()
         start = checkpoints.load(config.init) if config.init and not resuming else None
         self.model = _initial_model(config, start).to(self.device)
+        if prefers_channels_last(self.model, self.device):
+            self.model.to(memory_format=torch.channels_last)  # and with it the average, gradients and Adam's state
         self.earlier_steps = 0 if start is None else _steps_of(start)
         self.dataset = dataset.with_shape(self.model.shape).with_pixel_range(config.pixel_range).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
@@ -439,10 +443,12 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"weights.{name}" if self.ema is not None else f"model.{name}"])
                 if self.step:  # before the first step Adam has no state
-                    self.optimizer.state[parameter] = {
-                        kind: tensors[f"adam.{kind}.{name}"].to(self.device)
-                        for kind in ("step", "exp_avg", "exp_avg_sq")
+                    averages = {
+                        kind: torch.empty_like(parameter).copy_(tensors[f"adam.{kind}.{name}"])  # in its layout
+                        for kind in ("exp_avg", "exp_avg_sq")
                     }
+                    step = tensors[f"adam.step.{name}"].to(self.device)
+                    self.optimizer.state[parameter] = {"step": step, **averages}
             if self.ema is not None:
                 for name, parameter in self.ema.named_parameters():
                     parameter.copy_(tensors[f"model.{name}"])

@@ -1,32 +1,42 @@
 """CUDA graphs for tests: CUDA's own where there is a GPU, and on the CPU a tape of PyTorch's operations.
 
 The tape stands for what `fastsde.engines.capture` calls CUDA for. As with CUDA, recording changes no memory, a replay
-reads and writes the memory that was recorded and runs nothing of the host's part, and waiting for the device while
-recording is an error. Kernels are launches of Triton's interpreter.
+reads and writes the memory that was recorded and runs nothing of the host's part, a thread records only after it has
+warmed up, and waiting for the device while recording is an error. Kernels are launches of Triton's interpreter.
+
+It cannot show, and only the tests marked ``gpu`` can:
+
+- streams: all runs at once and in order, so that no race, no missing wait and no use by two threads is seen;
+- memory: the pool of a graph, what it takes, when it runs out, and whether it is freed. A tape keeps all its tensors,
+  so that memory which a replay reads after it was freed, or that two graphs share, is never something else;
+- handles and workspaces of cuBLAS and cuDNN, of a thread or stream, and what a library allocates or chooses at first;
+- where a tensor is: one on the host beside one on the device, and a copy between them that names the device by a
+  `torch.device`. A list or the word "cpu" is seen; a mask that is set to one element of the device is not;
+- waiting that is no operation of PyTorch (events, ``synchronize``, another library), that of kernels which wait for
+  some sizes alone (``mode``), and that inside of an operation which tests/waiting.py does not know. A few operations
+  wait on a CPU alone, and are refused (``one_hot`` of a known number of classes);
+- other kernels than those of the CPU: dtypes, layouts and shapes that CUDA lacks, TF32, results that vary;
+- random numbers of PyTorch's generator, whose state CUDA moves on in each replay by its own rule.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
+from launches import Launches, interpret, launch, paused, storage, watching
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from waiting import HostReads, refuse_waiting
 
 from fastsde.benchmarks.suite.measure import fp32_products
 from fastsde.engines import capture
 
-_WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default}
-_current: list[Tape] = []
 
-
-class Tape(TorchDispatchMode):
+class Tape(Launches):
     """The operations and launches of one recording."""
 
     def __init__(self) -> None:
@@ -35,40 +45,36 @@ class Tape(TorchDispatchMode):
         self._made: dict[int, Tensor] = {}  # by storage: memory of the graph itself
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory from outside, and what it held
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _WAITS:
-            raise RuntimeError("operation not permitted when stream is capturing")
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         schema = func._schema
-        for argument, value in zip(schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(value)
+        names = [argument.name for argument in schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        refuse_waiting(func, given)
         for argument in schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name in kwargs:
-                self._keep(kwargs[argument.name])
-        with _paused():
-            result = func(*args, **kwargs)
-        inputs = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        fresh = [_storage(output) not in inputs for output in outputs]
-        self._made |= {_storage(output): output for output, new in zip(outputs, fresh, strict=True) if new}
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._keep(given.get(argument.name))
+        result = super().call(func, args, kwargs)
+        inputs = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        # Their memory and not themselves: autograd takes a gradient as it is where nobody else holds it.
+        outputs = [leaf.detach() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        fresh = [storage(output) not in inputs for output in outputs]
+        self._made |= {storage(output): output for output, new in zip(outputs, fresh, strict=True) if new}
         if any(fresh) or schema.is_mutable:
             self._calls.append(lambda: _run(func, args, kwargs, outputs, fresh))
         return result
 
-    def launch(self, run: Callable[[], Any], args: Any) -> None:
+    def launch(self, name: str, run: Callable[[], Any], args: Any) -> None:
         """A launch of a kernel, which may write to any of its arguments."""
         self._keep(args)
-        with _paused():
-            run()
+        super().launch(name, run, args)
         self._calls.append(run)
 
     def _keep(self, values: Any) -> None:
         for value in tree_leaves(values):
-            if isinstance(value, Tensor) and _storage(value) not in self._made:
-                with _paused():
+            if isinstance(value, Tensor) and storage(value) not in self._made:
+                with paused():
                     whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-                    self._before.setdefault(_storage(value), (whole, whole.clone()))
+                    self._before.setdefault(storage(value), (whole, whole.clone()))
 
     def finish(self) -> None:
         """Gives memory from outside what it held, and that of the graph NaN."""
@@ -80,6 +86,10 @@ class Tape(TorchDispatchMode):
                     value.detach().fill_(torch.nan)
 
     def replay(self) -> None:
+        """Runs it all again, as one launch."""
+        launch("replay", self._run_again)
+
+    def _run_again(self) -> None:
         with torch.no_grad():
             for call in self._calls:
                 call()
@@ -89,48 +99,34 @@ def _run(func: Any, args: Any, kwargs: Any, outputs: list[Tensor], fresh: list[b
     again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
     for output, value, new in zip(outputs, again, fresh, strict=True):
         if new:
-            output.detach().copy_(value)
+            output.detach().copy_(value)  # where it was made in inference mode, too
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-@contextmanager
-def _paused() -> Iterator[None]:
-    """What happens inside is not recorded."""
-    tapes, _current[:] = list(_current), []
-    try:
-        with _disable_current_modes():
-            yield
-    finally:
-        _current[:] = tapes
-
-
-class TapeRecording:
-    """`fastsde.engines.capture.Recording` on the CPU."""
+class TapeRecording(capture.Recording):
+    """A recording on the CPU."""
 
     made: ClassVar[list[TapeRecording]] = []
-    recorded: ClassVar[list[int]] = []
+    recorded: ClassVar[list[list[str]]] = []  # of each graph its launches
 
     def __init__(self, device: torch.device) -> None:
+        self._thread = threading.local()
         type(self).made.append(self)
 
     def warm_up(self, run: Callable[[], None]) -> None:
         run()
+        self._thread.is_warm = True
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        assert self.is_warm, "warm_up must be called in a thread before it records"
         tape = Tape()
-        _current.append(tape)
         try:
-            with tape:
+            with watching(tape), HostReads():
                 run()
         except RuntimeError as error:
             raise capture.CaptureError(f"it cannot be captured as a CUDA graph: {error}") from error
         finally:
-            _current.remove(tape)
             tape.finish()
-        type(self).recorded.append(len(tape._calls))
+        type(self).recorded.append(tape.names)
         return tape.replay
 
 
@@ -138,7 +134,7 @@ class CudaRecording(capture.Recording):
     """CUDA's own graphs, counted."""
 
     made: ClassVar[list[Any]] = []
-    recorded: ClassVar[list[int]] = []
+    recorded: ClassVar[list[list[str]]] = []
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -146,7 +142,7 @@ class CudaRecording(capture.Recording):
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         replay = super().record(run)
-        type(self).recorded.append(0)
+        type(self).recorded.append([])
         return replay
 
 
@@ -163,26 +159,8 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         return
     if torch.cuda.is_available():
         pytest.skip("the graphs are CUDA's own where there is a GPU")
-    _interpret(monkeypatch)
+    interpret(monkeypatch)
     monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
+    adam = torch.optim.Adam  # PyTorch refuses one of weights on the CPU that can be captured, which the tape needs not
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable=False, **options: adam(*args, **options))
     yield kind
-
-
-def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs kernels by Triton's interpreter, and lets the tape see them."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    launch, one_at_a_time = interpreter.GridExecutor.__call__, threading.Lock()
-
-    def quiet_launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        # NumPy computes there: it warns of infinities, and knows one thread.
-        with one_at_a_time, np.errstate(all="ignore"):
-            launch(self, *args, **kwargs)
-
-    def recorded_launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        if _current:
-            _current[-1].launch(lambda: quiet_launch(self, *args, **kwargs), (args, kwargs))
-        else:
-            quiet_launch(self, *args, **kwargs)
-
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded_launch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,6 @@ IMAGES = replace(
 
 
 Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def plain_adam(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch refuses a capturable Adam of weights on the CPU, where the tape needs none."""
-    if torch.cuda.is_available():
-        return
-    adam = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable, **options: adam(*args, **options))
 
 
 def trained(config: TrainConfig, directory: Path, eagerly: bool, **options: Any) -> Weights:
@@ -119,11 +111,52 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
     assert_same(resumed, eager, POINTS, 1e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_train_in_channels_last(
+    graphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    kinds = ("exp_avg", "exp_avg_sq")
+    config = replace(IMAGES, steps=6, lr_schedule="constant", checkpoint_every=4, precision=precision)
+    contiguous, share = {}, 0.2 if precision == "bf16" else 1e-2
+    for steps_done in (4, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastsde.training.prefers_channels_last", lambda model, device: False)
+            contiguous = trained(
+                replace(config, steps=steps_done), tmp_path / f"contiguous {steps_done}", eagerly=False
+            )
+    monkeypatch.setattr("fastsde.training.prefers_channels_last", lambda model, device: True)  # as on a GPU
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    device = torch.get_default_device()
+    trainer = Trainer(config, tmp_path / "whole", device=device)
+    trainer.train(progress=False)
+    for parameter, average in zip(trainer.model.parameters(), trainer.ema.parameters(), strict=True):
+        state = trainer.optimizer.state[parameter]
+        for each in (parameter, average, parameter.grad, *(state[kind] for kind in kinds)):
+            assert each.stride() == parameter.stride()
+            assert each.ndim != 4 or each.is_contiguous(memory_format=torch.channels_last)
+    whole = checkpoints.read(tmp_path / "whole" / "checkpoint.safetensors")[0]
+    assert all(each.is_contiguous() for each in whole.values())
+    assert_same(whole, contiguous, config, share)
+    # A run that is cut comes to the same, and one that begins in another layout goes on from the same weights.
+    trained(replace(config, steps=4), tmp_path / "cut", eagerly=False)
+    resumed = trained(config, tmp_path / "cut", eagerly=False, resume=True)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    trainer = Trainer(config, tmp_path / "contiguous 4", device=device, resume=True)
+    saved = checkpoints.read(tmp_path / "contiguous 4" / "checkpoint.safetensors")[0]
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, saved[f"weights.{name}"].to(device))
+        for kind in kinds:
+            assert torch.equal(trainer.optimizer.state[parameter][kind], saved[f"adam.{kind}.{name}"].to(device))
+            assert trainer.optimizer.state[parameter][kind].stride() == parameter.stride()
+    trainer.train(progress=False)
+    assert_same(checkpoints.read(tmp_path / "contiguous 4" / "checkpoint.safetensors")[0], whole, config, share)
+
+
 def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> None:
     trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
     assert len(graphs.recorded) == 3  # 20, 5 and 1
     assert len(graphs.made) == 1
-    assert graphs.recorded[0] % 5 == 0  # 17 after the three that warm up: 5, 5, 5, 1, 1
+    assert len(graphs.recorded[0]) % 5 == 0  # 17 after the three that warm up: 5, 5, 5, 1, 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 23, 99, 100, 1000])
@@ -152,6 +185,33 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     captured.take(5, 2)
     assert torch.equal(result, kept)
     assert not any(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_a_step_of_another_thread_warms_it_up(graphs: Any, tmp_path: Path) -> None:
+    config = replace(POINTS, steps=6)
+    trainer = Trainer(config, tmp_path / "run", device=torch.get_default_device())
+    work = steps.Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured, errors = steps.CapturedSteps(work), []
+
+    def take(firsts: range) -> None:
+        try:
+            for first in firsts:
+                captured.take(first, 1)
+        except Exception as error:
+            errors.append(error)
+
+    take(range(3))
+    for firsts in (range(3, 5), range(5, 6)):  # a warm-up and a recording; a replay needs neither
+        thread = threading.Thread(target=take, args=(firsts,))
+        thread.start()
+        thread.join()
+        assert errors == []
+        assert len(graphs.recorded) == 1
+    expected = trained(config, tmp_path / "eager", eagerly=True)
+    for name, value in trainer.model.named_parameters():
+        torch.testing.assert_close(
+            value, expected[f"weights.{name}"].to(value.device), rtol=0, atol=1e-3 * 6 * config.lr
+        )
 
 
 @pytest.mark.usefixtures("graphs")

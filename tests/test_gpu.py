@@ -148,6 +148,16 @@ def test_the_reference_steps_where_its_tensors_are() -> None:
     assert t.is_cuda
 
 
+def test_a_unet_in_channels_last_copies_nothing_there() -> None:
+    model = UNet(channels=(8, 16, 16)).cuda().to(memory_format=torch.channels_last)
+    seen: list[torch.Tensor] = []
+    for layer in (*model.encoder, *model.decoder, *model.head):
+        layer.register_forward_hook(lambda layer, args, output: seen.extend((args[0], output)))
+    model(torch.randn(2, 1, 28, 28, device="cuda"), torch.rand(2, device="cuda")).square().sum().backward()
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
+    assert all(each.grad is not None and each.grad.stride() == each.stride() for each in model.parameters())
+
+
 # Graphs -------------------------------------------------------------------------------------------------------------
 
 

@@ -420,6 +420,19 @@ def test_threads_wait_for_each_other() -> None:
         assert_same(found[seed], expected[seed], 6)
 
 
+def test_a_thread_that_records_a_new_length_warms_up_first(graphs: Any) -> None:
+    model = Net()
+    sampler = Sampler(model, (3,), steps=6, backend="graph")
+    expected, calls = sampler(4), model.calls
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(sampler(4, trajectory=4)[0]))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
+    assert len(graphs.recorded) == 3
+    assert model.calls == calls + 1 + 4 + 2  # a row, and the rows of both graphs
+
+
 # Choice -------------------------------------------------------------------------------------------------------------
 
 

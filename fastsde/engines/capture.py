@@ -41,7 +41,10 @@ def wait(device: torch.device) -> None:
 class Recording:
     """Graphs that share one pool of memory, and so must be replayed one after the other.
 
-    It waits for streams and never for a whole device, since that would break what another thread records.
+    Each thread warms up before it first records: handles of cuBLAS and cuDNN belong to a thread, and cannot be made
+    while a graph is recorded.
+
+    It waits for streams, and for a whole device only while no other thread records here, which that would break.
 
     Args:
         device: a CUDA device.
@@ -54,12 +57,21 @@ class Recording:
                 _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream = _streams[device]
         self._pool = torch.cuda.graph_pool_handle()
+        self._thread = threading.local()  # not its number, which a later thread may be given
+        self._leaves_blocks = False
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the calling thread has warmed up, so that it may record."""
+        return hasattr(self._thread, "is_warm")
 
     def warm_up(self, run: Callable[[], None]) -> None:
         """Runs what is to be recorded, on the stream that records: kernels compile, libraries choose and allocate."""
         with _ONE_AT_A_TIME, self._on_stream():
             run()
             self._stream.synchronize()
+            self._leaves_blocks = True
+        self._thread.is_warm = True
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Records ``run``, without running it, and returns what replays it on the current stream.
@@ -67,22 +79,37 @@ class Recording:
         Raises:
             CaptureError: where ``run`` waits for the device, copies from the host, or does anything else that a graph
                 cannot hold.
+            RuntimeError: where the calling thread has not warmed up.
             torch.OutOfMemoryError: where the memory does not suffice.
         """
+        if not self.is_warm:
+            raise RuntimeError("warm_up must be called in a thread before it records")
         for attempt in range(_ATTEMPTS):
             graph = torch.cuda.CUDAGraph()
             try:
                 with _ONE_AT_A_TIME, _without_gc(), self._on_stream(), _own_workspace():
+                    self._free_blocks()
                     _record(graph, self._pool, self.device, run)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
-                self._pool = torch.cuda.graph_pool_handle()  # the other one has been given up
+                self._pool, self._leaves_blocks = torch.cuda.graph_pool_handle(), True  # the other one is given up
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 if attempt + 1 < _ATTEMPTS:
                     continue  # it may have been another thread, waiting for the whole device
                 raise CaptureError(f"it cannot be captured as a CUDA graph: {error}") from error
             break
         return graph.replay
+
+    def _free_blocks(self) -> None:
+        """Gives back to CUDA what the allocator has cached since the last recording, once for several recordings.
+
+        It keeps these blocks from a graph's own pool, and frees none while it records, so that otherwise a graph would
+        need its memory twice. This waits for the device.
+        """
+        if self._leaves_blocks:
+            with suppress(RuntimeError):  # PyTorch refuses while another library records; it then takes more memory
+                torch.cuda.empty_cache()
+                self._leaves_blocks = False
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -92,7 +119,7 @@ class Recording:
                 with torch.cuda.stream(self._stream):
                     yield
             except BaseException:
-                with suppress(RuntimeError):  # what went wrong first is what counts
+                with suppress(Exception):  # what went wrong first is what counts
                     torch.cuda.current_stream().wait_stream(self._stream)
                 raise
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -105,7 +132,7 @@ def _record(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, run: C
         try:
             run()
         except BaseException:
-            with suppress(RuntimeError):  # what went wrong first is what counts
+            with suppress(Exception):  # what went wrong first is what counts; an empty graph warns
                 graph.capture_end()
                 ended = True
             raise
@@ -120,14 +147,15 @@ def _clean_up(pool: Any, device: torch.device) -> None:
     """Undoes what PyTorch leaves undone where a capture could not be ended.
 
     The allocator believes that it goes on and keeps its pool, and the generator of random numbers refuses to draw
-    until a capture has been ended as it should.
+    until a capture has been ended as it should. An error here must not hide the one that led here; a warning may be
+    an error.
     """
-    with suppress(RuntimeError):  # where the pool was not in use any more
+    with suppress(Exception):  # where the pool was not in use any more
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-    element = torch.zeros(1, dtype=torch.float32, device=device)
-    graph = torch.cuda.CUDAGraph()
-    with suppress(RuntimeError):
+    with suppress(Exception):
+        element = torch.zeros(1, dtype=torch.float32, device=device)
+        graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         element.zero_()
         graph.capture_end()

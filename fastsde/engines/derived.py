@@ -15,11 +15,10 @@ from ..models.unet import UNet
 from ..models.unet_inference import UNetInference, supports
 from ..reference import Model
 from .fingerprint import Fingerprint, fingerprint
-from .inspection import tensors_of
+from .inspection import prefers_channels_last, tensors_of
 
 __all__ = ["Frozen", "can_be_frozen", "compiled", "derived", "form_of"]
 
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _LOCK = threading.RLock()  # of what is run instead of a model
 
 
@@ -43,8 +42,7 @@ def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: tor
         return "optimized"
     if dtype is None or not _has_other_dtype(model, dtype):
         return "itself"
-    convolutional = any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
-    return "channels_last" if convolutional and device.type == "cuda" else "copy"
+    return "channels_last" if prefers_channels_last(model, device) else "copy"
 
 
 def derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, cache: dict[str, Any]) -> nn.Module:

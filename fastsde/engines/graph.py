@@ -226,9 +226,10 @@ class Trajectory:
             return
         if self._recording is None:
             recording = capture.Recording(self._form.device)
-            with network.unchanged():
-                recording.warm_up(lambda: self._warm_up(network))
+            self._warm_up(recording, network, _WARM_UPS)
             self._recording, self._counts = recording, network.fingerprint().differences(found)
+        elif not self._recording.is_warm:  # in this thread
+            self._warm_up(self._recording, network, 1)
         for length in sorted(set(lengths) - set(self._graphs)):
             self._graphs[length] = self._recording.record(lambda length=length: self._run_rows(network, length))  # type: ignore[misc]
         while len(self._graphs) > _GRAPHS:
@@ -236,10 +237,14 @@ class Trajectory:
             del self._graphs[spare]
         self._network = network.fingerprint()
 
-    def _warm_up(self, network: Network) -> None:
-        for _ in range(_WARM_UPS):
-            self._counter.zero_()
-            self._run_rows(network, 1)
+    def _warm_up(self, recording: capture.Recording, network: Network, rows: int) -> None:
+        def run() -> None:
+            for _ in range(rows):
+                self._counter.zero_()
+                self._run_rows(network, 1)
+
+        with network.unchanged():
+            recording.warm_up(run)
 
     def _run_rows(self, network: Network, count: int) -> None:
         form = self._form

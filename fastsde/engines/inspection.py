@@ -13,7 +13,9 @@ from ..models.mlp import is_sequential
 from ..reference import Model
 from .fingerprint import modules_of
 
-__all__ = ["check_call", "device_of", "dtype_of", "random_layers", "tensors_of"]
+__all__ = ["check_call", "device_of", "dtype_of", "prefers_channels_last", "random_layers", "tensors_of"]
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
@@ -36,6 +38,11 @@ def dtype_of(model: Model) -> torch.dtype:
             if tensor.is_floating_point():
                 return tensor.dtype
     return torch.float32
+
+
+def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether a network runs faster in channels_last: one with convolutions, on a GPU."""
+    return device.type == "cuda" and any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
 
 
 def random_layers(model: Model) -> list[str]:

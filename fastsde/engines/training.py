@@ -17,6 +17,7 @@ from ..models.mlp import linear_layers
 from ..reference import Draws, ema_update, train_step, training_draws
 from . import capture
 from .chunks import MAX_CHUNK, chunks_of_fixed_lengths
+from .mixed_precision import LowPrecisionCopy
 
 if TYPE_CHECKING:
     from ..training import TrainConfig
@@ -43,10 +44,9 @@ class Work:
     dataset: Dataset
     device: torch.device
 
-    @property
-    def network(self) -> Any:
-        """The model as a step calls it."""
-        return torch.compile(self.model) if self.config.compile else self.model
+    def as_called(self, model: nn.Module) -> Any:
+        """The model, or a copy of it, as a step calls it."""
+        return torch.compile(model) if self.config.compile else model
 
     @property
     def scaling(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class EagerSteps:
     """`fastsde.reference.train_step` for step after step, on this rank's part of each batch."""
 
     def __init__(self, work: Work, here: Ranks) -> None:
-        self._work, self._network = work, work.network
+        self._work, self._network = work, work.as_called(work.model)
         batch_size = work.config.batch_size
         self._part = distributed.shard(batch_size, here.rank, here.world)
         self._weight = distributed.loss_weight(batch_size, here.rank, here.world)
@@ -217,12 +217,15 @@ def _rates(config: TrainConfig, first: int, count: int) -> Tensor:
 class CapturedSteps:
     """Whole steps as CUDA graphs: gather, noising, network, loss, backward, Adam and the moving average.
 
-    The first steps are taken as they are, which warms up what is then captured. The step number, the rows of the data,
+    The first steps are taken as they are, which warms up what is then captured, as is one of each other thread that
+    comes to capture some. The step number, the rows of the data,
     the learning rates and the decays lie in device memory, and are written there before each replay.
     """
 
     def __init__(self, work: Work) -> None:
-        self._work, self._network = work, work.network
+        self._work = work
+        self._copy = None if work.autocast is None else LowPrecisionCopy(work.model, work.autocast)
+        self._network = work.as_called(work.model if self._copy is None else self._copy.network)
         config, device = work.config, work.device
         self._keys = noise.sample_keys(config.seed, config.batch_size, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
@@ -231,6 +234,7 @@ class CapturedSteps:
         self._index = torch.zeros((MAX_CHUNK, width), dtype=torch.int64, device=device)
         self._rates = torch.zeros((MAX_CHUNK, 2), dtype=torch.float32, device=device)
         self._losses = torch.zeros(MAX_CHUNK, dtype=torch.float32, device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)  # the gradient of a loss
         for group in work.optimizer.param_groups:
             group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
         self._recording = capture.Recording(device)
@@ -247,7 +251,7 @@ class CapturedSteps:
         Raises:
             CaptureError: where the steps cannot be captured; none of them has then been taken.
         """
-        if self._warm_ups < _WARM_UPS:
+        if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
             self._write(first, count)
             self._recording.warm_up(lambda: self._steps(count))
             self._warm_ups += 1
@@ -275,19 +279,28 @@ class CapturedSteps:
         work, config = self._work, self._work.config
         given: dict[str, Any] = {"index": self._index[i, : config.batch_size], "counter": self._first}
         given |= work.scaling
-        x_t, t = ops.perturb(work.dataset.x, self._keys, i, config.sde, t_min=config.t_min, **given)
+        self._clear_gradients()
+        noising: dict[str, Any] = {"t_min": config.t_min, "dtype": work.autocast}
+        x_t, t = ops.perturb(work.dataset.x, self._keys, i, config.sde, **noising, **given)
         with torch.autocast(x_t.device.type, dtype=work.autocast, enabled=work.autocast is not None):
             f = self._network(x_t, t)
         kinds: dict[str, Any] = {"prediction": config.prediction, "weighting": config.weighting}
         loss = ops.dsm_loss(f, work.dataset.x, t, self._keys, i, config.sde, **kinds, **given)
-        work.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss, self._one)
+        if self._copy is not None:
+            self._copy.hand_over()
         for group in work.optimizer.param_groups:
             group["lr"].copy_(self._rates[i, 0])
         work.optimizer.step()
         if work.ema is not None:
             _move(work.ema, work.model, self._rates[i, 1])
         return loss.detach()
+
+    def _clear_gradients(self) -> None:
+        if self._copy is None:
+            self._work.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._copy.refresh()
 
 
 def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:

@@ -87,8 +87,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``."""
-        plane = t.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
-        signal = torch.cat((x, plane), dim=1)
+        signal = self._with_time(x, t)
         skips: list[Tensor] = []
         for level, convolution in enumerate(self.encoder):
             if level:
@@ -103,6 +102,17 @@ class UNet(nn.Module):
         signal = F.logsigmoid(self.head[0](torch.cat((signal, skips.pop()), dim=1)))
         result: Tensor = self.head[1](signal)
         return result
+
+    def _with_time(self, x: Tensor, t: Tensor) -> Tensor:
+        """x and t as one image ``[B, C + 1, H, W]``, in channels_last where the weights are.
+
+        The first convolution would otherwise copy it there, and once more in its backward.
+        """
+        plane, first = t.to(x.dtype)[:, None, None, None], next(self.encoder.parameters())
+        if not first.is_contiguous(memory_format=torch.channels_last):
+            return torch.cat((x, plane.expand(-1, 1, *x.shape[2:])), dim=1)
+        image = torch.cat((x.movedim(1, -1), plane.expand(-1, *x.shape[2:], 1)), dim=-1)
+        return image.movedim(-1, 1)
 
     def optimize(self, dtype: torch.dtype | None = None) -> UNetInference:
         """The same network for inference alone, faster: see `UNetInference`. Its weights are copies.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -155,6 +156,27 @@ def test_unet_keeps_the_shape_of_any_image(image_channels, size, channels):
 def test_one_number_is_a_square_image():
     assert UNet(1, 9, (2, 3)).config == UNet(1, (9, 9), (2, 3)).config
     assert UNet(1, 9, [2, 3]).channels == (2, 3)
+
+
+@pytest.mark.parametrize("image_channels", [1, 3])
+def test_unet_in_channels_last_is_so_from_its_first_convolution_to_its_gradients(image_channels, monkeypatch):
+    torch.manual_seed(0)
+    # PyTorch's own has a contiguous result on a CPU, and on a GPU one in the layout of its argument, as this.
+    monkeypatch.setattr(F, "logsigmoid", lambda v: -F.softplus(-v))
+    model, seen = UNet(image_channels, (7, 12), (3, 4, 5)), []
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for each in other.modules():
+        each.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    x, t = torch.randn(2, image_channels, 7, 12), torch.rand(2)
+    expected, found = model(x, t), other(x, t)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert len(seen) == 2 * (3 + 2 + 2 + 1)  # convolutions, and the network itself
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen[:-2])
+    for output in (expected, found):
+        output.square().sum().backward()
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert ours.grad.stride() == ours.stride()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_unet_of_two_levels_has_the_parameters_counted_by_hand():

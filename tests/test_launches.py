@@ -1,0 +1,166 @@
+"""How much each engine gives a GPU to do: the table of docs/launches.md, counted (what counts: tests/launches.py)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cuda_graphs import TapeRecording
+from launches import Launches, watching
+
+from fastsde import Sampler, StepTable
+from fastsde.engines import training as steps
+from fastsde.models import MLP, UNet
+from fastsde.training import TrainConfig, Trainer, default_config
+
+DOCS = Path(__file__).parents[1] / "docs" / "launches.md"
+# Of the tutorial's two networks, with noise in each row. A change that adds a launch is to be seen here.
+EXPECTED = {
+    "row of the MLP, reference": 243,
+    "row of the MLP, eager": 10,
+    "row of the MLP, graph": 9,
+    "row of the U-Net, reference": 265,
+    "row of the U-Net, eager": 23,
+    "row of the U-Net, graph": 22,
+    "call around its rows, MLP, reference": 386,
+    "call around its rows, MLP, eager": 180,
+    "call around its rows, MLP, graph": 187,
+    "call around its rows, U-Net, reference": 386,
+    "call around its rows, U-Net, eager": 191,
+    "call around its rows, U-Net, graph": 198,
+    "call of all rows, MLP, persistent": 189,
+    "step of the MLP, no average, reference": 65,
+    "step of the MLP, no average, captured": 30,
+    "step of the MLP, reference": 66,
+    "step of the MLP, captured": 33,
+    "step of the MLP, bf16, reference": 85,
+    "step of the MLP, bf16, captured": 36,
+    "step of the U-Net, reference": 106,
+    "step of the U-Net, captured": 70,
+    "step of the U-Net, bf16, reference": 153,
+    "step of the U-Net, bf16, captured": 73,
+    "steps around their replay, captured": 185,
+}
+IMAGES = {"image_channels": 1, "image_size": [28, 28], "channels": [2] * 5}  # as many layers as the tutorial's
+NETWORKS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "MLP": (MLP, (2,)),
+    "U-Net": (lambda: UNet(**IMAGES), (1, 28, 28)),  # type: ignore[arg-type]
+}
+ROWS = 2
+
+
+pytestmark = pytest.mark.parametrize("graphs", ["tape"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsde.training.prefers_channels_last", lambda model, device: True)
+
+
+def launches_of(run: Callable[[], object], table: StepTable | None = None) -> Counter[str]:
+    host = [] if table is None else [getattr(table, name) for name in table.columns()]
+    with watching(Launches(host)) as launches:
+        run()
+    return Counter(launches.names)
+
+
+def check(found: dict[str, Counter[str]]) -> None:
+    """Compares with `EXPECTED`; what differs is shown as rows of the table, and with its launches."""
+    counts = {name: launches.total() for name, launches in found.items()}
+    different = [name for name, count in counts.items() if EXPECTED.get(name) != count]
+    lines = [f'    "{name}": {counts[name]},  # {dict(found[name])}' for name in different]
+    assert not different, "\n".join(["not as in EXPECTED:", *lines])
+
+
+# Sampling -----------------------------------------------------------------------------------------------------------
+
+
+def calls(network: str, backend: str) -> tuple[Counter[str], Counter[str]]:
+    """What a call of ``ROWS`` rows launches, and one of a row more, when each has been made before."""
+    make, shape = NETWORKS[network]
+    model, found = make(), []
+    for rows in (ROWS, ROWS + 1):
+        sampler = Sampler(model, shape, steps=rows, backend=backend)
+        sampler(2)
+        found.append(launches_of(lambda sampler=sampler: sampler(2), sampler.table))  # type: ignore[misc]
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_a_row_and_what_is_around_all_rows(backend: str, network: str) -> None:
+    short, long = calls(network, backend)
+    row = long - short
+    around = short - Counter({name: ROWS * count for name, count in row.items()})
+    if backend == "eager":  # which on a CPU reads the status after each row, and on a GPU at the end alone
+        row["_local_scalar_dense"] -= 1
+    check({f"row of the {network}, {backend}": row, f"call around its rows, {network}, {backend}": around})
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_captured_row_and_what_is_around_its_replays(network: str) -> None:
+    short, long = calls(network, "graph")
+    graphs = [Counter(names) for names in TapeRecording.recorded]
+    assert [graph.total() for graph in graphs] == [graphs[0].total() // ROWS * rows for rows in (ROWS, ROWS + 1)]
+    assert short == long
+    assert short["replay"] == 1
+    row, around = graphs[1] - graphs[0], short - Counter(["replay"])
+    check({f"row of the {network}, graph": row, f"call around its rows, {network}, graph": around})
+
+
+def test_a_whole_trajectory_in_one_launch() -> None:
+    short, long = calls("MLP", "persistent")
+    assert short == long
+    assert short["mlp_sampler_kernel"] == 1
+    check({"call of all rows, MLP, persistent": short})
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+POINTS = replace(default_config("swiss-roll"), data_size=20, batch_size=16, steps=100)
+DIGITS = replace(
+    default_config("digits"), data_size=4, batch_size=2, steps=100, model={"architecture": "UNet", **IMAGES}
+)
+RECIPES: dict[str, TrainConfig] = {
+    "MLP, no average": replace(POINTS, ema_decay=0.0),
+    "MLP": POINTS,
+    "MLP, bf16": replace(POINTS, precision="bf16"),
+    "U-Net": DIGITS,
+    "U-Net, bf16": replace(DIGITS, precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_training_step(recipe: str, tmp_path: Path) -> None:
+    config = RECIPES[recipe]
+    trainer = Trainer(config, tmp_path / "run")
+    work = steps.Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    eager = steps.EagerSteps(work, trainer._here)
+    eager.take(0, 1)  # which draws for many
+    reference = launches_of(lambda: eager.take(1, 1)) - Counter(["stack"])
+    captured = steps.CapturedSteps(work)
+    for first in range(3):
+        captured.take(first, 1)
+    for count in (2, 3):
+        captured.take(3, count)
+    graphs = [Counter(names) for names in TapeRecording.recorded]
+    step = graphs[1] - graphs[0]
+    assert graphs[0].total() == 2 * step.total()
+    around = launches_of(lambda: captured.take(3, 2))
+    assert around["replay"] == 1
+    check(
+        {
+            f"step of the {recipe}, reference": reference,
+            f"step of the {recipe}, captured": step,
+            "steps around their replay, captured": around - Counter(["replay"]),
+        }
+    )
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    lines = [line.strip("| ").split("|") for line in DOCS.read_text().splitlines() if line.startswith("| ")][2:]
+    assert {name.strip(): int(now) for name, _, now in lines} == EXPECTED
