@@ -88,8 +88,20 @@ def _cases(capability: int) -> Iterator[Case]:
         ("dsm_loss, backward", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": "*fp32"}),
     ):
         yield _case(name, kernel, arguments, elements, tile.WARPS)
+    yield from _integer_cases()
     yield from _unet_cases()
     yield from _mlp_cases(capability)
+
+
+def _integer_cases() -> Iterator[Case]:
+    """Keys and the data order; elements are samples."""
+    from fastsde.kernels import data_order, sample_keys
+
+    arguments = {"out_ptr": "*i64", **dict.fromkeys(("seed", "first", "n"), "i64"), "BLOCK": sample_keys.BLOCK}
+    yield _case("sample_keys", sample_keys.sample_keys_kernel, arguments, sample_keys.BLOCK, sample_keys.WARPS)
+    arguments = {"keys_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*i64", "BLOCK": data_order.BLOCK}
+    arguments |= dict.fromkeys(("batch", "stride", "count", "step"), "i64")
+    yield _case("data_order", data_order.data_order_kernel, arguments, data_order.BLOCK, data_order.WARPS)
 
 
 def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_warps: int) -> Case:

@@ -97,6 +97,14 @@ def test_the_noisy_step_is_bound_by_memory(reports: list[dict[str, Any]]) -> Non
     assert step["instructions_per_element"] < 36  # 40 would still hide behind 12 bytes an element; 31 today
 
 
+def test_a_key_is_one_store_and_a_position_one_philox_call(reports: list[dict[str, Any]]) -> None:
+    for report in (each for each in reports if each["name"] in ("sample_keys", "data_order")):
+        assert report["shared_bytes"] == 0, report
+        assert report["instructions_per_element"] < 120, report  # 40 of them are the products of ten rounds
+    keys = [each["global_accesses"] for each in reports if each["name"] == "sample_keys"]
+    assert keys == [{"STG.E.128": 1}] * 3
+
+
 def test_the_step_exchanges_nothing_but_its_status(reports: list[dict[str, Any]]) -> None:
     def exchanges(report: dict[str, Any]) -> bool:
         status = 4 * 4 if "status" in report["name"] else 0  # a word of each warp: the first that is not finite
