@@ -56,10 +56,26 @@ class Report:
     matrix: dict[str, int]
 
 
-def _cases(capability: int) -> Iterator[Case]:
-    from fastsde.kernels import dsm_loss, normal, perturb, solver_step, tile
+# The kernels of small tiles that are looked at.
+SMALL = ("solver_step, counter, time and status", "perturb", "dsm_loss", "dsm_loss, backward")
 
-    constants, _ = tile.tiling(64, 3072)
+
+def _cases(capability: int) -> Iterator[Case]:
+    from fastsde.kernels import tile
+
+    for few, batch in (("", 1000), (", few elements", 1)):
+        constants, _ = tile.tiling(batch, 3072)
+        yield from _tile_cases(few, constants)
+    yield from _integer_cases()
+    yield from _unet_cases()
+    yield from _mlp_cases(capability)
+
+
+def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
+    """Each kernel on large tiles, and the two of a captured trajectory's or training's step on small ones."""
+    from fastsde.kernels import dsm_loss, normal, perturb, solver_step
+
+    num_warps, constants = constants["num_warps"], {k: v for k, v in constants.items() if k != "num_warps"}
     shared = {"batch": "i64", "size": "i64", "count": "i64", **constants, "FAST": True}
     elements = constants["S"] * constants["P"] * 4
     step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "data_ptr"))
@@ -87,10 +103,8 @@ def _cases(capability: int) -> Iterator[Case]:
         ("dsm_loss", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": None}),
         ("dsm_loss, backward", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": "*fp32"}),
     ):
-        yield _case(name, kernel, arguments, elements, tile.WARPS)
-    yield from _integer_cases()
-    yield from _unet_cases()
-    yield from _mlp_cases(capability)
+        if not few or name in SMALL:
+            yield _case(name + few, kernel, arguments, elements, num_warps)
 
 
 def _integer_cases() -> Iterator[Case]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastsde.benchmarks.sass import UNET_LAYERS
+from fastsde.benchmarks.sass import SMALL, UNET_LAYERS
 
 # Per variant of fp32 tensors whose rows start on 16 bytes: how many [B, *shape] tensors it reads and writes.
 TENSORS = {
@@ -26,6 +26,8 @@ TENSORS = {
 }
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ACCESSES = 4  # of 128 bits, for the 16 elements of a thread
+TILES = {name: (ACCESSES, *TENSORS[name]) for name in TENSORS}
+TILES |= {f"{name}, few elements": (1, *TENSORS[name]) for name in SMALL}  # 4 elements a thread
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def _names(reports: list[dict[str, Any]], bad: Any) -> list[tuple[str, int]]:
 
 def test_every_variant_is_compiled_for_every_generation(reports: list[dict[str, Any]]) -> None:
     found = {(report["name"], report["capability"]) for report in reports}
-    assert found >= {(name, capability) for name in TENSORS for capability in (80, 90, 100)}
+    assert found >= {(name, capability) for name in TILES for capability in (80, 90, 100)}
 
 
 def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
@@ -82,13 +84,14 @@ def test_the_counts_kept_for_this_triton_are_those_it_gives(reports: list[dict[s
 
 def test_tensors_are_accessed_by_128_bits(reports: list[dict[str, Any]]) -> None:
     for report in reports:
-        if report["name"] not in TENSORS:
+        if report["name"] not in TILES:
             continue
+        accesses, *tensors = TILES[report["name"]]
         wide = [
             sum(n for op, n in report["global_accesses"].items() if op.startswith(kind) and ".128" in op)
             for kind in ("LDG", "STG")
         ]
-        expected = [ACCESSES * tensors for tensors in TENSORS[report["name"]]]
+        expected = [accesses * each for each in tensors]
         assert wide == expected, (report["name"], report["capability"], report["global_accesses"])
 
 
