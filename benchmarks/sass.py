@@ -68,6 +68,7 @@ def _cases(capability: int) -> Iterator[Case]:
         yield from _tile_cases(few, constants)
     yield from _integer_cases()
     yield from _unet_cases()
+    yield from _head_cases()
     yield from _mlp_cases(capability)
 
 
@@ -146,6 +147,24 @@ def _unet_cases() -> Iterator[Case]:
         arguments |= {"OUT_CHANNELS": 2 * channels, "FIRST": channels, "FAST": True, **constants}
         elements = constants["WINDOWS"] * constants["C"] * side**2
         yield _case(name, kernel.bias_activation_kernel, arguments, elements, kernel.WARPS)
+
+
+# Type of the images, their channels and those of the layer before.
+UNET_HEADS = {
+    "head_convolution, bf16": ("*bf16", 1, 32),
+    "head_convolution, fp32": ("*fp32", 1, 32),
+    "head_convolution, bf16, colour": ("*bf16", 3, 128),
+}
+
+
+def _head_cases() -> Iterator[Case]:
+    from fastsde.kernels import head_convolution as kernel
+
+    for name, (images, out, channels) in UNET_HEADS.items():
+        constants, _ = kernel.launch_config(64, 28, 28, channels)
+        arguments: dict[str, Any] = {**dict.fromkeys(("y_ptr", "weight_ptr", "bias_ptr", "out_ptr"), images)}
+        arguments |= {"batch": "i64", "HEIGHT": 28, "WIDTH": 28, "CHANNELS": channels, "OUT": out, **constants}
+        yield _case(name, kernel.head_convolution_kernel, arguments, constants["PIXELS"] * constants["C"], kernel.WARPS)
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:

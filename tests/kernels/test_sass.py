@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastsde.benchmarks.sass import SMALL, UNET_LAYERS
+from fastsde.benchmarks.sass import SMALL, UNET_HEADS, UNET_LAYERS
 
 # Per variant of fp32 tensors whose rows start on 16 bytes: how many [B, *shape] tensors it reads and writes.
 TENSORS = {
@@ -131,3 +131,14 @@ def test_a_layer_of_the_unet_accesses_128_bits_and_is_bound_by_memory(reports: l
     assert wide[1] == pixels * accesses + pools * accesses, report["global_accesses"]
     # An H200 issues 31 thread-instructions in the time that it reads and writes a bf16 element, at 4.3 TB/s.
     assert report["instructions_per_element"] < 26
+
+
+@pytest.mark.parametrize("name", UNET_HEADS)
+def test_the_last_convolution_reads_128_bits(reports: list[dict[str, Any]], name: str) -> None:
+    for report in (each for each in reports if each["name"] == name):
+        wide = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" in op)
+        narrow = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" not in op)
+        assert narrow == UNET_HEADS[name][1]  # the biases
+        assert wide >= 9 * (2 if "bf16" in name else 4)  # the 16 elements of a thread, at each tap
+        if name != "head_convolution, bf16, colour":
+            assert report["instructions_per_element"] < 48  # 15 hide behind reading two bytes, 31 behind four
