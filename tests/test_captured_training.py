@@ -52,6 +52,12 @@ def plain_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable, **options: adam(*args, **options))
 
 
+@pytest.fixture(autouse=True)
+def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes checkpoints however fast they come."""
+    monkeypatch.setattr("fastsde.run_folder.CHECKPOINT_SECONDS", 0.0)
+
+
 def trained(config: TrainConfig, directory: Path, eagerly: bool, **options: Any) -> Weights:
     with pytest.MonkeyPatch.context() as patch:
         if eagerly:

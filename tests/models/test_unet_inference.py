@@ -239,6 +239,7 @@ def test_calls_share_no_memory(path: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by NumPy, in the interpreter
 def test_what_is_not_finite_shows(path: str, value: float) -> None:
     unet = build("of two levels, half odd")
     x, t = inputs(unet)
