@@ -59,10 +59,27 @@ class Report:
     matrix: dict[str, int]
 
 
-def _cases(capability: int) -> Iterator[Case]:
-    from fastsde.kernels import dsm_loss, normal, perturb, solver_step, tile
+# The kernels of small tiles that are looked at.
+SMALL = ("solver_step, counter, time and status", "perturb", "dsm_loss", "dsm_loss, backward")
 
-    constants, _ = tile.tiling(64, 3072)
+
+def _cases(capability: int) -> Iterator[Case]:
+    from fastsde.kernels import tile
+
+    for few, batch in (("", 1000), (", few elements", 1)):
+        constants, _ = tile.tiling(batch, 3072)
+        yield from _tile_cases(few, constants)
+    yield from _integer_cases()
+    yield from _unet_cases()
+    yield from _head_cases()
+    yield from _mlp_cases(capability)
+
+
+def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
+    """Each kernel on large tiles, and the two of a captured trajectory's or training's step on small ones."""
+    from fastsde.kernels import dsm_loss, normal, perturb, solver_step
+
+    num_warps, constants = constants["num_warps"], {k: v for k, v in constants.items() if k != "num_warps"}
     shared = {"batch": "i64", "size": "i64", "count": "i64", **constants, "FAST": True}
     elements = constants["S"] * constants["P"] * 4
     step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "data_ptr"))
@@ -90,9 +107,19 @@ def _cases(capability: int) -> Iterator[Case]:
         ("dsm_loss", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": None}),
         ("dsm_loss, backward", dsm_loss.dsm_loss_kernel, loss | {"grad_ptr": "*fp32"}),
     ):
-        yield _case(name, kernel, arguments, elements, tile.WARPS)
-    yield from _unet_cases()
-    yield from _mlp_cases(capability)
+        if not few or name in SMALL:
+            yield _case(name + few, kernel, arguments, elements, num_warps)
+
+
+def _integer_cases() -> Iterator[Case]:
+    """Keys and the data order; elements are samples."""
+    from fastsde.kernels import data_order, sample_keys
+
+    arguments = {"out_ptr": "*i64", **dict.fromkeys(("seed", "first", "n"), "i64"), "BLOCK": sample_keys.BLOCK}
+    yield _case("sample_keys", sample_keys.sample_keys_kernel, arguments, sample_keys.BLOCK, sample_keys.WARPS)
+    arguments = {"keys_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*i64", "BLOCK": data_order.BLOCK}
+    arguments |= dict.fromkeys(("batch", "stride", "count", "step"), "i64")
+    yield _case("data_order", data_order.data_order_kernel, arguments, data_order.BLOCK, data_order.WARPS)
 
 
 def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_warps: int) -> Case:
@@ -123,6 +150,24 @@ def _unet_cases() -> Iterator[Case]:
         arguments |= {"OUT_CHANNELS": 2 * channels, "FIRST": channels, "FAST": True, **constants}
         elements = constants["WINDOWS"] * constants["C"] * side**2
         yield _case(name, kernel.bias_activation_kernel, arguments, elements, kernel.WARPS)
+
+
+# Type of the images, their channels and those of the layer before.
+UNET_HEADS = {
+    "head_convolution, bf16": ("*bf16", 1, 32),
+    "head_convolution, fp32": ("*fp32", 1, 32),
+    "head_convolution, bf16, colour": ("*bf16", 3, 128),
+}
+
+
+def _head_cases() -> Iterator[Case]:
+    from fastsde.kernels import head_convolution as kernel
+
+    for name, (images, out, channels) in UNET_HEADS.items():
+        constants, _ = kernel.launch_config(64, 28, 28, channels)
+        arguments: dict[str, Any] = {**dict.fromkeys(("y_ptr", "weight_ptr", "bias_ptr", "out_ptr"), images)}
+        arguments |= {"batch": "i64", "HEIGHT": 28, "WIDTH": 28, "CHANNELS": channels, "OUT": out, **constants}
+        yield _case(name, kernel.head_convolution_kernel, arguments, constants["PIXELS"] * constants["C"], kernel.WARPS)
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:

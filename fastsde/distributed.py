@@ -25,6 +25,7 @@ from .validation import check_instance, check_int, check_kwargs
 
 __all__ = [
     "Ranks",
+    "any_rank",
     "device",
     "job",
     "launched",
@@ -207,6 +208,11 @@ def loss_weight(batch_size: int, rank: int, world: int) -> float:
     mine = shard(batch_size, rank, world)
     length: int = mine.stop - mine.start
     return length * world / batch_size
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank, the same on all."""
+    return mean_over_ranks(float(flag)) > 0
 
 
 def mean_over_ranks(value: float) -> float:

@@ -200,9 +200,13 @@ def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int
     Position i of the global batch has key ``keys[i]``. Positions in a data set of ``n`` come from stream 3, with
     replacement; times, uniform on [t_min, 1], from stream 2; noise from stream 1.
     """
-    data_index = (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
     t = _uniform_times(keys, step, t_min)
-    return Draws(data_index, t, noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE))
+    return Draws(data_order(keys, step, n), t, noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE))
+
+
+def data_order(keys: Tensor, step: int | Tensor, n: int) -> Tensor:
+    """Positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps."""
+    return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
 
 
 def _uniform_times(keys: Tensor, step: int | Tensor, t_min: float) -> Tensor:

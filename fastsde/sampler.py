@@ -183,7 +183,7 @@ class Sampler:
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         check_bool("progress", progress)
         shape = (n, *self.sample_shape)
-        keys = request.make_keys(keys, n, seed, first_sample, self.device)
+        keys = request.make_keys(keys, n, seed, first_sample, self.device, self.backend)
         if x_init is not None:
             x_init = check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True)
             check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32

@@ -8,33 +8,41 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoints, distributed, models
+from . import checkpoints, distributed, models, run_folder
 from .checkpoints import RUN_CHECKPOINT, Checkpoint
 from .data import DEFAULT_ROOT, Dataset, load
 from .distributed import Ranks
 from .engines import CaptureError
+from .engines.fetch import fetch
 from .engines.inspection import prefers_channels_last
 from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Work, can_capture, can_run_natively
-from .files import atomic_path
 from .notices import warn
 from .reference import NonFiniteError
+from .run_folder import RunLog
 from .sde import VPSDE
 from .validation import check_bool, check_device, check_instance, check_int, check_number, check_range
 from .vocabulary import LR_SCHEDULES, PRECISIONS, PREDICTIONS, WEIGHTINGS
 
 __all__ = ["TrainConfig", "Trainer", "default_config", "saved_config", "tutorial_config"]
 
-LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
+
+class _Line(NamedTuple):
+    """What a log line will tell, once its loss has come from the device."""
+
+    step: int
+    steps: int  # that the loss is the mean of
+    loss: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ class TrainConfig:
         compile: whether the network runs through ``torch.compile``.
         seed: in [0, 2^63), of the weights, the data order, the times and the noise.
         init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
-        checkpoint_every, log_every: steps between checkpoints and between log lines.
+        checkpoint_every, log_every: steps between checkpoints and between log lines. Where that is less than ten
+            seconds after a checkpoint, the next is left out, but for that of the last step or of an interrupted one;
+            lines are written together every two seconds (`fastsde.run_folder`).
         sde: the SDE.
 
     Raises:
@@ -189,8 +199,9 @@ class Trainer:
 
     The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
     a run resumes from, written whole or not at all, from before the first step on; and ``log.jsonl``, from which a
-    resumed run drops the lines of steps that it takes again. On the CPU a resumed run comes to the very weights of one
-    that was not interrupted.
+    resumed run drops the lines of steps that it takes again. A run that ends or is interrupted, by Ctrl-C or an error,
+    has all its lines there, one that is killed those up to its checkpoint. On the CPU a resumed run comes to the very
+    weights of one that was not interrupted.
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`); on the CPU those of an
     MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
@@ -227,7 +238,7 @@ class Trainer:
         check_instance("config", config, TrainConfig)
         self.config, self.directory, self.device = config, Path(directory), check_device(device)
         checkpoint = self.directory / RUN_CHECKPOINT
-        if not resume and checkpoint.exists() and not _is_before_first_step(checkpoint):
+        if not resume and checkpoint.exists() and not run_folder.is_before_first_step(checkpoint):
             raise FileExistsError(
                 f"{self.directory} already holds a run: resume or delete it, or choose another folder"
             )
@@ -250,6 +261,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), **options)
         self.step = 0
         self.loss: float | None = None
+        self._lines = RunLog(self.directory)
         if resuming:
             self._restore(*checkpoints.read(checkpoint))
 
@@ -298,13 +310,13 @@ class Trainer:
         """
         # All have looked at the folder before the first one writes there.
         differs = distributed.mean_over_ranks(self.step) != self.step
-        if distributed.mean_over_ranks(float(differs)) > 0:  # a rank that is at the mean does not see it by itself
+        if distributed.any_rank(differs):  # a rank that is at the mean does not see it by itself
             raise RuntimeError(
                 f"the ranks are not at the same step: {self.directory} must be one folder for all of them"
             )
         first = self._here.rank == 0
         progress = progress and first
-        with _locked(self.directory) if first else nullcontext(), _deferred_interrupt() as interrupted:
+        with run_folder.locked(self.directory) if first else nullcontext(), _deferred_interrupt() as interrupted:
             if first:
                 self._begin()
             bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
@@ -324,14 +336,27 @@ class Trainer:
             )
         if not step:
             self._save()  # so that the config is there to resume from, whenever the run is killed
-        self._truncate_log()
+        self._lines.drop_after(self.step)
 
     def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
+        lines: deque[_Line] = deque()
+        try:
+            self._take_steps(bar, lines, interrupted)
+        except BaseException:
+            if self._here.world == 1:  # of several ranks none leaves a line open, and the others might not answer
+                with suppress(Exception):  # what went wrong first is what counts
+                    self._report(bar, lines)
+            raise
+        finally:
+            self._lines.flush()
+
+    def _take_steps(self, bar: tqdm[Any], lines: deque[_Line], interrupted: Callable[[], bool]) -> None:
         config = self.config
         work = Work(config, self.model, self.ema, self.optimizer, self.dataset, self.device)
         steps = self._steps(work)
         losses: list[Tensor] = []
-        started, since, stop = time.perf_counter(), self.step, False
+        since, stop = self.step, False
+        self._reported = saved = time.monotonic()
         while self.step < config.steps and not stop:
             for count in steps.chunks(self._steps_to_next_stop()):
                 try:
@@ -346,16 +371,24 @@ class Trainer:
                     break
             last = self.step == config.steps
             if (self.step % config.log_every == 0 or last) and losses:
-                mean = float(torch.cat(losses).double().mean())  # waits for the device, so read the clock after it
-                now = time.perf_counter()
-                self._log(bar, distributed.mean_over_ranks(mean), (self.step - since) / (now - started))
-                losses, started, since = [], now, self.step
+                lines.append(_Line(self.step, self.step - since, fetch(torch.cat(losses).double().mean())))
+                losses, since = [], self.step
+                # While the device goes on with the steps of this line, the one before is read.
+                self._report(bar, lines, leave=int(self._captures))
                 # All ranks stop at the same step, or they would wait for each other.
-                stop = stop or distributed.mean_over_ranks(float(interrupted())) > 0
-            if self.step % config.checkpoint_every == 0 or last or stop:
+                stop = stop or distributed.any_rank(interrupted())
+            if last or stop or self._is_checkpoint_due(saved):
+                self._report(bar, lines)
                 self._save()
+                saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
+
+    def _is_checkpoint_due(self, saved: float) -> bool:
+        """Whether all ranks save at this step, as soon as the clock of one of them says so."""
+        if self.step % self.config.checkpoint_every:
+            return False
+        return distributed.any_rank(time.monotonic() - saved >= run_folder.CHECKPOINT_SECONDS)
 
     def _steps(self, work: Work) -> Steps:
         """The fastest way to take steps that there is."""
@@ -374,43 +407,32 @@ class Trainer:
     def _way_out(self) -> str:
         return f"try a lower lr, after deleting {self.directory} or in another folder"
 
-    def _log(self, bar: tqdm[Any], loss: float, steps_per_second: float) -> None:
+    def _report(self, bar: tqdm[Any], lines: deque[_Line], leave: int = 0) -> None:
+        """Logs the lines but for the last ``leave``, waiting for their losses."""
+        while len(lines) > leave:
+            line = lines.popleft()
+            loss = float(line.loss())  # waits for the device, so read the clock after it
+            now = time.monotonic()
+            self._log(bar, line, distributed.mean_over_ranks(loss), line.steps / max(now - self._reported, 1e-9))
+            self._reported = now
+
+    def _log(self, bar: tqdm[Any], line: _Line, loss: float, steps_per_second: float) -> None:
         if not math.isfinite(loss):
-            raise NonFiniteError(f"the loss became {loss} before step {self.step}: {self._way_out}")
+            raise NonFiniteError(f"the loss became {loss} before step {line.step}: {self._way_out}")
         self.loss = loss
         if self._here.rank != 0:
             return
-        line = {
-            "step": self.step,
-            "loss": loss,
-            "lr": self.config.learning_rate(self.step - 1),
-            "steps_per_s": round(steps_per_second, 3),
-        }
-        with (self.directory / LOG_NAME).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        bar.update(self.step - bar.n)
-        bar.set_postfix(loss=f"{loss:.4f}")
-
-    def _truncate_log(self) -> None:
-        """Drops the log lines of steps that the checkpoint has not, and a last line that was cut short."""
-        log = self.directory / LOG_NAME
-        if not log.exists():
-            return
-        kept: list[str] = []
-        for line in log.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-        with atomic_path(log) as temporary:
-            temporary.write_text("".join(kept))
+        lr = self.config.learning_rate(line.step - 1)
+        self._lines.append({"step": line.step, "loss": loss, "lr": lr, "steps_per_s": round(steps_per_second, 3)})
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)  # shown by the next update, ten times a second at most
+        bar.update(line.step - bar.n)
 
     def _save(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             raise NonFiniteError(f"the weights became NaN or infinity before step {self.step}: {self._way_out}")
         if self._here.rank != 0:
             return
+        self._lines.flush()  # a run that is killed and resumed from here must find them
         tensors = {f"model.{name}": value for name, value in self.sampling_model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
@@ -478,15 +500,6 @@ def _json(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _is_before_first_step(checkpoint: Path) -> bool:
-    """Whether a run wrote this checkpoint before its first step, so that no work is lost with it."""
-    try:
-        metadata = checkpoints.read(checkpoint)[1]
-        return bool(metadata["resumable"]) and metadata["record"]["step"] == 0
-    except (KeyError, TypeError, ValueError):  # not a run's: it stays
-        return False
-
-
 def _steps_of(start: Checkpoint) -> int:
     """How many steps a checkpoint has been trained for, as far as its record, which is free-form, tells."""
     steps = (start.record.get(name, 0) for name in ("step", "earlier_steps"))
@@ -504,23 +517,6 @@ def _initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
             raise ValueError(f"init must have the model and prediction of the run, {ours}, got {theirs}")
         model.load_state_dict(start.model.state_dict())
     return model
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the folder against other processes; the lock goes with the process, however it ends."""
-    import fcntl
-
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK_NAME).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is training in {directory}") from None
-        for name in (RUN_CHECKPOINT, LOG_NAME):
-            for stale in directory.glob(f".{Path(name).stem}-*.tmp*"):
-                stale.unlink(missing_ok=True)
-        yield
 
 
 @contextmanager

@@ -153,7 +153,6 @@ def dsm_loss(
             PREDICTION=prediction,
             WEIGHTING=weighting,
             FAST=fast_math(f),
-            num_warps=WARPS,
             **constants,
         )
         if grad is None:

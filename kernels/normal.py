@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import tile_normal
-from .tile import WARPS, fast_math, on_device, tile, tiling
+from .tile import fast_math, on_device, tile, tiling
 
 
 @triton.jit(do_not_specialize=["batch", "size", "step"])
@@ -40,6 +40,4 @@ def normal(keys: Tensor, step: int, stream: int, out: Tensor) -> None:
     size = out.numel() // batch
     constants, grid = tiling(batch, size)
     with on_device(out):
-        normal_kernel[grid](
-            keys, out, batch, size, step, STREAM=stream, FAST=fast_math(out), num_warps=WARPS, **constants
-        )
+        normal_kernel[grid](keys, out, batch, size, step, STREAM=stream, FAST=fast_math(out), **constants)

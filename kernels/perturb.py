@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .philox import STREAM_TRAINING_TIME, draw_offset, load_keys, uniform
 from .schedule import alpha_sigma, load_data, load_step, training_noise
-from .tile import WARPS, fast_math, on_device, tile, tiling
+from .tile import fast_math, on_device, tile, tiling
 
 
 @triton.jit(do_not_specialize=["batch", "size", "count", "step"])
@@ -107,6 +107,5 @@ def perturb(
             len(x_0),
             step,
             FAST=fast_math(out),
-            num_warps=WARPS,
             **constants,
         )

@@ -27,6 +27,7 @@ TWO_PI = tl.constexpr(2 * math.pi)
 STREAM_SAMPLING = tl.constexpr(0)
 STREAM_TRAINING_NOISE = tl.constexpr(1)
 STREAM_TRAINING_TIME = tl.constexpr(2)
+STREAM_DATA_ORDER = tl.constexpr(3)
 
 
 @triton.jit

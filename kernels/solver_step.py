@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import STREAM_SAMPLING, tile_normal
-from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
+from .tile import fast_math, on_device, program_slot, tile, tiling
 
 
 @triton.jit
@@ -162,6 +162,5 @@ def solver_step(
             len(table),
             USES_DATA=uses_data,
             FAST=fast_math(x),
-            num_warps=WARPS,
             **constants,
         )

@@ -1,11 +1,13 @@
 """How a batch ``[B, *shape]`` is cut into tiles: S samples by P blocks of four elements (a block is one Philox call).
 
-A tile depends on the size of a sample alone, so that neither the batch nor the noise ever makes a new variant of a
-kernel. Offsets are int64.
+A tile is large, or small where there are too few large ones for every processor of a GPU: a kernel has at most two
+variants for samples of a size, whatever the batch. What an element becomes is the same to the bit in both. Offsets are
+int64.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -14,13 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCKS = 512  # of four elements, in a tile
-WARPS = 4  # 16 elements a thread
+WARPS = 4
+# Blocks of four elements in a tile, and its warps: 16 elements a thread, which share what is computed for a sample and
+# keep loads in flight, or 4.
+_LARGE, _SMALL = (512, WARPS), (32, 1)
+# Two large tiles for each of the 132 processors of an H100 or H200, as a constant: the shape alone decides. With fewer
+# of them the time is that of one tile's chain of instructions, which small tiles cut by four. The interpreter runs one
+# tile after another, and each costs it the same: there any number is many.
+_MANY = 0 if triton.knobs.runtime.interpret else 2 * 132
 _GRID_AXIS_1 = 65_535
 
 
 class Tiling(NamedTuple):
-    """The compile-time constants of a tile, and the grid of tiles."""
+    """The compile-time constants of a tile, its warps among them, and the grid of tiles."""
 
     constants: dict[str, int | bool]
     grid: tuple[int, int]
@@ -28,13 +36,18 @@ class Tiling(NamedTuple):
 
 def tiling(batch: int, size: int) -> Tiling:
     """For ``batch`` samples of ``size`` elements."""
+    large = _tiling(batch, size, *_LARGE)
+    return large if math.prod(large.grid) >= _MANY else _tiling(batch, size, *_SMALL)
+
+
+def _tiling(batch: int, size: int, most: int, warps: int) -> Tiling:
     blocks = max(triton.cdiv(size, 4), 1)  # of samples without elements, the times are still drawn
-    width = min(triton.next_power_of_2(blocks), _BLOCKS)
-    height = _BLOCKS // width
+    width = min(triton.next_power_of_2(blocks), most)
+    height = most // width
     rows, columns = triton.cdiv(batch, height), triton.cdiv(blocks, width)
     # Axis 1 of a grid is short. No memory holds a batch for which both counts are long.
     rows_first = columns <= _GRID_AXIS_1
-    constants = {"S": height, "P": width, "ALIGNED": size % 4 == 0, "ROWS_FIRST": rows_first}
+    constants = {"S": height, "P": width, "ALIGNED": size % 4 == 0, "ROWS_FIRST": rows_first, "num_warps": warps}
     return Tiling(constants, (rows, columns) if rows_first else (columns, rows))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsde import NonFiniteError, checkpoints, noise, reference
+from fastsde import NonFiniteError, checkpoints, noise, reference, run_folder
 from fastsde.data import Dataset, swiss_roll
 from fastsde.engines import training as steps
 from fastsde.training import TrainConfig, Trainer, default_config, saved_config, tutorial_config
@@ -35,6 +37,12 @@ IMAGES = replace(
     checkpoint_every=3,
     log_every=2,
 )
+
+
+@pytest.fixture(autouse=True)
+def _every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes checkpoints however fast they come."""
+    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", 0.0)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -117,14 +125,22 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: Tra
     assert [x["lr"] for x in whole] == [x["lr"] for x in cut]
 
 
+EVERY_CHECKPOINT = """
+import runpy
+from fastsde import run_folder
+run_folder.CHECKPOINT_SECONDS = 0.0
+runpy.run_module("fastsde", run_name="__main__")
+"""
+
+
 def test_kill_9_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     options = ["--steps", "1200", "--checkpoint-every", "5", "--batch-size", "32", "--quiet"]
 
     def command(name: str) -> list[str]:
         return [
             sys.executable,
-            "-m",
-            "fastsde",
+            "-c",
+            EVERY_CHECKPOINT,
             "train",
             "swiss-roll",
             "--dir",
@@ -155,6 +171,25 @@ def test_kill_9_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
 def saved_step(directory: Path) -> int:
     path = directory / "checkpoint.safetensors"
     return checkpoints.read(path)[1]["record"]["step"] if path.exists() else 0
+
+
+def test_checkpoints_that_come_fast_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainer(TINY, tmp_path / "each").train(progress=False)
+    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", math.inf)
+    steps, write, lines = [], checkpoints.write, []
+
+    def counted(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, object]) -> None:
+        steps.append(metadata["record"]["step"])
+        log = tmp_path / "few" / "log.jsonl"
+        lines.append(len(log_of(tmp_path / "few")) if log.exists() else 0)
+        write(path, tensors, metadata)
+
+    monkeypatch.setattr(checkpoints, "write", counted)
+    trainer = Trainer(TINY, tmp_path / "few")
+    trainer.train(progress=False)
+    assert steps == [0, 60]
+    assert lines == [0, 6]  # the lines of its steps are there before a checkpoint is
+    assert_same(tensors(tmp_path / "each"), tensors(tmp_path / "few"))
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
@@ -219,6 +254,53 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     first._save = save_while_the_other_tries  # type: ignore[method-assign]
     first.train(progress=False)
     assert saved_step(tmp_path) == 40
+
+
+@pytest.mark.usefixtures("eager_steps")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError])
+def test_a_run_that_an_error_ends_has_all_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    monkeypatch.setattr(run_folder, "LOG_SECONDS", math.inf)
+    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", math.inf)
+    trainer = Trainer(TINY, tmp_path)
+    trainer._captures = True  # a line is then read when the next one has been begun
+    trainer._steps = lambda work: steps.EagerSteps(work, trainer._here)  # type: ignore[method-assign]
+    take, on_disk = steps.EagerSteps.take, []
+
+    def cut(self: steps.EagerSteps, first: int, count: int) -> torch.Tensor:
+        if first == 45:
+            on_disk.append(len(log_of(tmp_path)))
+            raise error("here")
+        return take(self, first, count)
+
+    monkeypatch.setattr(steps.EagerSteps, "take", cut)
+    with pytest.raises(error, match="here"):
+        trainer.train(progress=False)
+    assert on_disk == [1]  # the first is written at once, and the others wait
+    assert [line["step"] for line in log_of(tmp_path)] == [10, 20, 30, 40]
+    assert saved_step(tmp_path) == 0
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the numbers that PyTorch gives to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("eager_steps")
+def test_losses_are_read_for_log_lines_alone(tmp_path: Path) -> None:
+    reads = []
+    for log_every in (10, 60):
+        with _Reads() as mode:
+            Trainer(replace(TINY, log_every=log_every, checkpoint_every=60), tmp_path / str(log_every)).train(False)
+        reads.append(mode.count)
+    assert reads[0] - reads[1] == 5  # lines
+    assert reads[1] < 60 / 2
 
 
 @pytest.mark.usefixtures("eager_steps")

@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 @click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
 @click.option("--seed", type=click.IntRange(0))
 @click.option("--init", help="Start from the weights of a checkpoint, a run or a shipped model.")
-@click.option("--checkpoint-every", type=click.IntRange(1))
-@click.option("--log-every", type=click.IntRange(1))
+@click.option(
+    "--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, at least ten seconds apart."
+)
+@click.option("--log-every", type=click.IntRange(1), help="Steps between log lines, written every two seconds.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @reports_errors

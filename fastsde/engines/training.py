@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import distributed, noise, ops
+from .. import distributed, ops
 from ..data import Dataset
 from ..distributed import Ranks
 from ..models.mlp import linear_layers
@@ -137,7 +137,7 @@ class EagerSteps:
     def _drawn_ahead(self, first: int) -> Iterator[Draws]:
         """The random numbers of each step from ``first`` on, drawn for several steps at once."""
         config, dataset = self._work.config, self._work.dataset
-        keys = noise.sample_keys(config.seed, config.batch_size, device=self._work.device)[self._part]
+        keys = ops.sample_keys(config.seed, config.batch_size, device=self._work.device)[self._part]
         ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(dataset.shape))))
         # Blocks start at multiples of their length, so that a resumed run draws in the same blocks.
         for start in range(first // ahead * ahead, config.steps, ahead):
@@ -152,7 +152,7 @@ class NativeSteps:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._keys = noise.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
+        self._keys = ops.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
 
     def chunks(self, count: int) -> list[int]:
         products = self._work.config.batch_size * sum(each.numel() for each in self._work.model.parameters())
@@ -218,8 +218,8 @@ class CapturedSteps:
     """Whole steps as CUDA graphs: gather, noising, network, loss, backward, Adam and the moving average.
 
     The first steps are taken as they are, which warms up what is then captured, as is one of each other thread that
-    comes to capture some. The step number, the rows of the data,
-    the learning rates and the decays lie in device memory, and are written there before each replay.
+    comes to capture some. The number of the first step, the learning rates and the decays lie in device memory, and are
+    written there before each replay; a graph begins with the data order of its steps.
     """
 
     def __init__(self, work: Work) -> None:
@@ -227,7 +227,7 @@ class CapturedSteps:
         self._copy = None if work.autocast is None else LowPrecisionCopy(work.model, work.autocast)
         self._network = work.as_called(work.model if self._copy is None else self._copy.network)
         config, device = work.config, work.device
-        self._keys = noise.sample_keys(config.seed, config.batch_size, device=device)
+        self._keys = ops.sample_keys(config.seed, config.batch_size, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
         # Rows of 16 bytes or a multiple: a kernel would be compiled anew, while it is captured, for one that is not.
         width = config.batch_size + config.batch_size % 2
@@ -263,15 +263,16 @@ class CapturedSteps:
         return self._losses[:count].clone()
 
     def _write(self, first: int, count: int) -> None:
-        """What is different in each step, into device memory. Copies from the host do not wait for the device."""
-        work, config = self._work, self._work.config
-        steps = torch.arange(first, first + count, device=work.device)
-        order = noise.uniform(self._keys, steps, (), noise.STREAM_DATA_ORDER)
-        self._index[:count, : config.batch_size] = (order.double() * len(work.dataset)).long()
-        self._rates[:count].copy_(_rates(config, first, count), non_blocking=True)
+        """What is different in each replay, into device memory, without waiting for the device."""
+        rates = _rates(self._work.config, first, count)
+        if self._work.device.type == "cuda":
+            rates = rates.pin_memory()  # PyTorch does not give this memory away before the copy has run
+        self._rates[:count].copy_(rates, non_blocking=True)
         self._first.fill_(first)
 
     def _steps(self, count: int) -> None:
+        config = self._work.config
+        ops.data_order(self._keys, self._first, len(self._work.dataset), self._index[:count, : config.batch_size])
         for i in range(count):
             self._losses[i] = self._step(i)
 

@@ -57,8 +57,9 @@ class UNetInference(nn.Module):
     Weights and activations are channels last. Where the Triton kernels run, one kernel follows each convolution: it
     adds the bias, takes the log sigmoid, pools, and writes into the buffer that the decoder reads signal and skip from,
     so that nothing is concatenated. The time's part of the first convolution, t times a fixed image, is added there.
-    On the CPU the whole network is one native kernel, in fp32 and, where the CPU multiplies it, bf16, for channels that
-    are multiples of 16. Elsewhere, and to torch.compile, it is the U-Net in plain PyTorch.
+    The last convolution, to at most four channels, is one kernel with its bias. On the CPU the whole network is one
+    native kernel, in fp32 and, where the CPU multiplies it, bf16, for channels that are multiples of 16. Elsewhere, and
+    to torch.compile, it is the U-Net in plain PyTorch.
 
     The weights are copies. `refresh` copies them again, in place. Where they are written to past PyTorch's count of
     that, through ``.data``, the native kernel does not see it before.
@@ -203,8 +204,9 @@ class UNetInference(nn.Module):
         return out.to(x.dtype)
 
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:
-        """By one kernel after each convolution but the last."""
+        """By one kernel after each convolution but the last, which is a kernel itself."""
         from ..kernels.bias_activation import bias_activation
+        from ..kernels.head_convolution import MAX_OUT, head_convolution
 
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
         signal = x.contiguous(memory_format=torch.channels_last)
@@ -227,7 +229,11 @@ class UNetInference(nn.Module):
         first, last = self.head
         y = _channels_last(F.conv2d(signal, first.weight, padding=1))
         bias_activation(y, first.bias, y)
-        return F.conv2d(y, last.weight, last.bias, padding=1).contiguous()
+        if len(last.weight) > MAX_OUT or y.dtype != last.weight.dtype:
+            return F.conv2d(y, last.weight, last.bias, padding=1).contiguous()
+        out = torch.empty((len(y), len(last.weight), *y.shape[2:]), dtype=y.dtype, device=y.device)
+        head_convolution(y, last.weight, last.bias, out)
+        return out
 
 
 def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,15 +16,17 @@ from .step import (
     fused_step,
     new_status,
     normal,
+    sample_keys,
     solver_step,
     step_counter,
 )
-from .training import dsm_loss, perturb
+from .training import data_order, dsm_loss, perturb
 
 __all__ = [
     "PRECISIONS",
     "check_status",
     "counted_step",
+    "data_order",
     "device_table",
     "dsm_loss",
     "fused_step",
@@ -41,6 +43,7 @@ __all__ = [
     "normal",
     "pack_mlp",
     "perturb",
+    "sample_keys",
     "solver_step",
     "step_counter",
     "unknown_activation",

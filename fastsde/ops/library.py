@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dispatch import contiguous, kernel
 
-__all__ = ["launch_normal"]
+__all__ = ["launch_normal", "launch_sample_keys"]
 
 
 def launch_normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
@@ -28,6 +28,20 @@ def _normal_output(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -
 
 
 torch.library.custom_op("fastsde::normal", launch_normal, mutates_args=()).register_fake(_normal_output)
+
+
+def launch_sample_keys(seed: int, n: int, first_sample: int, device: torch.device) -> Tensor:
+    """`fastsde.ops.sample_keys` by its kernel, for ints in int64. Arguments are trusted."""
+    out = _sample_keys_output(seed, n, first_sample, device)
+    kernel("sample_keys", device).sample_keys(seed, first_sample, out)
+    return out
+
+
+def _sample_keys_output(seed: int, n: int, first_sample: int, device: torch.device) -> Tensor:
+    return torch.empty((n, 2), dtype=torch.int64, device=device)
+
+
+torch.library.custom_op("fastsde::sample_keys", launch_sample_keys, mutates_args=()).register_fake(_sample_keys_output)
 
 
 @torch.library.custom_op("fastsde::solver_step", mutates_args=())

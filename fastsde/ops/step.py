@@ -1,4 +1,4 @@
-"""The step of a solver, and the draw of its initial state."""
+"""The step of a solver, and the keys and the draw of its initial state."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "fused_step",
     "new_status",
     "normal",
+    "sample_keys",
     "solver_step",
     "step_counter",
 ]
@@ -143,6 +144,22 @@ def check_status(status: Tensor, table: StepTable) -> None:
     if value != FINITE:
         row, kind = divmod(value, 2)
         raise non_finite(STATUS_KINDS[kind], row, float(table.time[row]))
+
+
+def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
+    """`fastsde.noise.sample_keys`: one launch where the kernel runs.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    device = torch.device(device)
+    if not has_kernels(device):
+        return noise.sample_keys(seed, n, first_sample, device=device)
+    given = (noise.int64_bits("seed", seed), check_int("n", n, 0), noise.int64_bits("first_sample", first_sample))
+    if is_plain():  # past torch.library, whose first call imports the compiler
+        return library.launch_sample_keys(*given, device)
+    keys: Tensor = torch.ops.fastsde.sample_keys(*given, device)
+    return keys
 
 
 def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.STREAM_SAMPLING) -> Tensor:

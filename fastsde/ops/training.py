@@ -1,4 +1,4 @@
-"""Posterior noising and the loss."""
+"""The data order, posterior noising and the loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,23 @@ from ..sde import VPSDE
 from ..solvers import PREDICTIONS
 from ..validation import check_instance, check_int, check_keys, check_number, check_tensor
 from . import library  # noqa: F401 (registers the operations)
-from .dispatch import has_kernels, needs_grad
+from .dispatch import has_kernels, kernel, needs_grad
 
-__all__ = ["dsm_loss", "perturb"]
+__all__ = ["data_order", "dsm_loss", "perturb"]
 
 _MAX_STEP = 2**28
+
+
+def data_order(keys: Tensor, counter: Tensor, n: int, out: Tensor) -> None:
+    """`fastsde.reference.data_order` of consecutive steps, where `has_triton` holds: one launch. Arguments are trusted.
+
+    Args:
+        keys: contiguous int64 ``[B, 2]``.
+        counter: int64, one element on the device: the first step.
+        n: how many rows the data have.
+        out: int64 ``[R, B]``, each row contiguous, where the positions of R steps go.
+    """
+    kernel("data_order", keys.device).data_order(keys, 0, n, counter=counter, out=out)
 
 
 def _check_data(

@@ -4,6 +4,7 @@
 #include "mlp_sampler.cpp"
 #include "normal.cpp"
 #include "perturb.cpp"
+#include "sample_keys.cpp"
 #include "solver_step.cpp"
 
 // How many floats a vector has.

@@ -30,6 +30,7 @@ _DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors
 _SIGNATURES = {
     "normal": "- L l l l l F",
     "bits": "- L l l l l I",
+    "sample_keys": "- l l l L",
     "solver_step": "l F F F F F L F l f f l l F F",
     "perturb": "- p i L l L F F l f f f f f l l F F",
     "dsm_loss": "s F p i L l F L F l f f f f i i l l F F",

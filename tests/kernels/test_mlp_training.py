@@ -160,6 +160,7 @@ def test_it_resumes_to_the_very_weights_and_threads_and_chunks_do_not_matter(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
+        patch.setattr("fastsde.run_folder.CHECKPOINT_SECONDS", 0.0)
         patch.setattr(Trainer, "_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Trainer(CONFIG, tmp_path / "cut").train(progress=False)

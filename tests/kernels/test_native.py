@@ -64,7 +64,11 @@ def _results(batch: int, size: int) -> list[Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = MLP(size, (20,)) if size <= 100 else None
-    results = [ops.normal(keys, 3, (size,)), *ops.solver_step(x, f, TABLE, 1, keys=keys, history=z)]
+    results = [
+        ops.sample_keys(size, 20 * batch),
+        ops.normal(keys, 3, (size,)),
+        *ops.solver_step(x, f, TABLE, 1, keys=keys, history=z),
+    ]
     results += ops.perturb(x, keys, 4, SDE)
     f.requires_grad_()
     loss = ops.dsm_loss(f, x, t, keys, 5, SDE, prediction="v")

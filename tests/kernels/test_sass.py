@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastsde.benchmarks.sass import UNET_LAYERS
+from fastsde.benchmarks.sass import SMALL, UNET_HEADS, UNET_LAYERS
 
 # Per variant of fp32 tensors whose rows start on 16 bytes: how many [B, *shape] tensors it reads and writes.
 TENSORS = {
@@ -26,6 +26,8 @@ TENSORS = {
 }
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ACCESSES = 4  # of 128 bits, for the 16 elements of a thread
+TILES = {name: (ACCESSES, *TENSORS[name]) for name in TENSORS}
+TILES |= {f"{name}, few elements": (1, *TENSORS[name]) for name in SMALL}  # 4 elements a thread
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def _names(reports: list[dict[str, Any]], bad: Any) -> list[tuple[str, int]]:
 
 def test_every_variant_is_compiled_for_every_generation(reports: list[dict[str, Any]]) -> None:
     found = {(report["name"], report["capability"]) for report in reports}
-    assert found >= {(name, capability) for name in TENSORS for capability in (80, 90, 100)}
+    assert found >= {(name, capability) for name in TILES for capability in (80, 90, 100)}
 
 
 def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
@@ -112,19 +114,28 @@ def test_the_counts_kept_for_this_triton_are_those_it_gives(reports: list[dict[s
 
 def test_tensors_are_accessed_by_128_bits(reports: list[dict[str, Any]]) -> None:
     for report in reports:
-        if report["name"] not in TENSORS:
+        if report["name"] not in TILES:
             continue
+        accesses, *tensors = TILES[report["name"]]
         wide = [
             sum(n for op, n in report["global_accesses"].items() if op.startswith(kind) and ".128" in op)
             for kind in ("LDG", "STG")
         ]
-        expected = [ACCESSES * tensors for tensors in TENSORS[report["name"]]]
+        expected = [accesses * each for each in tensors]
         assert wide == expected, (report["name"], report["capability"], report["global_accesses"])
 
 
 def test_the_noisy_step_is_bound_by_memory(reports: list[dict[str, Any]]) -> None:
     step = _of(reports, "solver_step")
     assert step["instructions_per_element"] < 36  # 40 would still hide behind 12 bytes an element; 31 today
+
+
+def test_a_key_is_one_store_and_a_position_one_philox_call(reports: list[dict[str, Any]]) -> None:
+    for report in (each for each in reports if each["name"] in ("sample_keys", "data_order")):
+        assert report["shared_bytes"] == 0, report
+        assert report["instructions_per_element"] < 120, report  # 40 of them are the products of ten rounds
+    keys = [each["global_accesses"] for each in reports if each["name"] == "sample_keys"]
+    assert keys == [{"STG.E.128": 1}] * 3
 
 
 def test_the_step_exchanges_nothing_but_its_status(reports: list[dict[str, Any]]) -> None:
@@ -150,3 +161,14 @@ def test_a_layer_of_the_unet_accesses_128_bits_and_is_bound_by_memory(reports: l
     assert wide[1] == pixels * accesses + pools * accesses, report["global_accesses"]
     # An H200 issues 31 thread-instructions in the time that it reads and writes a bf16 element, at 4.3 TB/s.
     assert report["instructions_per_element"] < 26
+
+
+@pytest.mark.parametrize("name", UNET_HEADS)
+def test_the_last_convolution_reads_128_bits(reports: list[dict[str, Any]], name: str) -> None:
+    for report in (each for each in reports if each["name"] == name):
+        wide = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" in op)
+        narrow = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" not in op)
+        assert narrow == UNET_HEADS[name][1]  # the biases
+        assert wide >= 9 * (2 if "bf16" in name else 4)  # the 16 elements of a thread, at each tap
+        if name != "head_convolution, bf16, colour":
+            assert report["instructions_per_element"] < 48  # 15 hide behind reading two bytes, 31 behind four

@@ -1,0 +1,97 @@
+"""The folder of a training run: its log, its lock, and how often it is written to."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import checkpoints
+from .checkpoints import RUN_CHECKPOINT
+from .files import atomic_path
+
+__all__ = ["CHECKPOINT_SECONDS", "LOG_SECONDS", "RunLog", "is_before_first_step", "locked"]
+
+LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
+# At most so often anything is written. A step of an MLP takes microseconds, and a checkpoint milliseconds: one every
+# 1000 steps, with a line every 100, would take about as long as the steps. So they take a hundredth at most. Who
+# follows a log does not notice 2 s, and a run that is killed loses 10 s of work.
+LOG_SECONDS, CHECKPOINT_SECONDS = 2.0, 10.0
+
+
+class RunLog:
+    """``log.jsonl``, a line of JSON for each of some steps, written in groups.
+
+    Lines wait for at most about `LOG_SECONDS`, where more follow, or for `flush`.
+
+    Args:
+        directory: the folder, which need not be there yet.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / LOG_NAME
+        self._lines: list[str] = []
+        self._written = -math.inf
+
+    def drop_after(self, step: int) -> None:
+        """Drops the lines of later steps, and a last line that was cut short."""
+        if not self._path.exists():
+            return
+        kept: list[str] = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line, which has a "step"."""
+        self._lines.append(json.dumps(line) + "\n")
+        if time.monotonic() - self._written >= LOG_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes all lines that wait."""
+        if not self._lines:
+            return
+        with self._path.open("a") as file:
+            file.write("".join(self._lines))
+        self._lines = []
+        self._written = time.monotonic()
+
+
+def is_before_first_step(checkpoint: Path) -> bool:
+    """Whether a run wrote this checkpoint before its first step, so that no work is lost with it."""
+    try:
+        metadata = checkpoints.read(checkpoint)[1]
+        return bool(metadata["resumable"]) and metadata["record"]["step"] == 0
+    except (KeyError, TypeError, ValueError):  # not a run's: it stays
+        return False
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the folder against other processes; the lock goes with the process, however it ends.
+
+    Raises:
+        RuntimeError: where another process holds it.
+    """
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {directory}") from None
+        for name in (RUN_CHECKPOINT, LOG_NAME):
+            for stale in directory.glob(f".{Path(name).stem}-*.tmp*"):
+                stale.unlink(missing_ok=True)
+        yield

@@ -1,0 +1,59 @@
+"""Which rows of the data the batches of consecutive steps take (the twin of ``fastsde.reference.data_order``):
+
+    index[r, i] = floor(u N),  u the uniform of position i in step ``step + r``, stream 3
+
+The steps may start at a counter in device memory, so that one launch at the start of a captured graph draws the order
+of all its steps. u is a multiple of 2^-24, exact in float64; the product is rounded once, as in the reference, so the
+result is exact for data of any size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import STREAM_DATA_ORDER, draw_offset, load_keys, philox
+from .schedule import load_step
+from .tile import on_device
+
+BLOCK, WARPS = 128, 4
+_GRID_AXIS_1 = 65_535
+
+
+@triton.jit(do_not_specialize=["batch", "stride", "count", "step"])
+def data_order_kernel(
+    keys_ptr,
+    step_ptr,
+    out_ptr,
+    batch: tl.int64,
+    stride: tl.int64,
+    count: tl.int64,
+    step: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = sample < batch
+    seed, offset = load_keys(keys_ptr, sample, exists)
+    word, _, _, _ = philox(seed, offset + draw_offset(load_step(step, step_ptr) + row, STREAM_DATA_ORDER))
+    u = (word & 0xFFFFFF).to(tl.float64) * 2.0**-24
+    tl.store(out_ptr + row * stride + sample, (u * count.to(tl.float64)).to(tl.int64), mask=exists)
+
+
+def data_order(keys: Tensor, step: int, n: int, *, counter: Tensor | None = None, out: Tensor) -> None:
+    """Writes the rows that ``R`` steps from ``step`` on take of a data set of ``n`` rows.
+
+    Args:
+        keys: contiguous int64 ``[B, 2]``.
+        counter: int64, one element on the device, that is added to the step.
+        out: int64 ``[R, B]``, each row contiguous; R below 2^16.
+    """
+    steps, batch = out.shape
+    if not out.numel():
+        return
+    if steps > _GRID_AXIS_1 or out.stride(1) != 1:
+        raise ValueError(f"out must have at most {_GRID_AXIS_1} rows, each contiguous, got {steps} of {out.stride()}")
+    grid = (triton.cdiv(batch, BLOCK), steps)
+    with on_device(out):
+        data_order_kernel[grid](keys, counter, out, batch, out.stride(0), n, step, BLOCK=BLOCK, num_warps=WARPS)

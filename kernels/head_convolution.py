@@ -1,0 +1,124 @@
+"""The U-Net's last convolution, 3x3 from C channels to the 1 to 4 of an image, with its bias, in one launch:
+
+    out[b, o, i, j] = bias[o] + sum over c, di, dj of weight[o, c, di, dj] y[b, c, i + di - 1, j + dj - 1]
+
+y and the weights are channels last, out is contiguous ``[B, O, H, W]``; all of one dtype, fp32, bf16 or fp16. Products
+and sums are fp32. cuDNN writes the result, reads it again to add the bias, and leaves it channels last.
+
+For one output channel the tensor cores would multiply by seven columns of zeros. y is read once from memory; the other
+eight taps find it in the cache. On sm_90 all nine take 43 thread-instructions a channel and pixel in bf16, 35 in fp32
+(``python -m fastsde.benchmarks.sass``); an H200 issues 15 and 31 in the time that reading y takes. So for many images
+in bf16 instructions are the limit, at some 3 times the time of the memory, which is a small part of the network's; for
+few images it is the launch, of which there were two or three.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile import WARPS, on_device
+
+MAX_OUT = 4  # output channels, each of which takes as many registers as the tile has elements a thread
+_ELEMENTS = 2048  # of a program: 16 a thread
+_MAX_CHANNELS = 64  # in a block; more channels take several
+
+
+@triton.jit(do_not_specialize=["batch"])
+def head_convolution_kernel(
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    batch: tl.int64,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT: tl.constexpr,
+    PIXELS: tl.constexpr,
+    C: tl.constexpr,
+):
+    plane: tl.constexpr = HEIGHT * WIDTH
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    sample = pixel // plane
+    place = (pixel % plane).to(tl.int32)
+    row, column = place // WIDTH, place % WIDTH
+    real = sample < batch
+    lane = tl.arange(0, C)
+    # One tile of sums for each output channel; those that there are not are dropped when a variant is compiled.
+    sums_0 = tl.zeros((PIXELS, C), tl.float32)
+    sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
+    for first in range(0, CHANNELS, C):
+        channel = first + lane
+        known = channel < CHANNELS
+        for i in tl.static_range(3):
+            for j in tl.static_range(3):
+                above, beside = row + (i - 1), column + (j - 1)
+                inside = real & (above >= 0) & (above < HEIGHT) & (beside >= 0) & (beside < WIDTH)
+                source = (pixel + ((i - 1) * WIDTH + (j - 1))) * CHANNELS
+                mask = inside[:, None] & known[None, :]
+                y = tl.load(y_ptr + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+                weights = weight_ptr + (3 * i + j) * CHANNELS + channel
+                sums_0 += y * _weights(weights, known)
+                if OUT > 1:
+                    sums_1 += y * _weights(weights + 9 * CHANNELS, known)
+                if OUT > 2:
+                    sums_2 += y * _weights(weights + 18 * CHANNELS, known)
+                if OUT > 3:
+                    sums_3 += y * _weights(weights + 27 * CHANNELS, known)
+    to = out_ptr + sample * (OUT * plane) + place
+    _store(to, sums_0, bias_ptr, real)
+    if OUT > 1:
+        _store(to + plane, sums_1, bias_ptr + 1, real)
+    if OUT > 2:
+        _store(to + 2 * plane, sums_2, bias_ptr + 2, real)
+    if OUT > 3:
+        _store(to + 3 * plane, sums_3, bias_ptr + 3, real)
+
+
+@triton.jit
+def _weights(weights, known):
+    return tl.load(weights, mask=known, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store(to, sums, bias_ptr, real):
+    result = tl.sum(sums, 1) + tl.load(bias_ptr).to(tl.float32)
+    tl.store(to, result.to(to.dtype.element_ty), mask=real)
+
+
+def launch_config(batch: int, height: int, width: int, channels: int) -> tuple[dict[str, int], tuple[int]]:
+    """The tile of a program, which does not depend on the batch, and the grid."""
+    block = min(triton.next_power_of_2(channels), _MAX_CHANNELS)
+    pixels = _ELEMENTS // block
+    return {"PIXELS": pixels, "C": block}, (triton.cdiv(batch * height * width, pixels),)
+
+
+def head_convolution(y: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """Writes the convolution to ``out``.
+
+    Args:
+        y: ``[B, C, H, W]``, dense and channels last.
+        weight: ``[O, C, 3, 3]``, dense and channels last, O at most `MAX_OUT`.
+        bias: ``[O]``.
+        out: contiguous ``[B, O, H, W]``.
+    """
+    if not out.numel():
+        return
+    batch, channels, height, width = y.shape
+    constants, grid = launch_config(batch, height, width, channels)
+    with on_device(y):
+        head_convolution_kernel[grid](
+            y,
+            weight,
+            bias,
+            out,
+            batch,
+            HEIGHT=height,
+            WIDTH=width,
+            CHANNELS=channels,
+            OUT=len(weight),
+            num_warps=WARPS,
+            **constants,
+        )
