@@ -350,9 +350,10 @@ def test_a_network_that_breaks_is_reported_with_its_row_and_the_next_run_is_righ
 
 @pytest.mark.usefixtures("graphs")
 def test_a_state_that_breaks_is_not_blamed_on_the_network() -> None:
-    ones = torch.ones(5, dtype=torch.float64)
-    columns = dict.fromkeys(StepTable.columns(), 0 * ones)
-    table = StepTable(**columns | {"time": ones, "a": torch.tensor([1.0, 1e38, 1e38, 1.0, 1.0], dtype=torch.float64)})
+    ones = torch.ones(5, dtype=torch.float64, device="cpu")  # tables are on the CPU, whatever the default device is
+    columns = dict.fromkeys(StepTable.columns(), 0 * ones) | {"time": ones, "a": ones.clone()}
+    columns["a"][1:3] = 1e38
+    table = StepTable(**columns)
     with pytest.raises(NonFiniteError, match="the state became NaN or infinity in row 2, at time 1"):
         fastsde.sample(lambda x, t: x, (3, 2), solver=table, backend="graph")
 
