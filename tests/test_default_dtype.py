@@ -137,6 +137,8 @@ def test_verify_does_not_depend_on_it(dtype: torch.dtype, tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_triton_kernels_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled where there is a GPU, not interpreted")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.has_triton(torch.device("cpu"))
 

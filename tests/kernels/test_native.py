@@ -172,6 +172,7 @@ def test_ctrl_c_ends_a_long_run() -> None:
         pytest.skip("no C++ compiler")
     code = """
 import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 import fastsde
 from fastsde.models import MLP
 sampler = fastsde.Sampler(MLP(2, (512, 512, 512)), (2,), backend="persistent")
@@ -312,7 +313,7 @@ def test_draws_are_checked() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")  # by PyTorch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # by PyTorch's own
 @pytest.mark.usefixtures("native")
 def test_forward_derivatives_are_those_of_the_reference() -> None:
     x, keys, t = torch.randn(3, 2), noise.sample_keys(0, 3), torch.rand(3)
