@@ -78,10 +78,14 @@ def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: floa
     ("config", "share"),
     [
         (POINTS, 1e-3),
-        (replace(POINTS, ema_decay=0.0, lr_schedule="constant", prediction="score"), 1e-3),
-        (replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3),
+        pytest.param(
+            replace(POINTS, ema_decay=0.0, lr_schedule="constant", prediction="score"), 1e-3, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3, marks=pytest.mark.slow
+        ),
         (replace(POINTS, precision="bf16"), 0.2),  # the loss takes the network's output before it is widened
-        (IMAGES, 1e-2),
+        pytest.param(IMAGES, 1e-2, marks=pytest.mark.slow),
     ],
     ids=["swiss roll", "score, no average", "x0, one sample", "bf16", "images"],
 )
@@ -97,6 +101,7 @@ def test_the_weights_are_those_of_the_eager_trainer(
     assert [loss for _, loss in logs[0]] == pytest.approx([loss for _, loss in logs[1]], rel=tolerance)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path) -> None:
     whole = trained(POINTS, tmp_path / "whole", eagerly=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -119,6 +124,7 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
     assert_same(resumed, eager, POINTS, 1e-3)
 
 
+@pytest.mark.slow
 def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> None:
     trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
     assert len(graphs.recorded) == 3  # 20, 5 and 1
@@ -171,6 +177,7 @@ def test_a_network_that_cannot_be_captured_is_trained_step_by_step(
     assert [step for step, _ in losses(tmp_path / "captured")] == [10, 20, 30, 33]
 
 
+@pytest.mark.slow
 def test_neither_the_default_dtype_nor_that_of_the_data_enters(graphs: Any, tmp_path: Path) -> None:
     config = replace(POINTS, steps=5, log_every=5)
     x = torch.randn(20, 2).bfloat16().float()  # which the other dtypes hold exactly

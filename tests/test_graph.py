@@ -97,8 +97,10 @@ def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (63, 3), (2, 1000), (1, 2**11 + 17)], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (63, 3), pytest.param((2, 1000), marks=pytest.mark.slow), (1, 2**11 + 17)], ids=str
+)
 def test_odd_shapes_and_low_precision(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     ours, theirs = both(lambda x, t: torch.sin(x) - x, shape, steps=6, dtype=dtype, solver="ddpm", prediction="eps")
     assert ours.dtype == torch.float32
@@ -184,7 +186,12 @@ def test_new_seeds_samples_and_table_values_need_no_capture(graphs: Any) -> None
     ],
 )
 @pytest.mark.parametrize(
-    "wrap", [lambda m: m, lambda m: lambda x, t: m(x, t), lambda m: functools.partial(m, scale=1.0)]
+    "wrap",
+    [
+        lambda m: m,
+        pytest.param(lambda m: lambda x, t: m(x, t), marks=pytest.mark.slow),
+        pytest.param(lambda m: functools.partial(m, scale=1.0), marks=pytest.mark.slow),
+    ],
 )
 def test_weights_are_seen_in_place_and_where_they_move(
     graphs: Any, change: Callable[[nn.Module], object], wrap: Callable[[nn.Module], Any]
@@ -297,6 +304,7 @@ def test_training_mode_is_seen(graphs: Any) -> None:
     assert len(graphs.recorded) == 2
 
 
+@pytest.mark.slow
 def test_few_captures_are_kept_and_none_outlives_its_model(graphs: Any) -> None:
     model = Net()
     sampler = Sampler(model, (3,), steps=2, backend="graph")

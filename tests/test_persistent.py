@@ -125,6 +125,7 @@ def test_auto_leaves_it_out_where_it_does_not_pay() -> None:
 SWITCHES = [("tf32", None, "tf32"), ("ieee", None, "fp32"), (None, True, "tf32")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("newer", "older", "expected"), SWITCHES)
 def test_the_precision_follows_either_switch_of_pytorch(newer: str | None, older: bool | None, expected: str) -> None:
     code = "import torch; from fastsde.engines import persistent; from fastsde.engines.network import Network; "

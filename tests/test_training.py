@@ -117,6 +117,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: Tra
     assert [x["lr"] for x in whole] == [x["lr"] for x in cut]
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     options = ["--steps", "1200", "--checkpoint-every", "5", "--batch-size", "32", "--quiet"]
 

@@ -268,6 +268,7 @@ def test_a_compiled_training_step_has_no_graph_break(device: torch.device, gathe
     _assert_compiles(device, gathers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gathers", [False, True], ids=["in order", "by index"])
 def test_the_reference_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch, gathers: bool) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -167,6 +167,7 @@ def test_pieces_are_short_and_as_few_as_that_allows() -> None:
         assert calls <= 2 * whole / most + 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_long_run() -> None:
     if not ops.has_native(torch.device("cpu")):
         pytest.skip("no C++ compiler")
@@ -337,6 +338,7 @@ def test_a_tensor_of_another_dtype_is_refused_before_it_is_read() -> None:
             kernel.normal(keys, 0, 0, out)
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     if ops.has_native(torch.device("cpu")) is False:
         pytest.skip("no C++ compiler")
@@ -403,6 +405,7 @@ print("all ran")
 """
 
 
+@pytest.mark.slow
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path: Path) -> None:
     from fastsde.kernels.cpu import build
 

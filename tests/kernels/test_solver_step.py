@@ -249,7 +249,7 @@ def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
     assert ours.isnan().tolist() == [[True, False, False, False]]  # D, clamped to the clip where f is infinite
 
 
-@pytest.mark.parametrize(("batch", "shape"), [(300, (63,)), (2, (5000,))], ids=str)
+@pytest.mark.parametrize(("batch", "shape"), [(300, (63,)), pytest.param(2, (5000,), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("case", [CASES["noise"], CASES["everything"]], ids=["noise", "everything"])
 def test_a_counter_walks_the_table(triton_device: torch.device, case: Case, batch: int, shape: tuple[int, ...]) -> None:
     rows, device = 3, triton_device
@@ -315,8 +315,8 @@ def _status(device: torch.device, case: Case, spoil: str | None, value: float, s
     return int(status)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5000), (600, 3)], ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), pytest.param((2, 5000), marks=pytest.mark.slow), (600, 3)], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, pytest.param(-torch.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("spoil", "kind"), [("f", 0), ("f_uncond", 0), ("x", 1), ("history", 1)])
 def test_what_is_not_finite_is_noted_with_its_row(
     device: torch.device, spoil: str, kind: int, value: float, shape: tuple[int, ...]

@@ -125,12 +125,14 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_kernel_once(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
     assert len(runs) == 15
     assert runs == dict.fromkeys(runs, 1)
 
 
+@pytest.mark.slow
 def test_ints_in_the_place_of_floats_make_no_variant(counts: dict[str, int]) -> None:
     assert counts[INTS] == 1
 
