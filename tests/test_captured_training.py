@@ -84,7 +84,8 @@ def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: floa
         pytest.param(
             replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3, marks=pytest.mark.slow
         ),
-        (replace(POINTS, precision="bf16"), 0.2),  # the loss takes the network's output before it is widened
+        # The loss takes the network's output before it is widened.
+        pytest.param(replace(POINTS, precision="bf16"), 0.2, marks=pytest.mark.slow),
         pytest.param(IMAGES, 1e-2, marks=pytest.mark.slow),
     ],
     ids=["swiss roll", "score, no average", "x0, one sample", "bf16", "images"],

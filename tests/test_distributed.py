@@ -100,6 +100,7 @@ def test_the_files_of_the_roll_do_not_depend_on_the_number_of_ranks(rolls, name:
     assert all(other == one for other in others)
 
 
+@pytest.mark.slow
 def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
     model = checkpoints.load("swiss-roll")
     expected = fastsde.sample(model.model, (50, 2), prediction=model.prediction, steps=4, first_sample=LAST)
@@ -110,6 +111,7 @@ def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
     np.testing.assert_allclose(drawn[20:21], first.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_rank_alone_prints_writes_and_shows_progress(rolls) -> None:
     for ranks, (folder, result) in rolls.items():
         assert result.stdout == "x.npz\nx.png\nx.gif\n"
@@ -127,6 +129,7 @@ def test_what_ranks_draw_does_not_depend_on_their_number(worked, name: str) -> N
     assert all(other == one for other in others)
 
 
+@pytest.mark.slow
 def test_conditions_are_dealt_with_their_samples(worked) -> None:
     drawn = load_file(worked[3] / "conditions.safetensors")
     sampler = Sampler(conditioned, (2,), steps=4, guidance=1.5)
@@ -137,6 +140,7 @@ def test_conditions_are_dealt_with_their_samples(worked) -> None:
     assert torch.equal(drawn["states"], way)
 
 
+@pytest.mark.slow
 def test_outside_of_a_group_one_process_draws_the_same(worked) -> None:
     x, states = distributed.sample(
         Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
@@ -436,6 +440,7 @@ def test_a_rank_that_is_killed_while_it_trains_fails_the_job(tmp_path: Path) -> 
     assert checkpoints.load(tmp_path / "runs/swiss-roll").record["step"] % 10 == 0
 
 
+@pytest.mark.slow
 def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
     one, *others = [load_file(folder / "weights.safetensors")["losses"] for folder in worked.values()]
     assert len(one) == STEPS

@@ -211,12 +211,15 @@ def test_weights_are_seen_in_place_and_where_they_move(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: setattr(model, "scale", 5.0),
-        lambda model: model.linear.register_forward_hook(lambda module, args, output: 2 * output),
-        lambda model: setattr(model, "table", torch.ones(3)),
-        lambda model: setattr(model, "forward", lambda x, t: -x),
+        pytest.param(lambda model: setattr(model, "scale", 5.0), id="a number"),
+        pytest.param(
+            lambda model: model.linear.register_forward_hook(lambda module, args, output: 2 * output),
+            id="a hook",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda model: setattr(model, "table", torch.ones(3)), id="a tensor", marks=pytest.mark.slow),
+        pytest.param(lambda model: setattr(model, "forward", lambda x, t: -x), id="a forward", marks=pytest.mark.slow),
     ],
-    ids=["a number", "a hook", "a tensor", "a forward"],
 )
 def test_what_a_model_computes_with_is_seen_to_change(graphs: Any, change: Callable[[nn.Module], object]) -> None:
     class Scaled(Net):
@@ -339,7 +342,7 @@ def test_the_cache_outlives_a_sampler_and_can_be_released(graphs: Any) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 def test_a_network_that_breaks_is_reported_with_its_row_and_the_next_run_is_right(bad: float) -> None:
     model, row = Net(), 8
     at = torch.linspace(1, 0, 14)[row].item()

@@ -178,6 +178,7 @@ def test_a_linear_without_bias_and_activations_between(device: torch.device) -> 
     _assert_close(out.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_the_shipped_swiss_roll_over_999_rows(device: torch.device) -> None:
     checkpoint = checkpoints.load("swiss-roll")
     options = {"prediction": checkpoint.prediction, "seed": 5}
