@@ -103,6 +103,7 @@ def test_noise_and_training_of_a_step_that_varies(function: Callable[[int], Any]
     both(function, (1,), (2,), (3,), backend="inductor")
 
 
+@pytest.mark.slow
 def test_the_loss_has_its_gradient() -> None:
     def gradient(f: Tensor) -> tuple[Tensor, Tensor]:
         f = f.clone().requires_grad_()

@@ -97,7 +97,9 @@ def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [None, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))]
+)
 @pytest.mark.parametrize(
     "shape", [(1, 1), (63, 3), pytest.param((2, 1000), marks=pytest.mark.slow), (1, 2**11 + 17)], ids=str
 )

@@ -177,7 +177,7 @@ def test_weights_that_change_are_seen(change: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("n", [0, 1, 5, 40])
+@pytest.mark.parametrize("n", [0, 1, 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_batch_may_be_split(n: int) -> None:
     checkpoint = checkpoints.load("swiss-roll")
     options = {"prediction": checkpoint.prediction, "steps": 6, "trajectory": 2, "seed": 3}

@@ -794,6 +794,7 @@ def test_a_network_that_writes_to_one_buffer_every_time_does_no_harm(backend):
 # Compilation --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: there is no g++")
 def test_compile_gives_the_same_samples():
     model = Mlp()
