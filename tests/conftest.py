@@ -15,6 +15,8 @@ wait_passively()  # in this process and those that tests start
 import torch  # noqa: E402
 from cuda_graphs import graphs as graphs  # noqa: E402 (a fixture)
 
+from fastsde.ops import dispatch  # noqa: E402
+
 
 def _define_interpreted_kernels() -> None:
     """Imports the kernels with Triton's interpreter on: Triton decides once, when a kernel is defined.
@@ -30,8 +32,18 @@ def _define_interpreted_kernels() -> None:
             importlib.import_module(module.name)
 
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+needs_interpreter = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if needs_interpreter:
     _define_interpreted_kernels()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.option.collectonly or not needs_interpreter:
+        return
+    try:
+        dispatch.check_interpreter()
+    except RuntimeError as error:
+        raise pytest.UsageError(f"{error} (the tests interpret kernels where there is no GPU)") from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

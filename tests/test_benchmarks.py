@@ -326,6 +326,7 @@ def test_a_network_of_any_kind_becomes_one_that_predicts_what_a_loop_wants(predi
         torch.testing.assert_close(made(x, now.expand(3)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["noise", "drift", "times", "shape", "nan"])
 @pytest.mark.parametrize("model", ["swiss-roll", "mnist"])
 def test_a_wrong_loop_is_found_out(monkeypatch: pytest.MonkeyPatch, model: str, wrong: str) -> None:
@@ -520,6 +521,7 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
 # The cases ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", run.cases(QUICK), ids=lambda case: case.name)
 def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
     """But for what takes long to compile; those of diffusers and torchsde where these are installed."""
@@ -551,6 +553,7 @@ def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:
             assert any(map(table.is_ours, names))
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_subject_shows_it_and_keeps_it(tmp_path: Path) -> None:
     out = tmp_path / "noise.json"
     command = [sys.executable, "-m", "fastsde", "bench", "--quick", "--suite", "noise", "--out", str(out)]
@@ -597,12 +600,14 @@ def test_the_list_of_cases_runs_nothing() -> None:
     assert len(done.output.splitlines()) == len(run.cases(QUICK))
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_suite(tmp_path: Path) -> None:
     """Its figures are those of the interleaved rounds, one test for each provider."""
     root, out = Path(__file__).parents[1], tmp_path / "figures.json"
     chosen = ["-k", "perturb and not compile", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", *chosen]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    left_out = ("TRITON_INTERPRET", "PYTEST_")  # and so what tells pytest-benchmark that this test runs in parallel
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(out.read_text())["benchmarks"]

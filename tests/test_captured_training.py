@@ -77,10 +77,15 @@ def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: floa
     ("config", "share"),
     [
         (POINTS, 1e-3),
-        (replace(POINTS, ema_decay=0.0, lr_schedule="constant", prediction="score"), 1e-3),
-        (replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3),
-        (replace(POINTS, precision="bf16"), 0.2),  # the loss takes the network's output before it is widened
-        (IMAGES, 1e-2),
+        pytest.param(
+            replace(POINTS, ema_decay=0.0, lr_schedule="constant", prediction="score"), 1e-3, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3, marks=pytest.mark.slow
+        ),
+        # The loss takes the network's output before it is widened.
+        pytest.param(replace(POINTS, precision="bf16"), 0.2, marks=pytest.mark.slow),
+        pytest.param(IMAGES, 1e-2, marks=pytest.mark.slow),
     ],
     ids=["swiss roll", "score, no average", "x0, one sample", "bf16", "images"],
 )
@@ -96,6 +101,7 @@ def test_the_weights_are_those_of_the_eager_trainer(
     assert [loss for _, loss in logs[0]] == pytest.approx([loss for _, loss in logs[1]], rel=tolerance)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path) -> None:
     whole = trained(POINTS, tmp_path / "whole", eagerly=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -159,6 +165,7 @@ def test_images_train_in_channels_last(
     assert_same(checkpoints.read(tmp_path / "contiguous 4" / "checkpoint.safetensors")[0], whole, config, share)
 
 
+@pytest.mark.slow
 def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> None:
     trained(replace(POINTS, steps=63, log_every=20, checkpoint_every=20), tmp_path / "run", eagerly=False)
     assert len(graphs.recorded) == 3  # 20, 5 and 1
@@ -263,6 +270,7 @@ def test_a_network_that_cannot_be_captured_is_trained_step_by_step(
     assert [step for step, _ in losses(tmp_path / "captured")] == [10, 20, 30, 33]
 
 
+@pytest.mark.slow
 def test_neither_the_default_dtype_nor_that_of_the_data_enters(graphs: Any, tmp_path: Path) -> None:
     config = replace(POINTS, steps=5, log_every=5)
     x = torch.randn(20, 2).bfloat16().float()  # which the other dtypes hold exactly

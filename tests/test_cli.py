@@ -52,6 +52,7 @@ def test_sample_draws_the_shipped_swiss_roll(tmp_path: Path) -> None:
         assert gif.n_frames == 31  # the initial state and each row
 
 
+@pytest.mark.slow
 def test_sample_writes_a_picture_by_default_and_its_progress_to_stderr(tmp_path: Path, small_unet: Path) -> None:
     result = run("sample", small_unet, "-n", 3, "--steps", 5, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -60,6 +61,7 @@ def test_sample_writes_a_picture_by_default_and_its_progress_to_stderr(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["small.png"]
 
 
+@pytest.mark.slow
 def test_sample_options_reach_the_sampler(tmp_path: Path, small_unet: Path) -> None:
     options = ["--solver", "dpm_solver_pp_2m", "--steps", 4, "--clip", 1.0, "--backend", "reference", "--quiet"]
     for name, extra in (("all", ["-n", 5]), ("last", ["-n", 2, "--first-sample", 3, "--max-batch", 1])):
@@ -70,6 +72,7 @@ def test_sample_options_reach_the_sampler(tmp_path: Path, small_unet: Path) -> N
     assert whole.abs().max() <= 1  # the clip
 
 
+@pytest.mark.slow
 def test_train_export_and_sample_a_run(tmp_path: Path) -> None:
     options = ["--steps", 20, "--batch-size", 8, "--log-every", 5, "--checkpoint-every", 10]
     result = run("train", "swiss-roll", *options, cwd=tmp_path)
@@ -90,6 +93,7 @@ def test_train_export_and_sample_a_run(tmp_path: Path) -> None:
     assert np.isfinite(np.load(tmp_path / "x.npz")["samples"]).all()
 
 
+@pytest.mark.slow
 def test_the_tutorial_recipe_trains_its_objective(tmp_path: Path) -> None:
     options = ["--recipe", "tutorial", "--dtype", "bfloat16", "--steps", 1, "--batch-size", 2]
     result = run("train", "digits", *options, cwd=tmp_path)
@@ -204,6 +208,7 @@ def test_help_and_wrong_usage_need_no_torch(arguments: list[str]) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_samples_without_a_picture_can_still_be_saved(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "five.safetensors", Checkpoint(MLP(5, (4,))))
     refused = run("sample", "five.safetensors", "-n", 2, "--steps", 2, cwd=tmp_path)

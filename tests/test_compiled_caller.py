@@ -68,6 +68,7 @@ def function(x: Tensor, t: Tensor) -> Tensor:
     return torch.tanh(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MLP(), Convolution(), function], ids=["mlp", "convolution", "function"])
 def test_sample_and_a_sampler_that_is_built_there(model: Any) -> None:
     shape = (4, 1, 4, 4) if isinstance(model, Convolution) else (4, 2)
@@ -75,6 +76,7 @@ def test_sample_and_a_sampler_that_is_built_there(model: Any) -> None:
     both(lambda seed: Sampler(model, shape[1:], steps=5)(4, seed=seed), (0,), (1,))
 
 
+@pytest.mark.slow
 def test_steps_are_of_the_table_and_row_that_they_are_given() -> None:
     """Compiled code knows coefficients as constants: another table of the same shape must not get them."""
     for backend in ("eager", "inductor"):
@@ -83,6 +85,7 @@ def test_steps_are_of_the_table_and_row_that_they_are_given() -> None:
     both(lambda table: ops.solver_step(X.double(), F, table, 1, keys=KEYS), *((table,) for table in TABLES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -100,6 +103,7 @@ def test_noise_and_training_of_a_step_that_varies(function: Callable[[int], Any]
     both(function, (1,), (2,), (3,), backend="inductor")
 
 
+@pytest.mark.slow
 def test_the_loss_has_its_gradient() -> None:
     def gradient(f: Tensor) -> tuple[Tensor, Tensor]:
         f = f.clone().requires_grad_()
@@ -116,6 +120,7 @@ def test_the_loss_has_its_gradient() -> None:
     torch.testing.assert_close(gradient(F), expected)
 
 
+@pytest.mark.slow
 def test_the_tutorials_functions_draw_what_torch_draws() -> None:
     def seeded(function: Callable[[], Tensor]) -> Tensor:
         torch.manual_seed(0)

@@ -93,12 +93,14 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.npz", "x.png", "x.gif"])
 def test_the_files_of_the_roll_do_not_depend_on_the_number_of_ranks(rolls, name: str) -> None:
     one, *others = [(folder / name).read_bytes() for folder, _ in rolls.values()]
     assert all(other == one for other in others)
 
 
+@pytest.mark.slow
 def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
     model = checkpoints.load("swiss-roll")
     expected = fastsde.sample(model.model, (50, 2), prediction=model.prediction, steps=4, first_sample=LAST)
@@ -109,6 +111,7 @@ def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
     np.testing.assert_allclose(drawn[20:21], first.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_rank_alone_prints_writes_and_shows_progress(rolls) -> None:
     for ranks, (folder, result) in rolls.items():
         assert result.stdout == "x.npz\nx.png\nx.gif\n"
@@ -118,6 +121,7 @@ def test_the_first_rank_alone_prints_writes_and_shows_progress(rolls) -> None:
         assert result.stderr.count("100%") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits.safetensors", "digits.png", "conditions.safetensors"])
 def test_what_ranks_draw_does_not_depend_on_their_number(worked, name: str) -> None:
     # Five digits are two parts, so that the third rank has none.
@@ -125,6 +129,7 @@ def test_what_ranks_draw_does_not_depend_on_their_number(worked, name: str) -> N
     assert all(other == one for other in others)
 
 
+@pytest.mark.slow
 def test_conditions_are_dealt_with_their_samples(worked) -> None:
     drawn = load_file(worked[3] / "conditions.safetensors")
     sampler = Sampler(conditioned, (2,), steps=4, guidance=1.5)
@@ -135,6 +140,7 @@ def test_conditions_are_dealt_with_their_samples(worked) -> None:
     assert torch.equal(drawn["states"], way)
 
 
+@pytest.mark.slow
 def test_outside_of_a_group_one_process_draws_the_same(worked) -> None:
     x, states = distributed.sample(
         Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
@@ -198,6 +204,7 @@ def test_alone_the_error_of_a_network_is_left_as_it_is() -> None:
 # Failures -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once_and_fails_the_job(tmp_path: Path) -> None:
     result = torchrun(2, "-m", "fastsde", "sample", "swiss-roll", "--clip", 1, "--max-batch", 2, cwd=tmp_path)
     assert result.returncode == 1
@@ -207,6 +214,7 @@ def test_a_mistake_is_told_once_and_fails_the_job(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_rank_whose_samples_break_fails_the_job_with_its_error(tmp_path: Path) -> None:
     result = torchrun(2, Path(__file__).resolve(), "break", cwd=tmp_path, timeout=60)
     assert result.returncode == 1
@@ -362,6 +370,7 @@ def test_shards_that_cannot_be(arguments: tuple[int, int, int], message: str) ->
         distributed.shard(*arguments)
 
 
+@pytest.mark.slow
 def test_ranks_train_the_weights_that_one_trains(worked) -> None:
     # In float64. Adam moves a weight by lr m / (sqrt(v) + 1e-8), so that an error of the gradient is multiplied by at
     # most lr / 1e-8 a step, where the gradient is tiny. Sums of some hundred terms of order one in another order differ
@@ -386,6 +395,7 @@ def logged(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(tmp_path: Path) -> None:
     folders = {ranks: tmp_path / str(ranks) for ranks in (1, 3)}
     for ranks, folder in folders.items():
@@ -407,6 +417,7 @@ def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(tmp_path: P
     assert [step for step, _ in logged(folders[3])] == [5, 10, 15, 20, 25, 30]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_tells_so_once(tmp_path: Path) -> None:
     result = torchrun(2, *TRAIN, "--steps", 20, "--lr", 1e30, "--quiet", cwd=tmp_path)
     assert result.returncode != 0
@@ -414,6 +425,7 @@ def test_a_run_that_diverges_tells_so_once(tmp_path: Path) -> None:
     assert "try a lower lr" in errors(result.stderr)[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_while_it_trains_fails_the_job(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *TRAIN]
     with started([*command, "--steps", 1_000_000], tmp_path) as process:
@@ -428,6 +440,7 @@ def test_a_rank_that_is_killed_while_it_trains_fails_the_job(tmp_path: Path) -> 
     assert checkpoints.load(tmp_path / "runs/swiss-roll").record["step"] % 10 == 0
 
 
+@pytest.mark.slow
 def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
     one, *others = [load_file(folder / "weights.safetensors")["losses"] for folder in worked.values()]
     assert len(one) == STEPS

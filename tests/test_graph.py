@@ -97,8 +97,12 @@ def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (63, 3), (2, 1000), (1, 2**11 + 17)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [None, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))]
+)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (63, 3), pytest.param((2, 1000), marks=pytest.mark.slow), (1, 2**11 + 17)], ids=str
+)
 def test_odd_shapes_and_low_precision(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     ours, theirs = both(lambda x, t: torch.sin(x) - x, shape, steps=6, dtype=dtype, solver="ddpm", prediction="eps")
     assert ours.dtype == torch.float32
@@ -184,7 +188,12 @@ def test_new_seeds_samples_and_table_values_need_no_capture(graphs: Any) -> None
     ],
 )
 @pytest.mark.parametrize(
-    "wrap", [lambda m: m, lambda m: lambda x, t: m(x, t), lambda m: functools.partial(m, scale=1.0)]
+    "wrap",
+    [
+        lambda m: m,
+        pytest.param(lambda m: lambda x, t: m(x, t), marks=pytest.mark.slow),
+        pytest.param(lambda m: functools.partial(m, scale=1.0), marks=pytest.mark.slow),
+    ],
 )
 def test_weights_are_seen_in_place_and_where_they_move(
     graphs: Any, change: Callable[[nn.Module], object], wrap: Callable[[nn.Module], Any]
@@ -204,12 +213,15 @@ def test_weights_are_seen_in_place_and_where_they_move(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: setattr(model, "scale", 5.0),
-        lambda model: model.linear.register_forward_hook(lambda module, args, output: 2 * output),
-        lambda model: setattr(model, "table", torch.ones(3)),
-        lambda model: setattr(model, "forward", lambda x, t: -x),
+        pytest.param(lambda model: setattr(model, "scale", 5.0), id="a number"),
+        pytest.param(
+            lambda model: model.linear.register_forward_hook(lambda module, args, output: 2 * output),
+            id="a hook",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda model: setattr(model, "table", torch.ones(3)), id="a tensor", marks=pytest.mark.slow),
+        pytest.param(lambda model: setattr(model, "forward", lambda x, t: -x), id="a forward", marks=pytest.mark.slow),
     ],
-    ids=["a number", "a hook", "a tensor", "a forward"],
 )
 def test_what_a_model_computes_with_is_seen_to_change(graphs: Any, change: Callable[[nn.Module], object]) -> None:
     class Scaled(Net):
@@ -297,6 +309,7 @@ def test_training_mode_is_seen(graphs: Any) -> None:
     assert len(graphs.recorded) == 2
 
 
+@pytest.mark.slow
 def test_few_captures_are_kept_and_none_outlives_its_model(graphs: Any) -> None:
     model = Net()
     sampler = Sampler(model, (3,), steps=2, backend="graph")
@@ -331,7 +344,7 @@ def test_the_cache_outlives_a_sampler_and_can_be_released(graphs: Any) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 def test_a_network_that_breaks_is_reported_with_its_row_and_the_next_run_is_right(bad: float) -> None:
     model, row = Net(), 8
     at = torch.linspace(1, 0, 14)[row].item()
@@ -350,9 +363,10 @@ def test_a_network_that_breaks_is_reported_with_its_row_and_the_next_run_is_righ
 
 @pytest.mark.usefixtures("graphs")
 def test_a_state_that_breaks_is_not_blamed_on_the_network() -> None:
-    ones = torch.ones(5, dtype=torch.float64)
-    columns = dict.fromkeys(StepTable.columns(), 0 * ones)
-    table = StepTable(**columns | {"time": ones, "a": torch.tensor([1.0, 1e38, 1e38, 1.0, 1.0], dtype=torch.float64)})
+    ones = torch.ones(5, dtype=torch.float64, device="cpu")  # tables are on the CPU, whatever the default device is
+    columns = dict.fromkeys(StepTable.columns(), 0 * ones) | {"time": ones, "a": ones.clone()}
+    columns["a"][1:3] = 1e38
+    table = StepTable(**columns)
     with pytest.raises(NonFiniteError, match="the state became NaN or infinity in row 2, at time 1"):
         fastsde.sample(lambda x, t: x, (3, 2), solver=table, backend="graph")
 

@@ -56,8 +56,10 @@ def test_labels_out_of_range_are_named_with_their_argument(backend: str, name: s
 def test_verify_takes_conditions_and_guidance() -> None:
     options: dict[str, Any] = {"model_kwargs": {"y": LABELS}, "steps": 5, "device": "cpu"}
     guided = {**options, "guidance": 2.0, "uncond_kwargs": {"y": 0 * LABELS}, "solver": "ddim", "clip": 3.0}
+    torch.manual_seed(0)  # one in 200 other networks amplifies a rounding by more than verify allows
+    model = Labelled()
     for given in (options, guided):
-        results = verify(MODEL, (2,), prediction="eps", **given)
+        results = verify(model, (2,), prediction="eps", **given)
         assert [r.verdict for r in results if r.backend == "eager"] == ["pass", "pass"]
     persistent = next(r for r in results if r.backend == "persistent")
     assert persistent.verdict == "unavailable"

@@ -83,6 +83,7 @@ def test_on_the_cpu_weights_are_constants_of_the_code_until_they_change(
     assert torch.equal(changed, fastsde.sample(model, (3, 2), steps=2, backend="eager", dtype=dtype))
 
 
+@pytest.mark.slow
 def test_a_frozen_network_follows_the_weights() -> None:
     model = MLP(2, (4,))
     sampler = Sampler(model, (2,), steps=2, compile=True)
@@ -128,6 +129,7 @@ class _Slow(MLP):
         return super().forward(x, t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gains", "work", "compiles", "stays"), [(1, 0, 1, 1), (-1, 0, 1, 0), (1, 1e6, 0, 0)])
 def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
     monkeypatch: pytest.MonkeyPatch, gains: int, work: float, compiles: int, stays: int

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -124,6 +125,32 @@ def test_triton_runs_on_the_cpu_in_the_interpreter_alone(
     if interpret is not None:
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
     assert ops.has_triton(torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0+git1a2b3c", "2.10.0rc1", False),
+        ("3.7.0", "2.5.0", True),
+        ("3.10.0", "2.5.0", True),
+    ],
+)
+def test_an_interpreter_that_numpy_breaks_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, triton: str, numpy: str, runs: bool
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if runs:
+        ops.dispatch.check_interpreter()
+        return
+    message = rf"Triton {re.escape(triton)} .* NumPy {re.escape(numpy)}: install 'numpy<2\.4' or 'triton>=3\.7'"
+    with pytest.raises(RuntimeError, match=message):
+        ops.normal(KEYS, 1, (2,))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert ops.normal(KEYS, 1, (2,)).shape == (3, 2)
 
 
 # mlp_sampler --------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def test_a_bare_checkout_imports_without_being_installed(tmp_path: Path) -> None
     assert Path(benchmarks) == tmp_path / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_code_kernels_benchmarks_and_models(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="building without isolation needs setuptools >= 77")
     source = tmp_path / "source"
@@ -102,6 +103,7 @@ def test_the_wheel_holds_code_kernels_benchmarks_and_models(tmp_path: Path) -> N
         assert not [name for name in archive.namelist() if name.endswith(".py")]
 
 
+@pytest.mark.slow
 def test_a_script_elsewhere_is_type_checked_against_the_package(tmp_path: Path) -> None:
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nstrict = True\nallow_untyped_decorators = True\nallow_subclassing_any = True\n"

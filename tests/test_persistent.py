@@ -125,6 +125,7 @@ def test_auto_leaves_it_out_where_it_does_not_pay() -> None:
 SWITCHES = [("tf32", None, "tf32"), ("ieee", None, "fp32"), (None, True, "tf32")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("newer", "older", "expected"), SWITCHES)
 def test_the_precision_follows_either_switch_of_pytorch(newer: str | None, older: bool | None, expected: str) -> None:
     code = "import torch; from fastsde.engines import persistent; from fastsde.engines.network import Network; "
@@ -176,7 +177,7 @@ def test_weights_that_change_are_seen(change: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("n", [0, 1, 5, 40])
+@pytest.mark.parametrize("n", [0, 1, 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_batch_may_be_split(n: int) -> None:
     checkpoint = checkpoints.load("swiss-roll")
     options = {"prediction": checkpoint.prediction, "steps": 6, "trajectory": 2, "seed": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import fastsde
@@ -9,6 +10,7 @@ from fastsde import checkpoints, data
 from fastsde.benchmarks.quality import Classifier, frechet_distance, sliced_wasserstein, swiss_roll_distance
 
 
+@pytest.mark.slow
 def test_the_swiss_roll_is_as_close_to_fresh_data_as_claimed() -> None:
     # Two fresh sets of 10,000 points are about 0.01 apart, 1000 training points drawn again 0.037, a Gaussian 0.099.
     assert swiss_roll_distance(checkpoints.load("swiss-roll"))["samples_to_data"] <= 0.030

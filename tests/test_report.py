@@ -136,6 +136,7 @@ def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
     assert lines[2] == "of another threads_wait: ratios say little"
 
 
+@pytest.mark.slow
 def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:
     done = CliRunner().invoke(report.main, [str(CPU_FILE), "--plots", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -177,6 +178,7 @@ def test_bad_arguments_say_what_is_wrong(tmp_path: Path, arguments: list[str], m
     assert other.read_text() == "[]"
 
 
+@pytest.mark.slow
 def test_the_report_runs_from_a_checkout() -> None:
     command = [sys.executable, "-m", "benchmarks.report", str(CPU_FILE)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -297,6 +297,7 @@ def test_any_split_of_any_batch_under_any_seed_gives_the_same_samples(n, split, 
     assert torch.equal(sample(elementwise, (n - first, width), first_sample=first, **options), whole[first:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("max_batch", [1, 7, 64])
 def test_splits_agree_with_matrix_products(backend, max_batch):
@@ -364,6 +365,7 @@ def test_a_seed_a_sample_draws_what_each_seed_alone_draws(form, max_batch):
     assert sample(elementwise, (0, 3), keys=[], **options).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_samples():
     program = (
         "import hashlib, fastsde, sys; sys.path.insert(0, 'tests'); from test_sampler import elementwise, digest\n"
@@ -792,6 +794,7 @@ def test_a_network_that_writes_to_one_buffer_every_time_does_no_harm(backend):
 # Compilation --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: there is no g++")
 def test_compile_gives_the_same_samples():
     model = Mlp()

@@ -108,7 +108,7 @@ def test_samples_are_those_of_the_module_and_follow_its_weights(kind: str) -> No
     assert_samples_of(model, net)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["scripted", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_captures_follow_weights_and_modes(graphs: Any, kind: str) -> None:
     net = Net()
     model = made_of(kind, net)
@@ -128,6 +128,7 @@ def test_captures_follow_weights_and_modes(graphs: Any, kind: str) -> None:
         assert_close(ours, reference(net, dtype=torch.bfloat16), in_bf16=True)
 
 
+@pytest.mark.slow
 def test_captures_and_copies_follow_attributes_of_a_script(graphs: Any) -> None:
     net = Net()
     model = made_of("scripted", net)

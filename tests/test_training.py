@@ -133,6 +133,7 @@ runpy.run_module("fastsde", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     options = ["--steps", "1200", "--checkpoint-every", "5", "--batch-size", "32", "--quiet"]
 

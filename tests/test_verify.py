@@ -221,6 +221,7 @@ def _command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
     return end.value.code, out, err
 
 
+@pytest.mark.slow
 def test_the_command_as_a_user_calls_it(tmp_path: Path) -> None:
     options = ["--steps", "20", "--dtype", "float32", "--device", "cpu", "--json", "report.json"]
     command = [sys.executable, "-m", "fastsde", "verify", *options]

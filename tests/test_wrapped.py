@@ -152,6 +152,7 @@ def test_a_sampler_can_be_pickled_and_copied(model: nn.Module, options: dict[str
     assert not torch.equal(sampler(3, seed=4), expected)
 
 
+@pytest.mark.slow
 def test_a_sampler_goes_to_a_spawned_process() -> None:
     pickled = pickle.dumps(Sampler(UNet(1, 8, (16, 16)), (1, 8, 8), steps=4))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

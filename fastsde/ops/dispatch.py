@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from ..dynamo import constant
 
 __all__ = [
+    "check_interpreter",
     "contiguous",
     "has_kernels",
     "has_native",
@@ -78,8 +79,35 @@ def has_kernels(device: torch.device) -> bool:
     return has_triton(device) or has_native(device)
 
 
+def check_interpreter() -> None:
+    """Checks that Triton's interpreter runs with the NumPy that is installed.
+
+    Triton 3.6 converts arrays of one element to Python integers, which NumPy 2.4 and later refuse. No requirement of
+    the package says so, since compiled kernels do not need NumPy.
+
+    Raises:
+        RuntimeError: where it does not.
+    """
+    triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        raise RuntimeError(
+            f"Triton {triton} cannot interpret kernels with NumPy {numpy}: install 'numpy<2.4' or 'triton>=3.7', or "
+            "unset TRITON_INTERPRET"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def kernel(name: str, device: torch.device) -> Any:
-    """The module of a kernel's launcher for a device that `has_kernels`."""
+    """The module of a kernel's launcher for a device that `has_kernels`.
+
+    Raises:
+        RuntimeError: where Triton's interpreter is asked for and does not run (see `check_interpreter`).
+    """
+    if device.type == "cpu" and has_triton(device):
+        check_interpreter()
     return importlib.import_module(f"..kernels.{'' if has_triton(device) else 'cpu.'}{name}", __package__)
 
 

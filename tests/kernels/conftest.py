@@ -19,6 +19,7 @@ import fastsde
 _TRITON = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 # The native build is that of the machine's own CPU.
 _NATIVE = {"native": "", "avx2": "-march=x86-64-v3", "baseline": "-march=x86-64"}
+_BUILDS = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "baseline"))]
 _taken: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # what is loaded and found of a build
 
 
@@ -59,7 +60,7 @@ def _native(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cpu")
 
 
-@pytest.fixture(params=[*_TRITON, *_NATIVE])
+@pytest.fixture(params=[*_TRITON, *_BUILDS])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the kernels run. `fastsde.ops` sends to them there."""
     return _native(request.param, monkeypatch) if request.param in _NATIVE else _triton_on(request.param, monkeypatch)
@@ -71,7 +72,7 @@ def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     return _triton_on(request.param, monkeypatch)
 
 
-@pytest.fixture(params=_NATIVE)
+@pytest.fixture(params=_BUILDS)
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the native kernels run."""
     return _native(request.param, monkeypatch)

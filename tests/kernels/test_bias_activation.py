@@ -188,6 +188,7 @@ def _count_variants() -> int:
     return len(kernel.bias_activation_kernel.device_caches[0][0])
 
 
+@pytest.mark.slow
 def test_a_network_compiles_once_for_all_batches(compiler_environment: dict[str, str]) -> None:
     command = [sys.executable, str(Path(__file__))]
     run = subprocess.run(command, env=compiler_environment, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tolerances import NORMAL_ERROR
 from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference
@@ -18,7 +19,6 @@ from fastsde.solvers import PREDICTIONS
 
 SDE = VPSDE()
 EPS = 2.0**-24
-NORMAL_ERROR = 4e-6  # of the noise contract
 ADDITIONS = 64  # at most so many in a row, in the two stages of the sum
 # Of the gradient, to its dtype. The interpreter truncates to bf16, where hardware rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -277,6 +277,7 @@ def test_a_compiled_training_step_has_no_graph_break(device: torch.device, gathe
     _assert_compiles(device, gathers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gathers", [False, True], ids=["in order", "by index"])
 def test_the_reference_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch, gathers: bool) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

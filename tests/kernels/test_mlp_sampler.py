@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import noise_error
 from torch import Tensor, nn
 
 import fastsde
@@ -19,10 +20,13 @@ SDE = VPSDE()
 TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 6))
 
 
-def _assert_close(ours: Tensor, theirs: Tensor, scale: float = 1.0) -> None:
-    """To fp32: five rows, each of some 8 roundings of a state that grows from row to row, and an error with it."""
+def _assert_close(ours: Tensor, theirs: Tensor, scale: float = 1.0, table: StepTable = TABLE) -> None:
+    """To fp32: five rows, each of some 8 roundings of a state that grows from row to row, and an error with it.
+
+    The normals may be other ones on a GPU, within the noise contract.
+    """
     largest = max(1.0, float(theirs.abs().max())) if theirs.numel() else 1.0
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5 * 8 * 2**-24 * largest * scale)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5 * 8 * 2**-24 * largest * scale + noise_error(table))
 
 
 def _tame(model: MLP) -> MLP:
@@ -149,7 +153,7 @@ def test_every_solver(device: torch.device, solver: str, prediction: str, clip: 
     model = _tame(MLP(2, (16, 16)))
     scale = 1 + table.a.abs().max().item() * 10  # a row of a bad fit may blow a state up
     expected = _expected(model, 9, table)
-    _assert_close(_run(model, 9, device, table), expected, scale)
+    _assert_close(_run(model, 9, device, table), expected, scale, table)
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 7])
@@ -195,6 +199,7 @@ def test_a_linear_without_bias_and_activations_between(device: torch.device) -> 
     _assert_close(out.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_the_shipped_swiss_roll_over_999_rows(device: torch.device) -> None:
     checkpoint = checkpoints.load("swiss-roll")
     options = {"prediction": checkpoint.prediction, "seed": 5}

@@ -171,11 +171,13 @@ def test_pieces_are_short_and_as_few_as_that_allows() -> None:
         assert calls <= 2 * whole / most + 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_long_run() -> None:
     if not ops.has_native(torch.device("cpu")):
         pytest.skip("no C++ compiler")
     code = """
 import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 import fastsde
 from fastsde.models import MLP
 sampler = fastsde.Sampler(MLP(2, (512, 512, 512)), (2,), backend="persistent")
@@ -316,7 +318,7 @@ def test_draws_are_checked() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")  # by PyTorch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # by PyTorch's own
 @pytest.mark.usefixtures("native")
 def test_forward_derivatives_are_those_of_the_reference() -> None:
     x, keys, t = torch.randn(3, 2), noise.sample_keys(0, 3), torch.rand(3)
@@ -340,6 +342,7 @@ def test_a_tensor_of_another_dtype_is_refused_before_it_is_read() -> None:
             kernel.normal(keys, 0, 0, out)
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     if ops.has_native(torch.device("cpu")) is False:
         pytest.skip("no C++ compiler")
@@ -406,6 +409,7 @@ print("all ran")
 """
 
 
+@pytest.mark.slow
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path: Path) -> None:
     from fastsde.kernels.cpu import build
 

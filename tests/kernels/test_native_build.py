@@ -38,6 +38,7 @@ def _run(cache: Path, code: str = SAMPLE, **more: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=_environment(cache, **more), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_several_processes_at_once_leave_one_library(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAMPLE]
@@ -52,6 +53,7 @@ def test_several_processes_at_once_leave_one_library(tmp_path: Path) -> None:
     assert library.stat().st_mtime_ns == written  # the next process compiles nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
@@ -72,6 +74,7 @@ def test_without_a_compiler_one_warning_says_so_and_pytorch_takes_over(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_they_can_be_turned_off_without_a_warning(tmp_path: Path) -> None:
     run = _run(tmp_path, FASTSDE_NATIVE="0")
     assert (run.returncode, run.stdout, run.stderr) == (0, "eager True\n", "")
@@ -80,6 +83,7 @@ def test_they_can_be_turned_off_without_a_warning(tmp_path: Path) -> None:
     assert "got device cpu (no: FASTSDE_NATIVE is 0; unset it); use 'eager' or 'reference'" in run.stdout
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path: Path) -> None:
     assert _run(tmp_path).stdout == "persistent True\n"
@@ -91,6 +95,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(tmp_path: Path) -> No
     assert library.stat().st_size == size
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("taken", ["a file", "open to others"])
 def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(tmp_path: Path, taken: str) -> None:
@@ -107,6 +112,7 @@ def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(tmp_path: Path
     assert not [each for each in temporary.iterdir() if each.name.startswith("fastsde-")]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_user_without_a_home_has_them_too(tmp_path: Path) -> None:
     code = "from pathlib import Path\nPath.expanduser = lambda self: exec('raise RuntimeError')\n" + SAMPLE
@@ -115,6 +121,7 @@ def test_a_user_without_a_home_has_them_too(tmp_path: Path) -> None:
     assert (run.stdout, run.stderr) == ("persistent True\n", "")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_what_one_source_lacks_the_others_have(tmp_path: Path) -> None:
     # A compiler that fails on the U-Net and on training.
@@ -135,6 +142,7 @@ print(Trainer(config, tempfile.mkdtemp()).train(progress=False).record["step"])
     assert run.stderr.count("RuntimeWarning") == 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_what_a_killed_process_has_left_is_deleted_in_time(tmp_path: Path) -> None:
     old, new, other = (tmp_path / name for name in ("fastsde-build-old", "fastsde-build-new", "tmp-other"))
@@ -169,6 +177,7 @@ def test_flags_sources_and_cpu_make_another_library(tmp_path: Path, monkeypatch:
     assert len(keys) == 4
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(torch.backends.openmp.is_available() is False, reason="this PyTorch has no OpenMP")
 def test_there_is_one_openmp_runtime_and_torch_rules_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import NORMAL_ERROR
 from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 SDE = VPSDE()
 EPS = 2.0**-24
-NORMAL_ERROR = 4e-6  # of the noise contract
 # Of the result, to its dtype. The interpreter truncates to bf16, where hardware rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TRUNCATION = ROUNDING | {torch.bfloat16: 2.0**-7}

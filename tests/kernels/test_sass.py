@@ -13,6 +13,8 @@ import pytest
 from fastsde.benchmarks.sass import SMALL, UNET_HEADS, UNET_LAYERS
 
 # Per variant of fp32 tensors whose rows start on 16 bytes: how many [B, *shape] tensors it reads and writes.
+pytestmark = pytest.mark.slow  # everything is compiled for three generations of GPUs
+
 TENSORS = {
     "solver_step": (2, 1),
     "solver_step, counter, time and status": (2, 1),

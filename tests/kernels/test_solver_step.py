@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import NORMAL_ERROR
 from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference, solvers
@@ -22,7 +23,6 @@ EPS = 2.0**-24
 # Roundings on the longest path, that of e q f: guidance (w, its difference, product and sum), q f and the sum of D (3),
 # e D (2), and the other terms that are added to it (4). On the path of D alone: 7.
 ROUNDINGS, DATA_ROUNDINGS = 13, 7
-NORMAL_ERROR = 4e-6  # of the noise contract
 NAN = float("nan")
 
 
@@ -249,7 +249,7 @@ def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
     assert ours.isnan().tolist() == [[True, False, False, False]]  # D, clamped to the clip where f is infinite
 
 
-@pytest.mark.parametrize(("batch", "shape"), [(300, (63,)), (2, (5000,))], ids=str)
+@pytest.mark.parametrize(("batch", "shape"), [(300, (63,)), pytest.param(2, (5000,), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("case", [CASES["noise"], CASES["everything"]], ids=["noise", "everything"])
 def test_a_counter_walks_the_table(triton_device: torch.device, case: Case, batch: int, shape: tuple[int, ...]) -> None:
     rows, device = 3, triton_device
@@ -315,8 +315,8 @@ def _status(device: torch.device, case: Case, spoil: str | None, value: float, s
     return int(status)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5000), (600, 3)], ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), pytest.param((2, 5000), marks=pytest.mark.slow), (600, 3)], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, pytest.param(-torch.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("spoil", "kind"), [("f", 0), ("f_uncond", 0), ("x", 1), ("history", 1)])
 def test_what_is_not_finite_is_noted_with_its_row(
     device: torch.device, spoil: str, kind: int, value: float, shape: tuple[int, ...]

@@ -125,7 +125,7 @@ def test_it_follows_the_weights() -> None:
         assert torch.equal(again(x, t), fast(x, t))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_where_more_is_done_than_to_compute_it_is_pytorchs(native_kernel: list[int]) -> None:
     from torch._subclasses import FakeTensorMode

@@ -125,6 +125,7 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
     assert len(runs) == 15
@@ -132,6 +133,7 @@ def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> Non
     assert runs == {name: 2 if "(" in name else 1 for name in runs}
 
 
+@pytest.mark.slow
 def test_ints_in_the_place_of_floats_make_no_variant(counts: dict[str, int]) -> None:
     assert counts[INTS] == 1
 
