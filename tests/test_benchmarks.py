@@ -460,6 +460,7 @@ def replayed(device: torch.device, *providers: Provider, **options: object) -> t
     return runner.run_case(Case("subject", "case", "a task", {}, providers, **about), device, MOST).record  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_every_single_kernel_is_replayed_as_a_graph_and_proved_so() -> None:
     device = torch.get_default_device()

@@ -124,6 +124,7 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
     assert_same(resumed, eager, POINTS, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_images_train_in_channels_last(
     graphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str

@@ -223,6 +223,7 @@ def test_a_rank_whose_samples_break_fails_the_job_with_its_error(tmp_path: Path)
     assert f"NonFiniteError: {told}" in result.stderr.split("Root Cause")[1]  # torchrun's own summary
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_fails_the_job(tmp_path: Path) -> None:
     result = torchrun(2, Path(__file__).resolve(), "kill", cwd=tmp_path, timeout=60)
     assert result.returncode == 1
@@ -230,6 +231,7 @@ def test_a_rank_that_is_killed_fails_the_job(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_without_torchrun_a_dead_rank_is_seen_by_the_first(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

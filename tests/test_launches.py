@@ -132,9 +132,12 @@ RECIPES: dict[str, TrainConfig] = {
     "U-Net": DIGITS,
     "U-Net, bf16": replace(DIGITS, precision="bf16"),
 }
+SLOW = ("MLP, no average", "MLP, bf16", "U-Net")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RECIPES]
+)
 def test_a_training_step(recipe: str, tmp_path: Path) -> None:
     config = RECIPES[recipe]
     trainer = Trainer(config, tmp_path / "run")

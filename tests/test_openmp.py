@@ -21,6 +21,7 @@ def shown(code: str, **given: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_programs_wait_passively_unless_told_otherwise() -> None:
     wait = "from fastsde.openmp import wait_passively; wait_passively()"
     assert shown(wait) == "passive after 1000 spins (set by fastsde); passive"
@@ -31,6 +32,7 @@ def test_programs_wait_passively_unless_told_otherwise() -> None:
     assert shown(command) == "passive after 1000 spins (set by fastsde); passive"
 
 
+@pytest.mark.slow
 def test_a_library_leaves_the_environment_alone() -> None:
     assert shown("import fastsde; fastsde.sample") == "the runtime's default; None"
     assert shown("import fastsde.cli") == "the runtime's default; None"

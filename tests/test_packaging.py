@@ -134,6 +134,7 @@ def test_versions_agree() -> None:
     assert declared[1] == fastsde.__version__
 
 
+@pytest.mark.slow
 def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
     code = (
         "import pickle, sys, fastsde; names = dir(fastsde); assert 'torch' not in sys.modules\n"

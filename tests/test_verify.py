@@ -71,6 +71,7 @@ def test_a_backend_that_cannot_run_is_listed_with_its_reason() -> None:
     assert f"graph cannot run here: {graph.reason}" in table(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "verdict"), [(1.0, "pass"), (30.0, "fail")])
 def test_normals_within_the_noise_contract_pass(monkeypatch: pytest.MonkeyPatch, error: float, verdict: str) -> None:
     def engine(model: Any, shape: Any, table: Any, keys: Tensor, **options: Any) -> Tensor:

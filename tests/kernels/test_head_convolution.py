@@ -15,7 +15,10 @@ EPS = 2.0**-24
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TRUNCATION = ROUNDING | {torch.bfloat16: 2.0**-7}
 # Batch, channels, height and width: single pixels, edges on all sides, several programs, several blocks of channels.
-SHAPES = [(1, 1, 1, 1), (3, 5, 1, 4), (2, 32, 7, 5), (5, 8, 28, 28), (2, 130, 3, 6), (1, 64, 9, 1)]
+SHAPES = [
+    *((1, 1, 1, 1), (3, 5, 1, 4), (2, 32, 7, 5), (2, 130, 3, 6)),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((5, 8, 28, 28), (1, 64, 9, 1))),
+]
 
 
 def _channels_last(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -42,7 +45,7 @@ def _bound(y: Tensor, weight: Tensor, bias: Tensor, expected: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("out", [1, 2, 3, 4])
+@pytest.mark.parametrize("out", [1, 4, *(pytest.param(out, marks=pytest.mark.slow) for out in (2, 3))])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_the_convolution_and_touches_nothing_else(
     triton_device: torch.device, shape: tuple[int, ...], out: int, dtype: torch.dtype

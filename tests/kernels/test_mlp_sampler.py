@@ -117,7 +117,7 @@ def test_progress_is_told_of_every_row(device: torch.device) -> None:
         *(pytest.param(wide, marks=pytest.mark.not_on_cuda) for wide in ((128, 100), (256, 256))),
     ],
 )
-@pytest.mark.parametrize("dim", [1, 2, 4, 5, 16, 17, 64])
+@pytest.mark.parametrize("dim", [2, 5, 17, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (1, 4, 16, 64))])
 def test_every_width_depth_and_dimension(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
     model = _tame(MLP(dim, hidden, "SiLU"))
     _assert_close(_run(model, 5, device), _expected(model, 5))

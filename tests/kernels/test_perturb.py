@@ -44,7 +44,10 @@ CASES = {
     "noise given": Case(scaled=True, z_given=True),
     "all given": Case(pixels=True, gathers=True, t_given=True, z_given=True),
 }
-SHAPES = [(1, ()), (300, (1,)), (3, (2,)), (300, (63,)), (2, (2048,)), (3, (1, 28, 28)), (3, (1000,)), (2, (5, 1001))]
+SHAPES = [
+    *((1, ()), (3, (2,)), (300, (63,)), (3, (1, 28, 28)), (2, (5, 1001))),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((300, (1,)), (2, (2048,)), (3, (1000,)))),
+]
 # Where sigma = sqrt(-expm1(-B)) loses its digits if it is not written with care, and where alpha is least.
 TIMES = (1e-5, 1e-4, 1.0)
 

@@ -53,7 +53,10 @@ CASES = {
     "everything": Case("abcdepq", clip=1, guidance=-3, dtype=torch.float16),
 }
 # Batch and shape of a sample: single elements, samples that share a tile and fill one exactly or not, several tiles.
-SHAPES = [(1, ()), (300, (1,)), (3, (2,)), (300, (63,)), (2, (2048,)), (3, (1, 28, 28)), (3, (1000,)), (2, (5, 1001))]
+SHAPES = [
+    *((1, ()), (3, (2,)), (300, (63,)), (3, (1, 28, 28)), (2, (5, 1001))),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((300, (1,)), (2, (2048,)), (3, (1000,)))),
+]
 
 
 def _inputs(case: Case, shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def _results(device: torch.device, batch: int, size: int) -> Iterator[Tensor]:
     yield torch.autograd.grad(loss, f)[0]
 
 
-@pytest.mark.parametrize(("batch", "size"), [(1, 1), (70, 2), (5, 61), (2, 131), (3, 520)])
+@pytest.mark.parametrize(
+    ("batch", "size"), [(1, 1), (70, 2), (5, 61), (2, 131), pytest.param(3, 520, marks=pytest.mark.slow)]
+)
 def test_small_and_large_tiles_give_the_same_bits(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, batch: int, size: int
 ) -> None:
