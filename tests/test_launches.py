@@ -32,7 +32,7 @@ EXPECTED = {
     "call around its rows, U-Net, reference": 386,
     "call around its rows, U-Net, eager": 16,
     "call around its rows, U-Net, graph": 23,
-    "call of all rows, MLP, persistent": 14,
+    "call of all rows, MLP, persistent": 9,
     "step of the MLP, no average, reference": 65,
     "step of the MLP, no average, captured": 30,
     "step of the MLP, reference": 66,
