@@ -95,8 +95,9 @@ def ceilings(device: torch.device, rounds: int = 7) -> Ceilings:
     if device.type != "cuda":
         return Ceilings(device.type, bandwidth, flop, flop["fp32"] / SPECIAL_FLOP)
     clock = _gpu_clock()
-    # Of compute capability 8 and 9. Others may have more units.
-    specials = 16 * torch.cuda.get_device_properties(device).multi_processor_count * clock
+    # Of compute capability 8 and 9. Others may have more units. Half of the functions may be polynomials, which other
+    # units compute, as three of four logarithms of `mlp_sampler` are.
+    specials = 2 * 16 * torch.cuda.get_device_properties(device).multi_processor_count * clock
     return Ceilings(device.type, bandwidth, flop, specials, _launch(device), clock)
 
 
