@@ -19,7 +19,8 @@ __all__ = ["CHECKPOINT_SECONDS", "LOG_SECONDS", "RunLog", "is_before_first_step"
 LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
 # At most so often anything is written. A step of an MLP takes microseconds, and a checkpoint milliseconds: one every
 # 1000 steps, with a line every 100, would take about as long as the steps. So they take a hundredth at most. Who
-# follows a log does not notice 2 s, and a run that is killed loses 10 s of work.
+# follows a log does not notice 2 s, and a run that is killed loses 10 s of work, and what it takes from there to the
+# next checkpoint.
 LOG_SECONDS, CHECKPOINT_SECONDS = 2.0, 10.0
 
 
@@ -39,6 +40,7 @@ class RunLog:
 
     def drop_after(self, step: int) -> None:
         """Drops the lines of later steps, and a last line that was cut short."""
+        self._lines = []
         if not self._path.exists():
             return
         kept: list[str] = []

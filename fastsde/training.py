@@ -24,7 +24,7 @@ from .checkpoints import RUN_CHECKPOINT, Checkpoint
 from .data import DEFAULT_ROOT, Dataset, load
 from .distributed import Ranks
 from .engines import CaptureError
-from .engines.fetch import fetch
+from .engines.fetch import Fetch
 from .engines.inspection import prefers_channels_last
 from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Work, can_capture, can_run_natively
 from .notices import warn
@@ -42,7 +42,7 @@ class _Line(NamedTuple):
 
     step: int
     steps: int  # that the loss is the mean of
-    loss: Callable[[], Tensor]
+    loss: Fetch
 
 
 @dataclass(frozen=True)
@@ -366,15 +366,16 @@ class Trainer:
                     steps = EagerSteps(work, self._here)
                     break
                 self.step += count
+                self._report(bar, lines, leave=len(lines))
                 stop = self._here.world == 1 and interrupted()
                 if stop:
                     break
             last = self.step == config.steps
             if (self.step % config.log_every == 0 or last) and losses:
-                lines.append(_Line(self.step, self.step - since, fetch(torch.cat(losses).double().mean())))
+                lines.append(_Line(self.step, self.step - since, Fetch(torch.cat(losses).double().mean())))
                 losses, since = [], self.step
-                # While the device goes on with the steps of this line, the one before is read.
-                self._report(bar, lines, leave=int(self._captures))
+                # While the device goes on with the steps of this line, the one before is waited for.
+                self._report(bar, lines, leave=int(isinstance(steps, CapturedSteps)))
                 # All ranks stop at the same step, or they would wait for each other.
                 stop = stop or distributed.any_rank(interrupted())
             if last or stop or self._is_checkpoint_due(saved):
@@ -408,13 +409,19 @@ class Trainer:
         return f"try a lower lr, after deleting {self.directory} or in another folder"
 
     def _report(self, bar: tqdm[Any], lines: deque[_Line], leave: int = 0) -> None:
-        """Logs the lines but for the last ``leave``, waiting for their losses."""
-        while len(lines) > leave:
+        """Logs the lines whose losses are there, waiting for those of all but the last ``leave``.
+
+        Lines that come together share their rate.
+        """
+        due: list[tuple[_Line, float]] = []
+        while lines and (len(lines) > leave or lines[0].loss.is_ready()):
             line = lines.popleft()
-            loss = float(line.loss())  # waits for the device, so read the clock after it
-            now = time.monotonic()
-            self._log(bar, line, distributed.mean_over_ranks(loss), line.steps / max(now - self._reported, 1e-9))
-            self._reported = now
+            due.append((line, distributed.mean_over_ranks(float(line.loss.wait()))))
+        if due:
+            seconds, self._reported = time.monotonic() - self._reported, time.monotonic()
+            rate = sum(line.steps for line, _ in due) / max(seconds, 1e-9)
+            for line, loss in due:
+                self._log(bar, line, loss, rate)
 
     def _log(self, bar: tqdm[Any], line: _Line, loss: float, steps_per_second: float) -> None:
         if not math.isfinite(loss):

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from fastsde import NonFiniteError, checkpoints, noise, reference, run_folder
 from fastsde.data import Dataset, swiss_roll
 from fastsde.engines import training as steps
-from fastsde.training import TrainConfig, Trainer, default_config, saved_config, tutorial_config
+from fastsde.training import TrainConfig, Trainer, _Line, default_config, saved_config, tutorial_config
 
 TINY = replace(
     default_config("swiss-roll"),
@@ -618,3 +620,36 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
     assert Trainer(replace(TINY, init=str(tmp_path / "own.safetensors")), tmp_path / "fifth").earlier_steps == 0
     with pytest.raises(ValueError, match="init must have the model and prediction of the run"):
         Trainer(replace(TINY, init="swiss-roll"), tmp_path / "fourth")
+
+
+class _Loss:
+    """A loss that is there, or has to be waited for."""
+
+    def __init__(self, is_there: bool) -> None:
+        self.is_ready = lambda: is_there
+
+    def wait(self) -> torch.Tensor:
+        return torch.tensor(0.5)
+
+
+def test_losses_are_logged_as_they_come_and_share_their_rate_where_they_come_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    trainer = Trainer(TINY, tmp_path / "run")
+    trainer._reported = 0.0
+    (tmp_path / "run").mkdir()
+    lines = deque(_Line(10 * k, 10, _Loss(is_there=k < 3)) for k in range(1, 5))
+    with tqdm(disable=True) as bar:
+        clock[0] = 2.0
+        trainer._report(bar, lines, leave=4)
+        assert [line.step for line in lines] == [30, 40]
+        clock[0] = 3.0
+        trainer._report(bar, lines, leave=1)
+        assert [line.step for line in lines] == [40]
+        clock[0] = 5.0
+        trainer._report(bar, lines)
+    trainer._lines.flush()
+    log = log_of(tmp_path / "run")
+    assert [(line["step"], line["steps_per_s"]) for line in log] == [(10, 10.0), (20, 10.0), (30, 10.0), (40, 5.0)]

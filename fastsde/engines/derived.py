@@ -65,14 +65,15 @@ def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
     if form == "optimized" and isinstance(model, UNet):
         return model.optimize(dtype)
     try:
-        made = copy.deepcopy(model)
+        made: Any = copy.deepcopy(model)  # whose ``to`` takes no memory_format in the stubs of PyTorch 2.11
     except Exception as error:
         raise ValueError(
             f"dtype is {dtype}, for which the model is copied, but it cannot be: {error}; convert its weights yourself "
             f"and leave dtype out, or call it under torch.autocast in a function"
         ) from error
-    made.to(dtype)
-    return made.to(memory_format=torch.channels_last) if form == "channels_last" else made
+    layout = {"memory_format": torch.channels_last} if form == "channels_last" else {}
+    result: nn.Module = made.to(dtype=dtype, **layout)
+    return result
 
 
 class Frozen:

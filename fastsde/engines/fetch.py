@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fetch"]
+__all__ = ["Fetch"]
 
 
-def fetch(value: Tensor) -> Callable[[], Tensor]:
-    """Starts a copy to the host, and returns what waits for it and gives it.
+class Fetch:
+    """A copy to the host, which has been started.
 
-    It waits for what has been launched before the copy, and not, as ``Tensor.item`` does, for all that has been since.
+    To wait for it is to wait for what was launched before it, and not, as in ``Tensor.item``, for all that has been
+    since.
+
+    Args:
+        value: a tensor, which may be written to again at once.
     """
-    if value.device.type != "cuda":
-        return lambda: value
-    host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
-    with torch.cuda.device(value.device):
-        host.copy_(value, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
 
-    def wait() -> Tensor:
-        copied.synchronize()
-        return host
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+        self._copied: Any = None  # the event, whose methods PyTorch does not type
+        if value.device.type == "cuda":
+            self._value = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+            with torch.cuda.device(value.device):
+                self._value.copy_(value, non_blocking=True)
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._copied.record()
 
-    return wait
+    def is_ready(self) -> bool:
+        """Returns whether `wait` returns at once."""
+        return self._copied is None or bool(self._copied.query())
+
+    def wait(self) -> Tensor:
+        """The copy, once it is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value

@@ -26,7 +26,9 @@ class LowPrecisionCopy:
         self.network = copy.deepcopy(model).to(dtype)
         self._masters: list[Tensor] = list(model.parameters())
         self._weights: list[Tensor] = list(self.network.parameters())
-        for master in self._masters:
+        self._trained = [number for number, each in enumerate(self._masters) if each.requires_grad]
+        for number in self._trained:
+            master = self._masters[number]
             master.grad = torch.zeros_like(master, requires_grad=False)
 
     @torch.no_grad()
@@ -39,7 +41,7 @@ class LowPrecisionCopy:
     @torch.no_grad()
     def hand_over(self) -> None:
         """Gives its gradients to the network."""
-        theirs, ours = ([_gradient(each) for each in group] for group in (self._masters, self._weights))
+        theirs, ours = ([_gradient(group[i]) for i in self._trained] for group in (self._masters, self._weights))
         torch._foreach_copy_(theirs, ours)
 
 

@@ -48,7 +48,8 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
 
 def pays(network: Network, device: torch.device) -> bool:
     """Returns whether "auto" takes the engine: on a GPU not for wide layers in fp32, whose weights do not stay on the
-    chip and which take long to compile. The number of samples must not matter, or a sample would depend on its batch.
+    chip and which take long to compile. The number of samples must not matter, or a sample would depend on its batch by
+    more than the roundings of one precision.
     """
     if ops.has_native(device):
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +108,8 @@ class UNet(nn.Module):
 
         The first convolution would otherwise copy it there, and once more in its backward.
         """
-        plane, first = t.to(x.dtype)[:, None, None, None], next(self.encoder.parameters())
-        if not first.is_contiguous(memory_format=torch.channels_last):
+        plane, first = t.to(x.dtype)[:, None, None, None], cast(nn.Conv2d, self.encoder[0])
+        if not first.weight.is_contiguous(memory_format=torch.channels_last):
             return torch.cat((x, plane.expand(-1, 1, *x.shape[2:])), dim=1)
         image = torch.cat((x.movedim(1, -1), plane.expand(-1, *x.shape[2:], 1)), dim=-1)
         return image.movedim(-1, 1)

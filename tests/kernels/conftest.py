@@ -5,6 +5,8 @@ Triton decides when it defines a kernel whether it is interpreted (tests/conftes
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -76,6 +78,14 @@ def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the native kernels run."""
     return _native(request.param, monkeypatch)
+
+
+@pytest.fixture
+def tiles_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter cut few elements into small tiles, too, as a GPU does; many take too long there."""
+    params = request.node.callspec.params
+    if importlib.util.find_spec("triton") is not None and params["batch"] * math.prod(params["shape"]) < 5000:
+        monkeypatch.setattr("fastsde.kernels.tile._MANY", 2 * 132)
 
 
 @pytest.fixture

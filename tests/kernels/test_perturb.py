@@ -106,6 +106,7 @@ def _launch(inputs: dict[str, Any], **outputs: Tensor) -> None:
     )
 
 
+@pytest.mark.usefixtures("tiles_as_on_a_gpu")
 @pytest.mark.parametrize(("batch", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_noising_is_the_posterior_and_touches_nothing_else(

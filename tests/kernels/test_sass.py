@@ -96,9 +96,10 @@ def test_a_row_of_many_samples_balances_its_units(
     report = _of(reports, f"mlp_sampler, {precision}, many samples of 2, width 64")
     assert 500 < report["loop_instructions"] <= instructions
     # 96 LogSigmoids of a thread, of which each takes an exponential and in fp32, else one in four, a logarithm; 8 are
-    # the normals'. A quarter of a multiprocessor issues an instruction a clock, and a special one in 8.
+    # the normals'.
     assert report["loop_special"] == special
-    assert 8 * special < 1.25 * max(instructions, 8 * 160)
+    if precision != "fp32":  # A quarter of a multiprocessor issues an instruction a clock, and a special one in 8.
+        assert 0.8 < 8 * report["loop_special"] / report["loop_instructions"] < 1.25
 
 
 def test_the_counts_kept_for_this_triton_are_those_it_gives(reports: list[dict[str, Any]]) -> None:

@@ -121,6 +121,7 @@ def _launch(table: StepTable, row: int, inputs: dict[str, Any], **outputs: Any) 
     )
 
 
+@pytest.mark.usefixtures("tiles_as_on_a_gpu")
 @pytest.mark.parametrize(("batch", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_step_is_the_row_and_touches_nothing_else(
