@@ -200,7 +200,8 @@ class Trainer:
     The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
     a run resumes from, written whole or not at all, from before the first step on; and ``log.jsonl``, from which a
     resumed run drops the lines of steps that it takes again. A run that ends or is interrupted, by Ctrl-C or an error,
-    has all its lines there, one that is killed those up to its checkpoint. On the CPU a resumed run comes to the very
+    has all its lines there, one that is killed those up to its checkpoint; the first line of a resumed run is the mean of
+    the steps since then. On the CPU a resumed run comes to the very
     weights of one that was not interrupted.
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`); on the CPU those of an
@@ -240,7 +241,8 @@ class Trainer:
         checkpoint = self.directory / RUN_CHECKPOINT
         if not resume and checkpoint.exists() and not run_folder.is_before_first_step(checkpoint):
             raise FileExistsError(
-                f"{self.directory} already holds a run: resume or delete it, or choose another folder"
+                f"{self.directory} already holds a run: go on with it (resume=True, or --resume), delete it, or choose "
+                "another folder"
             )
         self._here = distributed.ranks() or Ranks()
         distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -122,10 +123,35 @@ def test_some_steps_alone_have_all_the_time(gpu: Gpu) -> None:
     assert "== bench, at most 540 s" in done.stdout
 
 
-def test_an_unknown_step_and_a_machine_without_a_gpu_are_errors(gpu: Gpu) -> None:
-    done = gpu("kernel")
+@pytest.mark.parametrize("name", ["LIMIT_S", "WORKERS"])
+@pytest.mark.parametrize("value", ["0", "-5", "abc", "1e3", "0900", "10m"])
+def test_numbers_are_checked_before_anything_runs(gpu: Gpu, name: str, value: str) -> None:
+    done = gpu(**{name: value})
     assert done.returncode == 2
-    assert "unknown step 'kernel': it is one of kernels engines alone bench" in done.stderr
+    assert done.stderr == f"{name} must be a positive integer, got '{value}'\n"
+    assert not gpu.out.exists()
+
+
+def test_two_runs_do_not_share_a_folder_and_help_runs_nothing(gpu: Gpu) -> None:
+    assert gpu("bench").returncode == 0
+    with (gpu.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = gpu("bench")
+    assert done.returncode == 1
+    assert done.stderr == f"another run writes to {gpu.out}\n"
+    assert "bench: passed" in (gpu.out / "steps.txt").read_text()
+    done = gpu("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("What only a GPU can show")
+    assert "LIMIT_S   seconds for all steps" in done.stdout
+    assert len(gpu.steps) == 1
+
+
+def test_an_unknown_step_and_a_machine_without_a_gpu_are_errors(gpu: Gpu) -> None:
+    for step in ("kernel", "", "kernels engines"):
+        done = gpu(step)
+        assert done.returncode == 2
+        assert done.stderr == f"unknown step '{step}': it is one of kernels engines alone bench\n"
     assert not gpu.out.exists()
     done = gpu(NO_GPU="1")
     assert done.returncode == 1

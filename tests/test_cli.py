@@ -83,7 +83,10 @@ def test_train_export_and_sample_a_run(tmp_path: Path) -> None:
     assert len((tmp_path / "runs/swiss-roll/log.jsonl").read_text().splitlines()) == 4
     again = run("train", "swiss-roll", *options, cwd=tmp_path)
     assert again.returncode == 1
-    assert again.stderr == "Error: runs/swiss-roll already holds a run: resume or delete it, or choose another folder\n"
+    assert again.stderr == (
+        "Error: runs/swiss-roll already holds a run: go on with it (resume=True, or --resume), delete it, or choose "
+        "another folder\n"
+    )
     resumed = run("train", "swiss-roll", "--resume", "--quiet", cwd=tmp_path)  # the run's own options
     assert (resumed.returncode, resumed.stderr) == (0, "")
     exported = run("export", "runs/swiss-roll", "net.safetensors", "--dtype", "float16", cwd=tmp_path)

@@ -146,7 +146,9 @@ def test_an_interpreter_that_numpy_breaks_is_refused_with_what_to_install(
     if runs:
         ops.dispatch.check_interpreter()
         return
-    message = rf"Triton {re.escape(triton)} .* NumPy {re.escape(numpy)}: install 'numpy<2\.4' or 'triton>=3\.7'"
+    message = (
+        rf"Triton {re.escape(triton)} .* NumPy {re.escape(numpy)}: install 'numpy<2\.4', or a PyTorch with Triton 3\.7"
+    )
     with pytest.raises(RuntimeError, match=message):
         ops.normal(KEYS, 1, (2,))
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -91,8 +91,8 @@ def check_interpreter() -> None:
     triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
     if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
         raise RuntimeError(
-            f"Triton {triton} cannot interpret kernels with NumPy {numpy}: install 'numpy<2.4' or 'triton>=3.7', or "
-            "unset TRITON_INTERPRET"
+            f"Triton {triton} cannot interpret kernels with NumPy {numpy}: install 'numpy<2.4', or a PyTorch with "
+            "Triton 3.7 or later; without TRITON_INTERPRET nothing is interpreted"
         )
 
 
