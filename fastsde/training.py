@@ -200,9 +200,8 @@ class Trainer:
     The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
     a run resumes from, written whole or not at all, from before the first step on; and ``log.jsonl``, from which a
     resumed run drops the lines of steps that it takes again. A run that ends or is interrupted, by Ctrl-C or an error,
-    has all its lines there, one that is killed those up to its checkpoint; the first line of a resumed run is the mean of
-    the steps since then. On the CPU a resumed run comes to the very
-    weights of one that was not interrupted.
+    has all its lines there, one that is killed those up to its checkpoint; the first line of a resumed run is the mean
+    of the steps since then. On the CPU a resumed run comes to the very weights of one that was not interrupted.
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.engines.training.CapturedSteps`); on the CPU those of an
     MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
