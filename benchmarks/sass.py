@@ -113,13 +113,13 @@ def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
 
 def _integer_cases() -> Iterator[Case]:
     """Keys and the data order; elements are samples."""
-    from fastsde.kernels import data_order, sample_keys
+    from fastsde.kernels import data_order, sample_keys, tile
 
     arguments = {"out_ptr": "*i64", **dict.fromkeys(("seed", "first", "n"), "i64"), "BLOCK": sample_keys.BLOCK}
-    yield _case("sample_keys", sample_keys.sample_keys_kernel, arguments, sample_keys.BLOCK, sample_keys.WARPS)
+    yield _case("sample_keys", sample_keys.sample_keys_kernel, arguments, sample_keys.BLOCK, tile.WARPS)
     arguments = {"keys_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*i64", "BLOCK": data_order.BLOCK}
     arguments |= dict.fromkeys(("batch", "stride", "count", "step"), "i64")
-    yield _case("data_order", data_order.data_order_kernel, arguments, data_order.BLOCK, data_order.WARPS)
+    yield _case("data_order", data_order.data_order_kernel, arguments, data_order.BLOCK, tile.WARPS)
 
 
 def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_warps: int) -> Case:

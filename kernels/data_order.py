@@ -15,10 +15,9 @@ from torch import Tensor
 
 from .philox import STREAM_DATA_ORDER, draw_offset, load_keys, philox
 from .schedule import load_step
-from .tile import on_device
+from .tile import GRID_AXIS_1, WARPS, on_device
 
-BLOCK, WARPS = 128, 4
-_GRID_AXIS_1 = 65_535
+BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["batch", "stride", "count", "step"])
@@ -52,8 +51,8 @@ def data_order(keys: Tensor, step: int, n: int, *, counter: Tensor | None = None
     steps, batch = out.shape
     if not out.numel():
         return
-    if steps > _GRID_AXIS_1 or out.stride(1) != 1:
-        raise ValueError(f"out must have at most {_GRID_AXIS_1} rows, each contiguous, got {steps} of {out.stride()}")
+    if steps > GRID_AXIS_1 or out.stride(1) != 1:
+        raise ValueError(f"out must have at most {GRID_AXIS_1} rows, each contiguous, got {steps} of {out.stride()}")
     grid = (triton.cdiv(batch, BLOCK), steps)
     with on_device(out):
         data_order_kernel[grid](keys, counter, out, batch, out.stride(0), n, step, BLOCK=BLOCK, num_warps=WARPS)

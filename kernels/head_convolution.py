@@ -46,9 +46,9 @@ def head_convolution_kernel(
     row, column = place // WIDTH, place % WIDTH
     real = sample < batch
     lane = tl.arange(0, C)
-    # One tile of sums for each output channel; those that there are not are dropped when a variant is compiled.
-    sums_0 = tl.zeros((PIXELS, C), tl.float32)
-    sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
+    sums = ()  # a tile for each output channel
+    for _ in tl.static_range(OUT):
+        sums = sums + (tl.zeros((PIXELS, C), tl.float32),)  # noqa: RUF005
     for first in range(0, CHANNELS, C):
         channel = first + lane
         known = channel < CHANNELS
@@ -60,32 +60,21 @@ def head_convolution_kernel(
                 mask = inside[:, None] & known[None, :]
                 y = tl.load(y_ptr + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
                 weights = weight_ptr + (3 * i + j) * CHANNELS + channel
-                sums_0 += y * _weights(weights, known)
-                if OUT > 1:
-                    sums_1 += y * _weights(weights + 9 * CHANNELS, known)
-                if OUT > 2:
-                    sums_2 += y * _weights(weights + 18 * CHANNELS, known)
-                if OUT > 3:
-                    sums_3 += y * _weights(weights + 27 * CHANNELS, known)
-    to = out_ptr + sample * (OUT * plane) + place
-    _store(to, sums_0, bias_ptr, real)
-    if OUT > 1:
-        _store(to + plane, sums_1, bias_ptr + 1, real)
-    if OUT > 2:
-        _store(to + 2 * plane, sums_2, bias_ptr + 2, real)
-    if OUT > 3:
-        _store(to + 3 * plane, sums_3, bias_ptr + 3, real)
+                sums = _add_products(sums, y, weights, known, 9 * CHANNELS)
+    for o in tl.static_range(OUT):
+        result = tl.sum(sums[o], 1) + tl.load(bias_ptr + o).to(tl.float32)
+        to = out_ptr + (sample * OUT + o) * plane + place
+        tl.store(to, result.to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _weights(weights, known):
-    return tl.load(weights, mask=known, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _store(to, sums, bias_ptr, real):
-    result = tl.sum(sums, 1) + tl.load(bias_ptr).to(tl.float32)
-    tl.store(to, result.to(to.dtype.element_ty), mask=real)
+def _add_products(sums, y, weights, known, STRIDE: tl.constexpr):
+    """The sums of each output channel, whose weights are STRIDE apart, and y times its weights."""
+    out = ()
+    for o in tl.static_range(len(sums)):
+        w = tl.load(weights + o * STRIDE, mask=known, other=0.0).to(tl.float32)
+        out = out + (sums[o] + y * w[None, :],)  # noqa: RUF005
+    return out
 
 
 def launch_config(batch: int, height: int, width: int, channels: int) -> tuple[dict[str, int], tuple[int]]:

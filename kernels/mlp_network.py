@@ -45,12 +45,10 @@ def _log2_1p(u, PRECISION: tl.constexpr):
     """
     if PRECISION == "bf16":
         q = 0.3664806092435519 - 0.1072544223 * u
+        return u * (1.4421280943300316 + (q * u - 0.701747258699283) * u)
     else:
         tl.static_assert(PRECISION == "tf32", "no polynomial is as good as fp32")
         q = 0.4418988306344527 + (0.0596515470698109 * u - 0.2271194489777643) * u
-    if PRECISION == "bf16":
-        return u * (1.4421280943300316 + (q * u - 0.701747258699283) * u)
-    else:
         return u * (1.4426132082633483 + (q * u - 0.7169874149351245) * u)
 
 
@@ -113,6 +111,7 @@ def activate(x, NAME: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.cons
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
     """``total + a b``, in fp32."""
+    tl.static_assert(PRECISION == "fp32" or PRECISION == "tf32" or PRECISION == "bf16", "not one of PRECISIONS")
     if PRECISION == "bf16":
         if FAST:
             return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
@@ -124,7 +123,6 @@ def _dot(a, b, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
     elif PRECISION == "tf32":
         return tl.dot(a, b, total, input_precision="tf32")
     else:
-        tl.static_assert(PRECISION == "fp32", "not one of PRECISIONS")
         # Three products of the leading 11 bits of both and of what remains; the product of the two remainders, some
         # 2^-22 of the whole, is left out.
         a_high = _leading(a)

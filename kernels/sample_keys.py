@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import philox
-from .tile import on_device
+from .tile import WARPS, on_device
 
-BLOCK, WARPS = 128, 4  # one key a thread, stored as 128 bits
+BLOCK = 128  # one key a thread, stored as 128 bits
 
 
 @triton.jit

@@ -24,7 +24,7 @@ _LARGE, _SMALL = (512, WARPS), (32, 1)
 # of them the time is that of one tile's chain of instructions, which small tiles cut by four. The interpreter runs one
 # tile after another, and each costs it the same: there any number is many.
 _MANY = 0 if triton.knobs.runtime.interpret else 2 * 132
-_GRID_AXIS_1 = 65_535
+GRID_AXIS_1 = 65_535
 
 
 class Tiling(NamedTuple):
@@ -46,7 +46,7 @@ def _tiling(batch: int, size: int, most: int, warps: int) -> Tiling:
     height = most // width
     rows, columns = triton.cdiv(batch, height), triton.cdiv(blocks, width)
     # Axis 1 of a grid is short. No memory holds a batch for which both counts are long.
-    rows_first = columns <= _GRID_AXIS_1
+    rows_first = columns <= GRID_AXIS_1
     constants = {"S": height, "P": width, "ALIGNED": size % 4 == 0, "ROWS_FIRST": rows_first, "num_warps": warps}
     return Tiling(constants, (rows, columns) if rows_first else (columns, rows))
 
