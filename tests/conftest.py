@@ -41,10 +41,9 @@ if needs_interpreter:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.option.collectonly or not needs_interpreter:
         return
-    try:
-        dispatch.check_interpreter()
-    except RuntimeError as error:
-        raise pytest.UsageError(f"{error} (the tests interpret kernels where there is no GPU)") from None
+    problem = dispatch.interpreter_problem()
+    if problem is not None:
+        raise pytest.UsageError(f"{problem} (the tests interpret kernels where there is no GPU)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes checkpoints however fast they come."""
+    monkeypatch.setattr("fastsde.run_folder.CHECKPOINT_SECONDS", 0.0)
 
 
 def pytest_collection_finish() -> None:

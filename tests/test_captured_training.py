@@ -19,6 +19,8 @@ from fastsde.engines.chunks import FIXED_LENGTHS
 from fastsde.models import MLP
 from fastsde.training import TrainConfig, Trainer, default_config
 
+pytestmark = pytest.mark.usefixtures("every_checkpoint")
+
 POINTS = replace(
     default_config("swiss-roll"),
     model={"architecture": "MLP", "shape": [2], "hidden": [8], "activation": "LogSigmoid"},
@@ -42,12 +44,6 @@ IMAGES = replace(
 
 
 Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes checkpoints however fast they come."""
-    monkeypatch.setattr("fastsde.run_folder.CHECKPOINT_SECONDS", 0.0)
 
 
 def trained(config: TrainConfig, directory: Path, eagerly: bool, **options: Any) -> Weights:

@@ -22,6 +22,8 @@ from fastsde.data import Dataset, swiss_roll
 from fastsde.engines import training as steps
 from fastsde.training import TrainConfig, Trainer, _Line, default_config, saved_config, tutorial_config
 
+pytestmark = pytest.mark.usefixtures("every_checkpoint")
+
 TINY = replace(
     default_config("swiss-roll"),
     model={"architecture": "MLP", "shape": [2], "hidden": [8], "activation": "SiLU"},
@@ -39,12 +41,6 @@ IMAGES = replace(
     checkpoint_every=3,
     log_every=2,
 )
-
-
-@pytest.fixture(autouse=True)
-def _every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes checkpoints however fast they come."""
-    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", 0.0)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
     from .. import engines, ops
+    from ..ops import dispatch
 
     capability = torch.backends.cpu.get_cpu_capability()
     yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}"
@@ -62,23 +63,9 @@ def _devices() -> Iterator[tuple[str, str]]:
     for device in devices:
         for backend in engines.BACKENDS[1:]:
             reason = engines.unavailable_reason(backend, device)
-            if reason is None and device.type == "cpu" and backend != "reference":
-                reason = _interpreter_problem()
+            if reason is None and device.type == "cpu" and backend != "reference" and ops.has_triton(device):
+                reason = dispatch.interpreter_problem()
             yield f"{backend} on {device}", "yes" if reason is None else f"no: {reason}"
-
-
-def _interpreter_problem() -> str | None:
-    """Why Triton's interpreter does not run, where it is asked for; None where it does."""
-    import torch
-
-    from ..ops import dispatch
-
-    if dispatch.has_triton(torch.device("cpu")):
-        try:
-            dispatch.check_interpreter()
-        except RuntimeError as error:
-            return str(error)
-    return None
 
 
 def _models() -> Iterator[tuple[str, str]]:

@@ -16,11 +16,11 @@ from torch.autograd import forward_ad
 from ..dynamo import constant
 
 __all__ = [
-    "check_interpreter",
     "contiguous",
     "has_kernels",
     "has_native",
     "has_triton",
+    "interpreter_problem",
     "is_plain",
     "kernel",
     "multiplies_bf16",
@@ -79,21 +79,19 @@ def has_kernels(device: torch.device) -> bool:
     return has_triton(device) or has_native(device)
 
 
-def check_interpreter() -> None:
-    """Checks that Triton's interpreter runs with the NumPy that is installed.
+def interpreter_problem() -> str | None:
+    """Returns why Triton's interpreter does not run with the NumPy that is installed, or None where it does.
 
     Triton 3.6 converts arrays of one element to Python integers, which NumPy 2.4 and later refuse. No requirement of
     the package says so, since compiled kernels do not need NumPy.
-
-    Raises:
-        RuntimeError: where it does not.
     """
     triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
-    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
-        raise RuntimeError(
-            f"Triton {triton} cannot interpret kernels with NumPy {numpy}: install 'numpy<2.4', or a PyTorch with "
-            "Triton 3.7 or later; without TRITON_INTERPRET nothing is interpreted"
-        )
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return (
+        f"Triton {triton} cannot interpret kernels with NumPy {numpy}: install 'numpy<2.4', or a PyTorch with Triton "
+        f"3.7 or later; without TRITON_INTERPRET nothing is interpreted"
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -104,11 +102,13 @@ def kernel(name: str, device: torch.device) -> Any:
     """The module of a kernel's launcher for a device that `has_kernels`.
 
     Raises:
-        RuntimeError: where Triton's interpreter is asked for and does not run (see `check_interpreter`).
+        RuntimeError: where Triton's interpreter is asked for and does not run (see `interpreter_problem`).
     """
-    if device.type == "cpu" and has_triton(device):
-        check_interpreter()
-    return importlib.import_module(f"..kernels.{'' if has_triton(device) else 'cpu.'}{name}", __package__)
+    is_triton = has_triton(device)
+    problem = interpreter_problem() if is_triton and device.type == "cpu" else None
+    if problem is not None:
+        raise RuntimeError(problem)
+    return importlib.import_module(f"..kernels.{'' if is_triton else 'cpu.'}{name}", __package__)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

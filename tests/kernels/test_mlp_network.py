@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
+from interpreted import jit
 from torch import Tensor
 
 from fastsde.models.activations import ACTIVATIONS
@@ -20,13 +20,7 @@ tile = pytest.importorskip("fastsde.kernels.tile")
 LOGARITHM = {"fp32": 0.0, "tf32": 5.7e-5, "bf16": 3.94e-4}
 
 
-def _interpreted(function: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-        return triton.jit(function)
-
-
-@_interpreted
+@jit()
 def _activate_kernel(
     x_ptr,
     out_ptr,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from interpreted import jit
 from torch import Tensor
 
 from fastsde import noise
@@ -36,18 +35,7 @@ KEYS = (
 )
 
 
-def _kernel(**options: Any) -> Callable[..., Any]:
-    """`triton.jit`, interpreted where the package's kernels are."""
-
-    def decorate(function: Callable[..., None]) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-            return triton.jit(function, **options)
-
-    return decorate
-
-
-@_kernel(do_not_specialize=["step"])
+@jit(do_not_specialize=["step"])
 def _draw_kernel(
     keys_ptr,
     words_ptr,
@@ -74,7 +62,7 @@ def _draw_kernel(
     tl.store(normal_ptr + element, philox.normal(seed[:, None], counter, FAST))
 
 
-@_kernel()
+@jit()
 def _pair_kernel(radius_ptr, angle_ptr, even_ptr, odd_ptr, N: tl.constexpr, FAST: tl.constexpr):  # noqa: N803
     i = tl.arange(0, N)
     radius, angle = tl.load(radius_ptr + i).to(tl.uint32), tl.load(angle_ptr + i).to(tl.uint32)
