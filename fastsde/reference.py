@@ -25,6 +25,7 @@ __all__ = [
     "dsm_loss",
     "ema_update",
     "evaluate",
+    "network_input",
     "perturb",
     "sample",
     "solver_step",
@@ -62,48 +63,57 @@ def _given(keys: Tensor | None) -> Tensor:
 
 
 def solver_step(
-    x: Tensor,
+    slots: Sequence[Tensor],
     f: Tensor,
     table: StepTable,
     row: int,
     *,
-    history: Tensor | None = None,
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
     guidance: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One row of a table: x' = a x + b f + e D + c H + d z, with D = clamp(p x + q f).
+) -> tuple[Tensor, ...]:
+    """One row of a table: s' = A s + b f + e D + d z, with D = clamp(p.s + q f).
 
     Args:
-        x: the state ``[B, *shape]``.
-        f: the network's output at ``table.time[row]``, shaped like ``x``, of any floating-point dtype.
-        history: H, the D of the previous row; needed where c is not zero.
+        slots: the state, m tensors ``[B, *shape]``.
+        f: the network's output at ``table.time[row]``, shaped like a slot, of any floating-point dtype.
         z: this row's noise; drawn from ``keys`` where it is not given, needed where d is not zero.
         keys: int64 ``[B, 2]``.
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
 
     Returns:
-        x' and D, both shaped like ``x``.
+        The new slots. One that takes over an old slot as it is, is that very tensor.
     """
-    f = f.to(x.dtype)
+    f = f.to(slots[0].dtype)
     if f_uncond is not None and guidance is not None:
-        f_uncond = f_uncond.to(x.dtype)
+        f_uncond = f_uncond.to(f.dtype)
         f = f_uncond + guidance * (f - f_uncond)
     k = table.row(row)
-    data = k["p"] * x + k["q"] * f
-    if table.clip is not None:
-        data = data.clamp(-table.clip, table.clip)
-    x_next = k["a"] * x + k["b"] * f + k["e"] * data
-    if k["c"] != 0:
-        if history is None:
-            raise ValueError(f"history must be given for row {row}, where c is {k['c']:g}, got None")
-        x_next = x_next + k["c"] * history
-    if k["d"] != 0:
-        if z is None:
-            z = noise.normal(_given(keys), row + 1, x.shape[1:]).to(x)
-        x_next = x_next + k["d"] * z
-    return x_next, data
+    data = z_row = f  # where no slot takes any
+    if any(k.e):
+        data = _sum((*k.p, k.q), (*slots, f))
+        if table.clip is not None:
+            data = data.clamp(-table.clip, table.clip)
+    if any(k.d):
+        z_row = noise.normal(_given(keys), row + 1, f.shape[1:]).to(f) if z is None else z
+    terms = (*slots, f, data, z_row)
+    return tuple(_sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) for slot in range(table.slots))
+
+
+def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
+    """n.s, what the network is called with in a row."""
+    return _sum(table.row(row).n, slots)
+
+
+def _sum(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the terms, less those of a coefficient of zero, which may be infinite; one term alone is itself."""
+    total: Tensor | None = None
+    for coefficient, term in zip(coefficients, terms, strict=True):
+        if coefficient != 0:
+            term = term if coefficient == 1 else coefficient * term
+            total = term if total is None else total + term
+    return torch.zeros_like(terms[0]) if total is None else total
 
 
 def evaluate(
@@ -165,22 +175,21 @@ def sample(
         NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
     """
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
-    history = torch.zeros_like(x)
+    slots = (x, *(torch.zeros_like(x) for _ in range(1, table.slots)))
+    uncond = None if guidance is None else uncond_kwargs or {}
     for row in range(len(table)):
-        time = float(table.time[row])
-        t = torch.full((len(x),), time, dtype=dtype, device=x.device)
-        f, f_uncond = evaluate(model, x, t, model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
+        k = table.row(row)
+        t = torch.full((len(x),), k.time, dtype=dtype, device=x.device)
+        f, f_uncond = evaluate(model, network_input(slots, table, row), t, model_kwargs or {}, uncond)
         for output in (f, f_uncond):
             if output is not None:
-                check_finite("the network returned", output, row, time)
-        z = noise_function(row, x) if noise_function is not None and table.d[row] != 0 else None
-        x, history = solver_step(
-            x, f, table, row, history=history, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance
-        )
-        check_finite("the state became", x, row, time)
-        replaced = None if after_row is None else after_row(row, time, x)
-        x = x if replaced is None else replaced
-    return x
+                check_finite("the network returned", output, row, k.time)
+        z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
+        slots = solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance)
+        check_finite("the state became", slots[0], row, k.time)
+        replaced = None if after_row is None else after_row(row, k.time, slots[0])
+        slots = slots if replaced is None else (replaced, *slots[1:])
+    return slots[0]
 
 
 # Training -----------------------------------------------------------------------------------------------------------

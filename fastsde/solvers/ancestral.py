@@ -1,0 +1,67 @@
+"""DDPM and DDIM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..validation import check_number
+from .forms import data_form, eps_form, schedule, table
+from .table import StepTable
+
+__all__ = ["ddim", "ddpm"]
+
+
+def ddpm(
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str = "eps",
+    clip: float | None = None,
+) -> StepTable:
+    """Ancestral sampling from the posterior q(x_prev | x_t, x_0) with the small variance (Ho et al. 2020, eq. 7).
+
+    Args:
+        alpha, sigma: ``[K + 1]``, the factor of x_0 and the standard deviation of the noise, before each row and after
+            the last. The first alpha may be 0 (zero terminal SNR; Lin et al. 2024, arXiv:2305.08891) where the network
+            predicts v or x_0, and the last sigma may be 0.
+        time: ``[K]``, what the network is called with.
+        prediction: what the network predicts.
+        clip: bound of the predicted x_0, or None.
+    """
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
+    ratio = before[0] / after[0]
+    variance = (before[1] ** 2 - ratio**2 * after[1] ** 2).clamp(min=0)  # of points that differ by a rounding, too
+    return table(
+        time,
+        a=ratio * after[1] ** 2 / before[1] ** 2,
+        d=variance.sqrt() * after[1] / before[1],
+        e=after[0] * variance / before[1] ** 2,
+        data=data_form(*before, prediction),
+        clip=clip,
+    )
+
+
+def ddim(
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str = "eps",
+    eta: float = 0.0,
+    clip: float | None = None,
+) -> StepTable:
+    """DDIM (Song, Meng & Ermon 2021, eq. 12 and 16): deterministic at eta = 0, DDPM at eta = 1.
+
+    The direction towards x_t uses the unclipped eps. Arguments as for `ddpm`, and ``eta`` in [0, 1].
+    """
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
+    before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
+    variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
+    noise = eta * variance.sqrt() * after[1] / before[1]
+    direction = (after[1] ** 2 - noise**2).clamp(min=0).sqrt()
+    r, s = eps_form(*before, prediction)
+    data = data_form(*before, prediction)
+    return table(time, a=direction * r, b=direction * s, d=noise, e=after[0], data=data, clip=clip)

@@ -1,0 +1,133 @@
+"""What solvers are built from: checked times and schedules, and what a network's output says of x_0, noise and score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..sde import VPSDE
+from ..validation import check_instance
+from ..vocabulary import PREDICTIONS
+from .table import StepTable
+
+__all__ = ["check_prediction", "continuous_times", "data_form", "eps_form", "float64", "schedule", "score_form", "table"]
+
+
+def float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a 1-d tensor or sequence of numbers, got {type(values).__name__}") from error
+    if tensor.ndim != 1 or len(tensor) < min_points:
+        raise ValueError(f"{name} must be 1-d with at least {min_points} points, got shape {list(tensor.shape)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} must be finite, got {tensor[~torch.isfinite(tensor)][0].item()}")
+    return tensor
+
+
+def check_prediction(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+
+
+def continuous_times(sde: VPSDE, times: Tensor | Sequence[float], prediction: str) -> Tensor:
+    """Checked ``[K + 1]`` times of the SDE, decreasing within [0, 1]."""
+    check_instance("sde", sde, VPSDE)
+    check_prediction(prediction)
+    times = float64("times", times, 2)
+    if times.max() > 1 or times.min() < 0 or not (times.diff() < 0).all():
+        raise ValueError(
+            f"times must decrease strictly within [0, 1], got {times[0].item():g} .. {times[-1].item():g} over "
+            f"{len(times)} points"
+        )
+    return times
+
+
+def schedule(
+    alpha: Tensor | Sequence[float], sigma: Tensor | Sequence[float], time: Tensor | Sequence[float], prediction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0, as Lin et al. (2024) want it."""
+    check_prediction(prediction)
+    alpha, sigma, time = float64("alpha", alpha, 2), float64("sigma", sigma, 2), float64("time", time)
+    if not len(alpha) == len(sigma) == len(time) + 1:
+        raise ValueError(
+            f"alpha and sigma must have one point more than time, got {len(alpha)}, {len(sigma)} and {len(time)}"
+        )
+    if not (alpha[1:] > 0).all() or alpha[0] < 0:
+        raise ValueError(f"alpha must be positive but for a first point of zero, got {alpha.min().item():g}")
+    if prediction in ("score", "eps") and not torch.isfinite(1 / alpha[:-1].float()).all():
+        raise ValueError(
+            f"prediction={prediction!r} tells nothing of x_0 where alpha is {alpha[:-1].min().item():g}: for zero "
+            f"terminal SNR, train and sample with prediction='v' or 'x0'"
+        )
+    if not (sigma[:-1] > 0).all() or sigma[-1] < 0:
+        raise ValueError(f"sigma must be positive but for a last point of zero, got {sigma.min().item():g}")
+    if not (alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]).all():
+        raise ValueError("sigma / alpha must decrease strictly from point to point")
+    return alpha, sigma, time
+
+
+def data_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(p, q) with x_0 = p x + q f."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    norm = alpha**2 + sigma**2  # 1 on a variance-preserving schedule
+    return {
+        "score": (1 / alpha, sigma**2 / alpha),
+        "eps": (1 / alpha, -sigma / alpha),
+        "x0": (zero, one),
+        "v": (alpha / norm, -sigma / norm),
+    }[prediction]
+
+
+def eps_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(r, s) with eps = r x + s f."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    norm = alpha**2 + sigma**2
+    return {
+        "score": (zero, -sigma),
+        "eps": (zero, one),
+        "x0": (1 / sigma, -alpha / sigma),
+        "v": (sigma / norm, alpha / norm),
+    }[prediction]
+
+
+def score_form(sde: VPSDE, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(r, s) with score = r x + s f at each time, for the network's output f.
+
+    Raises:
+        ValueError: at t = 0 for a network that predicts no score.
+    """
+    if prediction == "score":
+        return torch.zeros_like(time), torch.ones_like(time)
+    sigma = sde.sigma(time)
+    if not (sigma > 0).all():
+        raise ValueError(f"a network that predicts {prediction} has no score at t = 0, where sigma is 0")
+    r, s = eps_form(sde.alpha(time), sigma, prediction)
+    return -r / sigma, -s / sigma
+
+
+def table(
+    time: Tensor,
+    *,
+    a: Tensor,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    d: Tensor | None = None,
+    e: Tensor | None = None,
+    data: tuple[Tensor, Tensor],
+    clip: float | None = None,
+) -> StepTable:
+    """A table in its cheapest form: without clip D = p x + q f is affine, and e D is folded into a x + b f.
+
+    ``data`` is (p, q); columns that are not given are zero.
+    """
+    zero = torch.zeros_like(time)
+    b, c, d, e = (zero if column is None else column for column in (b, c, d, e))
+    # A row without e has no use for D, which may then not exist: where alpha is next to 0, x_t tells nothing of x_0.
+    is_usable = (e != 0) | torch.isfinite(torch.stack(data).float()).all(dim=0)
+    p, q = (torch.where(is_usable, column, zero) for column in data)
+    if clip is None:
+        a, b, e = a + e * p, b + e * q, zero
+    return StepTable(time=time, a=a, b=b, c=c, d=d, e=e, p=p, q=q, clip=clip)

@@ -1,0 +1,244 @@
+"""Solvers as tables: every solver is a float64 table, and one affine step executes any of them.
+
+The state is up to eight arrays of the sample's shape, the *slots* s[0], s[1], ...: a general linear method (Butcher,
+"General linear methods", Acta Numerica 2006). Slot 0 starts as the draw from the prior, the others as zero, and slot 0
+is the result. Row k of a `StepTable` runs the network once and takes one step (`fastsde.reference.solver_step`):
+
+    f  = model(n.s, time[k])
+    D  = p.s + q f                      clamped to [-clip, clip] where clip is set
+    s' = A s + b f + e D + d z          z: this row's noise
+
+The prediction kind is folded into the coefficients when a table is built, so nothing downstream knows of it. Terms
+that are zero in the whole table cost nothing, and a slot that takes over another as it is (the history of a multistep
+method) is renamed rather than copied. To add a solver, write a function that returns a `StepTable`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..dynamo import constant
+from ..validation import check_number
+from .terms import Terms, live_terms, terms_of
+
+__all__ = ["MAX_SLOTS", "Row", "StepTable"]
+
+MAX_SLOTS = 8
+
+
+class Row(NamedTuple):
+    """A row of a `StepTable` as Python floats: the time, and a coefficient, one a slot, or for A a tuple a slot."""
+
+    time: float
+    q: float
+    n: tuple[float, ...]
+    p: tuple[float, ...]
+    b: tuple[float, ...]
+    e: tuple[float, ...]
+    d: tuple[float, ...]
+    A: tuple[tuple[float, ...], ...]
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether the row has a use for z."""
+        return any(self.d)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class StepTable:
+    """A solver: K rows, each one network call and one step of m slots (see the module docstring for the equation).
+
+    ``StepTable(time, a, b, c, d, e, p, q, clip)``, with columns ``[K]``, is the easy way to write a table of two slots
+    or one:
+
+        f  = model(x, time[k])
+        D  = p x + q f                      clamped to [-clip, clip] where clip is set
+        x' = a x + b f + e D + c H + d z    H: the D of the previous row, 0 in the first
+
+    Args:
+        time: float64 ``[K]``, what the network is called with.
+        n: float64 ``[K, m]``, the network's input; by default slot 0.
+        A: float64 ``[K, m, m]``, what each new slot takes from each old one.
+        p, b, e, d: float64 ``[K, m]``; by default zero.
+        q: float64 ``[K]``; by default zero.
+        clip: bound of D, or None.
+
+    Raises:
+        TypeError: for a column that is not a float64 tensor.
+        ValueError: for columns of different lengths, without rows, not finite, more than 8 slots, or a clip that is not
+            positive.
+    """
+
+    time: Tensor
+    n: Tensor
+    p: Tensor
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    e: Tensor
+    d: Tensor
+    clip: float | None = None
+
+    def __init__(
+        self,
+        time: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        d: Tensor | None = None,
+        e: Tensor | None = None,
+        p: Tensor | None = None,
+        q: Tensor | None = None,
+        clip: float | None = None,
+        *,
+        n: Tensor | None = None,
+        A: Tensor | None = None,
+    ) -> None:
+        rows = _check_time(time)
+        if A is None:
+            if n is not None:
+                raise TypeError("StepTable.n goes with A: the form of a and c calls the network with x")
+            given = {"a": a, "b": b, "c": c, "d": d, "e": e, "p": p, "q": q}
+            columns = _two_slots({name: _check(name, column, (rows,)) for name, column in given.items()})
+        else:
+            if a is not None or c is not None:
+                raise TypeError("StepTable takes either A, or a and c, got both")
+            slots = _check_slots(A, rows)
+            first = torch.eye(1, slots, dtype=torch.float64, device="cpu").expand(rows, slots)
+            columns = {
+                "A": _check("A", A, (rows, slots, slots)),
+                "n": first if n is None else _check("n", n, (rows, slots)),
+                "q": _check("q", q, (rows,)),
+            }
+            for name, column in (("p", p), ("b", b), ("e", e), ("d", d)):
+                columns[name] = _check(name, column, (rows, slots))
+        if clip is not None:
+            check_number("clip", clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
+        for name, value in {"time": time, **columns, "clip": clip}.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    @property
+    def slots(self) -> int:
+        """m, how many slots the state has."""
+        return self.A.shape[1]
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """All columns as the kernels read them, float64 ``[K, 2 + 5 m + m^2]``: time, q, n, p, b, e, d, A."""
+        return torch.cat(
+            (
+                self.time[:, None],
+                self.q[:, None],
+                *(self.n, self.p, self.b, self.e, self.d),
+                self.A.flatten(1),
+            ),
+            dim=1,
+        )
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        columns = (getattr(self, name).tolist() for name in Row._fields)
+        return [
+            Row(time, q, *(tuple(each) for each in vectors), tuple(tuple(each) for each in matrix))  # type: ignore[arg-type]
+            for time, q, *vectors, matrix in zip(*columns, strict=True)
+        ]
+
+    @constant
+    def row(self, k: int) -> Row:
+        """The time and coefficients of row k as Python floats."""
+        return self._rows[k]
+
+    @cached_property
+    def _terms(self) -> Terms:
+        return terms_of(self.packed, self.slots)
+
+    @cached_property
+    def _live_terms(self) -> list[Terms]:
+        return live_terms(self.packed, self.slots)
+
+    @constant
+    def terms(self, k: int | None = None) -> Terms:
+        """What row k computes, less what no later row reads; or, without k, what any row of the table does."""
+        return self._terms if k is None else self._live_terms[k]
+
+    @constant
+    def on(self, device: torch.device) -> Tensor:
+        """`packed` in fp32 on a device; made once."""
+        copies = _on_devices.setdefault(self, {})
+        if device not in copies:
+            copies[device] = self.packed.to(device, torch.float32)
+        return copies[device]
+
+    def head(self, rows: int) -> StepTable:
+        """The table of the first rows."""
+        names = ("time", "n", "p", "q", "A", "b", "e", "d")
+        return replace(self, **{name: getattr(self, name)[:rows] for name in names})
+
+
+_on_devices: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()  # what is not pickled
+
+
+def _check_time(time: Tensor) -> int:
+    if isinstance(time, Tensor) and (time.ndim != 1 or not len(time)):
+        raise ValueError(f"StepTable.time must have shape [K] with K >= 1, got {list(time.shape)}")
+    return len(_check("time", time, (len(time) if isinstance(time, Tensor) else 0,)))
+
+
+def _check_slots(A: Tensor, rows: int) -> int:
+    shape = list(A.shape) if isinstance(A, Tensor) else type(A).__name__
+    if not isinstance(A, Tensor) or A.ndim != 3:
+        raise ValueError(f"StepTable.A must be a float64 tensor [K, m, m], got {shape}")
+    if not 1 <= A.shape[1] <= MAX_SLOTS:
+        raise ValueError(f"StepTable.A must be [K, m, m] with m from 1 to {MAX_SLOTS} slots, got {shape}")
+    return A.shape[1]
+
+
+def _check(name: str, column: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The column, or zeros where it is not given."""
+    if column is None and name != "time":
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
+    if not isinstance(column, Tensor) or column.dtype != torch.float64:
+        kind = column.dtype if isinstance(column, Tensor) else type(column).__name__
+        raise TypeError(f"StepTable.{name} must be a float64 tensor, got {kind}")
+    if column.device.type != "cpu":
+        raise ValueError(f"StepTable.{name} must be on the CPU, got {column.device}")
+    if column.shape != shape:
+        raise ValueError(
+            f"StepTable.{name} must have shape {list(shape)} beside time [{shape[0]}], got {list(column.shape)}"
+        )
+    if not (finite := torch.isfinite(column.float())).all():
+        row = int((~finite).nonzero()[0, 0])
+        value = column[row][~finite[row]].flatten()[0].item()
+        raise ValueError(f"StepTable.{name} must be finite in fp32, got {value} in row {row}")
+    return column
+
+
+def _two_slots(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The general form of x' = a x + b f + e D + c H + d z, H' = D; one slot where no row has a use for H."""
+    slots = 2 if columns["c"].any() else 1
+
+    def first(name: str) -> Tensor:
+        column = columns[name]
+        return torch.stack((column, torch.zeros_like(column)), dim=1)[:, :slots]
+
+    one, zero = torch.ones_like(columns["a"]), torch.zeros_like(columns["a"])
+    keep = torch.stack((columns["a"], columns["c"], zero, zero), dim=1).reshape(-1, 2, 2)
+    return {
+        "n": torch.stack((one, zero), dim=1)[:, :slots],
+        "p": first("p"),
+        "q": columns["q"],
+        "A": keep[:, :slots, :slots],
+        "b": first("b"),
+        "e": torch.stack((columns["e"], one), dim=1)[:, :slots],
+        "d": first("d"),
+    }
