@@ -76,8 +76,11 @@ class Terms:
 
     @cached_property
     def read(self) -> tuple[bool, ...]:
-        """Whether each old slot is read: for D, for a slot that is computed, or for the network's next input."""
-        rows = [self.A[slot] for slot in range(self.slots) if slot in self.computed or (self.has_input and self.n[slot])]
+        """Whether each old slot is read: for D, for slot 0, which is looked at, for another that is computed, or for the
+        network's next input.
+        """
+        formed = {0, *self.computed, *(slot for slot, kind in enumerate(self.n) if kind and self.has_input)}
+        rows = [self.A[slot] for slot in formed]
         if self.has_data:
             rows.append(self.p)
         return tuple(any(row[slot] for row in rows) for slot in range(self.slots))
