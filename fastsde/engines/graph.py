@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..reference import NoiseFunction, evaluate
-from ..solvers import StepTable
+from ..reference import NoiseFunction, evaluate, network_input
+from ..solvers import StepTable, Terms, row_width
 from . import capture, eager
 from .chunks import chunks
 from .fingerprint import Fingerprint
@@ -85,9 +85,8 @@ class Form:
     device: torch.device
     shape: tuple[int, ...]
     rows: int
-    has_noise: bool
-    has_history: bool
-    uses_data: bool
+    terms: Terms
+    has_input: bool
     clip: float | None
     guidance: float | None
     network: tuple[Any, ...]
@@ -100,9 +99,8 @@ class Form:
             device=x.device,
             shape=tuple(x.shape),
             rows=len(table),
-            has_noise=bool((table.d != 0).any()),
-            has_history=bool((table.c != 0).any()),
-            uses_data=bool((table.e != 0).any()),
+            terms=table.terms(),
+            has_input=table.terms().has_input or not table.row(0).reads_slot_0,
             clip=table.clip,
             guidance=guidance,
             network=network.form(),
@@ -178,10 +176,11 @@ class Trajectory:
         self._counts: frozenset[int] = frozenset()  # where that differs whenever it is called, in a count of calls
         batch, size = form.shape[0], math.prod(form.shape[1:])
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": form.device}
-        self._x = torch.zeros(form.shape, **fp32)
-        self._history = torch.zeros(form.shape, **fp32) if form.has_history else None
+        slots = form.terms.slots
+        self._slots = [torch.zeros(form.shape, **fp32) for _ in range(slots)]
+        self._input = torch.zeros(form.shape, **fp32) if form.has_input else self._slots[0]
         self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=form.device)
-        self._rows = torch.zeros((form.rows, 8), **fp32)
+        self._rows = torch.zeros((form.rows, row_width(slots)), **fp32)
         self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
@@ -208,8 +207,8 @@ class Trajectory:
                     self._graphs[length]()
                     rows += length
                     if recorder is not None:
-                        recorder.advance(rows, length, self._x)
-                result = self._x.clone()
+                        recorder.advance(rows, length, self._slots[0])
+                result = self._slots[0].clone()
                 ops.check_status(self._status, table)  # which waits, so that the next run finds the memory idle
             except BaseException:
                 capture.wait(self._form.device)
@@ -247,37 +246,50 @@ class Trajectory:
             recording.warm_up(run)
 
     def _run_rows(self, network: Network, count: int) -> None:
-        form = self._form
         # A cast that autocast keeps would be made outside of the graph, and freed behind its back.
         kind = self._form.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            slots = self._slots
             for _ in range(count):
-                f, f_uncond = evaluate(network, self._x, self._time, *self._conditions)
-                ops.counted_step(
-                    self._x,
-                    f,
-                    self._rows,
-                    self._counter,
-                    time=self._time,
-                    status=self._status,
-                    history=self._history,
-                    keys=self._keys if form.has_noise else None,
-                    f_uncond=f_uncond,
-                    guidance=form.guidance,
-                    clip=form.clip,
-                    uses_data=form.uses_data,
-                )
+                slots = self._run_row(network, slots)
+            moved = [(ours, slot) for ours, slot in zip(self._slots, slots, strict=True) if ours is not slot]
+            for (ours, _), value in zip(moved, [slot.clone() for _, slot in moved], strict=True):
+                ours.copy_(value)  # the next replay finds each slot where this one has
+
+    def _run_row(self, network: Network, slots: list[Tensor]) -> list[Tensor]:
+        """One row, in place. Returns where the new slots are."""
+        form, terms = self._form, self._form.terms
+        f, f_uncond = evaluate(network, self._input, self._time, *self._conditions)
+        new = [slots[place] for place in terms.places]
+        ops.counted_step(
+            slots,
+            f,
+            self._rows,
+            self._counter,
+            terms=terms,
+            out=[slot if source is None else None for slot, source in zip(new, terms.sources, strict=True)],
+            network_input=self._input if form.has_input and any(terms.n) else None,
+            time=self._time,
+            status=self._status,
+            keys=self._keys if terms.has_noise else None,
+            f_uncond=f_uncond,
+            guidance=form.guidance,
+            clip=form.clip,
+        )
+        return new
 
     def _start(self, x: Tensor, table: StepTable, keys: Tensor, conditions: Conditions) -> None:
-        self._x.copy_(x)
+        for slot in self._slots[1:]:
+            slot.zero_()
+        self._slots[0].copy_(x)
+        if self._form.has_input:
+            self._input.copy_(network_input(self._slots, table, 0))
         self._keys.copy_(keys)
         self._rows.copy_(ops.device_table(table, self._form.device))
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
         self._status.copy_(ops.new_status(self._form.device))
-        if self._history is not None:
-            self._history.zero_()
         for ours, given in zip(self._conditions, conditions, strict=True):
             for name, value in (given or {}).items():
                 if isinstance(value, Tensor) and ours is not None:

@@ -9,7 +9,7 @@ from .euler_maruyama import euler_maruyama, exponential_euler_maruyama
 from .forms import score_form
 from .heun import heun
 from .named import build
-from .table import MAX_SLOTS, Row, StepTable
+from .table import MAX_SLOTS, Row, StepTable, row_width
 from .terms import ABSENT, ANY, ONE, Terms
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "euler_maruyama",
     "exponential_euler_maruyama",
     "heun",
+    "row_width",
     "score_form",
 ]

@@ -1,4 +1,4 @@
-"""What solvers are built from: checked times and schedules, and what a network's output says of x_0, noise and score."""
+"""What builders share: checked times and schedules, and x_0, noise and score as functions of the network's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from ..validation import check_instance
 from ..vocabulary import PREDICTIONS
 from .table import StepTable
 
-__all__ = ["check_prediction", "continuous_times", "data_form", "eps_form", "float64", "schedule", "score_form", "table"]
+__all__ = [
+    "check_prediction",
+    "continuous_times",
+    "data_form",
+    "eps_form",
+    "float64",
+    "schedule",
+    "score_form",
+    "table",
+]
 
 
 def float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:

@@ -94,7 +94,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def function(name: str) -> Any:
-    """The kernel itself, for a launcher that keeps its arguments from call to call. The last is the number of threads."""
+    """The kernel itself, for launchers that keep arguments from call to call. The number of threads comes last."""
     return _loaded(name)[0]
 
 
