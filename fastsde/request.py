@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -121,10 +122,13 @@ def resolve(
     return Subject(model.model, shape, model.sde, model.prediction)
 
 
+_named_table = functools.lru_cache(maxsize=32, typed=True)(solvers.build)
+
+
 def make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any) -> StepTable:
     """The table of a solver's name, or the one that is given."""
     if isinstance(solver, str):
-        return solvers.build(solver, sde, steps, **options)
+        return _named_table(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
         raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
     for name, default in _TABLE_DEFAULTS.items():

@@ -8,66 +8,43 @@ to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import noise, ops, reference
-from ..reference import Model, NoiseFunction, RowHook, check_finite, evaluate
+from ..reference import Model, check_finite, evaluate
 from ..solvers import StepTable
+from .request import Request
 
-__all__ = ["FiniteCheck", "sample"]
+__all__ = ["FiniteCheck", "run"]
 
 # Rows of noise are drawn together while they have at most this many elements (each costs 60 operations on a tensor of
 # int64 blocks, which stay in the L2 cache at this size); at a hundred elements that is 20 times as fast as row by row.
 _NOISE_ELEMENTS = 1 << 15
 
 
-def sample(
-    model: Model,
-    shape: Sequence[int],
-    table: StepTable,
-    keys: Tensor,
-    *,
-    x_init: Tensor | None = None,
-    noise_function: NoiseFunction | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
-    uncond_kwargs: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    after_row: RowHook | None = None,
-) -> Tensor:
-    """`fastsde.reference.sample`, faster. Arguments, result and errors are the same."""
-    x = ops.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
-    x = x.contiguous()
-    conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
-    run = _fused if dtype == torch.float32 and ops.has_kernels(x.device) else _plain
-    return run(model, x, table, keys, noise_function, conditions, guidance, after_row)
+def run(network: Model, request: Request) -> Tensor:
+    """`fastsde.reference.sample`, faster. Result and errors are the same."""
+    x = request.start().contiguous()
+    rows = _fused if x.dtype == torch.float32 and ops.has_kernels(x.device) else _plain
+    return rows(network, x, request)
 
 
-def _fused(
-    model: Model,
-    x: Tensor,
-    table: StepTable,
-    keys: Tensor,
-    noise_function: NoiseFunction | None,
-    conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None],
-    guidance: float | None,
-    after_row: RowHook | None,
-) -> Tensor:
+def _fused(network: Model, x: Tensor, request: Request) -> Tensor:
     """Rows by the fused kernel, which also sees what is not finite. Each state is new: a callback may keep it.
 
     On a GPU that is looked at once, at the end, since it waits for the device.
     """
-    step = ops.Stepper(table, x, keys, guidance)
+    table, noise_function, after_row = request.table, request.noise, request.after_row
+    step, conditions = ops.Stepper(table, x, request.keys, request.guidance), request.conditions
     slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
-    network_input, count, dtype, device = reference.network_input(slots, table, 0), len(x), x.dtype, x.device
+    network_input, size, dtype, device = reference.network_input(slots, table, 0), (len(x),), x.dtype, x.device
     for row in range(len(table)):
         k = table.row(row)
-        t = torch.full((count,), k.time, dtype=dtype, device=device)
-        f, f_uncond = evaluate(model, network_input, t, *conditions)
+        t = torch.full(size, k.time, dtype=dtype, device=device)
+        f, f_uncond = evaluate(network, network_input, t, *conditions)
         z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
         slots, network_input = step(row, slots, f, f_uncond, z)
         replaced = None if after_row is None else after_row(row, k.time, slots[0])
@@ -83,33 +60,24 @@ def _next_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
     return slots[0] if row + 1 == len(table) else reference.network_input(slots, table, row + 1)
 
 
-def _plain(
-    model: Model,
-    x: Tensor,
-    table: StepTable,
-    keys: Tensor,
-    noise_function: NoiseFunction | None,
-    conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None],
-    guidance: float | None,
-    after_row: RowHook | None,
-) -> Tensor:
+def _plain(network: Model, x: Tensor, request: Request) -> Tensor:
     """Rows by PyTorch's own operations."""
-    drawn = iter(()) if noise_function is not None else _noise_rows(keys, table, x.shape[1:])
+    table, noise_function, after_row = request.table, request.noise, request.after_row
+    drawn = iter(()) if noise_function is not None else _noise_rows(request.keys, table, x.shape[1:])
     finite = FiniteCheck([k.time for k in map(table.row, range(len(table)))], x.device)
     slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
     network_input = reference.network_input(slots, table, 0)
     for row in range(len(table)):
         k = table.row(row)
         t = torch.full((len(x),), k.time, dtype=x.dtype, device=x.device)
-        outputs = evaluate(model, network_input, t, *conditions)
+        outputs = evaluate(network, network_input, t, *request.conditions)
         for f in outputs:
             if f is not None:
                 finite("the network returned", f, row)
         z = None
         if k.has_noise:
             z = next(drawn) if noise_function is None else noise_function(row, slots[0])
-        f = _guided(*outputs, guidance, x.dtype)
-        slots = _step(slots, f, z, table, row)
+        slots = _step(slots, _guided(*outputs, request.guidance, x.dtype), z, table, row)
         finite("the state became", slots[0], row)
         replaced = None if after_row is None else after_row(row, k.time, slots[0])
         slots[0] = slots[0] if replaced is None else replaced

@@ -22,60 +22,33 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..reference import NoiseFunction, evaluate, network_input
-from ..solvers import StepTable, Terms, row_width
+from ..reference import evaluate, network_input
+from ..solvers import Terms, row_width
 from . import capture, eager
 from .chunks import chunks
 from .fingerprint import Fingerprint
 from .network import Network
-from .recorder import Recorder
+from .request import Conditions, Request
 
-__all__ = ["Trajectory", "release", "sample"]
+__all__ = ["Form", "Trajectory", "release", "run"]
 
 _TRAJECTORIES = 4  # that are kept of a network
 _GRAPHS = 8  # lengths, that are kept of a trajectory; one run needs at most four
 _WARM_UPS = 3
 _LOCK = threading.Lock()
 
-Conditions = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 
-
-def sample(
-    model: Network,
-    shape: Sequence[int],
-    table: StepTable,
-    keys: Tensor,
-    *,
-    x_init: Tensor | None = None,
-    noise_function: NoiseFunction | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
-    uncond_kwargs: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    after_row: Recorder | None = None,
-) -> Tensor:
-    """`fastsde.reference.sample` by replays. What needs the host between rows is not there: the sampler sees to that.
+def run(network: Network, request: Request) -> Tensor:
+    """`fastsde.reference.sample` by replays. What needs the host between rows is not there: the plan sees to that.
 
     Raises:
         CaptureError: where the network cannot be captured.
         NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
     """
-    x = ops.normal(keys, 0, shape[1:]) if x_init is None else x_init
-    conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
-    if not x.numel():
-        return eager.sample(
-            model,
-            shape,
-            table,
-            keys,
-            x_init=x,
-            model_kwargs=model_kwargs,
-            guidance=guidance,
-            uncond_kwargs=uncond_kwargs,
-            after_row=after_row,
-        )
-    form = Form.of(model, x, table, conditions, guidance)
-    return _trajectory(model, form, conditions).run(model, x, table, keys, conditions, after_row)
+    if not math.prod(request.shape):
+        return eager.run(network, request)
+    x = request.start()
+    return _trajectory(network, Form.of(network, request), request.conditions).run(network, x, request)
 
 
 @dataclass(frozen=True)
@@ -94,18 +67,19 @@ class Form:
     settings: tuple[Any, ...]
 
     @classmethod
-    def of(cls, network: Network, x: Tensor, table: StepTable, conditions: Conditions, guidance: float | None) -> Form:
+    def of(cls, network: Network, request: Request) -> Form:
+        table, device = request.table, request.keys.device
         return cls(
-            device=x.device,
-            shape=tuple(x.shape),
+            device=device,
+            shape=request.shape,
             rows=len(table),
             terms=table.terms(),
             has_input=table.terms().has_input or not table.row(0).reads_slot_0,
             clip=table.clip,
-            guidance=guidance,
+            guidance=request.guidance,
             network=network.form(),
-            conditions=tuple(_spec(kwargs) for kwargs in conditions),
-            settings=_settings(x.device.type),
+            conditions=tuple(_spec(kwargs) for kwargs in request.conditions),
+            settings=_settings(device.type),
         )
 
 
@@ -147,7 +121,7 @@ def _settings(device_type: str) -> tuple[Any, ...]:
 def _trajectory(network: Network, form: Form, conditions: Conditions) -> Trajectory:
     """The trajectory of a form, from the few that are kept of a network, or a new one."""
     with _LOCK:
-        kept: OrderedDict[Form, Trajectory] = network.cache.setdefault("trajectories", OrderedDict())
+        kept: OrderedDict[Form, Trajectory] = network.kept.trajectories
         if form in kept:
             kept.move_to_end(form)
         else:
@@ -161,7 +135,7 @@ def _trajectory(network: Network, form: Form, conditions: Conditions) -> Traject
 def release(network: Network) -> None:
     """Frees the memory of all that is captured of a network."""
     with _LOCK:
-        network.cache.pop("trajectories", None)
+        network.kept.trajectories.clear()
 
 
 class Trajectory:
@@ -187,21 +161,14 @@ class Trajectory:
         self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
         capture.wait(form.device)  # for all that was written just now: another thread's stream may use it first
 
-    def run(
-        self,
-        network: Network,
-        x: Tensor,
-        table: StepTable,
-        keys: Tensor,
-        conditions: Conditions,
-        recorder: Recorder | None,
-    ) -> Tensor:
+    def run(self, network: Network, x: Tensor, request: Request) -> Tensor:
         """All rows, from the state ``x``. The result is new memory."""
+        table, recorder = request.table, request.recorder
         lengths = chunks(len(table), None if recorder is None or recorder.states is None else recorder.every)
         with self._lock:
             self._record(network, lengths)
             try:
-                self._start(x, table, keys, conditions)
+                self._start(x, request)
                 rows = 0
                 for length in lengths:
                     self._graphs[length]()
@@ -279,18 +246,19 @@ class Trajectory:
         )
         return new
 
-    def _start(self, x: Tensor, table: StepTable, keys: Tensor, conditions: Conditions) -> None:
+    def _start(self, x: Tensor, request: Request) -> None:
+        table = request.table
         for slot in self._slots[1:]:
             slot.zero_()
         self._slots[0].copy_(x)
         if self._form.has_input:
             self._input.copy_(network_input(self._slots, table, 0))
-        self._keys.copy_(keys)
+        self._keys.copy_(request.keys)
         self._rows.copy_(ops.device_table(table, self._form.device))
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
         self._status.copy_(ops.new_status(self._form.device))
-        for ours, given in zip(self._conditions, conditions, strict=True):
+        for ours, given in zip(self._conditions, request.conditions, strict=True):
             for name, value in (given or {}).items():
                 if isinstance(value, Tensor) and ours is not None:
                     ours[name].copy_(value)
