@@ -103,7 +103,9 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
         data = _sum((*k.p, k.q), (*slots, f)) if any(k.p) or k.q else torch.zeros_like(f)
         if table.clip is not None:
             data.clamp_(-table.clip, table.clip)
-    new = [slots[slot if source is None else source] for slot, source in enumerate(terms.sources)]
+    new = list(slots)
+    for slot, source in terms.moved:
+        new[slot] = slots[source]
     for slot in terms.computed:
         new[slot] = _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), (*slots, f, data, z))
     return new

@@ -267,16 +267,25 @@ class Network:
 
     def _ways(self, kwargs: dict[str, Any]) -> list[Feed]:
         """The ways to feed it."""
+        if not kwargs:
+            return self._feeds_without_casts
         floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
         has_casts = any(value.dtype != self.dtype for value in floats)
         return self._feeds if has_casts else self._feeds_without_casts
 
     def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: Feed) -> Any:
-        layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
-        x, t = x.to(self.dtype, memory_format=layout), t.to(feed.time)
+        if self._channels_last and x.ndim == 4:
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+        elif x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        if t.dtype is not feed.time:
+            t = t.to(feed.time)
         if feed.casts:
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         args = (torch.cat((x, t[:, None].to(x.dtype)), -1),) if self._takes_one else (x, t)
+        if self._compiled is None and not feed.autocast:
+            run: Any = self._run
+            return run(*args, **kwargs)
         if not feed.autocast:
             return self._through(args, kwargs)
         with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):

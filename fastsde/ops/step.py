@@ -42,11 +42,12 @@ class Stepper:
 
     Args:
         x: a contiguous state of the shape and the device.
-        keys: contiguous int64 ``[B, 2]``.
+        keys: int64 ``[B, 2]``.
         guidance: w, for rows with an unconditional output.
     """
 
     def __init__(self, table: StepTable, x: Tensor, keys: Tensor, guidance: float | None = None) -> None:
+        keys = keys.contiguous()
         self._table, self._keys, self._guidance = table, keys, guidance
         self._rows = device_table(table, x.device)
         self._status = None if has_native(x.device) else new_status(x.device)
@@ -78,8 +79,11 @@ class Stepper:
         if z is not None:
             z = z.to(torch.float32).contiguous()
         out: list[Tensor | None] = [None] * len(slots)
+        new = list(slots)
+        for slot, source in terms.moved:
+            new[slot] = slots[source]
         for slot in terms.computed:
-            out[slot] = torch.empty_like(slots[0])
+            new[slot] = out[slot] = torch.empty_like(slots[0])
         network_input = torch.empty_like(slots[0]) if terms.has_input else None
         if self._status is None:
             found = self._native(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
@@ -87,10 +91,6 @@ class Stepper:
                 raise non_finite(STATUS_KINDS[found], row, self._table.row(row).time)
         else:
             self._triton(row, terms, slots, f, f_uncond, z, out, network_input)
-        new = [
-            slots[slot if source is None else source] if made is None else made
-            for slot, (made, source) in enumerate(zip(out, terms.sources, strict=True))
-        ]
         return new, new[0] if network_input is None else network_input
 
     def _triton(

@@ -170,6 +170,10 @@ class StepTable:
         return self._rows[k]
 
     @cached_property
+    def _kinds(self) -> list[tuple[int, ...]]:
+        return [kinds_of(row) for row in self.packed.tolist()]
+
+    @cached_property
     def _terms(self) -> Terms:
         return terms_of(self.packed, self.slots)
 
@@ -185,7 +189,7 @@ class StepTable:
     @constant
     def kinds(self, k: int) -> tuple[int, ...]:
         """ABSENT, ONE or ANY of each column of a row of `packed`: what `terms` are made from."""
-        return kinds_of(self.packed[k].tolist())
+        return self._kinds[k]
 
     @constant
     def sources(self, k: int) -> tuple[int | None, ...]:

@@ -70,6 +70,11 @@ class Terms:
         return tuple(found)
 
     @cached_property
+    def moved(self) -> tuple[tuple[int, int], ...]:
+        """The new slots that take over an old one, and which."""
+        return tuple((slot, source) for slot, source in enumerate(self.sources) if source not in (None, slot))
+
+    @cached_property
     def computed(self) -> tuple[int, ...]:
         """The new slots that are computed."""
         given = enumerate(zip(self.A, self.b, self.e, self.d, self.sources, strict=True))

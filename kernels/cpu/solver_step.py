@@ -55,6 +55,7 @@ class Steps:
             guidance=0.0 if guidance is None else guidance,
             clip=math.inf if clip is None else clip,
         )
+        self._slots, self._out = self._call.slots, self._call.out
         self._first, self._stride = address(table, torch.float32), 4 * table.shape[1]
         self._keys = None if keys is None else address(keys, torch.int64)
         self._is_empty = not math.prod(shape)
@@ -65,7 +66,7 @@ class Steps:
         self,
         row: int,
         terms: Any,
-        slots: Sequence[Tensor | None],
+        slots: Sequence[Tensor],
         f: Tensor,
         *,
         z: Tensor | None = None,
@@ -80,11 +81,11 @@ class Steps:
             f = f.float().contiguous()
         if f_uncond is not None and (f_uncond.dtype is not torch.float32 or not f_uncond.is_contiguous()):
             f_uncond = f_uncond.float().contiguous()
-        call = self._call
+        call, given, made = self._call, self._slots, self._out
         for slot, is_read in enumerate(terms.read):
-            old, new = slots[slot], out[slot]
-            call.slots[slot] = old.data_ptr() if is_read and old is not None else None
-            call.out[slot] = None if new is None else new.data_ptr()
+            new = out[slot]
+            given[slot] = slots[slot].data_ptr() if is_read else None
+            made[slot] = None if new is None else new.data_ptr()
         call.f = f.data_ptr()
         call.f_uncond = None if f_uncond is None else f_uncond.data_ptr()
         call.z = None if z is None else z.data_ptr()
