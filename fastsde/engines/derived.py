@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.unet import UNet
-from ..models.unet_inference import UNetInference, supports
 from ..reference import Model
 from .fingerprint import Fingerprint, fingerprint
 from .inspection import prefers_channels_last, tensors_of
+from .unet_inference import UNetInference, supports
 
 __all__ = ["Derived", "Frozen", "can_be_frozen", "compiled", "derived", "form_of"]
 
@@ -68,7 +68,7 @@ def derived(
 
 def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
     if form == "optimized" and isinstance(model, UNet):
-        return model.optimize(dtype)
+        return UNetInference(model, dtype)
     try:
         made: Any = copy.deepcopy(model)  # whose ``to`` takes no memory_format in the stubs of PyTorch 2.11
     except Exception as error:

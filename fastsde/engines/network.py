@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..models.mlp import is_sequential, linear_layers
-from ..models.unet_inference import UNetInference
 from ..models.unwrap import unwrap
 from ..notices import warn, warn_once
 from ..reference import Model, NonFiniteError
@@ -22,6 +21,7 @@ from .capture import CaptureError
 from .derived import Derived, Frozen, can_be_frozen, compiled, derived, form_of
 from .fingerprint import Fingerprint, fingerprint, modules_of
 from .inspection import device_of, dtype_of
+from .unet_inference import UNetInference
 
 __all__ = ["Feed", "Kept", "Network"]
 
