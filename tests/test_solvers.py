@@ -47,16 +47,18 @@ def gaussian_score(sde, mean, std):
 
 
 def consistent_model(sde, prediction):
-    """One smooth nonlinear eps network, in each of the four predictions."""
+    """One smooth nonlinear eps network, in each prediction."""
 
     def model(x, t):
         alpha, sigma = (value.reshape(-1, 1) for value in (sde.alpha(t), sde.sigma(t)))
         eps = torch.tanh(x) * sigma + 0.3 * torch.sin(2 * x + t.reshape(-1, 1)) * sigma
+        x0 = (x - sigma * eps) / alpha
         return {
             "eps": eps,
             "score": -eps / sigma,
-            "x0": (x - sigma * eps) / alpha,
-            "v": alpha * eps - sigma * (x - sigma * eps) / alpha,
+            "x0": x0,
+            "v": alpha * eps - sigma * x0,
+            "flow": eps - x0,
         }[prediction]
 
     return model
@@ -268,7 +270,7 @@ TEXTBOOK = {
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", TABLES)
 def test_solver_equals_its_textbook_loop_for_every_prediction(name, prediction):
-    # Also the claim that the four predictions of one network give one trajectory. Times are uneven, so that a swap of
+    # Also the claim that all predictions of one network give one trajectory. Times are uneven, so that a swap of
     # neighbouring coefficients shows.
     sde, rows = VPSDE(), 25
     times = 1 - 0.95 * torch.linspace(0, 1, rows + 1, dtype=FLOAT64) ** 1.5
@@ -459,7 +461,8 @@ def test_order_on_the_probability_flow_ode(name, order, prediction):
         alpha, sigma = sde.alpha(t), sde.sigma(t)
         eps = -sigma * score(x, t)
         x0 = (x - sigma * eps) / alpha
-        return {"score": -eps / sigma, "eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[prediction]
+        v, flow = alpha * eps - sigma * x0, eps - x0
+        return {"score": -eps / sigma, "eps": eps, "x0": x0, "v": v, "flow": flow}[prediction]
 
     x_init = torch.tensor([-1.3, 0.4, 2.0], dtype=FLOAT64)
     exact = flow_solution(sde, mean, std, end, x_init)
@@ -556,24 +559,26 @@ def test_build_heun_with_an_odd_row_ends_in_an_euler_step(prediction):
     assert table.time.tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3], abs=1e-15)
     assert table.c.tolist() == [0, 1, 0, 1, 0]
     x, f = normals(4), normals(4, seed=1)
+    alpha, sigma = sde.alpha(table.time[4]), sde.sigma(table.time[4])
     score = {
         "score": f,
-        "eps": -f / sde.sigma(table.time[4]),
-        "x0": -(x - sde.alpha(table.time[4]) * f) / sde.sigma(table.time[4]) ** 2,
-        "v": -(sde.sigma(table.time[4]) * x + sde.alpha(table.time[4]) * f) / sde.sigma(table.time[4]),
+        "eps": -f / sigma,
+        "x0": -(x - alpha * f) / sigma**2,
+        "v": -(sigma * x + alpha * f) / sigma,
+        "flow": -(x + alpha * f) / (alpha + sigma) / sigma,
     }[prediction]
     expected = x + (1 / 3) * sde.beta(table.time[4]) / 2 * (x + score)
     got, _ = reference.solver_step(x, f, table, 4)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_heun_needs_no_score_at_t_zero(prediction):
     with pytest.raises(ValueError, match=r"takes an odd number of steps.*got steps=4, take 3 or 5"):
         solvers.build("heun", VPSDE(), 4, prediction=prediction)
     assert len(solvers.build("heun", VPSDE(), 4, prediction=prediction, t_end=0.01)) == 4
     assert len(solvers.heun(VPSDE(), linspace(2), prediction)) == 3
-    with pytest.raises(ValueError, match=f"predicts {prediction} has no score at t = 0"):
+    with pytest.raises(ValueError, match=f"predicts {prediction} has no velocity at t = 0"):
         solvers.heun(VPSDE(), linspace(2), prediction, euler_final=False)
 
 
@@ -603,7 +608,7 @@ def test_build_takes_an_sde_whose_noise_starts_at_zero(name):
         ({"t_end": 1.0}, ValueError, r"t_end must be in \[0, 1\), got 1.0"),
         ({"t_end": -0.1}, ValueError, "t_end must be in"),
         ({"t_end": math.nan}, ValueError, "t_end must be in"),
-        ({"prediction": "noise"}, ValueError, "prediction must be one of score, eps, x0, v, got 'noise'"),
+        ({"prediction": "noise"}, ValueError, "prediction must be one of score, eps, x0, v, flow, got 'noise'"),
         ({"clip": 1.0}, ValueError, "clip bounds a predicted x_0, which euler_maruyama does not use; pick ddpm"),
         ({"solver": "ddpm", "clip": 0.0}, ValueError, "clip must be a positive number or None, got 0.0"),
         ({"solver": "ddpm", "clip": math.nan}, ValueError, "clip must be a positive number"),
@@ -694,7 +699,7 @@ def test_continuous_solvers_name_bad_times(name, times, error, message):
         ({"alpha": [0.0, 0.0, 0.9], "prediction": "v"}, "alpha must be positive but for a first point of zero, got 0"),
         (
             {"alpha": [0.0, 0.8, 0.9]},
-            "prediction='eps' tells nothing of x_0 where alpha is 0: .* prediction='v' or 'x0'",
+            "prediction='eps' tells nothing of x_0 where alpha is 0: .* prediction='v', 'x0' or 'flow'",
         ),
         ({"alpha": [1e-40, 0.8, 0.9], "prediction": "score"}, "prediction='score' tells nothing .* alpha is 1e-40"),
         ({"sigma": [0.9, 0.0, 0.1]}, "sigma must be positive but for a last point of zero, got 0"),
@@ -703,7 +708,7 @@ def test_continuous_solvers_name_bad_times(name, times, error, message):
         ({"alpha": [0.9, 0.5, 0.1]}, "sigma / alpha must decrease strictly"),
         ({"sigma": [0.9, math.nan, 0.1]}, "sigma must be finite, got nan"),
         ({"alpha": [0.9]}, "alpha must be 1-d with at least 2 points"),
-        ({"prediction": "x_0"}, "prediction must be one of score, eps, x0, v, got 'x_0'"),
+        ({"prediction": "x_0"}, "prediction must be one of score, eps, x0, v, flow, got 'x_0'"),
     ],
 )
 def test_schedule_solvers_name_bad_schedules(name, changes, message):
