@@ -364,7 +364,7 @@ SOLVERS = [
     (
         lambda: solvers.heun(SDE, [1.0, 0.0], "eps", euler_final=False),
         ValueError,
-        "a network that predicts eps has no score at t = 0",
+        "a network that predicts eps has no velocity at t = 0",
     ),
 ]
 

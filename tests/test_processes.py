@@ -188,6 +188,25 @@ def test_samples_start_from_the_prior(sde: Process) -> None:
     assert torch.equal(sampler(5, seed=2, trajectory=1)[1], states)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager", "persistent"])
+def test_every_engine_is_given_the_prior_of_the_process(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def engine(network: object, shape: tuple[int, ...], table: object, keys: Tensor, **options: Tensor) -> Tensor:
+        given.append(options["x_init"])
+        return torch.zeros(shape)
+
+    monkeypatch.setattr("fastsde.sampler.engines.choose", lambda *args, **options: backend)
+    monkeypatch.setattr("fastsde.sampler.engines.get", lambda name: engine)
+    for sde in (EDM(), VPSDE()):
+        fastsde.sample(MLP(), (4, 2), sde=sde, solver="ddim", prediction="v", steps=3, seed=5)
+        fastsde.sample(MLP(), (4, 2), sde=sde, solver="ddim", prediction="v", steps=3, x_init=torch.ones(4, 2))
+    torch.testing.assert_close(given[0], EDM().prior_sampling((4, 2), seed=5), rtol=1e-5, atol=80 * 4e-6)
+    assert (given[2] is None) == (backend == "persistent")  # which draws a unit normal in its launch
+    assert torch.equal(given[1], torch.ones(4, 2))  # a state of the user's own is taken as it is
+    assert torch.equal(given[3], torch.ones(4, 2))
+
+
 def test_the_default_process_starts_from_unit_noise() -> None:
     assert (VPSDE().prior_std, VPSDE().t_max) == (1.0, 1.0)
     assert (EDM(sigma_max=30.0).t_max, EDM(sigma_max=30.0).prior_std) == (30.0, 30.0)
