@@ -20,7 +20,7 @@ from .notices import warn, warn_once
 from .plan import Plan, Planner
 from .reference import NoiseFunction, RowHook
 from .request import CallOptions, ModelLike, SampleOptions
-from .sde import VPSDE
+from .sde import Process
 from .solvers import StepTable
 from .validation import (
     check_bool,
@@ -48,12 +48,14 @@ class Sampler:
             mode. Or a `fastsde.checkpoints.Checkpoint`, its file, the folder of a training run, or the name of a
             shipped model.
         sample_shape: the shape of one sample; a checkpoint has its own.
-        sde: the SDE, by default ``VPSDE()``; a checkpoint has its own.
+        sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, also where the
+            solver is a `StepTable`.
         solver: "euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m", or a
             `StepTable`.
         steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
-        t_end: the time that the trajectory ends at, in [0, 1).
-        prediction: what the network predicts: "score" (the default), "eps", "x0" or "v"; a checkpoint has its own.
+        t_end: the time that the trajectory ends at, in [0, t_max) of the process.
+        prediction: what the network predicts: "score" (the default), "eps", "x0", "v" or "flow"; a checkpoint has its
+            own.
         clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
         dtype: what the network runs in, by default the dtype of its weights. x is cast to it; t is fp32, an integer
             where the network takes no other and all times are integers, and floating-point arguments keep their dtype
@@ -83,7 +85,7 @@ class Sampler:
         model: ModelLike,
         sample_shape: Sequence[int] | None = None,
         *,
-        sde: VPSDE | None = None,
+        sde: Process | None = None,
         solver: str | StepTable = "euler_maruyama",
         steps: int = 999,
         t_end: float = 0.0,
@@ -101,6 +103,7 @@ class Sampler:
         if not isinstance(solver, StepTable):
             prediction = known
         self.table = request.make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
+        self._prior_std = sde.prior_std
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
@@ -203,6 +206,7 @@ class Sampler:
             self.table,
             request.make_keys(keys, n, seed, first_sample, self.device, self.backend),
             x_init=x_init,
+            prior_std=self._prior_std,
             noise=None if noise is None else _checked_noise(noise),
             model_kwargs=check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device),
             guidance=self.guidance,
@@ -285,7 +289,7 @@ def sample(
     model: ModelLike,
     shape: Sequence[int],
     *,
-    sde: VPSDE | None = None,
+    sde: Process | None = None,
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
     t_end: float = 0.0,
@@ -308,7 +312,7 @@ def sample(
     callback: RowHook | None = None,
     progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Draws samples from a score network by the reverse VP-SDE.
+    """Draws samples from a score network by the reverse SDE or the probability flow of a process.
 
     The same seed gives the same samples, however the batch is split, on any device and backend up to rounding.
 

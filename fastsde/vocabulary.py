@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from pkgutil import iter_modules
+
 __all__ = [
     "BACKENDS",
     "DATASETS",
@@ -9,6 +12,7 @@ __all__ = [
     "LR_SCHEDULES",
     "PRECISIONS",
     "PREDICTIONS",
+    "PROCESSES",
     "SOLVERS",
     "TRAINING_DTYPES",
     "VERIFIED_DTYPES",
@@ -18,9 +22,13 @@ __all__ = [
 BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
 LR_SCHEDULES = ("constant", "cosine")
-PREDICTIONS = ("score", "eps", "x0", "v")
+PREDICTIONS = ("score", "eps", "x0", "v", "flow")
 SOLVERS = ("euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m")
 WEIGHTINGS = ("sigma2", "likelihood", "target")
+
+# The files of fastsde/sde: a process a file, the default first.
+_FILES = [module.name for module in iter_modules([str(Path(__file__).parent / "sde")]) if module.name != "process"]
+PROCESSES = tuple(sorted(_FILES, key=lambda name: (name != "vp", name)))
 
 # Names of torch.dtype.
 DTYPES = ("float32", "float64", "bfloat16", "float16")
