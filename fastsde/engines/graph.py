@@ -268,7 +268,7 @@ class Trajectory:
             self._rows,
             self._counter,
             terms=terms,
-            out=[slot if source is None else None for slot, source in zip(new, terms.sources, strict=True)],
+            out=[place if slot in terms.computed else None for slot, place in enumerate(new)],
             network_input=self._input if form.has_input and any(terms.n) else None,
             time=self._time,
             status=self._status,
