@@ -83,7 +83,7 @@ def solver_step(
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
 
     Returns:
-        The new slots. One that takes over an old slot as it is, is that very tensor.
+        The new slots, each in its own memory. One that takes over an old slot as it is, is that very tensor.
     """
     f = f.to(slots[0].dtype)
     if f_uncond is not None and guidance is not None:
@@ -97,8 +97,12 @@ def solver_step(
             data = data.clamp(-table.clip, table.clip)
     if any(k.d):
         z_row = noise.normal(_given(keys), row + 1, f.shape[1:]).to(f) if z is None else z
-    terms = (*slots, f, data, z_row)
-    return tuple(_sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) for slot in range(table.slots))
+    new: list[Tensor] = []
+    for slot in range(table.slots):
+        value = _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), (*slots, f, data, z_row))
+        # A network may return the same memory at every call, and a callback writes to slot 0 alone.
+        new.append(value.clone() if any(value is other for other in (f, z_row, *new)) else value)
+    return tuple(new)
 
 
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:

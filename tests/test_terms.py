@@ -37,7 +37,7 @@ def test_a_history_moves_on_and_slot_0_goes_where_nobody_is_left() -> None:
     assert terms.b == (ONE, ABSENT, ABSENT)
     assert (terms.sources, terms.computed, terms.places) == ((None, 0, 1), (0,), (2, 0, 1))
     assert terms.read == (True, True, True)
-    assert not (terms.has_noise or terms.has_data or terms.has_input)
+    assert (terms.has_noise, terms.has_data, terms.has_input) == (False, False, False)
 
 
 def test_what_no_later_row_reads_is_dead() -> None:
