@@ -13,7 +13,18 @@ from torch import Tensor
 from fastsde import StepTable, noise
 from fastsde.solvers import ABSENT, ANY, ONE
 
-__all__ = ["EPS", "Near", "exact", "guided", "input_near", "network", "random_table", "states_near", "step_near"]
+__all__ = [
+    "EPS",
+    "Near",
+    "exact",
+    "guided",
+    "history_table",
+    "input_near",
+    "network",
+    "random_table",
+    "states_near",
+    "step_near",
+]
 
 EPS = 2.0**-24
 
@@ -53,13 +64,23 @@ def random_table(slots: int, rows: int = 6, *, seed: int = 0, clip: float | None
                 for column in row.values():
                     column[slot] = 0.0
         given = values(n)
-        row |= {"A": matrix, "p": values(p), "q": values(q)[0]}  # type: ignore[dict-item]
+        row |= {"A": matrix, "p": values(p), "q": values(q)[0]}
         row["n"] = first if reads_slot_0 or chance.random() < 0.2 or not any(given) else given
         for name, column in columns.items():
             column.append(row[name])
     tensors = {name: torch.tensor(column, dtype=torch.float64, device="cpu") for name, column in columns.items()}
     time = 1 - torch.arange(rows, dtype=torch.float64, device="cpu") / 64
     return StepTable(time=time, clip=clip, **tensors)
+
+
+def history_table(slots: int, rows: int) -> StepTable:
+    """A multistep method: slot 0 is made of all slots, each other takes over the one before it."""
+    chance, float64 = random.Random(slots), {"dtype": torch.float64, "device": "cpu"}
+    A = torch.zeros(rows, slots, slots, **float64)
+    A[:, 0] = torch.tensor([[chance.uniform(-1, 1) for _ in range(slots)] for _ in range(rows)], **float64)
+    A[:, range(1, slots), range(slots - 1)] = 1
+    b = torch.eye(1, slots, **float64).expand(rows, slots) / 2
+    return StepTable(time=1 - torch.arange(rows, **float64) / 64, A=A, b=b, d=b)
 
 
 class Near(NamedTuple):

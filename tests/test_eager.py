@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tables import network, random_table, states_near
+from tables import history_table, network, random_table, states_near
 
 import fastsde
 from fastsde import VPSDE, NonFiniteError, noise, ops, solvers
@@ -20,8 +20,8 @@ TIMES = [1.0 - row / 4 for row in range(4)]
 def test_tables_of_any_number_of_slots(monkeypatch: pytest.MonkeyPatch, slots: int, plain: bool) -> None:
     if plain:
         monkeypatch.setattr(ops, "has_kernels", lambda device: False)
-    for seed in range(6):
-        table = random_table(slots, 7, seed=seed, clip=1.5 if seed % 2 else None)
+    tables = [random_table(slots, 7, seed=seed, clip=1.5 if seed % 2 else None) for seed in range(6)]
+    for seed, table in enumerate((*tables, history_table(slots, 13))):
         x, states = fastsde.sample(network, (5, 3), solver=table, backend="eager", seed=seed, trajectory=1)
         for ours, expected in zip(states, states_near(table, noise.sample_keys(seed, 5), (3,)), strict=True):
             expected.check(ours)
