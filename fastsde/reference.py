@@ -83,7 +83,7 @@ def solver_step(
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
 
     Returns:
-        The new slots. One that takes over an old slot as it is, is that very tensor.
+        The new slots, each in its own memory. One that takes over an old slot as it is, is that very tensor.
     """
     f = f.to(slots[0].dtype)
     if f_uncond is not None and guidance is not None:

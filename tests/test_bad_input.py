@@ -34,7 +34,13 @@ def column(*values: float) -> torch.Tensor:
 
 
 def table(**columns: object) -> StepTable:
-    return StepTable(**{**{name: column(0.5, 0.5, 0.5) for name in StepTable.columns()}, **columns})
+    return StepTable(**{**{name: column(0.5, 0.5, 0.5) for name in ("time", *"abcdepq")}, **columns})
+
+
+def slots(m: int = 2, **columns: object) -> StepTable:
+    """A table of 3 rows."""
+    A = torch.eye(m, dtype=torch.float64).expand(3, m, m)
+    return StepTable(**{"time": column(0.5, 0.5, 0.5), "A": A, **columns})  # type: ignore[arg-type]
 
 
 def check(call, error, *parts: str) -> None:
@@ -303,11 +309,25 @@ TABLES = [
     (lambda: table(a=torch.zeros(3)), TypeError, "StepTable.a must be a float64 tensor", "torch.float32"),
     (lambda: table(b=[0.0] * 3), TypeError, "StepTable.b must be a float64 tensor", "list"),
     (lambda: table(time=None), TypeError, "StepTable.time must be a float64 tensor", "NoneType"),
-    (lambda: table(c=column(1, 2)), ValueError, "StepTable.c must have shape [K]", "[2] beside time [3]"),
-    (lambda: table(d=column(1, 2, 3)[:, None]), ValueError, "StepTable.d must have shape [K]", "[3, 1]"),
+    (lambda: table(c=column(1, 2)), ValueError, "StepTable.c must have shape [3] beside time [3]", "[2]"),
+    (
+        lambda: table(d=column(1, 2, 3)[:, None]),
+        ValueError,
+        "StepTable.d must have shape [3] beside time [3]",
+        "[3, 1]",
+    ),
     (lambda: table(time=column()), ValueError, "StepTable.time must have shape [K] with K >= 1", "[0]"),
     (lambda: table(e=column(0, 0, NAN)), ValueError, "StepTable.e must be finite", "nan in row 2"),
     (lambda: table(q=column(0, -INF, 0)), ValueError, "StepTable.q must be finite", "-inf in row 1"),
+    (lambda: slots(A=column(1, 1, 1)), ValueError, "StepTable.A must be a float64 tensor [K, m, m]", "[3]"),
+    (lambda: slots(A=[[1.0]]), ValueError, "StepTable.A must be a float64 tensor [K, m, m]", "list"),
+    (lambda: slots(9), ValueError, "StepTable.A must be [K, m, m] with m from 1 to 8 slots", "[3, 9, 9]"),
+    (lambda: slots(2, b=column(1, 2, 3)), ValueError, "StepTable.b must have shape [3, 2] beside time [3]", "[3]"),
+    (lambda: slots(2, q=column(1, 2)), ValueError, "StepTable.q must have shape [3] beside time [3]", "[2]"),
+    (lambda: slots(2, n=torch.zeros(3, 2).double()), ValueError, "StepTable.n must not be zero", "in row 0"),
+    (lambda: slots(2, d=torch.ones(3, 2)), TypeError, "StepTable.d must be a float64 tensor", "torch.float32"),
+    (lambda: slots(2, a=column(1, 1, 1)), TypeError, "StepTable takes either A, or a and c", "got both"),
+    (lambda: table(n=torch.ones(3, 1).double()), TypeError, "StepTable.n goes with A"),
     (lambda: table(b=column(0, 1e39, 0)), ValueError, "StepTable.b must be finite in fp32", "1e+39 in row 1"),
     (lambda: solvers.euler_maruyama(None, [1, 0]), TypeError, "sde must be a process such as", "NoneType"),
     (lambda: solvers.build("ddpm", None, 3), TypeError, "sde must be a process such as", "NoneType"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tables import network, random_table, states_near
 from torch import Tensor
 
 import fastsde
@@ -27,10 +28,10 @@ def returned(row: int, time: float, x: Tensor) -> Tensor:
 
 def loop(model: Any, table: fastsde.StepTable, x: Tensor, keys: Tensor) -> list[Tensor]:
     """The states of a loop that clamps after each row."""
-    states, history = [x], torch.zeros_like(x)
+    states, rest = [x], [torch.zeros_like(x)] * (table.slots - 1)
     for row in range(len(table)):
         f = model(x, torch.full((len(x),), float(table.time[row])))
-        x, history = fastsde.reference.solver_step(x, f, table, row, history=history, keys=keys)
+        x, *rest = fastsde.reference.solver_step((x, *rest), f, table, row, keys=keys)
         x = x.clamp(-0.5, 0.5)
         states.append(x)
     return states
@@ -55,6 +56,27 @@ def test_the_state_goes_on_as_the_callback_leaves_it(
             expected = loop(model, sampler.table, fastsde.noise.normal(keys, 0, shape), keys)
         # D = (x + sigma^2 f) / alpha, of which alpha is 1 / 150 at first: its rounding, a few 2^-24, is 150 times that.
         torch.testing.assert_close(states, torch.stack(expected), rtol=0, atol=150 * 16 * 2**-24)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["kernels", "plain PyTorch"])
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("callback", [in_place, returned])
+def test_the_network_is_called_with_what_the_callback_leaves(
+    monkeypatch: pytest.MonkeyPatch, callback: Any, backend: str, plain: bool
+) -> None:
+    """Also where its input is made of several slots, and where others have taken slot 0 over."""
+    if plain:
+        monkeypatch.setattr(ops, "has_kernels", lambda device: False)
+    tables = [random_table(slots, 7, seed=seed) for slots in (3, 8) for seed in range(12)]
+    tables = [table for table in tables if table.terms().has_input]
+    assert len(tables) > 5
+    for table in tables:
+        options = {"solver": table, "seed": 2, "backend": backend, "trajectory": 1, "callback": callback}
+        x, states = fastsde.sample(network, (5, 3), **options)
+        expected = states_near(table, fastsde.noise.sample_keys(2, 5), (3,), edit=lambda x: x.clamp(-0.5, 0.5))
+        for ours, near in zip(states, expected, strict=True):
+            near.check(ours)
+        assert torch.equal(x, states[-1])
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])

@@ -80,9 +80,9 @@ def test_sample_and_a_sampler_that_is_built_there(model: Any) -> None:
 def test_steps_are_of_the_table_and_row_that_they_are_given() -> None:
     """Compiled code knows coefficients as constants: another table of the same shape must not get them."""
     for backend in ("eager", "inductor"):
-        step = lambda table, row: ops.solver_step(X, F, table, row, keys=KEYS)  # noqa: E731
+        step = lambda table, row: ops.solver_step([X], F, table, row, keys=KEYS)  # noqa: E731
         both(step, *((table, row) for table in TABLES for row in (0, 1)), backend=backend)
-    both(lambda table: ops.solver_step(X.double(), F, table, 1, keys=KEYS), *((table,) for table in TABLES))
+    both(lambda table: ops.solver_step([X.double()], F, table, 1, keys=KEYS), *((table,) for table in TABLES))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,10 +198,7 @@ def test_what_a_network_takes_is_learned_before_it_is_captured(graphs: Any) -> N
 
 def test_samples_of_integer_and_other_times_share_no_capture(graphs: Any) -> None:
     model = Embedded()
-    fractional = integer_table()
-    fractional = fastsde.StepTable(
-        **{name: getattr(fractional, name) for name in fractional.columns()} | {"time": fractional.time - 0.5}
-    )
+    fractional = replace(integer_table(), time=integer_table().time - 0.5)
     Sampler(model, (2,), solver=integer_table(), backend="graph")(3)
     with pytest.raises(RuntimeError, match="Long, Int"):
         Sampler(model, (2,), solver=fractional, backend="graph")(3)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -27,21 +26,18 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_checked_operations_are_the_reference() -> None:
-    for ours, theirs in zip(
-        ops.solver_step(X, F, TABLE, 1, keys=KEYS), reference.solver_step(X, F, TABLE, 1, keys=KEYS), strict=True
-    ):
-        assert torch.equal(ours, theirs)
-    ours, theirs = (m.solver_step(X, F, MULTISTEP, 1, history=F, f_uncond=X, guidance=2.0) for m in (ops, reference))
-    assert torch.equal(ours[0], theirs[0])
+    for slots, table, given in (([X], TABLE, {"keys": KEYS}), ([X, F], MULTISTEP, {"f_uncond": X, "guidance": 2.0})):
+        ours, theirs = (module.solver_step(slots, F, table, 1, **given) for module in (ops, reference))
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
     for ours, theirs in zip(ops.perturb(X_0, KEYS, 4, SDE), reference.perturb(X_0, KEYS, 4, SDE), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(ops.dsm_loss(F, X_0, T, KEYS, 4, SDE), reference.dsm_loss(F, X_0, T, KEYS, 4, SDE))
 
 
 def test_a_half_precision_network_output_is_upcast() -> None:
-    ours, _ = ops.solver_step(X, F.bfloat16(), TABLE, 0, keys=KEYS)
+    (ours,) = ops.solver_step([X], F.bfloat16(), TABLE, 0, keys=KEYS)
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, reference.solver_step(X, F.bfloat16().float(), TABLE, 0, keys=KEYS)[0])
+    assert torch.equal(ours, reference.solver_step([X], F.bfloat16().float(), TABLE, 0, keys=KEYS)[0])
 
 
 def test_the_loss_has_a_gradient() -> None:
@@ -54,31 +50,46 @@ def test_the_loss_has_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.solver_step([1.0], F, TABLE, 0, keys=KEYS), TypeError, "x must be a tensor, got list"),
-        (lambda: ops.solver_step(X.half(), F, TABLE, 0, keys=KEYS), ValueError, r"x must be float32 or float64"),
+        (lambda: ops.solver_step(X, F, TABLE, 0), TypeError, "slots must be a list or tuple of tensors, got Tensor"),
+        (lambda: ops.solver_step([1.0], F, TABLE, 0), TypeError, r"slots\[0\] must be a tensor, got float"),
+        (lambda: ops.solver_step([], F, TABLE, 0), ValueError, "slots must be the 1 slots of the table, got 0"),
         (
-            lambda: ops.solver_step(X, F[:2], TABLE, 0, keys=KEYS),
+            lambda: ops.solver_step([X] * 3, F, MULTISTEP, 0),
+            ValueError,
+            "slots must be the 2 slots of the table, got 3",
+        ),
+        (
+            lambda: ops.solver_step([X.half()], F, TABLE, 0, keys=KEYS),
+            ValueError,
+            r"slots\[0\] must be float32 or float64 \[B, \*shape\], got torch.float16 \[3, 2, 5\]",
+        ),
+        (
+            lambda: ops.solver_step([X, F[:2]], F, MULTISTEP, 0),
+            ValueError,
+            r"slots\[1\] must have shape \[3, 2, 5\], got \[2, 2, 5\]",
+        ),
+        (
+            lambda: ops.solver_step([X], F[:2], TABLE, 0, keys=KEYS),
             ValueError,
             r"f must have shape \[3, 2, 5\], got \[2, 2, 5\]",
         ),
         (
-            lambda: ops.solver_step(X, F.long(), TABLE, 0, keys=KEYS),
+            lambda: ops.solver_step([X], F.long(), TABLE, 0, keys=KEYS),
             TypeError,
             "f must be floating-point, got torch.int64",
         ),
-        (lambda: ops.solver_step(X, None, TABLE, 0, keys=KEYS), TypeError, "f must be a tensor, got NoneType"),
-        (lambda: ops.solver_step(X, F, "ddim", 0, keys=KEYS), TypeError, "table must be a StepTable, got str"),
-        (lambda: ops.solver_step(X, F, TABLE, 3, keys=KEYS), ValueError, r"row must be in \[0, 3\), got 3"),
-        (lambda: ops.solver_step(X, F, TABLE, 0), ValueError, "z or keys must be given for row 0"),
+        (lambda: ops.solver_step([X], None, TABLE, 0, keys=KEYS), TypeError, "f must be a tensor, got NoneType"),
+        (lambda: ops.solver_step([X], F, "ddim", 0, keys=KEYS), TypeError, "table must be a StepTable, got str"),
+        (lambda: ops.solver_step([X], F, TABLE, 3, keys=KEYS), ValueError, r"row must be in \[0, 3\), got 3"),
+        (lambda: ops.solver_step([X], F, TABLE, 0), ValueError, "z or keys must be given for row 0"),
         (
-            lambda: ops.solver_step(X, F, TABLE, 0, keys=KEYS[:2]),
+            lambda: ops.solver_step([X], F, TABLE, 0, keys=KEYS[:2]),
             ValueError,
             r"keys must have shape \[3, 2\], got \[2, 2\]",
         ),
-        (lambda: ops.solver_step(X, F, TABLE, 0, keys=KEYS.float()), TypeError, "keys must be int64"),
-        (lambda: ops.solver_step(X, F, TABLE, 0, z=X[0]), ValueError, r"z must have shape"),
-        (lambda: ops.solver_step(X, F, MULTISTEP, 1), ValueError, "history must be given for row 1"),
-        (lambda: ops.solver_step(X, F, TABLE, 0, z=X, guidance=1.0), ValueError, "f_uncond and guidance go together"),
+        (lambda: ops.solver_step([X], F, TABLE, 0, keys=KEYS.float()), TypeError, "keys must be int64"),
+        (lambda: ops.solver_step([X], F, TABLE, 0, z=X[0]), ValueError, r"z must have shape"),
+        (lambda: ops.solver_step([X], F, TABLE, 0, z=X, guidance=1.0), ValueError, "f_uncond and guidance go together"),
         (lambda: ops.perturb(X_0.int(), KEYS, 0, SDE), ValueError, "x_0 must be uint8 or floating-point"),
         (lambda: ops.perturb(X_0, None, 0, SDE), ValueError, "keys must be given unless t and z both are"),
         (lambda: ops.perturb(X_0, KEYS, -1, SDE), ValueError, "step must be in"),
@@ -100,11 +111,6 @@ def test_the_loss_has_a_gradient() -> None:
 def test_bad_arguments_are_named(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-def test_history_is_not_needed_where_c_is_zero() -> None:
-    assert float(MULTISTEP.c[0]) == 0
-    ops.solver_step(X, F, replace(MULTISTEP), 0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tables import network, random_table, states_near
 from torch import nn
 
 from fastsde import VPSDE, NonFiniteError, StepTable, noise, reference, solvers
@@ -20,18 +21,18 @@ def normals(*shape, seed=0, dtype=FLOAT64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def random_table(rows=4, clip=None, seed=0, **changes):
-    """A table with every coefficient nonzero, but for the columns given as a number."""
-    values = {name: 0.5 + normals(rows, seed=seed + i).abs() for i, name in enumerate(StepTable.columns())}
-    values.update({name: torch.full((rows,), float(value), dtype=FLOAT64) for name, value in changes.items()})
-    return StepTable(**values, clip=clip)
+def easy_table(rows=4, clip=None, seed=0, **changes):
+    """A table with every coefficient nonzero, but for the columns given as a number; and its columns."""
+    columns = {name: 0.5 + normals(rows, seed=seed + i).abs() for i, name in enumerate(("time", *"abcdepq"))}
+    columns.update({name: torch.full((rows,), float(value), dtype=FLOAT64) for name, value in changes.items()})
+    return StepTable(**columns, clip=clip), columns
 
 
 # solver_step -----------------------------------------------------------------------------------------------------
 
 
 def naive_step(x, f, row, clip, history, z, f_uncond=None, guidance=None):
-    """The equation of the table, an element at a time, on NumPy arrays."""
+    """x' = a x + b f + e D + c H + d z and H' = D, an element at a time, on NumPy arrays."""
     x_next, data = np.zeros_like(x), np.zeros_like(x)
     for i in np.ndindex(x.shape):
         out = f[i] if f_uncond is None else f_uncond[i] + guidance * (f[i] - f_uncond[i])
@@ -43,57 +44,84 @@ def naive_step(x, f, row, clip, history, z, f_uncond=None, guidance=None):
     return x_next, data
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("clip", [None, 0.8])
-@pytest.mark.parametrize("guidance", [None, 0.0, 2.5])
-def test_solver_step_equals_the_equation_element_by_element(shape, clip, guidance):
-    table = random_table(clip=clip)
+def assert_is_the_equation(table, columns, row, shape, guidance=None):
     x, f, f_uncond, history, z = (normals(*shape, seed=seed) for seed in range(5))
-    got = reference.solver_step(
-        x, f, table, 2, history=history, z=z, f_uncond=None if guidance is None else f_uncond, guidance=guidance
-    )
+    given = {} if guidance is None else {"f_uncond": f_uncond, "guidance": guidance}
+    got = reference.solver_step((x, history)[: table.slots], f, table, row, z=z, **given)
     uncond = None if guidance is None else f_uncond.numpy()
-    expected = naive_step(x.numpy(), f.numpy(), table.row(2), clip, history.numpy(), z.numpy(), uncond, guidance)
-    for ours, theirs in zip(got, expected, strict=True):
+    k = {name: column[row].item() for name, column in columns.items()}
+    expected = naive_step(x.numpy(), f.numpy(), k, table.clip, history.numpy(), z.numpy(), uncond, guidance)
+    for ours, theirs in zip(got, expected, strict=table.slots == 2):  # one slot has no H
         assert ours.shape == shape
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-14, atol=1e-14)  # sums of five terms of order 1 to 10
 
 
-@pytest.mark.parametrize("zeros", list(itertools.combinations("abcdepq", 3)), ids="".join)
-def test_solver_step_with_zero_coefficients(zeros):
-    table = random_table(clip=1.5, **dict.fromkeys(zeros, 0))
-    x, f, history, z = (normals(2, 3, seed=seed) for seed in range(4))
-    got = reference.solver_step(x, f, table, 1, history=history, z=z)
-    expected = naive_step(x.numpy(), f.numpy(), table.row(1), 1.5, history.numpy(), z.numpy())
-    for ours, theirs in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-14, atol=1e-14)
+@pytest.mark.parametrize("c", [None, 0], ids=["two slots", "one slot"])
+@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("guidance", [None, 0.0, 2.5])
+def test_the_easy_form_is_its_equation_element_by_element(c, clip, guidance):
+    table, columns = easy_table(clip=clip, **({} if c is None else {"c": c}))
+    assert table.slots == (2 if c is None else 1)
+    for shape in SHAPES:
+        assert_is_the_equation(table, columns, 2, shape, guidance)
+
+
+def test_the_easy_form_with_zero_coefficients():
+    for zeros in itertools.combinations("abcdepq", 3):
+        table, columns = easy_table(clip=1.5, **dict.fromkeys(zeros, 0))
+        assert_is_the_equation(table, columns, 1, (2, 3))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
+def test_random_tables_are_the_equation_of_slots(slots):
+    table, keys = random_table(slots, 7, clip=1.5), noise.sample_keys(slots, 3)
+    states = []
+    x = reference.sample(
+        network, (3, 2, 5), table, keys, dtype=FLOAT64, after_row=lambda row, time, x: states.append(x.clone())
+    )
+    for ours, (value, _) in zip(states, states_near(table, keys, (2, 5))[1:], strict=True):
+        torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+    assert torch.equal(x, states[-1])
 
 
 def test_solver_step_leaves_its_inputs_alone():
     inputs = [normals(2, 3, seed=seed) for seed in range(5)]
     copies = [one.clone() for one in inputs]
     x, f, f_uncond, history, z = inputs
-    reference.solver_step(x, f, random_table(clip=0.5), 0, history=history, z=z, f_uncond=f_uncond, guidance=2.0)
+    reference.solver_step((x, history), f, easy_table(clip=0.5)[0], 0, z=z, f_uncond=f_uncond, guidance=2.0)
     for one, copy in zip(inputs, copies, strict=True):
         assert torch.equal(one, copy)
+
+
+def test_new_slots_are_old_ones_or_memory_of_their_own():
+    # s0' = s0, s1' = s0, s2' = f, s3' = D = f, s4' = z
+    zero, one = torch.zeros(1, 5, dtype=FLOAT64), torch.eye(5, dtype=FLOAT64)[:, None]
+    A = torch.stack([one[0, 0], one[0, 0], *zero.expand(3, 5)])[None]
+    table = StepTable(time=one[0, :, 0], A=A, b=one[2], e=one[3], d=one[4], q=one[0, :, 0])
+    slots, f, z = [normals(2, seed=seed) for seed in range(5)], normals(2, seed=5), normals(2, seed=6)
+    new = reference.solver_step(slots, f, table, 0, z=z)
+    assert new[0] is slots[0]
+    for ours, theirs in zip(new, (slots[0], slots[0], f, f, z), strict=True):
+        assert torch.equal(ours, theirs)
+    assert len({each.data_ptr() for each in (*new, f, z)}) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 @pytest.mark.parametrize("row", [0, 3])
 def test_solver_step_draws_the_noise_of_its_row_from_the_keys(row, dtype):
-    table, keys = random_table(c=0), noise.sample_keys(5, 3)
+    (table, _), keys = easy_table(c=0), noise.sample_keys(5, 3)
     x, f = normals(3, 2, 3, dtype=dtype), normals(3, 2, 3, seed=1, dtype=dtype)
     z = noise.normal(keys, row + 1, (2, 3)).to(dtype)
-    got, _ = reference.solver_step(x, f, table, row, keys=keys)
+    (got,) = reference.solver_step((x,), f, table, row, keys=keys)
     assert got.dtype == dtype
-    assert torch.equal(got, reference.solver_step(x, f, table, row, z=z)[0])
+    assert torch.equal(got, reference.solver_step((x,), f, table, row, z=z)[0])
 
 
 def test_solver_step_without_noise_needs_no_keys_and_with_noise_does():
     x = normals(2, 3)
-    reference.solver_step(x, x, random_table(c=0, d=0), 0)
+    reference.solver_step((x,), x, easy_table(c=0, d=0)[0], 0)
     with pytest.raises(TypeError, match="keys must be given where noise is to be drawn, got None"):
-        reference.solver_step(x, x, random_table(c=0), 0)
+        reference.solver_step((x,), x, easy_table(c=0)[0], 0)
 
 
 # sample ----------------------------------------------------------------------------------------------------------
@@ -106,12 +134,12 @@ def affine_model(x, t, shift=0.0):
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 1, 4), (0, 3), (2, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 def test_sample_is_a_loop_of_network_and_step(shape, dtype):
-    table, keys = random_table(rows=5, clip=2.0, d=0.5), noise.sample_keys(1, shape[0])
+    (table, _), keys = easy_table(rows=5, clip=2.0, d=0.5), noise.sample_keys(1, shape[0])
     x, history = noise.normal(keys, 0, shape[1:]).to(dtype), torch.zeros(shape, dtype=dtype)
     for row in range(5):
         f = affine_model(x, torch.full(shape[:1], float(table.time[row]), dtype=dtype))
         z = noise.normal(keys, row + 1, shape[1:]).to(dtype)
-        x, history = reference.solver_step(x, f, table, row, history=history, z=z)
+        x, history = reference.solver_step((x, history), f, table, row, z=z)
     got = reference.sample(affine_model, shape, table, keys, dtype=dtype)
     assert (got.shape, got.dtype) == (shape, dtype)
     assert torch.equal(got, x)
@@ -142,8 +170,8 @@ def test_sample_starts_from_x_init_and_leaves_it_alone():
 
 def test_sample_asks_for_noise_only_in_rows_that_have_any():
     rows = []
-    table = random_table(rows=4)
-    table.d[1] = table.d[3] = 0
+    _, columns = easy_table(rows=4)
+    table = StepTable(**columns | {"d": torch.tensor([1.0, 0, 1, 0], dtype=FLOAT64)})
 
     def noise_function(row, x):
         rows.append((row, tuple(x.shape)))

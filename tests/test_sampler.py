@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastsde
 from fastsde import VPSDE, NonFiniteError, Sampler, noise, sample, solvers
-from fastsde.reference import solver_step
+from fastsde.reference import network_input, solver_step
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("reference", "eager")
@@ -75,18 +75,20 @@ class Scale(nn.Module):
 def rounding_bound(table, x_init, keys, model=elementwise, *, guidance=None, kwargs=None, uncond=None):
     """How far an fp32 run of an elementwise network may lie from the exact one, and the exact one's end (in float64).
 
-    Classic running error analysis. In a row every term of x' = a x + b f + e D + c H + d z goes through at most 8
-    roundings (two coefficients, two products, the sum of D, up to three more sums), and f itself through at most 10 in
-    the networks above, 3 more under guidance. So a row errs by at most 18 (21) u times the sum of the terms' sizes, to
-    first order, and its error reaches the end multiplied by the derivative of the end with respect to the row's
-    result, which autograd gives in float64.
+    Classic running error analysis. In a row of m slots every term of s' = A s + b f + e D + d z goes through at most
+    2 m + 6 roundings (two coefficients, two products, m sums of D, m + 2 more sums), and f itself through at most 10 in
+    the networks above, 3 more under guidance. So a row errs by at most 2 m + 16 (19) u times the sum of the terms'
+    sizes, to first order, and its error reaches the end multiplied by the derivative of the end with respect to the
+    row's result, which autograd gives in float64.
     """
     kwargs, uncond = kwargs or {}, uncond or {}
-    x, history = x_init.double(), torch.zeros_like(x_init, dtype=torch.float64)
+    columns = {name: getattr(table, name).abs() for name in ("p", "q", "A", "b", "e", "d")}
+    absolute = replace(table, **columns, clip=None)
+    slots = [x_init.double(), *(torch.zeros_like(x_init, dtype=torch.float64) for _ in range(1, table.slots))]
     injected, sizes = [], []
     for row in range(len(table)):
-        k = table.row(row)
-        t = torch.full((len(x),), k["time"], dtype=torch.float64)
+        k, x = table.row(row), network_input(slots, table, row)
+        t = torch.full((len(x),), k.time, dtype=torch.float64)
         f = model(x, t, **kwargs)
         size_f = f.abs()
         if guidance is not None:
@@ -94,17 +96,14 @@ def rounding_bound(table, x_init, keys, model=elementwise, *, guidance=None, kwa
             size_f = other.abs() * (1 + abs(guidance)) + abs(guidance) * f.abs()
             f = other + guidance * (f - other)
         z = noise.normal(keys, row + 1, x.shape[1:]).double()
-        size_d = abs(k["p"]) * x.abs() + abs(k["q"]) * size_f
-        size_x = abs(k["a"]) * x.abs() + abs(k["b"]) * size_f + abs(k["e"]) * size_d
-        size_x = size_x + abs(k["c"]) * history.abs() + abs(k["d"]) * z.abs()
-        x, history = solver_step(x, f, table, row, history=history, z=z)
-        for size in (size_x, size_d):
-            injected.append(torch.zeros_like(x, requires_grad=True))
-            sizes.append(size.detach())
-        x, history = x + injected[-2], history + injected[-1]
-    carried = torch.autograd.grad(x.sum(), injected, allow_unused=True)
-    error = sum(g.abs() * size for g, size in zip(carried, sizes, strict=True) if g is not None)
-    return (18 if guidance is None else 21) * U * error, x.detach()
+        # The row of absolute values is the size of each sum.
+        sizes += solver_step([slot.abs() for slot in slots], size_f, absolute, row, z=z.abs())
+        slots = solver_step(slots, f, table, row, z=z)
+        injected += [torch.zeros_like(slot, requires_grad=True) for slot in slots]
+        slots = [slot + error for slot, error in zip(slots, injected[-len(slots) :], strict=True)]
+    carried = torch.autograd.grad(slots[0].sum(), injected, allow_unused=True)
+    error = sum(g.abs() * size.detach() for g, size in zip(carried, sizes, strict=True) if g is not None)
+    return (2 * table.slots + (16 if guidance is None else 19)) * U * error, slots[0].detach()
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
@@ -408,7 +407,7 @@ def _all_states(shape, steps, **options) -> Tensor:
     states = [noise.normal(keys, 0, shape[1:])]
     for row in range(steps):
         t = torch.full(shape[:1], float(table.time[row]))
-        states.append(solver_step(states[-1], elementwise(states[-1], t), table, row, keys=keys)[0])
+        states.append(solver_step((states[-1],), elementwise(states[-1], t), table, row, keys=keys)[0])
     return torch.stack(states)
 
 
@@ -844,8 +843,8 @@ def test_a_state_that_is_not_finite_is_not_blamed_on_the_network(backend, row):
         return torch.full_like(x, math.nan if k == row else 0.0)
 
     message = rf"the state became NaN or infinity in row {row}, at time {1 - row / 4:g}"
-    table = solvers.StepTable(**{name: torch.ones(4, dtype=torch.float64) for name in solvers.StepTable.columns()})
-    table = replace(table, time=1 - torch.arange(4.0, dtype=torch.float64) / 4, b=2 * table.b, c=0 * table.c)
+    one = torch.ones(4, dtype=torch.float64)
+    table = solvers.StepTable(1 - torch.arange(4.0, dtype=torch.float64) / 4, a=one, b=2 * one, d=one)
     with pytest.raises(NonFiniteError, match=message):
         sample(overflow, (3, 2), solver=table, backend=backend)
     with pytest.raises(NonFiniteError, match=message):

@@ -100,7 +100,7 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
     k, terms = table.row(row), table.terms(row)
     data = None
     if terms.has_data:
-        data = _sum((*k.p, k.q), (*slots, f)) if any(k.p) or k.q else torch.zeros_like(f)
+        data = _sum((*k.p, k.q), (*slots, f))
         if table.clip is not None:
             data.clamp_(-table.clip, table.clip)
     new = list(slots)
@@ -112,8 +112,10 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
 
 
 def _sum(coefficients: Sequence[float], terms: Sequence[Tensor | None]) -> Tensor:
-    """The sum in new memory, less the terms of a coefficient of zero, of which there are others."""
+    """The sum in new memory, less the terms of a coefficient of zero."""
     used = [(c, term) for c, term in zip(coefficients, terms, strict=True) if c != 0 and term is not None]
+    if not used:
+        return torch.zeros_like(terms[0])  # type: ignore[arg-type]  # a slot
     total = torch.mul(used[0][1], used[0][0])
     for coefficient, term in used[1:]:
         total.add_(term, alpha=coefficient)

@@ -152,7 +152,7 @@ class Trajectory:
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": form.device}
         slots = form.terms.slots
         self._slots = [torch.zeros(form.shape, **fp32) for _ in range(slots)]
-        self._input = torch.zeros(form.shape, **fp32) if form.has_input else self._slots[0]
+        self._input = torch.zeros(form.shape, **fp32) if form.has_input else None  # or slot 0, wherever that is
         self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=form.device)
         self._rows = torch.zeros((form.rows, row_width(slots)), **fp32)
         self._time = torch.zeros(batch, **fp32)
@@ -227,7 +227,8 @@ class Trajectory:
     def _run_row(self, network: Network, slots: list[Tensor]) -> list[Tensor]:
         """One row, in place. Returns where the new slots are."""
         form, terms = self._form, self._form.terms
-        f, f_uncond = evaluate(network, self._input, self._time, *self._conditions)
+        x = slots[0] if self._input is None else self._input
+        f, f_uncond = evaluate(network, x, self._time, *self._conditions)
         new = [slots[place] for place in terms.places]
         ops.counted_step(
             slots,
@@ -235,8 +236,8 @@ class Trajectory:
             self._rows,
             self._counter,
             terms=terms,
-            out=[slot if source is None else None for slot, source in zip(new, terms.sources, strict=True)],
-            network_input=self._input if form.has_input and any(terms.n) else None,
+            out=[place if slot in terms.computed else None for slot, place in enumerate(new)],
+            network_input=self._input if any(terms.n) else None,
             time=self._time,
             status=self._status,
             keys=self._keys if terms.has_noise else None,
@@ -251,7 +252,7 @@ class Trajectory:
         for slot in self._slots[1:]:
             slot.zero_()
         self._slots[0].copy_(x)
-        if self._form.has_input:
+        if self._input is not None:
             self._input.copy_(network_input(self._slots, table, 0))
         self._keys.copy_(request.keys)
         self._rows.copy_(ops.device_table(table, self._form.device))

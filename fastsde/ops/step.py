@@ -245,15 +245,15 @@ def solver_step(
     if not isinstance(slots, (list, tuple)):
         raise TypeError(f"slots must be a list or tuple of tensors, got {type(slots).__name__}")
     if len(slots) != table.slots:
-        raise ValueError(f"slots must be the {table.slots} tensors of the table's state, got {len(slots)}")
+        raise ValueError(f"slots must be the {table.slots} slots of the table, got {len(slots)}")
     x = check_tensor("slots[0]", slots[0], floating=True)
     if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"slots[0] must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
     row = len(range(check_int("row", row, 0, len(table))))  # in compiled code an int may be a symbol, but no length is
-    named = {f"slots[{i}]": slot for i, slot in enumerate(slots)}
-    for name, value in {**named, "f": f, "z": z, "f_uncond": f_uncond}.items():
-        if value is not None:
-            check_tensor(name, value, shape=x.shape, device=x.device, floating=True)
+    given = {f"slots[{i}]": slot for i, slot in enumerate(slots)} | {"f": f}
+    given |= {name: value for name, value in (("z", z), ("f_uncond", f_uncond)) if value is not None}
+    for name, value in given.items():
+        check_tensor(name, value, shape=x.shape, device=x.device, floating=True)
     guard_identity(table)
     k = table.row(row)
     if z is None and any(k.d):

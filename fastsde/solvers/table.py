@@ -83,7 +83,7 @@ class StepTable:
     Raises:
         TypeError: for a column that is not a float64 tensor.
         ValueError: for columns of different lengths, without rows, not finite, more than 8 slots, or a clip that is not
-            positive.
+            positive; or where n is zero in a whole row.
     """
 
     time: Tensor
@@ -129,6 +129,7 @@ class StepTable:
             }
             for name, column in (("p", p), ("b", b), ("e", e), ("d", d)):
                 columns[name] = _check(name, column, (rows, slots))
+            _check_inputs(columns["n"])
         if clip is not None:
             check_number("clip", clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
         for name, value in {"time": time, **columns, "clip": clip}.items():
@@ -226,6 +227,12 @@ def _check_slots(A: Tensor, rows: int) -> int:
     if not 1 <= A.shape[1] <= MAX_SLOTS:
         raise ValueError(f"StepTable.A must be [K, m, m] with m from 1 to {MAX_SLOTS} slots, got {shape}")
     return A.shape[1]
+
+
+def _check_inputs(n: Tensor) -> None:
+    is_zero = (n == 0).all(dim=1)
+    if is_zero.any():
+        raise ValueError(f"StepTable.n must not be zero in all slots, got so in row {int(is_zero.nonzero()[0])}")
 
 
 def _check(name: str, column: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -27,6 +27,7 @@ class Terms:
         q: ABSENT, ONE or ANY.
         n, p, b, e, d: the same, one a slot. ``n`` is that of the next row, whose network input the step computes.
         A: for each new slot a tuple, one an old slot.
+        live: whether each new slot is of use.
     """
 
     q: int
@@ -36,6 +37,7 @@ class Terms:
     e: Kinds
     d: Kinds
     A: tuple[Kinds, ...]
+    live: tuple[bool, ...]
 
     @property
     def slots(self) -> int:
@@ -76,9 +78,9 @@ class Terms:
 
     @cached_property
     def computed(self) -> tuple[int, ...]:
-        """The new slots that are computed."""
-        given = enumerate(zip(self.A, self.b, self.e, self.d, self.sources, strict=True))
-        return tuple(slot for slot, (taken, *rest, source) in given if source is None and (any(taken) or any(rest)))
+        """The new slots that are computed, be it to zero."""
+        given = enumerate(zip(self.sources, self.live, strict=True))
+        return tuple(slot for slot, (source, is_live) in given if source is None and is_live)
 
     @cached_property
     def places(self) -> tuple[int, ...]:
@@ -109,7 +111,7 @@ class Terms:
         nothing = (ABSENT,) * self.slots
         A = tuple(nothing if gone else row for gone, row in zip(dead, self.A, strict=True))
         q, p = (self.q, self.p) if any(e) else (ABSENT, nothing)
-        return replace(self, q=q, p=p, b=b, e=e, d=d, A=A)
+        return replace(self, q=q, p=p, b=b, e=e, d=d, A=A, live=tuple(not gone for gone in dead))
 
 
 def _kinds(packed: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def _kinds(packed: Tensor) -> Tensor:
 def named_terms(kinds: tuple[int, ...], slots: int) -> Terms:
     """The kinds of the columns of `StepTable.packed`, by their names."""
     n, p, b, e, d, *A = (kinds[2 + i * slots : 2 + (i + 1) * slots] for i in range(5 + slots))
-    return Terms(kinds[1], n, p, b, e, d, tuple(A))
+    return Terms(kinds[1], n, p, b, e, d, tuple(A), (True,) * slots)
 
 
 def kinds_of(row: Sequence[float]) -> tuple[int, ...]:
@@ -142,7 +144,9 @@ def terms_of(packed: Tensor, slots: int) -> Terms:
     """What any row of a table computes."""
     kinds = _kinds(packed)
     kinds[2 : 2 + slots] = _kinds(packed[1:, 2 : 2 + slots])  # no step computes the first input
-    return named_terms(tuple(kinds.tolist()), slots).without([False] * slots)
+    terms = named_terms(tuple(kinds.tolist()), slots)
+    needed = zip(_read_by(terms), terms.n, strict=True)
+    return terms.without([slot > 0 and not (is_read or kind) for slot, (is_read, kind) in enumerate(needed)])
 
 
 def live_terms(packed: Tensor, slots: int) -> list[Terms]:
@@ -154,10 +158,10 @@ def live_terms(packed: Tensor, slots: int) -> list[Terms]:
     known = [named_terms(tuple(pattern), slots) for pattern in patterns.tolist()]
     made: dict[tuple[int, tuple[bool, ...]], Terms] = {}
     found: list[Terms] = []
-    live = [True] + [False] * (slots - 1)  # after the last row
+    live = [False] * slots  # after the last row
     for index in reversed(which.tolist()):
         needed = [is_live or bool(kind) for is_live, kind in zip(live, known[index].n, strict=True)]
-        key = (index, tuple(not each for each in needed))
+        key = (index, (False, *(not each for each in needed[1:])))  # callbacks see slot 0 after each row
         if key not in made:
             made[key] = known[index].without(key[1])
         found.append(made[key])

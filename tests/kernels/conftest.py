@@ -68,6 +68,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return _native(request.param, monkeypatch) if request.param in _NATIVE else _triton_on(request.param, monkeypatch)
 
 
+@pytest.fixture(params=[*_TRITON, _BUILDS[0]])
+def main_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """`device`, less the other native builds: for full grids of cases."""
+    return _native(request.param, monkeypatch) if request.param in _NATIVE else _triton_on(request.param, monkeypatch)
+
+
 @pytest.fixture(params=_TRITON)
 def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where Triton's kernels run."""

@@ -19,7 +19,7 @@ TABLE = solvers.euler_maruyama(SDE, [1.0, 0.5])
 
 
 def _step(x: Tensor, keys: Tensor, f: Tensor | None = None, **options: Any) -> Tensor:
-    return ops.solver_step(x, x if f is None else f, TABLE, 0, keys=keys, **options)[0]
+    return ops.solver_step([x], x if f is None else f, TABLE, 0, keys=keys, **options)[0]
 
 
 def _perturb(x: Tensor, keys: Tensor, **options: Any) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import random_table
 from torch import Tensor, nn
 
 import fastsde
@@ -67,7 +68,8 @@ def _results(batch: int, size: int) -> list[Tensor]:
     results = [
         ops.sample_keys(size, 20 * batch),
         ops.normal(keys, 3, (size,)),
-        *ops.solver_step(x, f, TABLE, 1, keys=keys, history=z),
+        *ops.solver_step([x], f, TABLE, 1, keys=keys),
+        *ops.solver_step([x, f, z], f, random_table(3, seed=1, clip=1.0), 1, keys=keys),
     ]
     results += ops.perturb(x, keys, 4, SDE)
     f.requires_grad_()
@@ -250,7 +252,7 @@ def test_torch_library_knows_step_draw_and_trajectory() -> None:
     keys, x = noise.sample_keys(0, 3), torch.randn(3, 5)
     table = ops.device_table(TABLE, x.device)
     torch.library.opcheck(torch.ops.fastsde.normal.default, (keys, 3, 0, [5]))
-    step = (x, x.bfloat16(), table, 2, None, None, keys, None, None, 1.0, True)
+    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 1.0)
     torch.library.opcheck(torch.ops.fastsde.solver_step.default, step)
     layers = [torch.randn(8, 6), torch.randn(5, 8)], [torch.randn(8), None]
     trajectory = (*layers, "Tanh", table, keys, x, None, True, False, True, "fp32", 2, 4)
@@ -263,7 +265,7 @@ def test_torch_compile_takes_each_operation_whole() -> None:
 
     def run(x: Tensor, keys: Tensor) -> Tensor:
         start = ops.normal(keys, 0, (2,)) + x
-        after, _ = ops.solver_step(start, start, TABLE, 0, keys=keys)
+        (after,) = ops.solver_step([start], start, TABLE, 0, keys=keys)
         result: Tensor = ops.mlp_sampler(model, TABLE, keys, x_init=after) * 2
         return result
 
@@ -323,7 +325,7 @@ def test_draws_are_checked() -> None:
 def test_forward_derivatives_are_those_of_the_reference() -> None:
     x, keys, t = torch.randn(3, 2), noise.sample_keys(0, 3), torch.rand(3)
     for run in (
-        lambda x: ops.solver_step(x, x, TABLE, 0, keys=keys)[0],
+        lambda x: ops.solver_step([x], x, TABLE, 0, keys=keys)[0],
         lambda x: ops.perturb(x, keys, 1, SDE)[0],
         lambda x: ops.dsm_loss(x, torch.ones(3, 2), t, keys, 1, SDE),
     ):
@@ -377,17 +379,20 @@ from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 from fastsde.models.activations import ACTIVATIONS
 from fastsde.models.mlp import linear_layers
+from tables import random_table
 
 torch.set_num_threads(2)
 sde, table = VPSDE(), solvers.build("ddpm", VPSDE(), 3, prediction="eps", clip=1.0)
+tables = [random_table(slots, 3, clip=1.0) for slots in (1, 2, 3, 5, 8)]
 for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 17), (0, 5), (3, 0), (17, 31), (5, 33)):
     keys, x = noise.sample_keys(0, batch), torch.randn(batch, size)
     pixels, index = torch.zeros(7, size, dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64) + 6
     ops.normal(keys, 1, (size,))
     ops.dispatch.kernel("normal", x.device).bits(keys, 1, 0, (size,))
     for row in range(3):
-        ops.solver_step(x, x, table, row, keys=keys, f_uncond=x, guidance=2.0)
-    ops.solver_step(x, x.half(), table, 0, z=x, history=x)
+        ops.solver_step([x], x, table, row, keys=keys, f_uncond=x, guidance=2.0)
+        for each in tables:
+            ops.solver_step([x.clone() for _ in range(each.slots)], x.half(), each, row, z=x)
     ops.perturb(x, keys, 2, sde)
     _, t = ops.perturb(pixels, keys, 2, sde, index=index, dtype=torch.bfloat16)
     f = x.clone().requires_grad_()
@@ -430,7 +435,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path: Path) -> N
         "FASTSDE_CXXFLAGS": flags,
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": str(Path(fastsde.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(fastsde.__file__).parents[1], Path(__file__).parents[1]))),
     }
     run = subprocess.run([sys.executable, "-c", _EVERYTHING], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tables import random_table
 from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference, solvers
@@ -47,7 +48,8 @@ def _results(device: torch.device, batch: int, size: int) -> Iterator[Tensor]:
     """Of every kernel that works on tiles."""
     keys = noise.sample_keys(5, batch, device=device)
     x, f, z = (ops.normal(keys, step, (size,)) for step in range(3))
-    yield from (x, *ops.solver_step(x, f, TABLE, 1, keys=keys, history=z))
+    yield from (x, *ops.solver_step([x], f, TABLE, 1, keys=keys))
+    yield from ops.solver_step([x, f, z], f, random_table(3, seed=1, clip=1.0), 1, keys=keys)
     x_t, t = ops.perturb(x, keys, 4, SDE)
     yield from (x_t, t)
     f.requires_grad_()
@@ -78,10 +80,10 @@ def test_a_counter_has_a_slot_for_each_small_tile(triton_device: torch.device, m
     assert len(counter) == 9
     keys, time, status = noise.sample_keys(1, 3, device=triton_device), x.new_zeros(3), ops.new_status(triton_device)
     expected, rows = x, ops.device_table(TABLE, triton_device)
-    given = {"history": None, "f_uncond": None, "guidance": None, "clip": TABLE.clip, "uses_data": True}
+    given = {"network_input": None, "f_uncond": None, "guidance": None, "clip": TABLE.clip, "terms": TABLE.terms()}
     x = x.clone()
     for row in range(2):
-        ops.counted_step(x, -x, rows, counter, time=time, status=status, keys=keys, **given)
-        expected, _ = ops.fused_step(expected, -expected, TABLE, row, keys=keys)
+        ops.counted_step([x], -x, rows, counter, out=[x], time=time, status=status, keys=keys, **given)
+        (expected,) = ops.solver_step([expected], -expected, TABLE, row, keys=keys)
         assert torch.equal(x, expected)
         assert (counter == row + 1).all()

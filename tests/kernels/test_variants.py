@@ -29,11 +29,14 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         grad, out = (torch.empty(()), torch.empty_like(f)) if backward else (None, torch.empty(()))
         dsm_loss.dsm_loss(f, f, t, keys, step, 0.1, 20.0 / n, prediction=prediction, grad=grad, out=out)
 
+    two_slots = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0).terms()
+
     def step_of(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
-        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, 8)
-        slots = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
+        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, 16)
+        counter = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
         numbers = {"guidance": n / 2, "clip": n / 7, "f_uncond": x}
-        solver_step.solver_step(x, x, table, row, keys=keys, counter=slots, uses_data=True, out=x, **numbers)
+        given = {"keys": keys, "counter": counter, "terms": two_slots, "out": [x, x], **numbers}
+        solver_step.solver_step([x, x], x, table, row, **given)
 
     def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
         normal.normal(torch.empty(n, 2, dtype=torch.int64), step, 0, torch.empty(n, *shape))
@@ -45,7 +48,8 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
 
     def guided(guidance: float, clip: float) -> None:
         table = solvers.build("ddim", VPSDE(), 4, clip=clip)
-        ops.fused_step(torch.empty(3, 5), torch.empty(3, 5), table, 0, f_uncond=torch.empty(3, 5), guidance=guidance)
+        x, keys = torch.empty(3, 5), torch.empty(3, 2, dtype=torch.int64)
+        ops.Stepper(table, x, keys, guidance)(0, [x], x, f_uncond=x)
 
     for shape in ((5,), (3, 28, 28)):
         sizes = list(zip(BATCHES, STEPS + STEPS, strict=False))
