@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "ANY", "ONE", "Terms", "live_terms", "terms_of"]
+__all__ = ["ABSENT", "ANY", "ONE", "Terms", "live_terms", "terms_of", "trajectory_terms_of"]
 
 ABSENT, ONE, ANY = 0, 1, 2  # what a coefficient is known to be: 0, 1, or nothing in particular
 Kinds = tuple[int, ...]
@@ -39,6 +39,11 @@ class Terms:
     @property
     def slots(self) -> int:
         return len(self.n)
+
+    @cached_property
+    def columns(self) -> Kinds:
+        """The kinds of all columns of `StepTable.packed`."""
+        return (ANY, self.q, *self.n, *self.p, *self.b, *self.e, *self.d, *(kind for row in self.A for kind in row))
 
     @cached_property
     def has_noise(self) -> bool:
@@ -122,6 +127,12 @@ def terms_of(packed: Tensor, slots: int) -> Terms:
     kinds = _kinds(packed)
     kinds[2 : 2 + slots] = _kinds(packed[1:, 2 : 2 + slots])  # no step computes the first input
     return _terms(kinds.tolist(), slots).without([False] * slots)
+
+
+def trajectory_terms_of(packed: Tensor, slots: int) -> Terms:
+    """`terms_of`, where n is that of the first row, too, in which all slots but slot 0 are zero."""
+    terms = terms_of(packed, slots)
+    return replace(terms, n=(int(_kinds(packed[:, 2])), *terms.n[1:]))
 
 
 def live_terms(packed: Tensor, slots: int) -> list[Terms]:

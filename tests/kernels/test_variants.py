@@ -20,9 +20,12 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     """Name, kernel and launches that must share its variant, or two of them."""
-    from fastsde import ops, solvers
+    from fastsde import solvers
     from fastsde.kernels import dsm_loss, mlp_sampler, normal, perturb, solver_step
     from fastsde.sde import VPSDE
+
+    multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
+    width = multistep.packed.shape[1]
 
     def loss(n: int, shape: tuple[int, ...], step: int, prediction: str, backward: bool) -> None:
         f, keys, t = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n)
@@ -30,10 +33,11 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         dsm_loss.dsm_loss(f, f, t, keys, step, 0.1, 20.0 / n, prediction=prediction, grad=grad, out=out)
 
     def step_of(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
-        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, 8)
+        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, width)
         slots = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
         numbers = {"guidance": n / 2, "clip": n / 7, "f_uncond": x}
-        solver_step.solver_step(x, x, table, row, keys=keys, counter=slots, uses_data=True, out=x, **numbers)
+        given = {"terms": multistep.terms(), "keys": keys, "counter": slots, "out": [x, x]}
+        solver_step.solver_step([x, x], x, table, row, **given, **numbers)
 
     def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
         normal.normal(torch.empty(n, 2, dtype=torch.int64), step, 0, torch.empty(n, *shape))
@@ -44,8 +48,8 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         perturb.perturb(x_0, keys, step, 0.1, 20.0, **numbers, t_min=1 / (n + 1), out=out, t_out=t_out)
 
     def guided(guidance: float, clip: float) -> None:
-        table = solvers.build("ddim", VPSDE(), 4, clip=clip)
-        ops.fused_step(torch.empty(3, 5), torch.empty(3, 5), table, 0, f_uncond=torch.empty(3, 5), guidance=guidance)
+        x, given = torch.empty(3, 5), {"terms": multistep.terms(), "guidance": guidance, "clip": clip}
+        solver_step.solver_step([x, x], x, torch.empty(4, width), 0, f_uncond=x, out=[x, x], **given)
 
     for shape in ((5,), (3, 28, 28)):
         sizes = list(zip(BATCHES, STEPS + STEPS, strict=False))
@@ -67,8 +71,9 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     packed = mlp_sampler.Packed(layers, ["SiLU"], torch.float32)
 
     def trajectories(n: int, rows: int) -> None:
-        keys, table, out = torch.empty(n, 2, dtype=torch.int64), torch.empty(rows, 8), torch.empty(n, 2)
-        mlp_sampler.mlp_sampler(packed, table, keys, clip=n / 7, uses_data=True, every=rows, out=out)
+        keys, out = torch.empty(n, 2, dtype=torch.int64), torch.empty(n, 2)
+        given = {"terms": multistep.trajectory_terms, "clip": n / 7, "every": rows}
+        mlp_sampler.mlp_sampler(packed, torch.empty(rows, width), keys, **given, out=out)
 
     # A low tile for few samples (here, where no GPU says how many processors it has, 16), and a high one for many.
     for name, batches in (("few", range(1, 17)), ("many", BATCHES[4:])):
