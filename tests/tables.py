@@ -11,7 +11,7 @@ __all__ = ["random_table"]
 
 
 def random_table(slots: int, rows: int, generator: torch.Generator, *, clip: float | None = None) -> StepTable:
-    """A table of m slots, each of whose coefficients is zero in all rows, or one, or anything: also zero or one in some.
+    """A table of m slots. A coefficient is zero in all rows, or one in all, or anything: also zero or one in some.
 
     States keep about their size. Slot 0 is always read and written, and each other slot at least once each: it may be
     one that moves on, in all rows or in some, from itself or from another. The network's input is slot 0 itself, a

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, reference, solvers
 

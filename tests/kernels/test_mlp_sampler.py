@@ -191,12 +191,17 @@ def test_a_network_that_is_called_with_zeros(device: torch.device) -> None:
 
 KEEPS = [(row, 0, 0, 1.0) for row in range(4)]
 HUGE = (0, 1, 0, 3e38)  # in row 0 slot 1 takes so much of slot 0 that it is infinite, where slot 0 is not below 2
+PASSED = [(0, 1, 0, 1.0), *((row, 1, 1, 1.0) for row in (1, 2, 3))]  # slot 0 to slot 1 in row 0, where it stays
 # What later rows make of slot 1, and whether it then matters.
 NOT_FINITE = {
     "taken": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0), (2, 0, 1, 0.5)]}, True),
     "an input, which Tanh hides": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0)], "n": [(0, 0, 1.0), (2, 1, 1.0)]}, True),
     "taken, and clipped later": (
         {"A": [HUGE, (0, 0, 0, 1.0), (1, 0, 1, 1.0)], "e": [(2, 0, 1.0), (3, 0, 1.0)], "p": [(2, 0, 1.0), (3, 0, 0.5)]},
+        True,
+    ),
+    "slot 0, which no row reads": (
+        {"A": [*PASSED, (1, 0, 1, 0.5), (2, 0, 1, 3e38), (3, 0, 1, 0.5)], "n": [(row, 1, 1.0) for row in range(4)]},
         True,
     ),
     "unused": ({"A": [*KEEPS, HUGE]}, False),
