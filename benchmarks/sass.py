@@ -20,6 +20,7 @@ from typing import Any
 import click
 import torch
 
+from fastsde import VPSDE, StepTable, solvers
 from fastsde.files import atomic_path
 
 CAPABILITIES = (80, 90, 100)
@@ -31,11 +32,14 @@ _UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, and the end of the program
 
 @dataclass(frozen=True)
 class Case:
-    """A variant of a kernel: the type of each run-time argument ("*fp32", "i64", ...) and each compile-time value."""
+    """A variant of a kernel: the type of each run-time argument ("*fp32", "i64", ...) and each compile-time value.
+
+    An argument may be a tuple, whose types are None where an element is None.
+    """
 
     name: str
     kernel: Any
-    arguments: dict[str, str]
+    arguments: dict[str, str | tuple[str | None, ...]]
     constants: dict[str, Any]
     elements: int  # that a program works on (of `mlp_sampler`: samples)
     num_warps: int
@@ -77,15 +81,11 @@ def _cases(capability: int) -> Iterator[Case]:
 
 def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
     """Each kernel on large tiles, and the two of a captured trajectory's or training's step on small ones."""
-    from fastsde.kernels import dsm_loss, normal, perturb, solver_step
+    from fastsde.kernels import dsm_loss, normal, perturb
 
     num_warps, constants = constants["num_warps"], {k: v for k, v in constants.items() if k != "num_warps"}
     shared = {"batch": "i64", "size": "i64", "count": "i64", **constants, "FAST": True}
     elements = constants["S"] * constants["P"] * 4
-    step = dict.fromkeys(("f_uncond_ptr", "history_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "data_ptr"))
-    step |= {"x_ptr": "*fp32", "f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "out_ptr": "*fp32"}
-    step |= {"guidance": "fp32", "clip": None, "row": "i64", "rows": "i64", "USES_DATA": False} | shared
-    counted = {"counter_ptr": "*i64", "time_ptr": "*fp32", "status_ptr": "*i32"}
     drawing = {"keys_ptr": "*i64", "out_ptr": "*fp32", "step": "i64", "STREAM": 0} | shared
     loss = {"f_ptr": "*fp32", "x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": "*fp32"}
     loss |= {"z_ptr": None, "step_ptr": None, "out_ptr": "*fp32", "step": "i64", "PREDICTION": "score"}
@@ -93,14 +93,9 @@ def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
     noising = {"x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": None, "z_ptr": None}
     noising |= {"step_ptr": None, "x_t_ptr": "*fp32", "t_out_ptr": "*fp32", "step": "i64"} | shared
     noising |= dict.fromkeys(("scale", "shift", "t_min", "beta_min", "beta_max"), "fp32")
-    extended = dict.fromkeys(("f_uncond_ptr", "history_ptr", "data_ptr"), "*fp32") | {"clip": "fp32", "USES_DATA": True}
     pixels = {"x_0_ptr": "*u8", "index_ptr": "*i64", "x_t_ptr": "*bf16"}
     for name, kernel, arguments in (
-        ("solver_step", solver_step.solver_step_kernel, step),
-        ("solver_step, counter, time and status", solver_step.solver_step_kernel, step | counted),
-        ("solver_step, no noise", solver_step.solver_step_kernel, step | {"keys_ptr": None}),
-        ("solver_step, bf16 network", solver_step.solver_step_kernel, step | {"f_ptr": "*bf16"}),
-        ("solver_step, history, clip, guidance", solver_step.solver_step_kernel, step | extended),
+        *_step_cases(shared),
         ("normal", normal.normal_kernel, drawing),
         ("perturb", perturb.perturb_kernel, noising),
         ("perturb, uint8 by index, to bf16", perturb.perturb_kernel, noising | pixels),
@@ -109,6 +104,37 @@ def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
     ):
         if not few or name in SMALL:
             yield _case(name + few, kernel, arguments, elements, num_warps)
+
+
+def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Steps of Euler-Maruyama, and of a multistep method with all that a step may have."""
+    from fastsde.kernels.solver_step import solver_step_kernel
+
+    step = dict.fromkeys(("f_uncond_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "input_ptr"))
+    step |= {"f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "guidance": "fp32", "clip": None}
+    step |= {"row": "i64", "rows": "i64"} | shared
+
+    def of(table: StepTable) -> dict[str, Any]:
+        terms = table.terms()
+        known = {"M": terms.slots, "KINDS": terms.columns, "HAS_DATA": terms.has_data}
+        known |= {"out_ptrs": ("*fp32",) * terms.slots}
+        return known | {"slot_ptrs": tuple("*fp32" if read else None for read in terms.read)}
+
+    one_slot = step | of(solvers.build("euler_maruyama", VPSDE(), 4))
+    two_slots = step | of(_multistep(stochastic=True)) | {"f_uncond_ptr": "*fp32", "clip": "fp32"}
+    counted = {"counter_ptr": "*i64", "time_ptr": "*fp32", "status_ptr": "*i32"}
+    yield "solver_step", solver_step_kernel, one_slot
+    yield "solver_step, counter, time and status", solver_step_kernel, one_slot | counted
+    yield "solver_step, no noise", solver_step_kernel, step | of(solvers.build("ddim", VPSDE(), 4)) | {"keys_ptr": None}
+    yield "solver_step, bf16 network", solver_step_kernel, one_slot | {"f_ptr": "*bf16"}
+    yield "solver_step, history, clip, guidance", solver_step_kernel, two_slots
+
+
+def _multistep(stochastic: bool) -> StepTable:
+    """A table of two slots, with a clip."""
+    points = torch.linspace(1, 0.1, 5, dtype=torch.float64)
+    sde = VPSDE()
+    return solvers.dpm_solver_pp_2m(sde.alpha(points), sde.sigma(points), points[:-1], stochastic=stochastic, clip=1.0)
 
 
 def _integer_cases() -> Iterator[Case]:
@@ -123,7 +149,7 @@ def _integer_cases() -> Iterator[Case]:
 
 
 def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_warps: int) -> Case:
-    types = {key: value for key, value in arguments.items() if isinstance(value, str) and key.islower()}
+    types = {key: value for key, value in arguments.items() if isinstance(value, (str, tuple)) and key.islower()}
     values = {key: value for key, value in arguments.items() if key not in types}
     return Case(name, kernel, types, values, elements, num_warps)
 
@@ -171,18 +197,22 @@ def _head_cases() -> Iterator[Case]:
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:
-    """MLPs of three layers and LogSigmoid for few samples and for many: the swiss roll's, 64-dimensional, and wide."""
+    """MLPs of three layers and LogSigmoid for few samples and for many: the swiss roll's, 64-dimensional, and wide.
+
+    The swiss roll's is also sampled from by a table of two slots.
+    """
     from fastsde.kernels import mlp_sampler
 
-    arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32", "clip": None}
-    arguments |= {"out_ptr": "*fp32", "states_ptr": None}
+    arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32"}
+    arguments |= {"out_ptr": "*fp32", "states_ptr": None, "FAST": True}
     arguments |= dict.fromkeys(("batch", "dim", "rows", "every", "stride"), "i64")
-    arguments |= {"HAS_NOISE": True, "HAS_HISTORY": False, "USES_DATA": False, "FAST": True}
+    one_slot, two_slots = solvers.build("euler_maruyama", VPSDE(), 4), _multistep(stochastic=False)
     few, many = 1000, 1_000_000
-    for dim, width, precision, batches in (
-        *((2, 64, precision, (few, many)) for precision in mlp_sampler.PRECISIONS),
-        (64, 64, "fp32", (few, many)),
-        (2, 256, "bf16", (many,)),
+    for dim, width, precision, batches, table in (
+        *((2, 64, precision, (few, many), one_slot) for precision in mlp_sampler.PRECISIONS),
+        *((2, 64, precision, (few, many), two_slots) for precision in mlp_sampler.PRECISIONS),
+        (64, 64, "fp32", (few, many), one_slot),
+        (2, 256, "bf16", (many,), one_slot),
     ):
         sizes = (dim + 1, width, width, width, dim)
         layers = [(torch.zeros(outputs, inputs), torch.zeros(outputs)) for inputs, outputs in pairwise(sizes)]
@@ -191,10 +221,12 @@ def _mlp_cases(capability: int) -> Iterator[Case]:
         for batch in batches:
             config = mlp_sampler.launch_config(batch, packed, precision, _PROCESSORS, capability)
             warps, height = config.pop("num_warps"), config["M"]
-            known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32"}
-            known |= {**mlp_sampler.constants(packed, precision), **config}
+            known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32", "clip": table.clip and "fp32"}
+            known |= mlp_sampler.network_constants(packed, precision) | config
+            known |= mlp_sampler.table_constants(table.trajectory_terms)
             of = "few" if batch == few else "many"
             name = f"mlp_sampler, {precision}, {of} samples of {dim}, width {width}"
+            name += "" if table is one_slot else ", two slots"
             yield _case(name, mlp_sampler.mlp_sampler_kernel, arguments | known, height, warps)
 
 
@@ -204,10 +236,7 @@ def compile_case(case: Case, capability: int) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = case.kernel.arg_names
-    signature = {name: case.arguments.get(name, "constexpr") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
+    source = ASTSource(fn=case.kernel, **_specialization(case))
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
     sass = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(_disassemble(compiled.asm["cubin"]))]
@@ -233,6 +262,23 @@ def compile_case(case: Case, capability: int) -> Report:
         global_accesses=chosen("LDG", "STG"),
         matrix={op: n for op, n in sorted(found.items()) if "MMA" in op and "HFMA" not in op},
     )
+
+
+def _specialization(case: Case) -> dict[str, Any]:
+    """The signature of a case, its constants, and that all pointers are aligned, by the path of each argument."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = dict(case.constants)
+    aligned = {}
+    for i, name in enumerate(case.kernel.arg_names):
+        given = case.arguments.get(name, "constexpr")
+        if isinstance(given, tuple):
+            signature[name] = tuple("constexpr" if each is None else each for each in given)
+            constants |= {(i, j): None for j, each in enumerate(given) if each is None}
+            paths = {(i, j): each or "" for j, each in enumerate(given)}
+        else:
+            signature[name], paths = given, {(i,): given}
+        aligned |= {path: [["tt.divisibility", 16]] for path, each in paths.items() if each.startswith("*")}
+    return {"signature": signature, "constexprs": constants, "attrs": aligned}
 
 
 def _longest_loop(sass: Sequence[tuple[int, str, str]]) -> list[str]:

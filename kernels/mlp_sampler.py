@@ -1,19 +1,21 @@
 """A whole trajectory of an MLP score network in one launch.
 
-Each program takes M samples from the prior to the end: the state and history stay in registers, and the weights on
+Each program takes M samples from the prior to the end: all slots of the state stay in registers, and the weights on
 the chip where they fit. A layer of the network is one matrix product of the tile (`mlp_network`); the time is an extra
 input, whose weights join the bias of the first layer, once a row:
 
-    h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
+    x = n.s,  h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
 
-and then the row's step, as in `solver_step`. The weights are packed (`mlp_packing`) in blocks whose sides are powers of
-two of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products), "tf32" and "bf16"; the
-state, the bias and the activations are fp32 in each.
+and then the row's step, as in `solver_step`. Terms that are absent from all rows are dropped at compile time, and a
+slot that takes over another one is that one's registers. The weights are packed (`mlp_packing`) in blocks whose sides
+are powers of two of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products), "tf32"
+and "bf16"; the state, the bias and the activations are fp32 in each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +25,22 @@ from torch import Tensor
 from .mlp_network import load_weights, network, per_sample, per_unit
 from .mlp_packing import MIN_WIDTH, Packed, blocks_of, has_activation
 from .philox import STREAM_SAMPLING, draw_offset, load_keys, normal
+from .solver_step import data_prediction, new_slot, plus
 from .tile import fast_math, on_device
 
-__all__ = ["PRECISIONS", "Packed", "constants", "has_activation", "launch_config", "mlp_sampler", "mlp_sampler_kernel"]
+__all__ = [
+    "PRECISIONS",
+    "Packed",
+    "has_activation",
+    "launch_config",
+    "mlp_sampler",
+    "mlp_sampler_kernel",
+    "network_constants",
+    "table_constants",
+]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+_SLOT_0 = (1, *(0,) * 7)  # the kinds of n where slot 0 itself is the network's input
 _RESIDENT_BYTES = 88 * 1024  # of shared memory, which every GPU from sm_80 on has
 
 
@@ -57,6 +70,27 @@ def _store(ptr, x, sample, unit, batch, dim):
     tl.store(ptr + sample * dim + unit, x, mask=(sample < batch) & (unit < dim))
 
 
+@triton.jit
+def _network_input(slots, row_ptr, SLOTS: tl.constexpr, KINDS: tl.constexpr, HAS_INPUT: tl.constexpr):
+    """n.s, or slot 0 where that is it."""
+    if not HAS_INPUT:
+        return slots[0]
+    else:
+        x = None
+        for i in tl.static_range(SLOTS):
+            if KINDS[2 + i] != 0:
+                x = plus(x, KINDS, 2 + i, row_ptr, slots[i])
+        return tl.zeros_like(slots[0]) if x is None else x
+
+
+@triton.jit
+def _not_finite(slots, x, f, HAS_INPUT: tl.constexpr):
+    """0, or NaN where slot 0, the network's input or its output is not finite: so that slot 0 then stays so to the end,
+    whatever clips or activations make of it.
+    """
+    return 0.0 * (slots[0] + x + f) if HAS_INPUT else 0.0 * (x + f)
+
+
 @triton.jit(do_not_specialize=["batch", "dim", "rows", "every", "stride"])
 def mlp_sampler_kernel(
     x_init_ptr,
@@ -81,11 +115,14 @@ def mlp_sampler_kernel(
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KINDS: tl.constexpr,
+    HAS_INPUT: tl.constexpr,
+    HAS_DATA: tl.constexpr,
     HAS_NOISE: tl.constexpr,
-    HAS_HISTORY: tl.constexpr,
-    USES_DATA: tl.constexpr,
     FAST: tl.constexpr,
 ):
+    WIDTH: tl.constexpr = 2 + 5 * SLOTS + SLOTS * SLOTS
     sample = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     unit = per_unit(tl.arange(0, D), TRANSPOSED)
     seed, first = load_keys(keys_ptr, sample, sample < batch)
@@ -97,33 +134,35 @@ def mlp_sampler_kernel(
         x = _noise(seed, first, zero, unit, dim, M, P, D, TRANSPOSED, FAST)
     if states_ptr is not None:
         _store(states_ptr, x, sample, unit, batch, dim)
-    history = tl.zeros_like(x)
+    slots = (x,)
+    for _ in tl.static_range(SLOTS - 1):
+        slots += (tl.zeros_like(x),)
     weights = load_weights(weights_ptr, BLOCKS, TRANSPOSED) if RESIDENT else ()
     for index in range(rows):
         row = zero + index  # the interpreter counts in plain ints
-        k_ptr = table_ptr + row * 8
+        row_ptr = table_ptr + row * WIDTH
         # The stride is 0, which the compiler cannot know: kept from row to row, the biases would take so many registers
         # that others spill.
         nothing = tl.multiple_of(row * stride, 16)
+        x = _network_input(slots, row_ptr, SLOTS, KINDS, HAS_INPUT)
         f = network(
-            *(x, tl.load(k_ptr), weights, weights_ptr + nothing, biases_ptr + nothing),
+            *(x, tl.load(row_ptr), weights, weights_ptr + nothing, biases_ptr + nothing),
             *(LAYERS, BLOCKS, ACTIVATIONS, RESIDENT, TRANSPOSED, PRECISION, FAST),
         )
-        x_next = tl.load(k_ptr + 1) * x + tl.load(k_ptr + 2) * f
-        x_next += 0.0 * (x + f)  # what is not finite stays so to the end, whatever clips or activations make of it
-        if HAS_HISTORY:
-            x_next += tl.load(k_ptr + 3) * history
-        if USES_DATA or HAS_HISTORY:
-            history = tl.load(k_ptr + 6) * x + tl.load(k_ptr + 7) * f
-            if clip is not None:
-                history = tl.clamp(history, -clip, clip)
-            x_next += tl.load(k_ptr + 5) * history
+        data = None
+        if HAS_DATA:
+            data = data_prediction(slots, f, row_ptr, clip, SLOTS, KINDS)
+        z = None
         if HAS_NOISE:
-            x_next += tl.load(k_ptr + 4) * _noise(seed, first, row + 1, unit, dim, M, P, D, TRANSPOSED, FAST)
-        x = x_next
+            z = _noise(seed, first, row + 1, unit, dim, M, P, D, TRANSPOSED, FAST)
+        x = new_slot(_not_finite(slots, x, f, HAS_INPUT), slots, f, data, z, row_ptr, SLOTS, 0, KINDS)
         if states_ptr is not None and (row + 1) % every == 0:
             _store(states_ptr + (row + 1) // every * batch * dim, x, sample, unit, batch, dim)
-    _store(out_ptr, x, sample, unit, batch, dim)
+        new = (x,)
+        for j in tl.static_range(1, SLOTS):
+            new += (new_slot(None, slots, f, data, z, row_ptr, SLOTS, j, KINDS),)
+        slots = new
+    _store(out_ptr, slots[0], sample, unit, batch, dim)
 
 
 def is_resident(packed: Packed, precision: str) -> bool:
@@ -132,7 +171,7 @@ def is_resident(packed: Packed, precision: str) -> bool:
     return copies * packed.nbytes <= _RESIDENT_BYTES
 
 
-def constants(packed: Packed, precision: str) -> dict[str, object]:
+def network_constants(packed: Packed, precision: str) -> dict[str, object]:
     """What the kernel knows of an MLP when it is compiled."""
     return {
         "P": triton.next_power_of_2(triton.cdiv(packed.dim, 4)),
@@ -142,6 +181,17 @@ def constants(packed: Packed, precision: str) -> dict[str, object]:
         "ACTIVATIONS": packed.activations,
         "RESIDENT": is_resident(packed, precision),
         "PRECISION": precision,
+    }
+
+
+def table_constants(terms: Any) -> dict[str, object]:
+    """What the kernel knows of a table (`StepTable.trajectory_terms`) when it is compiled."""
+    return {
+        "SLOTS": terms.slots,
+        "KINDS": terms.columns,
+        "HAS_INPUT": terms.n != _SLOT_0[: terms.slots],
+        "HAS_DATA": terms.has_data,
+        "HAS_NOISE": terms.has_noise,
     }
 
 
@@ -190,11 +240,9 @@ def mlp_sampler(
     table: Tensor,
     keys: Tensor,
     *,
+    terms: Any,
     x_init: Tensor | None = None,
     clip: float | None = None,
-    has_noise: bool = True,
-    has_history: bool = False,
-    uses_data: bool = False,
     precision: str = "fp32",
     every: int = 1,
     states: Tensor | None = None,
@@ -204,10 +252,10 @@ def mlp_sampler(
     """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` where given.
 
     Args:
-        table: fp32 ``[K, 8]`` on the device, as for `solver_step`.
+        table: fp32 ``[K, 2 + 5 m + m^2]`` on the device, as for `solver_step`.
         keys: int64 ``[B, 2]``.
+        terms: which coefficients are zero, or one, in all rows (`StepTable.trajectory_terms`).
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
-        has_noise, has_history, uses_data: whether d, c, e are not all zero in the table.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
         progress: called with the number of rows, once all of them are launched.
 
@@ -237,12 +285,10 @@ def mlp_sampler(
                 len(table),
                 every,
                 0,
-                HAS_NOISE=has_noise,
-                HAS_HISTORY=has_history,
-                USES_DATA=uses_data,
                 FAST=fast_math(out),
                 **config,
-                **constants(packed, precision),
+                **network_constants(packed, precision),
+                **table_constants(terms),
             )
     if progress is not None:
         progress(len(table))

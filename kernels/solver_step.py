@@ -24,22 +24,21 @@ from .tile import fast_math, on_device, program_slot, tile, tiling
 
 
 @triton.jit
-def plus(total, KIND: tl.constexpr, coefficient_ptr, value):
-    """total + coefficient value, where a coefficient of KIND 0 is absent and one of KIND 1 is 1; total may be None."""
-    if KIND == 0:
-        return total
-    else:
-        tl.static_assert(KIND == 1 or KIND == 2)
-        term = value if KIND == 1 else tl.load(coefficient_ptr) * value
-        return term if total is None else total + term
+def plus(total, KINDS: tl.constexpr, COLUMN: tl.constexpr, row_ptr, value):
+    """total + coefficient value, of a column of the row that is not absent; total may be None."""
+    term = value if KINDS[COLUMN] == 1 else tl.load(row_ptr + COLUMN) * value
+    return term if total is None else total + term
 
 
 @triton.jit
-def data_prediction(slots, f, row_ptr, clip, M: tl.constexpr, Q: tl.constexpr, P: tl.constexpr):
+def data_prediction(slots, f, row_ptr, clip, M: tl.constexpr, KINDS: tl.constexpr):
     """D = p.s + q f, clamped where there is a clip."""
-    data = plus(None, Q, row_ptr + 1, f)
+    data = None
     for i in tl.static_range(M):
-        data = plus(data, P[i], row_ptr + 2 + M + i, slots[i])
+        if KINDS[2 + M + i] != 0:
+            data = plus(data, KINDS, 2 + M + i, row_ptr, slots[i])
+    if KINDS[1] != 0:
+        data = plus(data, KINDS, 1, row_ptr, f)
     if data is None:
         data = tl.zeros_like(f)
     if clip is not None:
@@ -48,15 +47,18 @@ def data_prediction(slots, f, row_ptr, clip, M: tl.constexpr, Q: tl.constexpr, P
 
 
 @triton.jit
-def new_slot(slots, f, data, z, row_ptr, M: tl.constexpr, J: tl.constexpr, TERMS: tl.constexpr):
-    """A s + b f + e D + d z of slot J; TERMS are the kinds of A, b, e and d."""
-    total = None
+def new_slot(new, slots, f, data, z, row_ptr, M: tl.constexpr, J: tl.constexpr, KINDS: tl.constexpr):
+    """A s + b f + e D + d z of slot J, and ``new`` where that is not None."""
     for i in tl.static_range(M):
-        total = plus(total, TERMS[0][J][i], row_ptr + 2 + (5 + J) * M + i, slots[i])
-    total = plus(total, TERMS[1][J], row_ptr + 2 + 2 * M + J, f)
-    total = plus(total, TERMS[2][J], row_ptr + 2 + 3 * M + J, data)
-    total = plus(total, TERMS[3][J], row_ptr + 2 + 4 * M + J, z)
-    return tl.zeros_like(f) if total is None else total
+        if KINDS[2 + (5 + J) * M + i] != 0:
+            new = plus(new, KINDS, 2 + (5 + J) * M + i, row_ptr, slots[i])
+    if KINDS[2 + 2 * M + J] != 0:
+        new = plus(new, KINDS, 2 + 2 * M + J, row_ptr, f)
+    if KINDS[2 + 3 * M + J] != 0:
+        new = plus(new, KINDS, 2 + 3 * M + J, row_ptr, data)
+    if KINDS[2 + 4 * M + J] != 0:
+        new = plus(new, KINDS, 2 + 4 * M + J, row_ptr, z)
+    return tl.zeros_like(f) if new is None else new
 
 
 @triton.jit
@@ -93,9 +95,8 @@ def solver_step_kernel(
     ALIGNED: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     M: tl.constexpr,
-    DATA: tl.constexpr,
-    TERMS: tl.constexpr,
-    INPUT: tl.constexpr,
+    KINDS: tl.constexpr,
+    HAS_DATA: tl.constexpr,
     FAST: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + 5 * M + M * M
@@ -116,8 +117,8 @@ def solver_step_kernel(
         f_uncond = tl.load(f_uncond_ptr + offset, mask=mask).to(tl.float32)
         f = f_uncond + guidance * (f - f_uncond)
     data = None
-    if DATA is not None:
-        data = data_prediction(slots, f, row_ptr, clip, M, DATA[0], DATA[1])
+    if HAS_DATA:
+        data = data_prediction(slots, f, row_ptr, clip, M, KINDS)
     z = None
     if z_ptr is not None:
         z = tl.load(z_ptr + offset, mask=mask)
@@ -126,15 +127,19 @@ def solver_step_kernel(
     next_row_ptr = table_ptr + tl.minimum(row + 1, rows - 1) * WIDTH
     network_input = None
     for j in tl.static_range(M):
-        if out_ptrs[j] is not None or (INPUT is not None and INPUT[j] != 0) or (j == 0 and status_ptr is not None):
-            new = new_slot(slots, f, data, z, row_ptr, M, j, TERMS)
+        if (
+            out_ptrs[j] is not None
+            or (input_ptr is not None and KINDS[2 + j] != 0)
+            or (j == 0 and status_ptr is not None)
+        ):
+            new = new_slot(None, slots, f, data, z, row_ptr, M, j, KINDS)
             if out_ptrs[j] is not None:  # after all slots are read, in whose place it may go
                 tl.store(out_ptrs[j] + offset, new, mask=mask)
-            if INPUT is not None:
-                network_input = plus(network_input, INPUT[j], next_row_ptr + 2 + j, new)
+            if input_ptr is not None and KINDS[2 + j] != 0:
+                network_input = plus(network_input, KINDS, 2 + j, next_row_ptr, new)
             if j == 0 and status_ptr is not None:
                 _report(status_ptr, row, f, new, mask)
-    if INPUT is not None:
+    if input_ptr is not None:
         tl.store(input_ptr + offset, network_input, mask=mask)
     if time_ptr is not None and start == 0:
         time = tl.load(next_row_ptr)
@@ -205,9 +210,8 @@ def solver_step(
             row,
             len(table),
             M=len(slots),
-            DATA=(terms.q, terms.p) if terms.has_data else None,
-            TERMS=(terms.A, terms.b, terms.e, terms.d),
-            INPUT=None if network_input is None else terms.n,
+            KINDS=terms.columns,
+            HAS_DATA=terms.has_data,
             FAST=fast_math(x),
             **constants,
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from trajectories import trajectory
 
 import fastsde
 from fastsde import VPSDE, Sampler, checkpoints, data, distributed, noise, ops, plotting, reference, solvers
@@ -72,7 +73,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "tables": lambda: [getattr(solver(n), c) for n in solvers.SOLVERS for c in ("time", "A", "b", "d")],
     "reference": lambda: perturbed(reference),
     "ops": lambda: [*perturbed(ops), ops.normal(KEYS, 1, (3,)), *ops.solver_step([X], X, solver("ddim"), 1)],
-    "ops.mlp_sampler": lambda: ops.mlp_sampler(ROLL, solver("heun"), KEYS, every=3),
+    "mlp_sampler": lambda: trajectory(ROLL, solver("heun"), KEYS, every=3),
     "data": lambda: [data.swiss_roll(20).x, data.digits().x],
     "checkpoints": lambda: list(checkpoints.load("swiss-roll").model.parameters()),
     "sample(name)": lambda: fastsde.sample("swiss-roll", (4, 2), steps=5),

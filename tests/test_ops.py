@@ -4,10 +4,8 @@ import re
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from fastsde import VPSDE, noise, ops, reference, solvers
-from fastsde.models import MLP, ConcatTime
 
 SDE = VPSDE()
 KEYS = noise.sample_keys(0, 3)
@@ -22,7 +20,6 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are tests of the checks: tests/kernels has those of what runs."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops.dispatch, "has_native", lambda device: False)
-    monkeypatch.setattr(ops.mlp, "has_native", lambda device: False)
 
 
 def test_the_checked_operations_are_the_reference() -> None:
@@ -159,55 +156,3 @@ def test_an_interpreter_that_numpy_breaks_is_refused_with_what_to_install(
         ops.normal(KEYS, 1, (2,))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert ops.normal(KEYS, 1, (2,)).shape == (3, 2)
-
-
-# mlp_sampler --------------------------------------------------------------------------------------------------------
-
-NET = nn.Sequential(nn.Linear(3, 8), nn.LogSigmoid(), nn.Linear(8, 2))
-
-
-@pytest.mark.parametrize("model", [NET, ConcatTime(NET), MLP(2, (8,))])
-@pytest.mark.parametrize("x_init", [None, torch.ones(3, 2)])
-def test_an_mlp_is_sampled_from_as_the_reference_does(model: nn.Module, x_init: Tensor | None) -> None:
-    result = ops.mlp_sampler(model, TABLE, KEYS, x_init=x_init, every=2)
-    assert isinstance(result, tuple)
-    network = ConcatTime(model) if isinstance(model, nn.Sequential) else model
-    states: list[Tensor] = []
-    with torch.no_grad():
-        expected = reference.sample(
-            network, (3, 2), TABLE, KEYS, x_init=x_init, after_row=lambda row, time, x: states.append(x)
-        )
-    start = noise.normal(KEYS, 0, (2,)) if x_init is None else x_init
-    assert torch.equal(result[0], expected)
-    assert torch.equal(result[1], torch.stack([start, states[1]]))
-    without = ops.mlp_sampler(model, TABLE, KEYS, x_init=x_init)
-    assert isinstance(without, Tensor)
-    assert torch.equal(without, expected)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: ops.mlp_sampler(nn.Conv2d(1, 1, 3), TABLE, KEYS), TypeError, "model must be an MLP"),
-        (
-            lambda: ops.mlp_sampler(nn.Sequential(nn.Linear(3, 8), nn.ELU()), TABLE, KEYS),
-            TypeError,
-            "model must be an MLP",
-        ),
-        (lambda: ops.mlp_sampler(nn.Sequential(nn.Linear(2, 2)), TABLE, KEYS), ValueError, "3 inputs: 2"),
-        (lambda: ops.mlp_sampler(NET, "ddim", KEYS), TypeError, "table must be a StepTable, got str"),
-        (lambda: ops.mlp_sampler(NET, TABLE, KEYS[:, :1]), ValueError, r"keys must have shape \[3, 2\]"),
-        (lambda: ops.mlp_sampler(NET, TABLE, [1, 2]), TypeError, "keys must be a tensor, got list"),
-        (
-            lambda: ops.mlp_sampler(NET, TABLE, KEYS, precision="fp16"),
-            ValueError,
-            "precision must be one of fp32, tf32",
-        ),
-        (lambda: ops.mlp_sampler(NET, TABLE, KEYS, every=0), ValueError, "every must be at least 1, got 0"),
-        (lambda: ops.mlp_sampler(NET, TABLE, KEYS, x_init=torch.ones(3, 3)), ValueError, r"x_init must have shape"),
-        (lambda: ops.mlp_sampler(MLP(2).double(), TABLE, KEYS), TypeError, "weights must be torch.float32"),
-    ],
-)
-def test_mlp_sampler_names_what_is_wrong(call, error, message) -> None:
-    with pytest.raises(error, match=message):
-        call()

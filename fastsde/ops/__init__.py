@@ -8,7 +8,7 @@ wanted that a kernel does not have. Each is a ``torch.library`` operation, which
 from __future__ import annotations
 
 from .dispatch import has_kernels, has_native, has_triton, is_plain, multiplies_bf16, native_state
-from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp, unknown_activation
+from .mlp import launch_mlp_sampler, mlp_limits, pack_mlp, unknown_activation
 from .step import (
     Stepper,
     check_status,
@@ -23,7 +23,6 @@ from .step import (
 from .training import data_order, dsm_loss, perturb
 
 __all__ = [
-    "PRECISIONS",
     "Stepper",
     "check_status",
     "counted_step",
@@ -36,7 +35,6 @@ __all__ = [
     "is_plain",
     "launch_mlp_sampler",
     "mlp_limits",
-    "mlp_sampler",
     "multiplies_bf16",
     "native_state",
     "new_status",

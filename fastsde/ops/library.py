@@ -81,45 +81,6 @@ def _(slots: Sequence[Tensor], f: Tensor, table: Tensor, row: int, kinds: Sequen
     ]
 
 
-@torch.library.custom_op("fastsde::mlp_sampler", mutates_args=())
-def _mlp_sampler(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: str,
-    table: Tensor,
-    keys: Tensor,
-    x_init: Tensor | None,
-    clip: float | None,
-    has_noise: bool,
-    has_history: bool,
-    uses_data: bool,
-    precision: str,
-    every: int,
-    states: int,
-) -> tuple[Tensor, Tensor]:
-    module = kernel("mlp_sampler", keys.device)
-    dtype = torch.bfloat16 if precision == "bf16" and keys.is_cuda else torch.float32
-    packed = module.Packed(
-        list(zip(weights, biases, strict=True)), activations.split(",") if activations else [], dtype
-    )
-    out, kept = _mlp_sampler_outputs(weights, keys, states)
-    x_init, table, keys = contiguous(x_init, table, keys)
-    known = {"has_noise": has_noise, "has_history": has_history, "uses_data": uses_data, "precision": precision}
-    given = {"x_init": x_init, "clip": clip, "every": every, "states": kept if states else None}
-    module.mlp_sampler(packed, table, keys, out=out, **given, **known)
-    return out, kept
-
-
-def _mlp_sampler_outputs(weights: Sequence[Tensor], keys: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    out = torch.empty((len(keys), len(weights[-1])), dtype=torch.float32, device=keys.device)
-    return out, out.new_empty((states, *out.shape))
-
-
-@_mlp_sampler.register_fake
-def _(weights: Sequence[Tensor], biases: Any, activations: str, table: Tensor, keys: Tensor, *rest: Any) -> Any:
-    return _mlp_sampler_outputs(weights, keys, rest[-1])
-
-
 @torch.library.custom_op("fastsde::perturb", mutates_args=())
 def _perturb(
     x_0: Tensor,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..dynamo import constant
 from ..validation import check_number
-from .terms import Terms, kinds_of, live_terms, named_terms, terms_of
+from .terms import Terms, kinds_of, live_terms, named_terms, terms_of, trajectory_terms_of
 
 __all__ = ["MAX_SLOTS", "Row", "StepTable", "row_width"]
 
@@ -186,6 +186,11 @@ class StepTable:
     def terms(self, k: int | None = None) -> Terms:
         """What row k computes, less what no later row reads; or, without k, what any row of the table does."""
         return self._terms if k is None else self._live_terms[k]
+
+    @cached_property
+    def trajectory_terms(self) -> Terms:
+        """`terms` of any row for a kernel that runs all rows, and whose n is that of row 0, too."""
+        return trajectory_terms_of(self.packed, self.slots)
 
     @constant
     def kinds(self, k: int) -> tuple[int, ...]:

@@ -13,7 +13,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "ANY", "ONE", "Terms", "kinds_of", "live_terms", "named_terms", "terms_of"]
+__all__ = [
+    "ABSENT",
+    "ANY",
+    "ONE",
+    "Terms",
+    "kinds_of",
+    "live_terms",
+    "named_terms",
+    "terms_of",
+    "trajectory_terms_of",
+]
 
 ABSENT, ONE, ANY = 0, 1, 2  # what a coefficient is known to be: 0, 1, or nothing in particular
 Kinds = tuple[int, ...]
@@ -42,6 +52,11 @@ class Terms:
     @property
     def slots(self) -> int:
         return len(self.n)
+
+    @cached_property
+    def columns(self) -> Kinds:
+        """The kinds of all columns of `StepTable.packed`."""
+        return (ANY, self.q, *self.n, *self.p, *self.b, *self.e, *self.d, *(kind for row in self.A for kind in row))
 
     @cached_property
     def has_noise(self) -> bool:
@@ -147,6 +162,12 @@ def terms_of(packed: Tensor, slots: int) -> Terms:
     terms = named_terms(tuple(kinds.tolist()), slots)
     needed = zip(_read_by(terms), terms.n, strict=True)
     return terms.without([slot > 0 and not (is_read or kind) for slot, (is_read, kind) in enumerate(needed)])
+
+
+def trajectory_terms_of(packed: Tensor, slots: int) -> Terms:
+    """`terms_of`, where n is that of the first row, too, in which all slots but slot 0 are zero."""
+    terms = terms_of(packed, slots)
+    return replace(terms, n=(int(_kinds(packed[:, 2])), *terms.n[1:]))
 
 
 def live_terms(packed: Tensor, slots: int) -> list[Terms]:

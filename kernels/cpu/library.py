@@ -34,7 +34,7 @@ _SIGNATURES = {
     "solver_step": "i p",
     "perturb": "- p i L l L F F l f f f f f l l F F",
     "dsm_loss": "s F p i L l F L F l f f f f i i l l F F",
-    "mlp_sampler": "s l p p p p F l l L F f l l l l F F F",
+    "mlp_sampler": "s l p p p p F l l l L F f l l l l F F F",
     "mlp_training": "s l p p p p p p p i l f f L l f f f i i d d d l l l F F",
     "unet": "s l l l l l p p p F F F F i",
     "unet_has_bf16": "i",

@@ -2,10 +2,13 @@
 // Of few samples of wide layers, all threads share a block, each has some of a layer's outputs, and up to 16 samples are
 // multiplied by dot products along the features.
 //
-// The state and the activations of a block are [features, samples] and stay in the cache. A layer is one product of its
-// weights [out, in] with them; the time is an extra input, whose weights join the bias of the first layer, once a row:
+// The slots of the state and the activations of a block are [features, samples] and stay in the cache. A layer is one
+// product of its weights [out, in] with them; the time is an extra input, whose weights join the bias of the first
+// layer, once a row:
 //
-//     h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
+//     x = n.s,  h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
+//
+// and then the row's step (table.h). A slot that only moves on is renamed: its memory becomes another slot's.
 
 #include "activations.h"
 #include "gemm.h"
@@ -16,17 +19,6 @@
 using namespace fastsde;
 
 namespace {
-
-enum Column { TIME, A, B, C, D, E, P, Q, TABLE_COLUMNS };
-static inline Floats row_of(const float* k, float clip, Floats x, Floats f, Floats history, Floats noise,
-                            Floats& data) {
-    data = at_least(at_most(k[P] * x + k[Q] * f, clip), -clip);
-    Floats next = k[A] * x + k[B] * f;
-    if (k[C] != 0.0f) next += k[C] * history;
-    if (k[E] != 0.0f) next += k[E] * data;
-    if (k[D] != 0.0f) next += k[D] * noise;
-    return next;
-}
 
 constexpr int64_t MOST_SAMPLES = 64;  // of a block; a multiple of COLUMNS, as every width of one
 constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // of a layer and thread, below which to wait for others takes too long
@@ -52,16 +44,16 @@ struct Mlp {
     }
 };
 
-// From ``first_row`` to before ``end_row``, of the samples up to ``end`` of a batch. Between two calls a state is
-// kept in ``out``, and D in ``history``.
+// Rows ``first_row`` to ``end_row - 1`` of a table of m slots, of the samples up to ``end`` of a batch. Between two
+// calls slot 0 is kept in ``out``, and the others in ``others``.
 struct Trajectory {
     const float* table;
-    int64_t first_row, end_row;
+    int64_t m, first_row, end_row;
     const int64_t* keys;
     const float* x_init;
     float clip;
     int64_t end, batch, every;
-    float *states, *history, *out;
+    float *states, *others, *out;
 };
 
 // The samples of a block, from row to row.
@@ -69,21 +61,21 @@ class Samples {
   public:
     // ``shared``: by all threads of a team, which call run together.
     Samples(const Mlp& mlp, const Trajectory& run, int64_t width, bool shared)
-        : mlp_(mlp), run_(run), shared_(shared), dim_(mlp.dim()), width_(width), x_(dim_ * width),
-          history_(dim_ * width), noise_(dim_ * width), first_bias_(mlp.widths[1]), signal_(mlp.widest() * width),
-          next_(mlp.widest() * width), few_(run.batch <= COLUMNS && mlp.products() >= FEW_PRODUCTS),
-          row_(padded(mlp.widest())), rows_(few_ ? COLUMNS * row_ : 0), next_rows_(few_ ? COLUMNS * row_ : 0) {}
+        : mlp_(mlp), run_(run), shared_(shared), m_((int)run.m), dim_(mlp.dim()), width_(width), size_(dim_ * width),
+          state_(m_ * size_), mixture_(size_), noise_(size_), first_bias_(mlp.widths[1]),
+          signal_(mlp.widest() * width), next_(mlp.widest() * width),
+          few_(run.batch <= COLUMNS && mlp.products() >= FEW_PRODUCTS), row_(padded(mlp.widest())),
+          rows_(few_ ? COLUMNS * row_ : 0), next_rows_(few_ ? COLUMNS * row_ : 0) {}
 
     void run(int64_t first) {
         by_one([&] { start(first); });
         for (int64_t row = run_.first_row; row < run_.end_row; row++) {
-            const float* k = run_.table + row * TABLE_COLUMNS;
-            const float* f = network(k[TIME]);
-            by_one([&] { step(k, f, row); });
+            const float* f = network(row_of(row).time());
+            by_one([&] { step(f, row); });
         }
         by_one([&] {
-            write(x_, run_.out);
-            if (run_.history) write(history_, run_.history);
+            for (int j = 0; j < m_; j++)
+                if (float* to = kept(j)) write(slots_[j], to);
         });
     }
 
@@ -109,21 +101,42 @@ class Samples {
     void start(int64_t first) {
         first_ = first, here_ = std::min(width_, run_.end - first);
         for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
+        for (int j = 0; j < m_; j++) slots_[j] = state_ + j * size_;
         begin();
-        if (few_) to_rows(x_, dim_, 0, rows_);
+        mix(run_.first_row);
     }
 
     void begin() {
-        if (run_.first_row > 0) {
-            read(run_.out, x_), read(run_.history, history_);
-            return;
-        }
-        read(nullptr, history_);
+        for (int j = 0; j < m_; j++) read(run_.first_row > 0 ? kept(j) : nullptr, slots_[j]);
+        if (run_.first_row > 0) return;
         if (run_.x_init)
-            read(run_.x_init, x_);
+            read(run_.x_init, slots_[0]);
         else
-            draw(0, x_);
-        if (run_.states) write(x_, run_.states);
+            draw(0, slots_[0]);
+        if (run_.states) write(slots_[0], run_.states);
+    }
+
+    // Where a slot is kept between two calls, or null.
+    float* kept(int j) const {
+        if (j == 0) return run_.out;
+        return run_.others ? run_.others + (j - 1) * run_.batch * dim_ : nullptr;
+    }
+
+    Row<> row_of(int64_t row) const { return {run_.table + row * row_width(m_), m_}; }
+
+    // The network's input in a row: slot 0 itself, where that is it.
+    void mix(int64_t row) {
+        const Row<> k = row_of(row);
+        input_ = slots_[0];
+        if (k.has_input()) {
+            input_ = mixture_;
+            for (int64_t i = 0; i < size_; i += LANES) {
+                Floats s[MAX_SLOTS];
+                for (int j = 0; j < m_; j++) s[j] = load(slots_[j] + i);
+                store(mixture_ + i, k.input(s));
+            }
+        }
+        if (few_) to_rows(input_, dim_, 0, rows_);
     }
 
     // The step's normals, to [dim, samples].
@@ -139,9 +152,9 @@ class Samples {
             }
     }
 
-    // f [dim, samples] of the state.
+    // f [dim, samples] of the input.
     const float* network(float time) {
-        const float* from = x_;
+        const float* from = input_;
         float *to = signal_, *other = next_, *rows = rows_, *other_rows = next_rows_;
         for (int64_t l = 0; l < mlp_.layers; l++) {
             const int64_t in = mlp_.widths[l], out = mlp_.widths[l + 1], stride = l == 0 ? in + 1 : in;
@@ -168,19 +181,51 @@ class Samples {
         return from;
     }
 
-    void step(const float* k, const float* f, int64_t row) {
-        if (k[D] != 0.0f) draw(row + 1, noise_);
-        for (int64_t i = 0; i < dim_ * width_; i += LANES) {
-            const Floats x = load(x_ + i), out = load(f + i);
-            Floats data;
-            const Floats next = row_of(k, run_.clip, x, out, load(history_ + i), load(noise_ + i), data);
-            store(history_ + i, data);
-            // What is not finite stays so to the end, whatever clips or activations make of it.
-            store(x_ + i, next + 0.0f * (x + out));
-        }
-        if (few_) to_rows(x_, dim_, 0, rows_);
+    void step(const float* f, int64_t row) {
+        with_slots(m_, [&](auto known) { step(Row<known>{row_of(row).k, m_}, f, row); });
         if (run_.states && (row + 1) % run_.every == 0)
-            write(x_, run_.states + (row + 1) / run_.every * run_.batch * dim_);
+            write(slots_[0], run_.states + (row + 1) / run_.every * run_.batch * dim_);
+        if (row + 1 < run_.end_row) mix(row + 1);
+    }
+
+    template <int M>
+    void step(const Row<M> k, const float* f, int64_t row) {
+        if (k.has_noise()) draw(row + 1, noise_);
+        float* next[MAX_SLOTS];
+        bool formed[MAX_SLOTS];
+        rename(k, next, formed);
+        bool has_data = false;
+        for (int j = 0; j < k.slots(); j++) has_data |= formed[j] && k.e(j) != 0.0f;
+        for (int64_t i = 0; i < size_; i += LANES) {
+            Floats s[MAX_SLOTS];
+            for (int j = 0; j < k.slots(); j++) s[j] = load(slots_[j] + i);
+            const Floats out = load(f + i), z = load(noise_ + i), x = load(input_ + i);
+            const Floats data = has_data ? k.data(s, out, run_.clip) : Floats{};
+            // What is not finite stays so to the end, whatever clips or activations make of it.
+            store(next[0] + i, k.slot(0, s, out, data, z) + 0.0f * (s[0] + x + out));
+            for (int j = 1; j < k.slots(); j++)
+                if (formed[j]) store(next[j] + i, k.slot(j, s, out, data, z));
+        }
+        std::copy(next, next + m_, slots_);
+    }
+
+    // Where the new slots go: one that takes over an old slot as it is, to where that is, and those that are formed to
+    // the memory that is left. Slot 0 is always formed.
+    template <int M>
+    void rename(const Row<M> k, float** next, bool* formed) const {
+        bool taken[MAX_SLOTS] = {};
+        for (int j = 0; j < k.slots(); j++) {
+            const int source = j == 0 ? -1 : k.source(j);
+            formed[j] = source < 0 || taken[source];
+            if (formed[j]) continue;
+            next[j] = slots_[source];
+            taken[source] = true;
+        }
+        for (int j = 0, free = 0; j < k.slots(); j++) {
+            if (!formed[j]) continue;
+            while (taken[free]) free++;
+            next[j] = slots_[free++];
+        }
     }
 
     // ``count`` features [features, samples] to columns of [samples, features], from the column ``first`` on.
@@ -205,9 +250,13 @@ class Samples {
     const Trajectory& run_;
     const bool shared_;
     Barrier barrier_;
-    int64_t dim_, width_, first_ = 0, here_ = 0;
+    const int m_;
+    const int64_t dim_, width_, size_;  // of a slot
+    int64_t first_ = 0, here_ = 0;
     Keys keys_[MOST_SAMPLES / LANES];
-    Buffer x_, history_, noise_, first_bias_, signal_, next_;
+    Buffer state_, mixture_, noise_, first_bias_, signal_, next_;
+    float* slots_[MAX_SLOTS];
+    const float* input_ = nullptr;
     const bool few_;
     const int64_t row_;
     Buffer rows_, next_rows_;  // of few samples, the input of a layer and its output as [samples, features]
@@ -215,21 +264,22 @@ class Samples {
 
 }  // namespace
 
-// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: their states then go to
-// ``out`` [batch, dim], and every ``every``-th state on the way to ``states`` [rows / every + 1, batch, dim].
+// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: slot 0 then goes to ``out``
+// [batch, dim], the others to ``others`` [m - 1, batch, dim], and every ``every``-th state on the way to ``states``
+// [rows / every + 1, batch, dim].
 //
 // weights[l] is [widths[l + 1], widths[l]], and that of the first layer one column wider, for the time. table is
-// [rows, 8]. A call that does not start with row 0 goes on from ``out`` and ``history`` [batch, dim] as another call
-// has left them. Nullable: x_init (then drawn), states, each bias, and history, where one call has all rows. clip is
+// [rows, 2 + 5 m + m^2]. A call that does not start with row 0 goes on from ``out`` and ``others`` as another call has
+// left them. Nullable: x_init (then drawn), states, each bias, and ``others``, where one call has all rows. clip is
 // infinite where there is none.
 extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
-                                    const int64_t* widths, const int32_t* activations, const float* table,
+                                    const int64_t* widths, const int32_t* activations, const float* table, int64_t m,
                                     int64_t first_row, int64_t end_row, const int64_t* keys, const float* x_init,
                                     float clip, int64_t first, int64_t end, int64_t batch, int64_t every,
-                                    float* states, float* history, float* out, int threads) {
+                                    float* states, float* others, float* out, int threads) {
     return with_status([&] {
         const Mlp mlp{layers, weights, biases, widths, known_activations(activations, layers - 1)};
-        const Trajectory run{table, first_row, end_row, keys, x_init, clip, end, batch, every, states, history, out};
+        const Trajectory run{table, m, first_row, end_row, keys, x_init, clip, end, batch, every, states, others, out};
         const int64_t least = std::min(MOST_SAMPLES, padded(end - first));
         if (ceil_div(end - first, COLUMNS) < threads && mlp.products() * least >= SHARED_PRODUCTS * threads) {
             Samples samples(mlp, run, least, true);

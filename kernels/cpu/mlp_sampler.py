@@ -67,23 +67,25 @@ def mlp_sampler(
     table: Tensor,
     keys: Tensor,
     *,
+    terms: Any,
     x_init: Tensor | None = None,
     clip: float | None = None,
     every: int = 1,
     states: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
+    precision: str = "fp32",
     out: Tensor,
-    **known: Any,
 ) -> None:
     """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` where given.
 
     Args:
-        table: fp32 ``[K, 8]``, as for `solver_step`.
+        table: fp32 ``[K, 2 + 5 m + m^2]``, as for `solver_step`.
         keys: int64 ``[B, 2]``.
+        terms: `StepTable.trajectory_terms`, of which this kernel, which reads the rest in the table, wants m alone.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
         progress: called now and then with the number of rows that have been done since.
-        known: what other kernels want to know ahead, and this one reads in the table.
+        precision: of other kernels; here it is fp32.
     """
     (batch, dim), rows = out.shape, len(table)
     if dim != packed.dim:
@@ -99,13 +101,14 @@ def mlp_sampler(
         (ctypes.c_int32 * max(1, count - 1))(*packed.activations),
     )
     rows_each, samples_each = piece(rows, max(1, batch), packed.products, torch.get_num_threads())
-    history = None if rows_each == rows else torch.empty_like(out)
+    one_call = rows_each == rows or terms.slots == 1
+    others = None if one_call else out.new_empty((terms.slots - 1, batch, dim))
     limit = math.inf if clip is None else clip
     for row in range(0, rows, rows_each):
         end_row = min(row + rows_each, rows)
         for first in range(0, batch, samples_each):
             samples = (first, min(first + samples_each, batch), batch)
             drawn = (keys, x_init, limit, *samples)
-            call("mlp_sampler", *network, table, row, end_row, *drawn, every, states, history, out)
+            call("mlp_sampler", *network, table, terms.slots, row, end_row, *drawn, every, states, others, out)
         if progress is not None:
             progress(end_row - row)

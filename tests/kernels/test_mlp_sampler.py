@@ -1,20 +1,22 @@
-"""`mlp_sampler` against the reference: whole trajectories, every activation, width, precision and option."""
+"""`mlp_sampler` against the reference: whole trajectories, every activation, width, precision, and kind of table."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
+from tables import random_table
 from tolerances import noise_error
 from torch import Tensor, nn
+from trajectories import trajectory
 
 import fastsde
 from fastsde import VPSDE, StepTable, checkpoints, noise, ops, reference, solvers
 from fastsde.models import MLP, ConcatTime
 from fastsde.models.activations import ACTIVATIONS, Activation
-from fastsde.models.mlp import linear_layers
 
 SDE = VPSDE()
 TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 6))
@@ -37,36 +39,19 @@ def _tame(model: MLP) -> MLP:
     return model
 
 
-def _kernel(device: torch.device) -> Any:
-    return ops.dispatch.kernel("mlp_sampler", device)
-
-
 def _sizes(device: torch.device) -> tuple[int, int]:
     """Few samples and many, by what a GPU takes for them."""
     return 9, 16 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1) + 1
 
 
-def _run(
-    model: MLP, n: int, device: torch.device, table: StepTable = TABLE, precision: str = "fp32", **options: Any
-) -> Tensor:
-    linears, names = linear_layers(model)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    layers = [(linear.weight.to(device), linear.bias.to(device)) for linear in linears]
-    packed = _kernel(device).Packed(layers, names, dtype)
-    out = torch.full((n, math.prod(model.shape)), math.nan, device=device)
-    keys = noise.sample_keys(3, n, device=device)
-    switches = {"has_noise": "d", "has_history": "c", "uses_data": "e"}
-    used = {name: bool((getattr(table, column) != 0).any()) for name, column in switches.items()}
-    on_device = ops.device_table(table, device)
-    options |= {"clip": table.clip, "precision": precision, **used}
-    _kernel(device).mlp_sampler(packed, on_device, keys, out=out, **options)
-    return out.cpu()
+def _run(model: nn.Module, n: int, device: torch.device, table: StepTable = TABLE, **options: Any) -> Tensor:
+    return trajectory(copy.deepcopy(model), table, noise.sample_keys(3, n, device=device), **options)[0].cpu()
 
 
-def _expected(model: MLP, n: int, table: StepTable = TABLE, **options: Any) -> Tensor:
+def _expected(model: nn.Module, n: int, table: StepTable = TABLE, **options: Any) -> Tensor:
+    shape = getattr(model, "shape", (model.net[-1].out_features,))
     with torch.no_grad():
-        x = reference.sample(model, (n, *model.shape), table, noise.sample_keys(3, n), **options)
-    return x.reshape(n, math.prod(model.shape))
+        return reference.sample(model, (n, *shape), table, noise.sample_keys(3, n), **options)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -89,8 +74,6 @@ def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
         ValueError, match=f"'persistent': its kernel on {device.type} does not implement the activation Mish"
     ):
         fastsde.Sampler(model, (2,), backend="persistent", device=device)
-    with pytest.raises(ValueError, match="model has the activation Mish, which the kernel on"):
-        ops.mlp_sampler(model, TABLE, noise.sample_keys(3, 5, device=device))
     with pytest.raises(ValueError, match=r"activation must be one .*got 'Mish'"):
         _run(model, 5, device)
 
@@ -104,28 +87,21 @@ def test_an_activation_without_a_formula_is_no_identity(
         _run(MLP(2, (16,), "Mish"), 5, triton_device)
 
 
-def test_progress_is_told_of_every_row(device: torch.device) -> None:
-    rows: list[int] = []
-    _run(_tame(MLP(2, (16,))), 5, device, progress=rows.append)
-    assert rows == [len(TABLE)]
-
-
 @pytest.mark.parametrize(
-    "hidden",
+    ("dim", "hidden"),
     [
-        *((), (1,), (16,), (64, 64, 64), (65,), (8,) * 7),
+        *((2, ()), (5, (1,)), (17, (16,)), (2, (64, 64, 64)), (5, (65,)), (2, (8,) * 7), (1, (20, 33)), (4, (65, 7))),
+        *(pytest.param(*wide, marks=pytest.mark.slow) for wide in ((16, (64, 64, 64)), (64, (65,)), (64, ()))),
         # 20 seconds of compilation each.
-        *(pytest.param(wide, marks=pytest.mark.not_on_cuda) for wide in ((128, 100), (256, 256))),
+        *(pytest.param(*wide, marks=pytest.mark.not_on_cuda) for wide in ((5, (128, 100)), (2, (256, 256)))),
     ],
 )
-@pytest.mark.parametrize("dim", [2, 5, 17, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (1, 4, 16, 64))])
-def test_every_width_depth_and_dimension(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
+def test_every_kind_of_width_depth_and_dimension(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
     model = _tame(MLP(dim, hidden, "SiLU"))
     _assert_close(_run(model, 5, device), _expected(model, 5))
 
 
-@pytest.mark.parametrize("hidden", [(16,), (64, 64, 64), (65,), (8,) * 7])
-@pytest.mark.parametrize("dim", [2, 16, 17])
+@pytest.mark.parametrize(("dim", "hidden"), [(2, (64, 64, 64)), (16, (65,)), (17, (16,)), (2, (8,) * 7)])
 def test_many_samples_of_every_kind_of_layer(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
     model, n = _tame(MLP(dim, hidden, "LogSigmoid")), _sizes(device)[1]
     _assert_close(_run(model, n, device), _expected(model, n))
@@ -133,45 +109,115 @@ def test_many_samples_of_every_kind_of_layer(device: torch.device, dim: int, hid
 
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 65, 130])
 def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int) -> None:
-    model = _tame(MLP(2, (16,)))
+    model, kernel = _tame(MLP(2, (16,))), ops.dispatch.kernel("mlp_sampler", device)
     linears = [(linear.weight.to(device), linear.bias.to(device)) for linear in (model.net[0], model.net[2])]
-    packed = _kernel(device).Packed(linears, ["LogSigmoid"], torch.float32)
+    packed = kernel.Packed(linears, ["LogSigmoid"], torch.float32)
     guarded = torch.full((n + 2, 2), math.nan, device=device)
     keys = noise.sample_keys(3, n, device=device)
-    _kernel(device).mlp_sampler(packed, ops.device_table(TABLE, device), keys, out=guarded[1 : n + 1])
+    kernel.mlp_sampler(packed, TABLE.on(device), keys, terms=TABLE.trajectory_terms, out=guarded[1 : n + 1])
     assert guarded[0].isnan().all()
     assert guarded[-1].isnan().all()
     _assert_close(guarded[1 : n + 1].cpu(), _expected(model, n))
 
 
-@pytest.mark.parametrize("clip", [None, 0.7])
-@pytest.mark.parametrize("solver", solvers.SOLVERS)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_every_solver(device: torch.device, solver: str, prediction: str, clip: float | None) -> None:
-    if clip is not None and solver not in ("ddpm", "ddim", "dpm_solver_pp_2m"):
-        return
-    table = solvers.build(solver, SDE, 5, prediction=prediction, clip=clip)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_every_solver(device: torch.device, solver: str, prediction: str) -> None:
+    table = solvers.build(solver, SDE, 5, prediction=prediction)
     model = _tame(MLP(2, (16, 16)))
-    scale = 1 + table.a.abs().max().item() * 10  # a row of a bad fit may blow a state up
+    scale = 1 + table.A.abs().max().item() * 10  # a row of a bad fit may blow a state up
     expected = _expected(model, 9, table)
     _assert_close(_run(model, 9, device, table), expected, scale, table)
 
 
-@pytest.mark.parametrize("every", [1, 2, 5, 7])
-def test_states_and_an_initial_state(device: torch.device, every: int) -> None:
-    model = _tame(MLP(2, (16,)))
-    x_init = torch.randn(20, 2)
-    states = torch.full((5 // every + 1, 20, 2), math.nan, device=device)
-    out = _run(model, 20, device, x_init=x_init.to(device), every=every, states=states)
-    expected = [x_init]
-    final = _expected(
-        model,
-        20,
-        x_init=x_init,
-        after_row=lambda row, time, x: expected.append(x) if (row + 1) % every == 0 else None,
-    )
-    _assert_close(out, final)
-    _assert_close(states.cpu(), torch.stack(expected))
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def _assert_as_exact(ours: list[Tensor], model: MLP, n: int, table: StepTable, every: int, **options: Any) -> None:
+    """The error of the samples and states is at most twice that of the reference in fp32, and a little."""
+
+    def run(network: MLP, dtype: torch.dtype) -> list[Tensor]:
+        start = options.get("x_init")
+        states = [noise.normal(noise.sample_keys(3, n), 0, model.shape) if start is None else start]
+        keep = lambda row, time, x: states.append(x) if (row + 1) % every == 0 else None  # noqa: E731
+        return [_expected(network, n, table, dtype=dtype, after_row=keep, **options), torch.stack(states)]
+
+    exact = run(copy.deepcopy(model).double(), torch.float64)
+    error = noise_error(table) if torch.cuda.is_available() else 0.0
+    for mine, theirs, right in zip(ours, run(model, torch.float32), exact, strict=True):
+        allowed = 2 * float((theirs - right).abs().max()) + 2**-21 * float(right.abs().max())
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=allowed + 2 * error)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
+def test_tables_of_every_kind_of_coefficient(device: torch.device, slots: int) -> None:
+    """Each of ``slots`` is zero, one, moved, or anything, as noise, D and the network's input are."""
+    generator = torch.Generator().manual_seed(slots)
+    for case in range(4 if device.type == "cpu" else 2):  # each compiles on a GPU
+        n, every = _sizes(device)[case % 2], 1 + case
+        model = _tame(MLP(1 + 2 * case, (17,), "Tanh"))
+        table = random_table(slots, 6, seed=case, clip=0.8 if case % 2 else None)
+        x_init = torch.randn(n, *model.shape, generator=generator) if case == 2 else None
+        keys, start = noise.sample_keys(3, n, device=device), None if x_init is None else x_init.to(device)
+        ours = trajectory(copy.deepcopy(model), table, keys, x_init=start, every=every)
+        _assert_as_exact([each.cpu() for each in ours], model, n, table, every, x_init=x_init)
+
+
+def _table(rows: int, slots: int = 2, **columns: list[tuple[int, ...]]) -> StepTable:
+    """A table of zeros but for, by name, the elements (place, value) that are given."""
+    shapes = {"A": (rows, slots, slots), "q": (rows,), **dict.fromkeys("npbed", (rows, slots))}
+    tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for name, elements in columns.items():
+        for *place, value in elements:
+            tensors[name][tuple(place)] = value
+    return StepTable(torch.linspace(1, 0.1, rows, dtype=torch.float64), **tensors, clip=1.0)
+
+
+@pytest.mark.parametrize("first", [1.0, 0.5, 0.0])
+def test_the_first_row_has_an_input_of_its_own(device: torch.device, first: float) -> None:
+    # From row 1 on the network is called with slot 1 alone, which is zero before the first row.
+    rows = range(1, 4)
+    columns = {"n": [(0, 0, first), (0, 1, 0.7), *((row, 1, 1.0) for row in rows)], "b": [(0, 1, 1.0), (3, 0, 1.0)]}
+    columns |= {"A": [*((row, 0, 0, 0.5) for row in range(4)), *((row, 1, 1, 0.9) for row in rows)]}
+    table, model = _table(4, **columns), _tame(MLP(2, (16,), "Tanh"))
+    _assert_close(_run(model, 9, device, table), _expected(model, 9, table), table=table)
+
+
+def test_a_network_that_is_called_with_zeros(device: torch.device) -> None:
+    table = _table(3, 1, A=[(row, 0, 0, 0.5) for row in range(3)], b=[(row, 0, 1.0) for row in range(3)])
+    model = _tame(MLP(2, (16,), "Tanh"))
+    _assert_close(_run(model, 9, device, table), _expected(model, 9, table), table=table)
+
+
+KEEPS = [(row, 0, 0, 1.0) for row in range(4)]
+HUGE = (0, 1, 0, 3e38)  # in row 0 slot 1 takes so much of slot 0 that it is infinite, where slot 0 is not below 2
+PASSED = [(0, 1, 0, 1.0), *((row, 1, 1, 1.0) for row in (1, 2, 3))]  # slot 0 to slot 1 in row 0, where it stays
+# What later rows make of slot 1, and whether it then matters.
+NOT_FINITE = {
+    "taken": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0), (2, 0, 1, 0.5)]}, True),
+    "an input, which Tanh hides": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0)], "n": [(0, 0, 1.0), (2, 1, 1.0)]}, True),
+    "taken, and clipped later": (
+        {"A": [HUGE, (0, 0, 0, 1.0), (1, 0, 1, 1.0)], "e": [(2, 0, 1.0), (3, 0, 1.0)], "p": [(2, 0, 1.0), (3, 0, 0.5)]},
+        True,
+    ),
+    "slot 0, which no row reads": (
+        {"A": [*PASSED, (1, 0, 1, 0.5), (2, 0, 1, 3e38), (3, 0, 1, 0.5)], "n": [(row, 1, 1.0) for row in range(4)]},
+        True,
+    ),
+    "unused": ({"A": [*KEEPS, HUGE]}, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the infinities that the test is about
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_stays_so_to_the_end_once_it_matters(device: torch.device, name: str) -> None:
+    columns, matters = NOT_FINITE[name]
+    table, x_init = _table(4, **{"n": [(row, 0, 1.0) for row in range(4)]} | columns), torch.full((3, 2), 0.5)
+    x_init[1, 1] = 2.0
+    finite = torch.isfinite(_run(_tame(MLP(2, (16,), "Tanh")), 3, device, table, x_init=x_init.to(device)))
+    assert finite[0].all()
+    assert finite[2].all()
+    assert bool(finite[1].all()) is not matters
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -187,39 +233,30 @@ def test_lower_precisions_are_as_close_as_their_products(
         assert error <= 5 * 4 * 4 * {"bf16": 2**-7, "tf32": 2**-10}[precision] * 0.5
 
 
+def test_what_it_cannot_run_is_refused_where_it_is_launched(triton_device: torch.device) -> None:
+    model, keys = MLP(2, (16,)), noise.sample_keys(3, 5, device=triton_device)
+    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp16'"):
+        trajectory(model, TABLE, keys, precision="fp16")
+
+
 def test_a_linear_without_bias_and_activations_between(device: torch.device) -> None:
     net = nn.Sequential(nn.Linear(4, 32, bias=False), nn.Tanh(), nn.Linear(32, 3, bias=False))
     with torch.no_grad():
         net[2].weight.mul_(0.05)
-    packed = _kernel(device).Packed([(net[i].weight.to(device), None) for i in (0, 2)], ["Tanh"], torch.float32)
-    out = torch.full((6, 3), math.nan, device=device)
-    keys = noise.sample_keys(3, 6)
-    _kernel(device).mlp_sampler(packed, ops.device_table(TABLE, device), keys.to(device), out=out)
-    with torch.no_grad():
-        expected = reference.sample(ConcatTime(net), (6, 3), TABLE, keys)
-    _assert_close(out.cpu(), expected)
+    _assert_close(_run(ConcatTime(net), 6, device), _expected(ConcatTime(net), 6))
+
+
+def test_progress_is_told_of_every_row(device: torch.device) -> None:
+    rows: list[int] = []
+    _run(_tame(MLP(2, (16,))), 5, device, progress=rows.append)
+    assert rows == [len(TABLE)]
 
 
 @pytest.mark.slow
 def test_the_shipped_swiss_roll_over_999_rows(device: torch.device) -> None:
     checkpoint = checkpoints.load("swiss-roll")
-    options = {"prediction": checkpoint.prediction, "seed": 5}
+    interpreted = device.type == "cpu" and ops.has_triton(device)
+    options = {"prediction": checkpoint.prediction, "seed": 5, "steps": 199 if interpreted else 999}
     expected = fastsde.sample(checkpoint.model, (16, 2), backend="reference", **options)
     ours = fastsde.sample(checkpoint.model.to(device), (16, 2), backend="persistent", **options)
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("fits", [True, False])
-def test_the_operation_takes_the_kernel_where_it_fits(
-    device: torch.device, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches, kernel, dim = [], _kernel(device), 2 if fits else ops.mlp_limits(device)[0] + 1
-    launch = kernel.mlp_sampler
-    monkeypatch.setattr(kernel, "mlp_sampler", lambda *args, **given: launches.append(1) or launch(*args, **given))
-    model = _tame(MLP(dim, (16,)))
-    expected = _expected(model, 5)
-    keys = noise.sample_keys(3, 5, device=device)
-    ours, states = ops.mlp_sampler(model.to(device).net, TABLE, keys, every=5)
-    assert len(launches) == fits
-    _assert_close(ours.cpu(), expected)
-    assert torch.equal(states[-1], ours)

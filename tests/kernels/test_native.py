@@ -16,12 +16,12 @@ import pytest
 import torch
 from tables import random_table
 from torch import Tensor, nn
+from trajectories import trajectory
 
 import fastsde
 from fastsde import VPSDE, noise, ops, reference, solvers
 from fastsde.models import MLP, ConcatTime
 from fastsde.models.activations import ACTIVATIONS
-from fastsde.models.mlp import linear_layers
 
 SDE = VPSDE()
 TABLE = solvers.build("ddpm", SDE, 6, prediction="eps", clip=2.0)
@@ -76,7 +76,7 @@ def _results(batch: int, size: int) -> list[Tensor]:
     loss = ops.dsm_loss(f, x, t, keys, 5, SDE, prediction="v")
     results += [loss.detach(), *torch.autograd.grad(loss, f)]
     if model is not None:
-        results += ops.mlp_sampler(model, TABLE, keys, every=2)
+        results += trajectory(model, TABLE, keys, every=2)
     return results
 
 
@@ -96,12 +96,12 @@ def test_results_do_not_depend_on_the_number_of_threads(batch: int, size: int) -
 def test_few_samples_of_wide_layers_do_not_depend_on_how_many_threads_share_them(hidden: tuple[int, ...]) -> None:
     model, keys = MLP(3, hidden, "SiLU"), noise.sample_keys(1, 100)
     torch.set_num_threads(1)
-    whole, states = ops.mlp_sampler(model, TABLE, keys, every=2)
+    whole, states = trajectory(model, TABLE, keys, every=2)
     for count, batch in ((2, 1), (2, 3), (3, 7), (2, 15), (2, 16), (3, 17), (4, 40)):
         torch.set_num_threads(1)
-        alone, _ = ops.mlp_sampler(model, TABLE, keys[:batch], every=2)
+        alone, _ = trajectory(model, TABLE, keys[:batch])
         torch.set_num_threads(count)
-        few, kept = ops.mlp_sampler(model, TABLE, keys[:batch], every=2)
+        few, kept = trajectory(model, TABLE, keys[:batch], every=2)
         assert torch.equal(few, alone)
         # Up to 16 samples are summed in another order: n terms in fp32, a row and layer, of a state of about 1.
         tolerance = len(TABLE) * 1000 * 2**-24 if batch <= 16 else 0
@@ -115,7 +115,7 @@ def test_few_samples_of_wide_layers_are_those_of_the_reference(batch: int) -> No
     for hidden in ((256, 200), (181, 182, 7, 300)):
         model = MLP(17, hidden, "GELU")
         keys, x_init = noise.sample_keys(1, batch), torch.randn(batch, 17)
-        ours = ops.mlp_sampler(model, TABLE, keys, x_init=x_init)
+        ours, _ = trajectory(model, TABLE, keys, x_init=x_init)
         with torch.no_grad():
             exact = reference.sample(
                 copy.deepcopy(model).double(), (batch, 17), TABLE, keys, x_init=x_init, dtype=torch.float64
@@ -127,29 +127,25 @@ def test_few_samples_of_wide_layers_are_those_of_the_reference(batch: int) -> No
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     model = MLP(3, (33, 20), "SiLU")
     keys = noise.sample_keys(1, 200)
-    whole = ops.mlp_sampler(model, TABLE, keys)
-    assert isinstance(whole, Tensor)
+    whole, _ = trajectory(model, TABLE, keys)
     for first, end in ((0, 1), (5, 70), (64, 128), (199, 200)):
-        assert torch.equal(ops.mlp_sampler(model, TABLE, keys[first:end]), whole[first:end])
+        assert torch.equal(trajectory(model, TABLE, keys[first:end])[0], whole[first:end])
 
 
 @pytest.mark.usefixtures("native", "threads")
-@pytest.mark.parametrize("solver", ["ddpm", "dpm_solver_pp_2m", "heun"])
-@pytest.mark.parametrize(("batch", "given"), [(1, False), (63, True), (257, False)])
-def test_a_call_in_pieces_is_the_call(solver: str, batch: int, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch", "slots"), [(1, 2), (63, 1), (70, 8), (257, 3)])
+def test_a_call_in_pieces_is_the_call(batch: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    table = solvers.build(solver, SDE, 7, prediction="eps", clip=None if solver == "heun" else 0.8)
-    model, keys, device = MLP(3, (16,), "SiLU"), noise.sample_keys(1, batch), torch.device("cpu")
-    options = {"every": 2, "x_init": torch.randn(batch, 3) if given else None}
-    whole, states = ops.mlp_sampler(model, table, keys, **options)
-    linears, names = linear_layers(model)
-    packed, kernel = ops.pack_mlp(linears, names, torch.float32), ops.dispatch.kernel("mlp_sampler", device)
+    generator = torch.Generator().manual_seed(slots)
+    table = random_table(slots, 7, clip=0.8)
+    model, keys = MLP(3, (16,), "SiLU"), noise.sample_keys(1, batch)
+    x_init = torch.randn(batch, 3, generator=generator) if batch == 63 else None
+    whole, states = trajectory(model, table, keys, x_init=x_init, every=2)
+    kernel = ops.dispatch.kernel("mlp_sampler", keys.device)
     for piece in ((1, batch), (2, 16), (3, 50), (len(table), 64), (len(table) - 1, batch)):
         monkeypatch.setattr(kernel, "piece", lambda *given, piece=piece: piece)
         rows: list[int] = []
-        kept = torch.full_like(states, torch.nan)
-        given_x = {"x_init": options["x_init"], "states": kept, "every": 2}
-        pieces = ops.launch_mlp_sampler(packed, table, keys, progress=rows.append, **given_x)
+        pieces, kept = trajectory(model, table, keys, x_init=x_init, every=2, progress=rows.append)
         assert torch.equal(pieces, whole)
         assert torch.equal(kept, states)
         assert sum(rows) == len(table)
@@ -248,26 +244,22 @@ def test_two_samplers_at_once() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_torch_library_knows_step_draw_and_trajectory() -> None:
+def test_torch_library_knows_step_and_draw() -> None:
     keys, x = noise.sample_keys(0, 3), torch.randn(3, 5)
     table = ops.device_table(TABLE, x.device)
     torch.library.opcheck(torch.ops.fastsde.normal.default, (keys, 3, 0, [5]))
     step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 1.0)
     torch.library.opcheck(torch.ops.fastsde.solver_step.default, step)
-    layers = [torch.randn(8, 6), torch.randn(5, 8)], [torch.randn(8), None]
-    trajectory = (*layers, "Tanh", table, keys, x, None, True, False, True, "fp32", 2, 4)
-    torch.library.opcheck(torch.ops.fastsde.mlp_sampler.default, trajectory)
 
 
 @pytest.mark.usefixtures("native")
 def test_torch_compile_takes_each_operation_whole() -> None:
-    keys, x, model = noise.sample_keys(0, 3), torch.randn(3, 2), MLP(2, (8,))
+    keys, x = noise.sample_keys(0, 3), torch.randn(3, 2)
 
     def run(x: Tensor, keys: Tensor) -> Tensor:
         start = ops.normal(keys, 0, (2,)) + x
         (after,) = ops.solver_step([start], start, TABLE, 0, keys=keys)
-        result: Tensor = ops.mlp_sampler(model, TABLE, keys, x_init=after) * 2
-        return result
+        return after * 2
 
     expected = run(x, keys)
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, keys), expected)
@@ -373,7 +365,7 @@ print(bool((small * 1.0 != 0).all()))  # nothing flushes subnormals now
 # A run of every kernel on odd sizes, of tensors that end where their memory does.
 _EVERYTHING = """
 import torch
-from fastsde import VPSDE, noise, ops, solvers
+from fastsde import VPSDE, StepTable, noise, ops, solvers
 from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
@@ -401,8 +393,10 @@ mlps = [(1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (
 for dim, hidden, batch in mlps:
     for activation in ACTIVATIONS:
         model, keys = MLP(dim, hidden, activation), noise.sample_keys(0, batch)
-        ops.mlp_sampler(model, table, keys, x_init=torch.randn(batch, dim), every=2)
         linears, activations = linear_layers(model)
+        packed, states = ops.pack_mlp(linears, activations, torch.float32), torch.empty(2, batch, dim)
+        ops.launch_mlp_sampler(packed, table, keys, x_init=torch.randn(batch, dim), every=2, states=states)
+        ops.launch_mlp_sampler(packed, tables[2], keys)
         weights = [each.detach() for linear in linears for each in (linear.weight, linear.bias)]
         zeros = [[torch.zeros_like(each) for each in weights] for _ in range(3)]
         options = dict(scale=1.0, shift=0.0, t_min=1e-4, prediction="eps", weighting="sigma2", betas=(0.9, 0.999))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from trajectories import trajectory
 
 from fastsde import VPSDE, StepTable, noise, ops
 from fastsde.engines.unet_inference import UNetInference
@@ -59,7 +60,7 @@ def _dsm_loss() -> Tensor:
 
 
 def _mlp_sampler() -> Tensor:
-    x, states = ops.mlp_sampler(MLP(SIZE, (8,)), _table(), KEYS, x_init=_small(BATCH, SIZE), every=1)
+    x, states = trajectory(MLP(SIZE, (8,)), _table(), KEYS, x_init=_small(BATCH, SIZE), every=1)
     assert (_bits(states[0]) == SUBNORMAL).all()  # moved, not computed with
     return x
 
@@ -97,8 +98,9 @@ def _unknown_code() -> Tensor:
     model = MLP(2, (8,))
     packed = mlp_sampler.Packed([(model.net[i].weight, model.net[i].bias) for i in (0, 2)], ["SiLU"], torch.float32)
     packed.activations = (99,)
+    given = {"terms": _table().trajectory_terms, "out": torch.zeros(BATCH, 2)}
     with pytest.raises(ValueError, match="mlp_sampler was given a code that it does not know"):
-        mlp_sampler.mlp_sampler(packed, torch.zeros(1, 8), KEYS, out=torch.zeros(BATCH, 2))
+        mlp_sampler.mlp_sampler(packed, torch.zeros(1, 8), KEYS, **given)
     with pytest.raises(ValueError, match="weighting must be one that the native kernels have, got 'sigma3'"):
         library.code("weighting", "sigma3")
     return torch.zeros(1)

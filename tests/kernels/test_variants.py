@@ -24,18 +24,19 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     from fastsde.kernels import dsm_loss, mlp_sampler, normal, perturb, solver_step
     from fastsde.sde import VPSDE
 
+    multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
+    width = multistep.packed.shape[1]
+
     def loss(n: int, shape: tuple[int, ...], step: int, prediction: str, backward: bool) -> None:
         f, keys, t = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n)
         grad, out = (torch.empty(()), torch.empty_like(f)) if backward else (None, torch.empty(()))
         dsm_loss.dsm_loss(f, f, t, keys, step, 0.1, 20.0 / n, prediction=prediction, grad=grad, out=out)
 
-    two_slots = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0).terms()
-
     def step_of(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
-        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, 16)
+        x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, width)
         counter = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
         numbers = {"guidance": n / 2, "clip": n / 7, "f_uncond": x}
-        given = {"keys": keys, "counter": counter, "terms": two_slots, "out": [x, x], **numbers}
+        given = {"keys": keys, "counter": counter, "terms": multistep.terms(), "out": [x, x], **numbers}
         solver_step.solver_step([x, x], x, table, row, **given)
 
     def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
@@ -71,8 +72,9 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     packed = mlp_sampler.Packed(layers, ["SiLU"], torch.float32)
 
     def trajectories(n: int, rows: int) -> None:
-        keys, table, out = torch.empty(n, 2, dtype=torch.int64), torch.empty(rows, 8), torch.empty(n, 2)
-        mlp_sampler.mlp_sampler(packed, table, keys, clip=n / 7, uses_data=True, every=rows, out=out)
+        keys, out = torch.empty(n, 2, dtype=torch.int64), torch.empty(n, 2)
+        given = {"terms": multistep.trajectory_terms, "clip": n / 7, "every": rows}
+        mlp_sampler.mlp_sampler(packed, torch.empty(rows, width), keys, **given, out=out)
 
     # A low tile for few samples (here, where no GPU says how many processors it has, 16), and a high one for many.
     for name, batches in (("few", range(1, 17)), ("many", BATCHES[4:])):
