@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class VPSDE:
         ValueError: if the two are not finite or not in that order.
     """
 
+    t_max: ClassVar[float] = 1.0  # the time of the prior
+    prior_std: ClassVar[float] = 1.0
     beta_min: float = 0.1
     beta_max: float = 20.0
 

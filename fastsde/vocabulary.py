@@ -9,7 +9,7 @@ __all__ = [
     "LR_SCHEDULES",
     "PRECISIONS",
     "PREDICTIONS",
-    "SOLVERS",
+    "SPACINGS",
     "TRAINING_DTYPES",
     "VERIFIED_DTYPES",
     "WEIGHTINGS",
@@ -19,7 +19,7 @@ BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
 LR_SCHEDULES = ("constant", "cosine")
 PREDICTIONS = ("score", "eps", "x0", "v")
-SOLVERS = ("euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m")
+SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 # Names of torch.dtype.

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..sde import VPSDE
 from .forms import continuous_times, data_form, score_form, table
+from .registry import Variant, solver
 from .table import StepTable
 
 __all__ = ["euler_maruyama", "exponential_euler_maruyama"]
 
 
+@solver(Variant(1, noise=True))
 def euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Euler-Maruyama on the reverse SDE (Song et al. 2021, eq. 6), noise on every row.
 
@@ -29,6 +31,7 @@ def euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str 
     return table(time, a=1 + rate / 2 + rate * r, b=rate * s, d=rate.sqrt(), data=data)
 
 
+@solver(Variant(1, noise=True))
 def exponential_euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Exponential Euler-Maruyama: the linear part and the noise of the reverse SDE exact, the score held over a step.
 

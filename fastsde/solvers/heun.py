@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..sde import VPSDE
 from .forms import continuous_times, score_form, table
+from .registry import Variant, solver
 from .table import StepTable
 
 __all__ = ["heun"]
 
 
+@solver(Variant(2), rows=2)
 def heun(
     sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score", euler_final: bool | None = None
 ) -> StepTable:
