@@ -1,4 +1,4 @@
-"""fastsde: fast sampling and training of score-based generative models on the variance-preserving SDE."""
+"""fastsde: fast sampling and training of score-based generative models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["VPSDE", "NonFiniteError", "Sampler", "StepTable", "compat", "models", "noise", "sample", "solvers"]
+__all__ = [
+    "EDM",
+    "VESDE",
+    "VPSDE",
+    "CosineVPSDE",
+    "NonFiniteError",
+    "RectifiedFlow",
+    "Sampler",
+    "StepTable",
+    "SubVPSDE",
+    "compat",
+    "models",
+    "noise",
+    "sample",
+    "solvers",
+]
 
 # In a source checkout `fastsde.kernels` and `fastsde.benchmarks` are the folders beside this package.
 _checkout = Path(__file__).resolve().parent.parent
@@ -28,7 +43,7 @@ if TYPE_CHECKING:
     from . import verify as verify
     from .reference import NonFiniteError
     from .sampler import Sampler, sample
-    from .sde import VPSDE
+    from .sde import EDM, VESDE, VPSDE, CosineVPSDE, RectifiedFlow, SubVPSDE
     from .solvers import StepTable
 else:
     # Imported when first asked for: torch takes seconds, and the command line sets how its threads wait before that.
@@ -48,10 +63,10 @@ else:
         "verify",
     )
     _MODULE_OF = {
+        **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
         "NonFiniteError": "reference",
         "Sampler": "sampler",
         "StepTable": "solvers",
-        "VPSDE": "sde",
         "sample": "sampler",
     }
 

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files that hold a network and all that sampling from it needs.
 
 The tensors are named ``model.*`` (what to sample from: the EMA where there is one). The header's metadata has one
-entry, ``fastsde``: JSON with the format version, the architecture, the SDE, the prediction kind, the training record
-and whatever a `fastsde.training.Trainer` needs to resume.
+entry, ``fastsde``: JSON with the format version, the architecture, the process by name, the prediction kind, the
+training record and whatever a `fastsde.training.Trainer` needs to resume.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import models
 from .files import atomic_path
-from .sde import VPSDE
+from .sde import VPSDE, Process, from_dict, to_dict
 from .solvers import PREDICTIONS
 from .validation import check_device, check_instance, check_range
 
@@ -42,15 +42,15 @@ class Checkpoint:
     Args:
         model: called as ``model(x, t)``. One that is to be saved is a `fastsde.models.MLP` or `UNet`, also inside of
             ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel.
-        sde: the SDE that it was trained on.
-        prediction: "score", "eps", "x0" or "v".
+        sde: the process that it was trained on.
+        prediction: "score", "eps", "x0", "v" or "flow".
         data: the name of the data set, or "".
         value_range: the range of the data's values (black and white of an image), or None.
         record: how the network was trained: free-form, for people.
     """
 
     model: nn.Module
-    sde: VPSDE = field(default_factory=VPSDE)
+    sde: Process = field(default_factory=VPSDE)
     prediction: str = "score"
     data: str = ""
     value_range: tuple[float, float] | None = None
@@ -73,10 +73,14 @@ class Checkpoint:
         raise _not_ours(self.model)
 
     def describe(self) -> dict[str, Any]:
-        """All but the weights, as JSON takes it. Raises TypeError for a network that is not one of this package."""
+        """All but the weights, as JSON takes it.
+
+        Raises:
+            TypeError: for a network or a process that is not one of this package.
+        """
         return {
             "model": self.network.config,
-            "sde": asdict(self.sde),
+            "sde": to_dict(self.sde),
             "prediction": self.prediction,
             "data": self.data,
             "value_range": self.value_range,
@@ -197,7 +201,7 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         value_range = metadata["value_range"]
         checkpoint = Checkpoint(
             model=model,
-            sde=VPSDE(**metadata["sde"]),
+            sde=from_dict(metadata["sde"]),
             prediction=metadata["prediction"],
             data=metadata["data"],
             value_range=None if value_range is None else check_range("value_range", value_range),

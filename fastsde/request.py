@@ -15,9 +15,9 @@ from .checkpoints import Checkpoint
 from .engines.inspection import device_of
 from .models import unwrap
 from .reference import Model, NoiseFunction, RowHook
-from .sde import VPSDE
+from .sde import VPSDE, Process, check_process
 from .solvers import StepTable
-from .validation import check_device, check_instance, check_int, check_keys, check_shape
+from .validation import check_device, check_int, check_keys, check_shape
 
 __all__ = [
     "CallOptions",
@@ -52,7 +52,7 @@ class CallOptions(TypedDict, total=False):
 class SampleOptions(CallOptions, total=False):
     """The same for `sample`."""
 
-    sde: VPSDE | None
+    sde: Process | None
     solver: str | StepTable
     steps: int
     t_end: float
@@ -71,14 +71,14 @@ class Subject(NamedTuple):
 
     model: Model
     sample_shape: Sequence[int]
-    sde: VPSDE
+    sde: Process
     prediction: str
 
 
 def resolve(
     model: ModelLike,
     sample_shape: Sequence[int] | None,
-    sde: VPSDE | None,
+    sde: Process | None,
     prediction: str | None,
     device: torch.device | str | None,
 ) -> Subject:
@@ -94,7 +94,7 @@ def resolve(
         FileNotFoundError: where there is no such file.
     """
     if sde is not None:
-        check_instance("sde", sde, VPSDE)
+        check_process("sde", sde)
     if isinstance(model, (str, Path)):
         model = checkpoints.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, Checkpoint):
@@ -121,7 +121,7 @@ def resolve(
     return Subject(model.model, shape, model.sde, model.prediction)
 
 
-def make_table(solver: str | StepTable, sde: VPSDE, steps: int, **options: Any) -> StepTable:
+def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any) -> StepTable:
     """The table of a solver's name, or the one that is given."""
     if isinstance(solver, str):
         return solvers.build(solver, sde, steps, **options)

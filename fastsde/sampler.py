@@ -20,7 +20,7 @@ from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .reference import NoiseFunction, RowHook
 from .request import CallOptions, ModelLike, SampleOptions
-from .sde import VPSDE
+from .sde import Process
 from .solvers import StepTable
 from .validation import (
     check_bool,
@@ -52,12 +52,14 @@ class Sampler:
             mode. Or a `fastsde.checkpoints.Checkpoint`, its file, the folder of a training run, or the name of a
             shipped model.
         sample_shape: the shape of one sample; a checkpoint has its own.
-        sde: the SDE, by default ``VPSDE()``; a checkpoint has its own.
+        sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, also where the
+            solver is a `StepTable`.
         solver: "euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m", or a
             `StepTable`.
         steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
-        t_end: the time that the trajectory ends at, in [0, 1).
-        prediction: what the network predicts: "score" (the default), "eps", "x0" or "v"; a checkpoint has its own.
+        t_end: the time that the trajectory ends at, in [0, t_max) of the process.
+        prediction: what the network predicts: "score" (the default), "eps", "x0", "v" or "flow"; a checkpoint has its
+            own.
         clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
         dtype: what the network runs in, by default the dtype of its weights. x is cast to it; t is fp32, an integer
             where the network takes no other and all times are integers, and floating-point arguments keep their dtype
@@ -87,7 +89,7 @@ class Sampler:
         model: ModelLike,
         sample_shape: Sequence[int] | None = None,
         *,
-        sde: VPSDE | None = None,
+        sde: Process | None = None,
         solver: str | StepTable = "euler_maruyama",
         steps: int = 999,
         t_end: float = 0.0,
@@ -105,6 +107,7 @@ class Sampler:
         if not isinstance(solver, StepTable):
             prediction = known
         self.table = request.make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
+        self._prior_std = sde.prior_std
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
@@ -346,9 +349,10 @@ class Sampler:
         if x_init is not None:
             # A copy: a network that works in place must not write to the caller's tensor.
             x_init = x_init[part].to(self.state_dtype, copy=True)
-        elif backend != "persistent":  # which draws and keeps the initial state in its launch
+        elif backend != "persistent" or self._prior_std != 1:  # it draws and keeps a unit normal in its launch
             draw = noise.normal if backend == "reference" else ops.normal
             x_init = draw(keys, 0, self.sample_shape).to(self.state_dtype)
+            x_init = x_init if self._prior_std == 1 else self._prior_std * x_init
         if x_init is not None:
             recorder.start(x_init)
         return engines.get(backend)(
@@ -389,7 +393,7 @@ def sample(
     model: ModelLike,
     shape: Sequence[int],
     *,
-    sde: VPSDE | None = None,
+    sde: Process | None = None,
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
     t_end: float = 0.0,
@@ -412,7 +416,7 @@ def sample(
     callback: RowHook | None = None,
     progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Draws samples from a score network by the reverse VP-SDE.
+    """Draws samples from a score network by the reverse SDE or the probability flow of a process.
 
     The same seed gives the same samples, however the batch is split, on any device and backend up to rounding.
 

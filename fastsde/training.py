@@ -30,7 +30,7 @@ from .engines.training import CapturedSteps, EagerSteps, NativeSteps, Steps, Wor
 from .notices import warn
 from .reference import NonFiniteError
 from .run_folder import RunLog
-from .sde import VPSDE
+from .sde import VPSDE, Process, from_dict, to_dict
 from .validation import check_bool, check_device, check_instance, check_int, check_number, check_range
 from .vocabulary import LR_SCHEDULES, PRECISIONS, PREDICTIONS, WEIGHTINGS
 
@@ -54,7 +54,7 @@ class TrainConfig:
         data_size: how many points or images, or None for the usual (`fastsde.data.load`).
         pixel_range: what black and white become, of images in uint8 (floats are trained on as they are).
         model: the architecture, as `fastsde.models.from_config` takes it.
-        prediction: what the network learns: "score", "eps", "x0" or "v".
+        prediction: what the network learns: "score", "eps", "x0", "v" or "flow".
         weighting: of the loss (`fastsde.reference.dsm_loss`).
         steps, batch_size: how many steps, below 2^28, on how many samples each.
         lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps and then stays, or falls to zero along
@@ -69,7 +69,7 @@ class TrainConfig:
         checkpoint_every, log_every: steps between checkpoints and between log lines. Where that is less than ten
             seconds after a checkpoint, the next is left out, but for that of the last step or of an interrupted one;
             lines are written together every two seconds (`fastsde.run_folder`).
-        sde: the SDE.
+        sde: the process, one of `fastsde.sde.PROCESSES`, whose name a checkpoint holds.
 
     Raises:
         TypeError, ValueError: for a field of another type, or out of its range.
@@ -94,11 +94,12 @@ class TrainConfig:
     init: str = ""
     checkpoint_every: int = 1000
     log_every: int = 100
-    sde: VPSDE = field(default_factory=VPSDE)
+    sde: Process = field(default_factory=VPSDE)
 
     def __post_init__(self) -> None:
-        for name, kind in (("data", str), ("model", dict), ("init", str), ("sde", VPSDE)):
+        for name, kind in (("data", str), ("model", dict), ("init", str)):
             check_instance(name, getattr(self, name), kind)
+        to_dict(self.sde)  # refuses what a checkpoint cannot name
         with torch.device("meta"):  # nothing is allocated, and nothing drawn
             models.from_config(self.model)
         for name, choices in (
@@ -147,9 +148,8 @@ class TrainConfig:
         unknown = [name for name in values if name not in known]
         if missing or unknown:
             raise ValueError(f"values must have the fields of a TrainConfig: missing {missing}, unknown {unknown}")
-        sde, pixel_range = values.get("sde", {}), values.get("pixel_range", cls.pixel_range)
-        check_instance("sde", sde, dict)
-        return cls(**{**values, "sde": VPSDE(**sde), "pixel_range": check_range("pixel_range", pixel_range)})
+        sde, pixel_range = from_dict(values.get("sde", {})), values.get("pixel_range", cls.pixel_range)
+        return cls(**{**values, "sde": sde, "pixel_range": check_range("pixel_range", pixel_range)})
 
 
 _MLP = {"architecture": "MLP", "shape": [2], "hidden": [64, 64, 64], "activation": "LogSigmoid"}

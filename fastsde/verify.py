@@ -7,12 +7,13 @@ last. Plain PyTorch is the reference, on a copy of the network that `fastsde.yar
 and so finds a backend that does. The constant holds what plain PyTorch, whose normals are the truth's, has no share in,
 and a rounding where it happens to have none:
 
-    4e-6 sqrt(1 + sum of d^2) + 2^-24 sqrt(K) RMS(truth)    after K rows of the table
+    4e-6 sqrt(prior_std^2 + sum of d^2) + 2^-24 sqrt(K) RMS(truth)    after K rows of the table
 
 4e-6 is how far the normals of two backends may lie apart (the noise contract). The initial state takes one of weight
-1, each row one of weight d, and their errors are independent. On this SDE the state keeps its size of about 1, and so
-does a small error: all normals off by the whole 4e-6 move the end of a trajectory of the shipped models by 3e-6 to
-1.2e-5, and 999 rows of Euler-Maruyama are allowed 1.3e-5. The second term is one fp32 rounding of the state a row.
+prior_std, each row one of weight d, and their errors are independent. On the VP-SDE the state keeps its size of about
+1, and so does a small error: all normals off by the whole 4e-6 move the end of a trajectory of the shipped models by
+3e-6 to 1.2e-5, and 999 rows of Euler-Maruyama are allowed 1.3e-5. The second term is one fp32 rounding of the state a
+row.
 
 PyTorch may run fp32 products in TF32, and convolutions on a GPU do by default. The reference in float32 has the same
 setting as the backends beside it, so that it is their yardstick all the same; `machine` tells what it is.
@@ -39,7 +40,7 @@ from .files import atomic_path
 from .reference import Model, NonFiniteError
 from .request import ModelLike
 from .sampler import Sampler
-from .sde import VPSDE
+from .sde import Process
 from .solvers import StepTable
 from .validation import check_bool, check_int
 from .vocabulary import VERIFIED_DTYPES
@@ -96,6 +97,7 @@ class _Case:
     model: Model
     shape: tuple[int, ...]
     device: torch.device
+    sde: Process
     table: StepTable
     guidance: float | None
     call: dict[str, Any]
@@ -118,7 +120,7 @@ class _Case:
 
     def _sampler(self, model: Model, rows: int, **options: Any) -> Sampler:
         """A sampler of the first rows of the table."""
-        given: dict[str, Any] = {"guidance": self.guidance, "device": self.device}
+        given: dict[str, Any] = {"sde": self.sde, "guidance": self.guidance, "device": self.device}
         return Sampler(model, self.shape, solver=self.table.head(rows), **given, **options)
 
     def draw(
@@ -157,7 +159,7 @@ def verify(
     model: ModelLike,
     sample_shape: Sequence[int] | None = None,
     *,
-    sde: VPSDE | None = None,
+    sde: Process | None = None,
     prediction: str | None = None,
     n: int | None = None,
     solver: str | StepTable = "euler_maruyama",
@@ -207,7 +209,8 @@ def verify(
     n = check_int("n", _usual_n(shape, conditions) if n is None else n, 1)
     check_bool("compile", compile)
     dtypes = _checked_dtypes(dtypes, sampler.device)
-    case = _Case(model, shape, sampler.device, sampler.table, guidance, {"seed": seed, **conditions}, n, progress)
+    call = {"seed": seed, **conditions}
+    case = _Case(model, shape, sampler.device, sde, sampler.table, guidance, call, n, progress)
     truth = case.truth()
     results = [Result(_REFERENCE, "float64", False, "truth", Difference(0.0, 0.0), Difference(0.0, 0.0))]
     for dtype in dtypes:
@@ -267,18 +270,20 @@ def _check(
         # What stops plain PyTorch is a network that does not know the dtype.
         return Result(*about, "unavailable" if yardstick is None else "fail", reason=_one_line(error))
     limits = (None, None) if yardstick is None else (yardstick.first_step, yardstick.whole)
-    first = _difference(states[0], truth[0], limits[0], case.table.head(1))
-    whole = _difference(states[1], truth[1], limits[1], case.table)
+    first = _difference(states[0], truth[0], limits[0], case.sde, case.table.head(1))
+    whole = _difference(states[1], truth[1], limits[1], case.sde, case.table)
     reason = _excess(first, "1 step") or _excess(whole, "all steps")
     verdict = "fail" if reason else "yardstick" if yardstick is None else "pass"
     return Result(*about, verdict, first, whole, reason)
 
 
-def _difference(x: Tensor, truth: Tensor, yardstick: Difference | None, table: StepTable) -> Difference | None:
+def _difference(
+    x: Tensor, truth: Tensor, yardstick: Difference | None, sde: Process, table: StepTable
+) -> Difference | None:
     error = x.double() - truth
     if not torch.isfinite(error).all():
         return None
-    noise = _NORMAL_ERROR * math.sqrt(1 + float(table.d.square().sum()))
+    noise = _NORMAL_ERROR * math.sqrt(sde.prior_std**2 + float(table.d.square().sum()))
     constant = noise + _ROUNDOFF * math.sqrt(len(table)) * _rms(truth)
     allowed = None if yardstick is None else 2 * yardstick.rms + constant
     return Difference(float(error.abs().max()), _rms(error), allowed)

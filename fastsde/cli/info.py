@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
+from typing import Any
 
 import click
 
 from .. import __version__
 from ..openmp import wait_policy
+from .common import load_checkpoint, reports_errors
 
 
 def version(package: str) -> str:
@@ -24,15 +26,39 @@ def version(package: str) -> str:
 
 
 @click.command()
-def info() -> None:
-    """Show versions, devices, models and backends.
+@click.argument("model", required=False)
+@reports_errors
+def info(model: str | None) -> None:
+    """Show versions, devices, models and backends, or what MODEL is: a shipped model, a checkpoint or a training run.
 
     Of a backend that cannot run here, the reason is said.
     """
-    rows = [*_versions(), *_devices(), *_models()]
+    rows = [*_versions(), *_devices(), *_models()] if model is None else list(_checkpoint(model))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
+
+
+def _checkpoint(name: str) -> Iterator[tuple[str, str]]:
+    checkpoint = load_checkpoint(name)
+    config = checkpoint.network.config
+    options = ", ".join(f"{key} {value}" for key, value in config.items() if key not in ("architecture", "shape"))
+    yield "model", f"{config['architecture']}, {options}"
+    yield "parameters", f"{sum(parameter.numel() for parameter in checkpoint.network.parameters()):,}"
+    yield "sample shape", str(list(checkpoint.shape))
+    yield "sde", repr(checkpoint.sde)
+    yield "prediction", checkpoint.prediction
+    if checkpoint.data:
+        yield "data", checkpoint.data
+    if checkpoint.value_range is not None:
+        yield "value range", "{} to {}".format(*checkpoint.value_range)
+    record = checkpoint.record
+    if "step" in record and record.get("loss") is not None:
+        yield "trained", _progress(record)
+
+
+def _progress(record: Mapping[str, Any]) -> str:
+    return f"{record['step'] + record.get('earlier_steps', 0):,} steps, loss {record['loss']:.4f}"
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -72,6 +98,4 @@ def _models() -> Iterator[tuple[str, str]]:
     from .. import checkpoints
 
     for name in checkpoints.SHIPPED:
-        record = checkpoints.load(name).record
-        steps = record["step"] + record.get("earlier_steps", 0)
-        yield f"model {name}", f"{steps:,} steps, loss {record['loss']:.4f}"
+        yield f"model {name}", _progress(checkpoints.load(name).record)

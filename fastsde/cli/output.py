@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import data, plotting, solvers, training
+from .. import data, plotting, solvers
 from ..checkpoints import Checkpoint
 from ..files import atomic_path
 
@@ -46,7 +46,7 @@ def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], pa
 
     def score(x: Tensor, t: float) -> Tensor:
         # Near t = 0 the score grows without bound, so that the last frames show the field of a small time.
-        t = max(t, training.TrainConfig.t_min)
+        t = max(t, checkpoint.sde.t_min)
         r, s = solvers.score_form(
             checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..vocabulary import DATASETS, LR_SCHEDULES, PREDICTIONS, TRAINING_DTYPES, WEIGHTINGS
+from ..vocabulary import DATASETS, LR_SCHEDULES, PREDICTIONS, PROCESSES, TRAINING_DTYPES, WEIGHTINGS
 from .common import check_model, job, reports_errors
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--lr-schedule", type=click.Choice(LR_SCHEDULES))
 @click.option("--lr-warmup", type=click.IntRange(0), help="Steps in which the learning rate rises.")
 @click.option("--ema-decay", type=float, help="Of the average of the weights that is sampled from; 0 keeps none.")
+@click.option("--sde", type=click.Choice(PROCESSES), help="The process, by its default rates.")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network learns.")
 @click.option("--weighting", type=click.Choice(WEIGHTINGS), help="Of the loss over time.")
 @click.option(
@@ -70,6 +71,7 @@ def _train(
     *,
     resume: bool,
     recipe: str | None,
+    sde: str | None,
     dtype: str | None,
     device: str | None,
     quiet: bool,
@@ -77,10 +79,12 @@ def _train(
 ) -> None:
     from .. import data, distributed, training
     from ..checkpoints import RUN_CHECKPOINT
+    from ..sde import from_dict
 
     if options["init"]:
         check_model(options["init"])
     on_device = distributed.device(device)
+    options["sde"] = None if sde is None else from_dict({"name": sde})
     options["precision"] = None if dtype is None else TRAINING_DTYPES[dtype]
     config = _config(dataset, directory, recipe, on_device, resume, options)
     root = data.DEFAULT_ROOT if data_root is None else data_root
@@ -122,5 +126,5 @@ def _in_words(config: TrainConfig, world: int) -> str:
     dtype = next(name for name, precision in TRAINING_DTYPES.items() if precision == config.precision)
     return (
         f"{config.steps:,} steps of batch {config.batch_size}{processes}, "
-        f"lr {config.lr:g} {config.lr_schedule}, {config.prediction}, {dtype}, seed {config.seed}"
+        f"lr {config.lr:g} {config.lr_schedule}, {config.sde.name}, {config.prediction}, {dtype}, seed {config.seed}"
     )

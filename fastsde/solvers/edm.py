@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sde import VPSDE
+from ..sde import Process
 from ..validation import check_number
 from .forms import continuous_times, eps_form
 from .registry import Variant, solver
@@ -20,9 +20,13 @@ __all__ = ["edm_stochastic"]
 _GAMMA_MAX = math.sqrt(2) - 1
 
 
-@solver(Variant(2), Variant(2, noise=True, options={"s_churn": 8.0}), rows=2, needs_sigma=True)
+def _corrects_at(sde: Process, t: float, prediction: str) -> bool:
+    return bool(sde.sigma(t) > 0)
+
+
+@solver(Variant(2), Variant(2, noise=True, options={"s_churn": 8.0}), corrects_at=_corrects_at)
 def edm_stochastic(
-    sde: VPSDE,
+    sde: Process,
     times: Tensor | Sequence[float],
     prediction: str = "eps",
     s_churn: float = 0.0,
@@ -75,7 +79,7 @@ def edm_stochastic(
 
 
 def _rows(
-    sde: VPSDE, times: Tensor, here: Tensor, noise: Tensor, prediction: str, euler_final: bool
+    sde: Process, times: Tensor, here: Tensor, noise: Tensor, prediction: str, euler_final: bool
 ) -> list[tuple[float, ...]]:
     """The rows: time, n of slot 0, A by rows less the last, b of both slots, d.
 

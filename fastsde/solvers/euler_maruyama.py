@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sde import VPSDE
+from ..sde import Process
 from .forms import continuous_times, data_form, score_form, table
 from .registry import Variant, solver
 from .table import StepTable
@@ -16,31 +16,58 @@ __all__ = ["euler_maruyama", "exponential_euler_maruyama"]
 
 
 @solver(Variant(1, noise=True))
-def euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
-    """Euler-Maruyama on the reverse SDE (Song et al. 2021, eq. 6), noise on every row.
+def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
+    """Euler-Maruyama on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6), noise on every row.
+
+    With f and g^2 those of the process at the row's time and h its step:
+
+        x' = (1 - f h) x + g^2 h score + sqrt(g^2 h) z
 
     Args:
-        times: ``[K + 1]``, decreasing in [0, 1].
-        prediction: what the network predicts: "score", "eps", "x0" or "v".
+        sde: the process.
+        times: ``[K + 1]``, decreasing in [0, t_max].
+        prediction: what the network predicts, one of `PREDICTIONS`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also at a time where the process has no reverse SDE, since alpha is
+            0 and the drift infinite.
     """
-    times = continuous_times(sde, times, prediction)
-    time, step = times[:-1], -times.diff()
-    rate = sde.beta(time) * step
-    r, s = score_form(sde, time, prediction)
-    data = data_form(sde.alpha(time), sde.sigma(time), prediction)
-    return table(time, a=1 + rate / 2 + rate * r, b=rate * s, d=rate.sqrt(), data=data)
+    time, after = _steps(sde, times, prediction)
+    step, rate = time - after, sde.squared_diffusion(time)
+    return _held_score(sde, time, prediction, 1 - sde.drift_coefficient(time) * step, rate * step, (rate * step).sqrt())
 
 
 @solver(Variant(1, noise=True))
-def exponential_euler_maruyama(sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
+def exponential_euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Exponential Euler-Maruyama: the linear part and the noise of the reverse SDE exact, the score held over a step.
 
-    With I the integral of beta over the step: x' = e^(I/2) x + 2 (e^(I/2) - 1) score + sqrt(e^I - 1) z.
+    With primes for the values after a step, and lambda = sigma / alpha:
+
+        x' = alpha'/alpha x + (alpha' integral of alpha d(lambda^2)) score + alpha' sqrt(lambda^2 - lambda'^2) z
+
+    On the VP-SDE, with I the integral of beta over the step: x' = e^(I/2) x + 2 (e^(I/2) - 1) score + sqrt(e^I - 1) z.
+    Arguments and errors as for `euler_maruyama`.
     """
+    time, after = _steps(sde, times, prediction)
+    scale, weight, variance = sde.exact_step(time, after)
+    return _held_score(sde, time, prediction, scale, weight, variance.sqrt())
+
+
+def _steps(sde: Process, times: Tensor | Sequence[float], prediction: str) -> tuple[Tensor, Tensor]:
+    """The times before and after each row, where the reverse SDE exists."""
     times = continuous_times(sde, times, prediction)
-    time, integral = times[:-1], -sde.integral_beta(times).diff()
-    growth = torch.expm1(integral / 2)
+    time = times[:-1]
+    exists = torch.isfinite(sde.drift_coefficient(time)) & torch.isfinite(sde.squared_diffusion(time))
+    if not exists.all():
+        raise ValueError(
+            f"{sde!r} has no reverse SDE at t = {time[~exists][0].item():g}, where alpha is 0 and the drift infinite: "
+            f"pick a solver of the probability flow, or times that start below"
+        )
+    return time, times[1:]
+
+
+def _held_score(sde: Process, time: Tensor, prediction: str, scale: Tensor, weight: Tensor, noise: Tensor) -> StepTable:
+    """x' = scale x + weight score + noise z, for the network's output."""
     r, s = score_form(sde, time, prediction)
     data = data_form(sde.alpha(time), sde.sigma(time), prediction)
-    noise = torch.expm1(integral).sqrt()
-    return table(time, a=1 + growth + 2 * growth * r, b=2 * growth * s, d=noise, data=data)
+    return table(time, a=scale + weight * r, b=weight * s, d=noise, data=data)

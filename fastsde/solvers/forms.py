@@ -1,4 +1,4 @@
-"""What solvers are built from: checked times and schedules, and what a network's output says of x_0, noise and score."""
+"""What solvers are built from: checked times and schedules, and what a network's output says of x_0, eps and score."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sde import VPSDE
-from ..validation import check_instance
+from ..sde import Process, check_process
 from ..vocabulary import PREDICTIONS
 from .table import StepTable
 
-__all__ = ["check_prediction", "continuous_times", "data_form", "eps_form", "float64", "schedule", "score_form", "table"]
+__all__ = [
+    "check_prediction",
+    "continuous_times",
+    "data_form",
+    "eps_form",
+    "float64",
+    "schedule",
+    "score_form",
+    "table",
+    "velocity_form",
+]
 
 
 def float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:
@@ -32,15 +41,15 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
-def continuous_times(sde: VPSDE, times: Tensor | Sequence[float], prediction: str) -> Tensor:
-    """Checked ``[K + 1]`` times of the SDE, decreasing within [0, 1]."""
-    check_instance("sde", sde, VPSDE)
+def continuous_times(sde: Process, times: Tensor | Sequence[float], prediction: str) -> Tensor:
+    """Checked ``[K + 1]`` times of the process, decreasing within [0, t_max]."""
+    check_process("sde", sde)
     check_prediction(prediction)
     times = float64("times", times, 2)
-    if times.max() > 1 or times.min() < 0 or not (times.diff() < 0).all():
+    if times.max() > sde.t_max or times.min() < 0 or not (times.diff() < 0).all():
         raise ValueError(
-            f"times must decrease strictly within [0, 1], got {times[0].item():g} .. {times[-1].item():g} over "
-            f"{len(times)} points"
+            f"times must decrease strictly within [0, {sde.t_max:g}], got {times[0].item():g} .. "
+            f"{times[-1].item():g} over {len(times)} points"
         )
     return times
 
@@ -60,7 +69,7 @@ def schedule(
     if prediction in ("score", "eps") and not torch.isfinite(1 / alpha[:-1].float()).all():
         raise ValueError(
             f"prediction={prediction!r} tells nothing of x_0 where alpha is {alpha[:-1].min().item():g}: for zero "
-            f"terminal SNR, train and sample with prediction='v' or 'x0'"
+            f"terminal SNR, train and sample with prediction='v', 'x0' or 'flow'"
         )
     if not (sigma[:-1] > 0).all() or sigma[-1] < 0:
         raise ValueError(f"sigma must be positive but for a last point of zero, got {sigma.min().item():g}")
@@ -78,6 +87,7 @@ def data_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Te
         "eps": (1 / alpha, -sigma / alpha),
         "x0": (zero, one),
         "v": (alpha / norm, -sigma / norm),
+        "flow": (1 / (alpha + sigma), -sigma / (alpha + sigma)),
     }[prediction]
 
 
@@ -90,14 +100,15 @@ def eps_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Ten
         "eps": (zero, one),
         "x0": (1 / sigma, -alpha / sigma),
         "v": (sigma / norm, alpha / norm),
+        "flow": (1 / (alpha + sigma), alpha / (alpha + sigma)),
     }[prediction]
 
 
-def score_form(sde: VPSDE, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+def score_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """(r, s) with score = r x + s f at each time, for the network's output f.
 
     Raises:
-        ValueError: at t = 0 for a network that predicts no score.
+        ValueError: where sigma is 0, at t = 0, for a network that predicts no score.
     """
     if prediction == "score":
         return torch.zeros_like(time), torch.ones_like(time)
@@ -106,6 +117,29 @@ def score_form(sde: VPSDE, time: Tensor, prediction: str) -> tuple[Tensor, Tenso
         raise ValueError(f"a network that predicts {prediction} has no score at t = 0, where sigma is 0")
     r, s = eps_form(sde.alpha(time), sigma, prediction)
     return -r / sigma, -s / sigma
+
+
+def velocity_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """(r, s) with dx/dt = r x + s f on the probability flow, alpha' x_0 + sigma' eps (as in SiT, arXiv:2401.08740).
+
+    Written for each prediction so that it is finite wherever the velocity is: for v and flow, from which x_0 and eps
+    both follow, also where the drift of the SDE is not. Elsewhere it is infinite or NaN.
+    """
+    alpha, sigma = sde.alpha(time), sde.sigma(time)
+    alpha_dot, sigma_dot = sde.alpha_dot(time), sde.sigma_dot(time)
+    if prediction == "score":
+        return sde.drift_coefficient(time), -sde.squared_diffusion(time) / 2
+    if prediction == "eps":
+        rate = sde.drift_coefficient(time)
+        return rate, sigma_dot - rate * sigma
+    if prediction == "x0":
+        rate = sigma_dot / sigma
+        return rate, alpha_dot - rate * alpha
+    turn = alpha * sigma_dot - sigma * alpha_dot
+    if prediction == "v":
+        norm = alpha**2 + sigma**2
+        return (alpha * alpha_dot + sigma * sigma_dot) / norm, turn / norm
+    return (alpha_dot + sigma_dot) / (alpha + sigma), turn / (alpha + sigma)
 
 
 def table(

@@ -7,46 +7,63 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sde import VPSDE
-from .forms import continuous_times, score_form, table
+from ..sde import Process
+from .forms import continuous_times, table, velocity_form
 from .registry import Variant, solver
 from .table import StepTable
 
 __all__ = ["heun"]
 
 
-@solver(Variant(2), rows=2)
-def heun(
-    sde: VPSDE, times: Tensor | Sequence[float], prediction: str = "score", euler_final: bool | None = None
-) -> StepTable:
-    """Heun's method on the probability-flow ODE dx = -1/2 beta (x + score) dt (Song et al. 2021, eq. 13).
+def corrects_at(sde: Process, t: float, prediction: str) -> bool:
+    """Returns whether the velocity of a network that predicts so is finite at a time, as a correction there needs."""
+    form = velocity_form(sde, torch.tensor([t], dtype=torch.float64, device="cpu"), prediction)
+    return bool(torch.isfinite(torch.stack(form)).all())
 
-    Two rows an interval: an Euler step whose H is ``x + h/2 f``, then the correction from H with the slope at the new
-    point.
+
+@solver(Variant(2), corrects_at=corrects_at)
+def heun(
+    sde: Process, times: Tensor | Sequence[float], prediction: str = "score", euler_final: bool | None = None
+) -> StepTable:
+    """Heun's method on the probability-flow ODE dx/dt = alpha' x_0 + sigma' eps = f x - 1/2 g^2 score.
+
+    (Song et al. 2021, arXiv:2011.13456, eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1.) Two rows an
+    interval: an Euler step whose H is ``x + h/2 x'``, then the correction from H with the slope at the new point.
 
     Args:
-        times: ``[K + 1]``, decreasing in [0, 1].
-        prediction: what the network predicts.
-        euler_final: whether the last interval is a lone Euler row. By default only where the correction does not
-            exist: at t = 0, for a network that predicts no score (as Karras et al. 2022 do).
+        sde: the process.
+        times: ``[K + 1]``, decreasing in [0, t_max].
+        prediction: what the network predicts, one of `PREDICTIONS`.
+        euler_final: whether the last interval is a lone Euler row. By default only where the velocity of such a network
+            is not finite at the last time: mostly at t = 0, where sigma is 0 (as Karras et al. do).
+
+    Raises:
+        TypeError, ValueError: naming the argument; also where the velocity is needed and not finite.
     """
     times = continuous_times(sde, times, prediction)
     if euler_final is None:
-        euler_final = bool(times[-1] == 0) and prediction != "score"
-    rows: list[list[float]] = []
-    intervals = len(times) - 1
-    for k in range(intervals):
-        here, there = times[k : k + 1], times[k + 1 : k + 2]
-        half = (here - there) / 2
-        # The slope in backward time is slope_x x + slope_f f.
-        r, s = score_form(sde, here, prediction)
-        slope_x, slope_f = sde.beta(here) / 2 * (1 + r), sde.beta(here) / 2 * s
-        euler = (here, 1 + 2 * half * slope_x, 2 * half * slope_f, 0.0, 1 + half * slope_x, half * slope_f)
-        rows.append([float(value) for value in euler])
-        if euler_final and k == intervals - 1:
-            break
-        r, s = score_form(sde, there, prediction)
-        slope_x, slope_f = sde.beta(there) / 2 * (1 + r), sde.beta(there) / 2 * s
-        rows.append([float(value) for value in (there, half * slope_x, half * slope_f, 1.0, 0.0, 0.0)])
-    time, a, b, c, p, q = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
-    return table(time, a=a, b=b, c=c, data=(p, q))
+        euler_final = not corrects_at(sde, float(times[-1]), prediction)
+    r, s = velocity_form(sde, times[: len(times) - euler_final], prediction)
+    if not (exists := torch.isfinite(r) & torch.isfinite(s)).all():
+        t = float(times[: len(exists)][~exists][0])
+        which = "sigma" if t == 0 else "alpha"
+        raise ValueError(f"a network that predicts {prediction} has no velocity at t = {t:g}, where {which} is 0")
+    half = -times.diff() / 2
+    correct = slice(len(half) - euler_final)
+    one, zero = torch.ones_like(half), torch.zeros_like(half)
+
+    def rows(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack((first, second), dim=1).flatten()[: 2 * len(half) - euler_final]
+
+    def after(slope: Tensor) -> Tensor:
+        return torch.cat((-half[correct] * slope[1:], zero))[: len(half)]
+
+    # The slope in backward time is -r x - s f.
+    first_r, first_s = (-half * slope[: len(half)] for slope in (r, s))
+    return table(
+        rows(times[:-1], times[1:]),
+        a=rows(1 + 2 * first_r, after(r)),
+        b=rows(2 * first_s, after(s)),
+        c=rows(zero, one),
+        data=(rows(1 + first_r, zero), rows(first_s, zero)),
+    )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sde import VPSDE
-from ..validation import check_bool, check_instance, check_int, check_number
+from ..sde import Process, check_process
+from ..validation import check_bool, check_int, check_number
+from ..vocabulary import SOLVERS
 from .forms import check_prediction, data_form
 from .registry import REGISTRY, Solver
 from .table import StepTable
@@ -22,8 +23,6 @@ __all__ = ["SOLVERS", "build", "find"]
 
 for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each registers its builders
     importlib.import_module(f"{__package__}.{_module.name}")
-
-SOLVERS = tuple(REGISTRY)
 
 
 def find(solver: str) -> Solver:
@@ -39,7 +38,7 @@ def find(solver: str) -> Solver:
 
 def build(
     solver: str,
-    sde: VPSDE,
+    sde: Process,
     steps: int,
     *,
     t_start: float | None = None,
@@ -66,7 +65,7 @@ def build(
             or an option that the solver does not have.
     """
     entry = find(solver)
-    check_instance("sde", sde, VPSDE)
+    check_process("sde", sde)
     check_int("steps", steps, 1)
     check_bool("denoise", denoise)
     check_prediction(prediction)
@@ -74,18 +73,17 @@ def build(
     check_number("t_start", last, f"in (0, {sde.t_max:g}]", lambda t: 0 < t <= sde.t_max)
     check_number("t_end", t_end, f"in [0, {last:g})", lambda t: 0 <= t < last)
     options = _options(entry, {"clip": clip, "eta": eta}, solver_options)
-    if entry.rows == 1:
-        intervals = steps
-    else:  # of two rows; one that is left over is a lone first row
-        intervals = (steps + 1) // 2 if not denoise else steps // 2 + 1
-        lone = steps % 2 == 1 or denoise
-        at_zero = t_end == 0 and (prediction != "score" or entry.needs_sigma)
-        if at_zero and not lone:
+    intervals = steps
+    if entry.corrects_at is not None:  # two rows an interval; one that is left over is a step without its correction
+        intervals = steps // 2 + 1 if denoise else (steps + 1) // 2
+        is_lone = denoise or steps % 2 == 1
+        if not is_lone and not entry.corrects_at(sde, t_end, prediction):
             raise ValueError(
-                f"{solver} down to t = 0 with prediction={prediction!r} takes an odd number of steps, since its last "
-                f"row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end above 0"
+                f"{solver} down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since its "
+                f"last row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end above "
+                f"{t_end:g}"
             )
-        options.setdefault("euler_final", lone)
+        options.setdefault("euler_final", is_lone)
     times = spaced(spacing, sde, intervals, last, t_end, rho)
     if entry.is_on_schedule:
         table = entry.builder(sde.alpha(times), sde.sigma(times), times[:-1], prediction, **options)
@@ -116,7 +114,7 @@ def _options(entry: Solver, named: Mapping[str, Any], given: Mapping[str, Any] |
     return options
 
 
-def _denoised(table: StepTable, sde: VPSDE, prediction: str, row: int) -> StepTable:
+def _denoised(table: StepTable, sde: Process, prediction: str, row: int) -> StepTable:
     """The table up to a row that gives the data prediction from what the network is called with there."""
     time = table.time[row : row + 1]
     p, q = data_form(sde.alpha(time), sde.sigma(time), prediction)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from ..sde import Process
 from .table import StepTable
 
 __all__ = ["REGISTRY", "Solver", "Variant", "solver"]
@@ -40,15 +41,13 @@ class Solver:
     """A builder of `StepTable` by its name.
 
     Args:
-        rows: how many rows an interval has.
-        needs_sigma: whether no row exists at sigma = 0, whatever the network predicts. A second row of the last interval
-            is then left out.
+        corrects_at: of a solver with two rows an interval, a step and its correction at the new time: whether the
+            correction exists for a process, a time and a prediction. Without it, an interval is one row.
     """
 
     builder: Callable[..., StepTable]
     variants: tuple[Variant, ...]
-    rows: int = 1
-    needs_sigma: bool = False
+    corrects_at: Callable[[Process, float, str], bool] | None = None
 
     @property
     def name(self) -> str:
@@ -68,11 +67,13 @@ class Solver:
 REGISTRY: dict[str, Solver] = {}
 
 
-def solver(*variants: Variant, rows: int = 1, needs_sigma: bool = False) -> Callable[[Builder], Builder]:
+def solver(
+    *variants: Variant, corrects_at: Callable[[Process, float, str], bool] | None = None
+) -> Callable[[Builder], Builder]:
     """A decorator that registers a builder under its own name; the first variant is the one of no options."""
 
     def register(builder: Builder) -> Builder:
-        REGISTRY[builder.__name__] = Solver(builder, variants, rows, needs_sigma)
+        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at)
         return builder
 
     return register

@@ -8,18 +8,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..sde import VPSDE
+from ..sde import Process
 from ..validation import check_number
 from ..vocabulary import SPACINGS
 from .forms import float64
 
 __all__ = ["spaced", "time_of"]
 
-_MIN, _MAX = 0.002, 80.0  # EDM's range of sigma / alpha
+_MAX = 80.0  # EDM's sigma_max
 _DISCRETE = 1000  # steps of the discrete schedule
 
 
-def spaced(spacing: str, sde: VPSDE, intervals: int, t_start: float, t_end: float, rho: float | None = None) -> Tensor:
+def spaced(spacing: str, sde: Process, intervals: int, t_start: float, t_end: float, rho: float | None = None) -> Tensor:
     """Times ``[intervals + 1]`` of a process, from ``t_start`` down to ``t_end``.
 
     Args:
@@ -27,8 +27,8 @@ def spaced(spacing: str, sde: VPSDE, intervals: int, t_start: float, t_end: floa
             (sigma / alpha)^(1 / rho) (EDM, arXiv:2206.00364, eq. 5); "log_snr", uniform in log(alpha / sigma)
             (DPM-Solver, arXiv:2206.00927); or "trailing" and "leading", times that a discrete schedule of 1000 steps has
             (Lin et al. 2024, arXiv:2305.08891, table 2), where "leading" starts below ``t_start``. Where sigma is 0 at
-            t_end, the last interval of "karras" and "log_snr" starts at sigma / alpha = 0.002; where alpha is 0 at
-            t_start, their first ends at 80. That is EDM's range.
+            t_end, the last interval of "karras" and "log_snr" starts at the process's t_min; where alpha is 0 at
+            t_start, their first ends at sigma / alpha = 80, EDM's largest.
         rho: of "karras", by default 7.
 
     Raises:
@@ -62,7 +62,7 @@ def _between(
 
 
 def _in_noise(
-    sde: VPSDE,
+    sde: Process,
     t_start: float,
     t_end: float,
     intervals: int,
@@ -77,7 +77,7 @@ def _in_noise(
     if inner < 1:
         return spaced("uniform", sde, intervals, t_start, t_end)
     high = max(_MAX, 2 * last) if from_noise else first
-    low = min(_MIN, high / 2) if to_data else last
+    low = min(float(sde.sigma(sde.t_min) / sde.alpha(sde.t_min)), high / 2) if to_data else last
     times = time_of(sde, _between(high, low, inner, map, inverse))
     if not from_noise:
         times[0] = t_start
@@ -99,7 +99,7 @@ def _integers(spacing: str, intervals: int, start: float, end: float) -> Tensor:
     return torch.cat((steps / _DISCRETE, torch.tensor([end], dtype=torch.float64, device="cpu")))
 
 
-def time_of(sde: VPSDE, levels: Tensor) -> Tensor:
+def time_of(sde: Process, levels: Tensor) -> Tensor:
     """The times at which sigma / alpha, which grows with t, has the values ``levels``; by bisection, in float64.
 
     Raises:

@@ -1,0 +1,74 @@
+"""Processes: how data become noise. A process a file, named as the file; see `Process` for what all of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+from ..validation import check_instance
+from ..vocabulary import PROCESSES as _NAMES
+from .cosine_vp import CosineVPSDE
+from .edm import EDM
+from .process import Process, check_process, match_dims
+from .rectified_flow import RectifiedFlow
+from .sub_vp import SubVPSDE
+from .ve import VESDE
+from .vp import VPSDE
+
+__all__ = [
+    "EDM",
+    "PROCESSES",
+    "VESDE",
+    "VPSDE",
+    "CosineVPSDE",
+    "Process",
+    "RectifiedFlow",
+    "SubVPSDE",
+    "check_process",
+    "from_dict",
+    "match_dims",
+    "to_dict",
+]
+
+
+def _process_in(file: str) -> type[Process]:
+    """The process that a file of this folder defines."""
+    module = import_module(f".{file}", __name__)
+    (kind,) = (each for each in vars(module).values() if isinstance(each, type) and vars(each).get("name") == file)
+    assert issubclass(kind, Process)
+    return kind
+
+
+PROCESSES: dict[str, type[Process]] = {name: _process_in(name) for name in _NAMES}
+
+
+def to_dict(sde: Process) -> dict[str, Any]:
+    """The name of a process and its fields, as JSON takes them.
+
+    Raises:
+        TypeError: for what is not a process, or not one of this package.
+    """
+    check_process("sde", sde)
+    if type(sde) not in PROCESSES.values():
+        raise TypeError(
+            f"sde must be one of {', '.join(kind.__name__ for kind in PROCESSES.values())} to be saved, got "
+            f"{type(sde).__name__}: a checkpoint holds the name of its process"
+        )
+    return asdict(sde)  # type: ignore[call-overload,no-any-return]
+
+
+def from_dict(values: Mapping[str, Any]) -> Process:
+    """The inverse of `to_dict`. Without a name it is the VP-SDE, the only process of early checkpoints.
+
+    Raises:
+        TypeError: for what is not a dict, or for fields that the process does not have.
+        ValueError: for an unknown name, or a field out of its range.
+    """
+    check_instance("sde", values, dict)
+    fields = dict(values)
+    name = fields.pop("name", "vp")
+    if name not in PROCESSES:
+        raise ValueError(f"sde must have the name of a process, one of {', '.join(PROCESSES)}, got {name!r}")
+    return PROCESSES[name](**fields)
