@@ -24,7 +24,7 @@ def _corrects_at(sde: Process, t: float, prediction: str) -> bool:
     return bool(sde.sigma(t) > 0)
 
 
-@solver(Variant(2), Variant(2, noise=True, options={"s_churn": 8.0}), corrects_at=_corrects_at)
+@solver(Variant(2), Variant(2, noise=True, options={"s_churn": 8.0}), corrects_at=_corrects_at, needs_alpha=True)
 def edm_stochastic(
     sde: Process,
     times: Tensor | Sequence[float],
@@ -59,7 +59,10 @@ def edm_stochastic(
     check_number("s_noise", s_noise, "at least 0 and finite", lambda s: 0 <= s < math.inf)
     rho = sde.sigma(times) / sde.alpha(times)
     if not torch.isfinite(rho).all():
-        raise ValueError(f"times must start where alpha is above 0, got {times[0].item():g}")
+        raise ValueError(
+            f"edm_stochastic has no step from t = {times[0].item():g}, where alpha is 0: pick another solver, or times "
+            f"that start below"
+        )
     if euler_final is None:
         euler_final = bool(rho[-1] == 0)
     gamma = min(s_churn / (len(times) - 1), _GAMMA_MAX)

@@ -15,7 +15,7 @@ from .table import StepTable
 __all__ = ["euler_maruyama", "exponential_euler_maruyama"]
 
 
-@solver(Variant(1, noise=True))
+@solver(Variant(1, noise=True), needs_alpha=True)
 def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Euler-Maruyama on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6), noise on every row.
 
@@ -37,7 +37,7 @@ def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: st
     return _held_score(sde, time, prediction, 1 - sde.drift_coefficient(time) * step, rate * step, (rate * step).sqrt())
 
 
-@solver(Variant(1, noise=True))
+@solver(Variant(1, noise=True), needs_alpha=True)
 def exponential_euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Exponential Euler-Maruyama: the linear part and the noise of the reverse SDE exact, the score held over a step.
 

@@ -43,11 +43,13 @@ class Solver:
     Args:
         corrects_at: of a solver with two rows an interval, a step and its correction at the new time: whether the
             correction exists for a process, a time and a prediction. Without it, an interval is one row.
+        needs_alpha: whether no step starts where alpha is 0, whatever the network predicts.
     """
 
     builder: Callable[..., StepTable]
     variants: tuple[Variant, ...]
     corrects_at: Callable[[Process, float, str], bool] | None = None
+    needs_alpha: bool = False
 
     @property
     def name(self) -> str:
@@ -68,12 +70,14 @@ REGISTRY: dict[str, Solver] = {}
 
 
 def solver(
-    *variants: Variant, corrects_at: Callable[[Process, float, str], bool] | None = None
+    *variants: Variant,
+    corrects_at: Callable[[Process, float, str], bool] | None = None,
+    needs_alpha: bool = False,
 ) -> Callable[[Builder], Builder]:
     """A decorator that registers a builder under its own name; the first variant is the one of no options."""
 
     def register(builder: Builder) -> Builder:
-        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at)
+        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at, needs_alpha)
         return builder
 
     return register
