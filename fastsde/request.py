@@ -20,10 +20,12 @@ from .solvers import StepTable
 from .validation import check_device, check_int, check_keys, check_shape
 
 __all__ = [
+    "TABLE_DEFAULTS",
     "CallOptions",
     "ModelLike",
     "SampleOptions",
     "Subject",
+    "TableOptions",
     "make_device",
     "make_keys",
     "make_table",
@@ -32,7 +34,17 @@ __all__ = [
 
 ModelLike = Model | Checkpoint | str | Path
 
-_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": None, "clip": None}
+TABLE_DEFAULTS = {
+    "t_start": None,
+    "t_end": 0.0,
+    "spacing": "uniform",
+    "rho": None,
+    "prediction": None,
+    "clip": None,
+    "eta": None,
+    "solver_options": None,
+    "denoise": False,
+}
 
 
 class CallOptions(TypedDict, total=False):
@@ -49,15 +61,26 @@ class CallOptions(TypedDict, total=False):
     progress: bool
 
 
-class SampleOptions(CallOptions, total=False):
+class TableOptions(TypedDict, total=False):
+    """What a table is built by, beside process, solver, steps and prediction."""
+
+    t_start: float | None
+    t_end: float
+    spacing: str
+    rho: float | None
+    clip: float | None
+    eta: float | None
+    solver_options: Mapping[str, Any] | None
+    denoise: bool
+
+
+class SampleOptions(CallOptions, TableOptions, total=False):
     """The same for `sample`."""
 
     sde: Process | None
     solver: str | StepTable
     steps: int
-    t_end: float
     prediction: str | None
-    clip: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
     guidance: float | None
@@ -127,7 +150,7 @@ def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any
         return solvers.build(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
         raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
-    for name, default in _TABLE_DEFAULTS.items():
+    for name, default in TABLE_DEFAULTS.items():
         if options[name] != default:
             raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
     if check_int("steps", steps, 1) not in (999, len(solver)):

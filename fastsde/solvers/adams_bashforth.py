@@ -15,7 +15,9 @@ from .table import StepTable
 __all__ = ["adams_bashforth"]
 
 
-@solver(Variant(4), Variant(3, options={"order": 3}), Variant(2, options={"order": 2}), Variant(1, options={"order": 1}))
+@solver(
+    Variant(4), Variant(3, options={"order": 3}), Variant(2, options={"order": 2}), Variant(1, options={"order": 1})
+)
 def adams_bashforth(
     alpha: Tensor | Sequence[float],
     sigma: Tensor | Sequence[float],

@@ -22,7 +22,9 @@ def ddpm(
     prediction: str = "eps",
     clip: float | None = None,
 ) -> StepTable:
-    """Ancestral sampling from the posterior q(x_prev | x_t, x_0) with the small variance (Ho et al. 2020, arXiv:2006.11239, eq. 7).
+    """Ancestral sampling from the posterior q(x_prev | x_t, x_0) with the small variance.
+
+    (DDPM; Ho et al. 2020, arXiv:2006.11239, eq. 7.)
 
     Args:
         alpha, sigma: ``[K + 1]``, the factor of x_0 and the standard deviation of the noise, before each row and after

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from ..validation import check_bool, check_int
@@ -46,5 +45,5 @@ def deis(
     return eps_multistep(alpha, sigma, time, prediction, orders, _integrals, clip)
 
 
-def _integrals(rho: list[float], start: float, end: float) -> list[float]:
-    return lagrange_integrals([math.log(node) for node in rho], math.log(start), math.log(end), np.exp)
+def _integrals(rho: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    return lagrange_integrals(rho.log(), start.log(), end.log(), torch.exp)

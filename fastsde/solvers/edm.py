@@ -55,7 +55,10 @@ def edm_stochastic(
     """
     times = continuous_times(sde, times, prediction)
     check_number("s_churn", s_churn, "at least 0 and finite", lambda s: 0 <= s < math.inf)
-    check_number("s_min", s_min, "at least 0", lambda s: s >= 0), check_number("s_max", s_max, "at least 0", lambda s: s >= 0)
+    (
+        check_number("s_min", s_min, "at least 0", lambda s: s >= 0),
+        check_number("s_max", s_max, "at least 0", lambda s: s >= 0),
+    )
     check_number("s_noise", s_noise, "at least 0 and finite", lambda s: 0 <= s < math.inf)
     rho = sde.sigma(times) / sde.alpha(times)
     if not torch.isfinite(rho).all():
@@ -73,40 +76,42 @@ def edm_stochastic(
     here, added = times[:-1].clone(), churned > starts
     here[added] = time_of(sde, churned[added]) if added.any() else here[added]
     noise = s_noise * sde.alpha(here) * (churned**2 - starts**2).sqrt()
-    rows = _rows(sde, times, here, noise, prediction, euler_final)
-    time, n, keep, other, save, b, saved_b, d = torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1)
-    zero = torch.zeros_like(time)
-    A = torch.stack((keep, other, save, zero), dim=1).reshape(-1, 2, 2)
-    pairs = {"n": (n, zero), "b": (b, saved_b), "d": (d, zero)}
-    return StepTable(time, A=A, **{name: torch.stack(pair, dim=1) for name, pair in pairs.items()})
+    return _heun(sde, times, here, noise, prediction, euler_final)
 
 
-def _rows(
-    sde: Process, times: Tensor, here: Tensor, noise: Tensor, prediction: str, euler_final: bool
-) -> list[tuple[float, ...]]:
-    """The rows: time, n of slot 0, A by rows less the last, b of both slots, d.
+def _heun(sde: Process, times: Tensor, here: Tensor, noise: Tensor, prediction: str, euler_final: bool) -> StepTable:
+    """The table, from the times that intervals start at with their noise, and how much that is.
 
-    In a first row x' = ratio x + step eps and H' = ratio x + step / 2 eps; in a second, x' = H + step / 2 eps.
+    In a first row x' = ratio x + step eps and H' = ratio x + step / 2 eps; in a second x' = H + step / 2 eps, scaled to
+    the start of the next interval, and its noise.
     """
-    rows = []
-    prior = (sde.prior_std / float(sde.alpha(times[0]))) ** 2 + (float(noise[0]) / float(sde.alpha(here[0]))) ** 2
-    first = float(sde.alpha(here[0])) * math.sqrt(prior) / sde.prior_std  # what scales the draw from the prior
-    intervals = len(times) - 1
-    for k in range(intervals):
-        start, end = here[k], times[k + 1]
-        n = first if k == 0 else 1.0
-        alpha = float(sde.alpha(end))
-        ratio = alpha / float(sde.alpha(start))
-        step = alpha * float(sde.sigma(end) / sde.alpha(end) - sde.sigma(start) / sde.alpha(start))
-        is_last = k == intervals - 1
-        lead = 1.0 if is_last else float(sde.alpha(here[k + 1])) / alpha  # to the scale of the next interval's start
-        add = 0.0 if is_last else float(noise[k + 1])
-        r, s = (float(each) for each in eps_form(sde.alpha(start), sde.sigma(start), prediction))
-        if is_last and euler_final:
-            rows.append((float(start), n, n * (ratio + step * r), 0.0, 0.0, step * s, 0.0, 0.0))
-            break
-        half = n * (ratio + step / 2 * r)
-        rows.append((float(start), n, n * (ratio + step * r), 0.0, half, step * s, step / 2 * s, 0.0))
-        r, s = (float(each) for each in eps_form(sde.alpha(end), sde.sigma(end), prediction))
-        rows.append((float(end), 1.0, lead * step / 2 * r, lead, 0.0, lead * step / 2 * s, 0.0, add))
-    return rows
+    end, alpha, after = times[1:], sde.alpha(here), sde.alpha(times[1:])
+    step = after * (sde.sigma(end) / after - sde.sigma(here) / alpha)
+    last = torch.ones_like(alpha[:1])
+    lead, add = torch.cat((alpha[1:] / after[:-1], last)), torch.cat((noise[1:], 0 * last))
+    r, s = eps_form(alpha, sde.sigma(here), prediction)
+    corrected = slice(len(step) - euler_final)  # where sigma is above 0
+    r_end, s_end = torch.zeros_like(r), torch.zeros_like(s)
+    r_end[corrected], s_end[corrected] = eps_form(after[corrected], sde.sigma(end[corrected]), prediction)
+
+    prior = (sde.prior_std / sde.alpha(times[0])) ** 2 + (noise[0] / alpha[0]) ** 2
+    n = torch.ones_like(step)
+    n[0] = alpha[0] * prior.sqrt() / sde.prior_std  # scales the draw from the prior
+    zero, one = torch.zeros_like(step), torch.ones_like(step)
+    ratio = after / alpha
+
+    def rows(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack((first, second), dim=1).flatten(0, 1)[: 2 * len(step) - euler_final]
+
+    def pair(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack((first, second), dim=1)
+
+    euler = pair(pair(n * (ratio + step * r), zero), pair(n * (ratio + step / 2 * r), zero))
+    correction = pair(pair(lead * step / 2 * r_end, lead), pair(zero, zero))
+    return StepTable(
+        rows(here, end),
+        n=rows(pair(n, zero), pair(one, zero)),
+        A=rows(euler, correction),
+        b=rows(pair(step * s, step / 2 * s), pair(lead * step / 2 * s_end, zero)),
+        d=rows(pair(zero, zero), pair(add, zero)),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from .forms import data_form, eps_form, table
 from .table import StepTable
 
-__all__ = ["eps_multistep", "lagrange_integrals", "multistep", "row_orders"]
+__all__ = ["by_order", "eps_multistep", "lagrange_integrals", "multistep", "row_orders"]
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+_NODES, _WEIGHTS = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(64))
+Weight = Callable[[Tensor], Tensor]
 
 
 def row_orders(alpha: Tensor, order: int, lower_order_final: bool = False) -> list[int]:
@@ -24,6 +25,12 @@ def row_orders(alpha: Tensor, order: int, lower_order_final: bool = False) -> li
     rows, missing = len(alpha) - 1, int(alpha[0] == 0)
     orders = [1, *(min(order, k + 1 - missing) for k in range(1, rows))]
     return [min(each, rows - k) for k, each in enumerate(orders)] if lower_order_final else orders
+
+
+def by_order(orders: list[int]) -> Iterator[tuple[Tensor, int]]:
+    """The rows of each order."""
+    for order in sorted(set(orders)):
+        yield torch.tensor([k for k, each in enumerate(orders) if each == order], device="cpu"), order
 
 
 def multistep(
@@ -66,17 +73,23 @@ def _widened(column: Tensor, more: int) -> Tensor:
     return torch.nn.functional.pad(column, (0, more))
 
 
-def lagrange_integrals(
-    nodes: list[float], start: float, end: float, weight: Callable[[np.ndarray], np.ndarray] = np.ones_like
-) -> list[float]:
-    """The integrals from start to end of ``weight`` times the Lagrange polynomial of each node, by Gauss's rule."""
-    points = (start + end) / 2 + (end - start) / 2 * _NODES
-    measure = _WEIGHTS * weight(points) * (end - start) / 2
+def lagrange_integrals(nodes: Tensor, start: Tensor, end: Tensor, weight: Weight = torch.ones_like) -> Tensor:
+    """The integrals ``[R, p]`` of ``weight`` times each Lagrange polynomial of R sets of p nodes, by Gauss's rule.
+
+    Args:
+        nodes: ``[R, p]``.
+        start, end: ``[R]``.
+    """
+    half = ((end - start) / 2)[:, None]
+    points = (start + end)[:, None] / 2 + half * _NODES  # [R, 64]
+    measure = half * _WEIGHTS * weight(points)
     integrals = []
-    for j, node in enumerate(nodes):
-        others = [(points - other) / (node - other) for i, other in enumerate(nodes) if i != j]
-        integrals.append(float(measure @ np.prod(others, axis=0)) if others else float(measure.sum()))
-    return integrals
+    for j in range(nodes.shape[1]):
+        product = measure
+        for i in set(range(nodes.shape[1])) - {j}:
+            product = product * ((points - nodes[:, i, None]) / (nodes[:, j] - nodes[:, i])[:, None])
+        integrals.append(product.sum(dim=1))
+    return torch.stack(integrals, dim=1)
 
 
 def eps_multistep(
@@ -85,7 +98,7 @@ def eps_multistep(
     time: Tensor,
     prediction: str,
     orders: list[int],
-    integrals: Callable[[list[float], float, float], list[float]],
+    integrals: Callable[[Tensor, Tensor, Tensor], Tensor],
     clip: float | None,
 ) -> StepTable:
     """A multistep solver of d(x / alpha) = eps d(rho), rho = sigma / alpha, the ODE of probability flow.
@@ -94,14 +107,15 @@ def eps_multistep(
 
     Args:
         orders: of the rows, `row_orders`.
-        integrals: ``(rho of the nodes, newest first, rho, rho')`` -> the integrals of their polynomials over rho.
+        integrals: ``(rho of the nodes, newest first, rho, rho')`` -> the integrals of their polynomials over rho, as
+            `lagrange_integrals` are.
     """
-    rho = (sigma / alpha).tolist()
-    history = torch.zeros(len(time), max(1, *orders) - 1 or 1, dtype=torch.float64, device="cpu")
-    for k, order in enumerate(orders):
+    rho = sigma / alpha
+    history = torch.zeros(len(time), max(1, max(orders) - 1), dtype=torch.float64, device="cpu")
+    for rows, order in by_order(orders):
         if order > 1:
-            found = integrals(rho[k - order + 1 : k + 1][::-1], rho[k], rho[k + 1])
-            history[k, : order - 1] = alpha[k + 1] * torch.tensor(found[1:], dtype=torch.float64, device="cpu")
+            found = integrals(rho[rows[:, None] - torch.arange(order, device="cpu")], rho[rows], rho[rows + 1])
+            history[rows, : order - 1] = alpha[rows + 1, None] * found[:, 1:]
     r, s = eps_form(alpha[:-1], sigma[:-1], prediction)
     direction = sigma[1:] - history.sum(dim=1)
     data = data_form(alpha[:-1], sigma[:-1], prediction)

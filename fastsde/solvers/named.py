@@ -58,7 +58,7 @@ def build(
         spacing, rho: where the times lie between the two (`fastsde.solvers.times.spaced`).
         clip, eta: options of the builder, where it has them.
         solver_options: any options of the builder, by their names.
-        denoise: the last row gives the data prediction, instead of a step to ``t_end``. The other rows stay as they are.
+        denoise: the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
 
     Raises:
         ValueError: for an unknown solver, prediction, spacing or option, steps below 1, times out of range or order,
@@ -79,9 +79,9 @@ def build(
         is_lone = denoise or steps % 2 == 1
         if not is_lone and not entry.corrects_at(sde, t_end, prediction):
             raise ValueError(
-                f"{solver} down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since its "
-                f"last row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end above "
-                f"{t_end:g}"
+                f"{solver} down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since "
+                f"its last row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end "
+                f"above {t_end:g}"
             )
         options.setdefault("euler_final", is_lone)
     times = spaced(spacing, sde, intervals, last, t_end, rho)

@@ -19,13 +19,15 @@ _MAX = 80.0  # EDM's sigma_max
 _DISCRETE = 1000  # steps of the discrete schedule
 
 
-def spaced(spacing: str, sde: Process, intervals: int, t_start: float, t_end: float, rho: float | None = None) -> Tensor:
+def spaced(
+    spacing: str, sde: Process, intervals: int, t_start: float, t_end: float, rho: float | None = None
+) -> Tensor:
     """Times ``[intervals + 1]`` of a process, from ``t_start`` down to ``t_end``.
 
     Args:
         spacing: "uniform" in t; "quadratic", uniform in sqrt(t) (DDIM, arXiv:2010.02502); "karras", uniform in
             (sigma / alpha)^(1 / rho) (EDM, arXiv:2206.00364, eq. 5); "log_snr", uniform in log(alpha / sigma)
-            (DPM-Solver, arXiv:2206.00927); or "trailing" and "leading", times that a discrete schedule of 1000 steps has
+            (DPM-Solver, arXiv:2206.00927); or "trailing" and "leading", times of a discrete schedule of 1000 steps
             (Lin et al. 2024, arXiv:2305.08891, table 2), where "leading" starts below ``t_start``. Where sigma is 0 at
             t_end, the last interval of "karras" and "log_snr" starts at the process's t_min; where alpha is 0 at
             t_start, their first ends at sigma / alpha = 80, EDM's largest.
@@ -111,7 +113,7 @@ def time_of(sde: Process, levels: Tensor) -> Tensor:
     high[beyond] *= 2  # a time at which the network was not trained, which churn may ask for
     if not (sde.sigma(high) >= levels * sde.alpha(high)).all():
         raise ValueError(f"{sde} does not reach sigma / alpha = {levels.max().item():g}")
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
         below = sde.sigma(middle) < levels * sde.alpha(middle)
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)

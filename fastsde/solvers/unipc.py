@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..validation import check_bool, check_int
 from .forms import data_form, schedule
-from .multistep import lagrange_integrals, row_orders
+from .multistep import by_order, lagrange_integrals, row_orders
 from .registry import Variant, solver
 from .table import StepTable
 
@@ -34,8 +32,8 @@ def unipc(
     """UniPC (Zhao et al. 2023, arXiv:2302.04867) of the predicted x_0, whose corrector UniC costs no network call.
 
     Row k evaluates the network at the predicted point x_k, uses this D_k to correct that point, and predicts x_(k+1)
-    from the corrected one. Since the corrected point is y_k + rho_k D_k, where y_k is known a row earlier, the slots are
-    x_k, y_k and the last order - 1 values of D: order + 1 in all.
+    from the corrected one. The corrected point is y_k + rho_k D_k, where y_k is known a row earlier, so that the slots
+    are x_k, y_k and the last order - 1 values of D: order + 1 in all.
 
     Args:
         alpha, sigma, time, prediction, clip: as for `ddpm`.
@@ -51,62 +49,56 @@ def unipc(
     orders = row_orders(alpha, order, lower_order_final)
     if sigma[-1] == 0:
         orders[-1] = 1
-    rows, slots = len(time), order + 1
-    A, e = (torch.zeros(rows, slots, *more, dtype=torch.float64, device="cpu") for more in ((slots,), ()))
+    predictor, corrector, last = _weights(torch.log(alpha / sigma), orders, order, variant)
+    after, scale = alpha[1:], sigma[1:] / sigma[:-1]
+    whole = -torch.expm1(-torch.log(alpha / sigma).diff()) * after
+    rho = torch.nn.functional.pad((after * last)[:-1], (1, 0))  # of the corrector that comes after each prediction
+
+    slots = order + 1
+    A, e = (torch.zeros(len(time), slots, *more, dtype=torch.float64, device="cpu") for more in ((slots,), ()))
+    A[:, :2, 1] = scale[:, None]  # of the corrected x_k = y_k + rho_k D_k
+    A[0, :2, :2] = A[0, :2, :2].flip(-1)  # x_0 has no corrector
+    A[:, 0, 2:], A[:, 1, 2:] = after[:, None] * predictor, after[:, None] * corrector
     A[:, range(3, slots), range(2, slots - 1)] = 1  # the history of D moves on
+    e[:, 0] = scale * rho + whole - after * predictor.sum(dim=1)
+    e[:, 1] = scale * rho + whole - after * (corrector.sum(dim=1) + last)
     e[:, 2:3] = 1
-    levels, rho = torch.log(alpha / sigma).tolist(), 0.0
-    for k, each in enumerate(orders):
-        h = levels[k + 1] - levels[k]
-        ratios = [(levels[k - j] - levels[k]) / h for j in range(1, each)]
-        first, scale = -float(alpha[k + 1]) * math.expm1(-h), float(sigma[k + 1] / sigma[k])
-        predictor = _predictor(h, ratios, variant) * float(alpha[k + 1])
-        _fill(A, e, k, 0, scale, rho, first - predictor.sum(), predictor)
-        if math.isinf(h):  # from pure noise, which tells the corrector nothing, or to clean data, where all is done
-            _fill(A, e, k, 1, scale, rho, first, predictor)
-            rho = 0.0
-            continue
-        *corrector, after = _corrector(h, ratios, variant) * float(alpha[k + 1])
-        _fill(A, e, k, 1, scale, rho, first - sum(corrector) - after, corrector)
-        rho = after
     p, q = data_form(alpha[:-1], sigma[:-1], prediction)
     return StepTable(time, A=A, p=torch.nn.functional.pad(p[:, None], (0, order)), q=q, e=e, clip=clip)
 
 
-def _fill(A: Tensor, e: Tensor, k: int, slot: int, scale: float, rho: float, now: float, before: Sequence[float]) -> None:
-    """slot' = scale (corrected x_k) + now D_k + sum of before D_(k-1), ...; the corrected x_k is y_k + rho D_k."""
-    A[k, slot, 1 if k else 0] = scale  # x_0 has no corrector
-    A[k, slot, 2 : 2 + len(before)] = torch.tensor([float(each) for each in before], dtype=torch.float64, device="cpu")
-    e[k, slot] = scale * rho + now
+def _weights(level: Tensor, orders: list[int], order: int, variant: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights over alpha of D_(k-1), .. as differences from D_k: of the predictor and the corrector ``[K, order - 1]``
+    each, and of D_(k+1) in the corrector ``[K]``.
+    """
+    h = level.diff()
+    predictor, corrector = (torch.zeros(len(h), order - 1, dtype=torch.float64, device="cpu") for _ in range(2))
+    last = torch.zeros_like(h)
+    for rows, each in by_order(orders):
+        # From pure noise, which tells the corrector nothing, or to clean data, where all is done, h is infinite.
+        rows = rows[torch.isfinite(h[rows])]
+        step = h[rows, None]
+        ratios = (level[rows[:, None] - torch.arange(1, each, device="cpu")] - level[rows, None]) / step
+        minus_b = step if variant == "bh1" else -torch.expm1(-step)
+        # The paper's choices for a predictor of order 2 and a corrector of order 1 are the only ones that know B(h).
+        predictor[rows, : each - 1] = minus_b / 2 / ratios if each == 2 else _solved(step, ratios)
+        with_next = torch.nn.functional.pad(ratios, (0, 1), value=1.0)
+        found = minus_b / 2 if each == 1 else _solved(step, with_next)
+        corrector[rows, : each - 1], last[rows] = found[:, :-1], found[:, -1]
+    return predictor, corrector, last
 
 
-def _predictor(h: float, ratios: list[float], variant: str) -> np.ndarray:
-    """The weights of D_(k-1), ... in the prediction, each as a difference from D_k, over alpha."""
-    if not ratios:
-        return np.zeros(0)
-    if len(ratios) == 1:  # the paper's choice for order 2
-        return _scale(h, variant) * 0.5 / np.array(ratios)
-    return _moments(h, ratios) / np.array(ratios)
+def _solved(h: Tensor, ratios: Tensor) -> Tensor:
+    """w ``[R, p]`` with sum_j w_j r_j^i = the integral of h e^(-h (1 - u)) u^i over [0, 1], for i from 1 to p."""
+    powers = range(1, ratios.shape[1] + 1)
+    moments = [_moment(h, power) for power in powers]
+    if not moments:
+        return ratios
+    matrix = torch.stack([ratios**power for power in powers], dim=1)
+    return torch.linalg.solve(matrix, torch.stack(moments, dim=1))
 
 
-def _corrector(h: float, ratios: list[float], variant: str) -> np.ndarray:
-    """The same of the correction, with D_(k+1) as the last."""
-    if not ratios:  # the paper's choice for order 1
-        return np.array([_scale(h, variant) * 0.5])
-    return _moments(h, [*ratios, 1.0]) / np.array([*ratios, 1.0])
-
-
-def _scale(h: float, variant: str) -> float:
-    """-B(-h)."""
-    return h if variant == "bh1" else -math.expm1(-h)
-
-
-def _moments(h: float, ratios: list[float]) -> np.ndarray:
-    """The weights rho with sum_j rho_j r_j^(i-1) = i-th moment of the exponential integrator; B(h) cancels out of them."""
-    moments = [_moment(h, i) for i in range(1, len(ratios) + 1)]
-    return np.linalg.solve(np.vander(np.array(ratios), increasing=True).T, np.array(moments))
-
-
-def _moment(h: float, power: int) -> float:
-    """The integral of h e^(-h (1 - u)) u^power over [0, 1]."""
-    return lagrange_integrals([0.0], 0.0, 1.0, lambda u: h * np.exp(-h * (1 - u)) * u**power)[0]
+def _moment(h: Tensor, power: int) -> Tensor:
+    zero = torch.zeros_like(h[:, 0])
+    weighted = lagrange_integrals(zero[:, None], zero, zero + 1, lambda u: h * torch.exp(-h * (1 - u)) * u**power)
+    return weighted[:, 0]
