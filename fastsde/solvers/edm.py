@@ -55,10 +55,8 @@ def edm_stochastic(
     """
     times = continuous_times(sde, times, prediction)
     check_number("s_churn", s_churn, "at least 0 and finite", lambda s: 0 <= s < math.inf)
-    (
-        check_number("s_min", s_min, "at least 0", lambda s: s >= 0),
-        check_number("s_max", s_max, "at least 0", lambda s: s >= 0),
-    )
+    check_number("s_min", s_min, "at least 0", lambda s: s >= 0)
+    check_number("s_max", s_max, "at least 0", lambda s: s >= 0)
     check_number("s_noise", s_noise, "at least 0 and finite", lambda s: 0 <= s < math.inf)
     rho = sde.sigma(times) / sde.alpha(times)
     if not torch.isfinite(rho).all():
@@ -94,9 +92,9 @@ def _heun(sde: Process, times: Tensor, here: Tensor, noise: Tensor, prediction: 
     r_end, s_end = torch.zeros_like(r), torch.zeros_like(s)
     r_end[corrected], s_end[corrected] = eps_form(after[corrected], sde.sigma(end[corrected]), prediction)
 
-    prior = (sde.prior_std / sde.alpha(times[0])) ** 2 + (noise[0] / alpha[0]) ** 2
     n = torch.ones_like(step)
-    n[0] = alpha[0] * prior.sqrt() / sde.prior_std  # scales the draw from the prior
+    if noise[0] > 0:  # which scales the draw from the prior
+        n[0] = alpha[0] * torch.hypot(1 / sde.alpha(times[0]), noise[0] / alpha[0] / sde.prior_std)
     zero, one = torch.zeros_like(step), torch.ones_like(step)
     ratio = after / alpha
 

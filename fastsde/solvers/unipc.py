@@ -95,7 +95,8 @@ def _solved(h: Tensor, ratios: Tensor) -> Tensor:
     if not moments:
         return ratios
     matrix = torch.stack([ratios**power for power in powers], dim=1)
-    return torch.linalg.solve(matrix, torch.stack(moments, dim=1))
+    weights: Tensor = torch.linalg.solve(matrix, torch.stack(moments, dim=1))
+    return weights
 
 
 def _moment(h: Tensor, power: int) -> Tensor:
