@@ -85,9 +85,9 @@ SAMPLE = [
     ({"model": lambda x, t: x + 0j}, TypeError, "model must return a floating-point tensor", "torch.complex64"),
     ({"model": lambda x, t: x.to("meta")}, ValueError, "model must return a tensor on cpu", "meta"),
     # sde
-    ({"sde": "vp"}, TypeError, "sde must be a VPSDE", "str"),
-    ({"sde": VPSDE}, TypeError, "sde must be a VPSDE", "type"),
-    ({"sde": (0.1, 20.0)}, TypeError, "sde must be a VPSDE", "tuple"),
+    ({"sde": "vp"}, TypeError, "sde must be a process such as", "str"),
+    ({"sde": VPSDE}, TypeError, "sde must be a process", "the class VPSDE"),
+    ({"sde": (0.1, 20.0)}, TypeError, "sde must be a process such as", "tuple"),
     # solver
     ({"solver": "euler"}, ValueError, f"solver must be one of {NAMES}", "'euler'"),
     ({"solver": None}, TypeError, "solver must be a name or a StepTable", "NoneType"),
@@ -309,8 +309,8 @@ TABLES = [
     (lambda: table(e=column(0, 0, NAN)), ValueError, "StepTable.e must be finite", "nan in row 2"),
     (lambda: table(q=column(0, -INF, 0)), ValueError, "StepTable.q must be finite", "-inf in row 1"),
     (lambda: table(b=column(0, 1e39, 0)), ValueError, "StepTable.b must be finite in fp32", "1e+39 in row 1"),
-    (lambda: solvers.euler_maruyama(None, [1, 0]), TypeError, "sde must be a VPSDE", "NoneType"),
-    (lambda: solvers.build("ddpm", None, 3), TypeError, "sde must be a VPSDE", "NoneType"),
+    (lambda: solvers.euler_maruyama(None, [1, 0]), TypeError, "sde must be a process such as", "NoneType"),
+    (lambda: solvers.build("ddpm", None, 3), TypeError, "sde must be a process such as", "NoneType"),
     (lambda: SDE.marginal_prob(torch.zeros(4, 2), torch.zeros(3)), ValueError, "t must be a scalar or [B]", "[3]"),
     (lambda: SDE.marginal_prob(torch.zeros(4, 2), torch.zeros(4, 1)), ValueError, "t must be a scalar", "[4, 1]"),
     (lambda: SDE.prior_sampling(()), ValueError, "shape must have the batch first", "()"),
@@ -364,7 +364,7 @@ SOLVERS = [
     (
         lambda: solvers.heun(SDE, [1.0, 0.0], "eps", euler_final=False),
         ValueError,
-        "a network that predicts eps has no score at t = 0",
+        "a network that predicts eps has no velocity at t = 0",
     ),
 ]
 

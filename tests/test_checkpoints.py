@@ -170,7 +170,7 @@ def test_a_missing_file_names_the_shipped_models(tmp_path: Path) -> None:
         ({"sde": {"beta_min": "0.1"}}, "beta_min must be a number, got str"),
         ({"sde": {"beta": 1.0}}, "beta"),
         ({"sde": None}, "sde must be a dict, got NoneType"),
-        ({"prediction": "flow"}, "prediction 'flow'"),
+        ({"prediction": "noise"}, "prediction 'noise'"),
         ({"prediction": ["v"]}, "prediction must be a str, got list"),
         ({"data": 3}, "data must be a str, got int"),
         ({"record": "none"}, "record must be a dict, got str"),

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
 import fastsde
-from fastsde import Sampler, checkpoints, cli, ops
+from fastsde import EDM, VPSDE, RectifiedFlow, Sampler, checkpoints, cli, ops, training
 from fastsde.checkpoints import Checkpoint
 from fastsde.cli.sample import default_picture
 from fastsde.models import MLP, UNet
-from fastsde.training import saved_config
+from fastsde.training import TrainConfig, saved_config
 
 
 def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -101,10 +104,42 @@ def test_the_tutorial_recipe_trains_its_objective(tmp_path: Path) -> None:
     options = ["--recipe", "tutorial", "--dtype", "bfloat16", "--steps", 1, "--batch-size", 2]
     result = run("train", "digits", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith("runs/digits: 1 steps of batch 2, lr 0.0003 constant, score, bfloat16, seed 0\n")
+    assert result.stderr.startswith(
+        "runs/digits: 1 steps of batch 2, lr 0.0003 constant, vp, score, bfloat16, seed 0\n"
+    )
     assert saved_config(tmp_path / "runs" / "digits" / "checkpoint.safetensors").precision == "bf16"
     loaded = checkpoints.load(tmp_path / "runs" / "digits")
     assert (loaded.prediction, loaded.value_range) == ("score", (0.0, 1.0))
+
+
+def test_info_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path / "a.safetensors", Checkpoint(MLP(2, (4,)), EDM(0.01, 30.0), "x0", "roll"))
+    result = CliRunner().invoke(cli.main, ["info", str(tmp_path / "a.safetensors")])
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["sde"] == "EDM(sigma_min=0.01, sigma_max=30.0)"
+    assert (lines["prediction"], lines["sample shape"], lines["parameters"]) == ("x0", "[2]", "26")
+    assert "trained" not in lines
+    assert re.search(r"sde +VPSDE\(.*\)\n.*\ntrained +[\d,]+ steps", _info("swiss-roll"), re.S)
+
+
+def _info(model: str) -> str:
+    return CliRunner().invoke(cli.main, ["info", model]).stdout
+
+
+def test_train_takes_a_process_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+
+    def trainer(config: TrainConfig, *args: object, **kwargs: object) -> SimpleNamespace:
+        configs.append(config)
+        return SimpleNamespace(train=lambda progress: None)
+
+    monkeypatch.setattr(training, "Trainer", trainer)
+    for name in ("rectified_flow", "vp"):
+        command = ["train", "swiss-roll", "--dir", str(tmp_path), "--sde", name, "--prediction", "flow", "--quiet"]
+        result = CliRunner().invoke(cli.main, command)
+        assert result.exit_code == 0, result.output
+    assert [config.sde for config in configs] == [RectifiedFlow(), VPSDE()]
+    assert configs[0].prediction == "flow"
 
 
 def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
@@ -144,6 +179,8 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["train", "digits", "--data", "x"], 2, "--data is the folder of MNIST, and digits comes from no folder"),
         (["train", "mnist", "--dtype", "float16"], 2, "'float16' is not one of"),
         (["train", "digits", "--init", "."], 1, "holds no training run: expected checkpoint.safetensors in it"),
+        (["train", "swiss-roll", "--sde", "ou"], 2, "'ou' is not one of 'vp', "),
+        (["info", "nothing"], 1, "there is no checkpoint nothing (shipped models: swiss-roll, mnist)"),
         (["train", "swiss-roll", "--lr", "-1"], 1, "lr must be positive and finite, got -1.0"),
         (["train", "digits", "--data-size", "2000"], 1, "size must be at most 1797 for digits, got 2000"),
         (["export", "swiss-roll", "a.pt"], 2, "a.pt must end in .safetensors"),

@@ -58,9 +58,9 @@ def exact_network(sde: Process, prediction: str, t: Tensor) -> tuple[Tensor, Ten
 def moments(table: StepTable, sde: Process, prediction: str, start: tuple[float, float]) -> tuple[float, float]:
     """Mean and variance of the samples of the exact network, from those of the initial state."""
     w, c = (each.numpy() for each in exact_network(sde, prediction, table.time))
-    n, p, q, A, b, e, d = (getattr(table, name).numpy() for name in ("n", "p", "q", "A", "b", "e", "d"))
+    n, p, q, keep, b, e, d = (getattr(table, name).numpy() for name in ("n", "p", "q", "A", "b", "e", "d"))
     into_data = p + (q * w)[:, None] * n
-    matrices = A + (b * w[:, None])[:, :, None] * n[:, None] + e[:, :, None] * into_data[:, None]
+    matrices = keep + (b * w[:, None])[:, :, None] * n[:, None] + e[:, :, None] * into_data[:, None]
     shifts = b * c[:, None] + e * (q * c)[:, None]
     mean, covariance = np.zeros(table.slots), np.zeros((table.slots, table.slots))
     mean[0], covariance[0, 0] = start

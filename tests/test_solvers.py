@@ -47,19 +47,34 @@ def gaussian_score(sde, mean, std):
 
 
 def consistent_model(sde, prediction):
-    """One smooth nonlinear eps network, in each of the four predictions."""
+    """One smooth nonlinear eps network, in each prediction."""
 
     def model(x, t):
         alpha, sigma = (value.reshape(-1, 1) for value in (sde.alpha(t), sde.sigma(t)))
         eps = torch.tanh(x) * sigma + 0.3 * torch.sin(2 * x + t.reshape(-1, 1)) * sigma
+        x0 = (x - sigma * eps) / alpha
         return {
             "eps": eps,
             "score": -eps / sigma,
-            "x0": (x - sigma * eps) / alpha,
-            "v": alpha * eps - sigma * (x - sigma * eps) / alpha,
+            "x0": x0,
+            "v": alpha * eps - sigma * x0,
+            "flow": eps - x0,
         }[prediction]
 
     return model
+
+
+def two_slots(table):
+    """The columns of the form x' = a x + b f + e D + c H + d z, by name."""
+    first = {name: getattr(table, name)[:, 0] for name in ("p", "b", "e", "d")}
+    keep = table.A[:, 0]
+    return {
+        "time": table.time,
+        "q": table.q,
+        **first,
+        "a": keep[:, 0],
+        "c": keep[:, 1] if table.slots == 2 else 0 * table.q,
+    }
 
 
 def trajectory(model, table, x_init, noises=None):
@@ -146,7 +161,7 @@ def test_euler_maruyama_published_moments():
     table = solvers.euler_maruyama(sde, linspace(999))
     mean, variance = 0.0, 1.0
     for k in range(len(table)):
-        row = table.row(k)
+        row = {name: float(column[k]) for name, column in two_slots(table).items()}
         mean = (row["a"] - row["b"]) * mean + row["b"] * float(sde.alpha(row["time"]))
         variance = (row["a"] - row["b"]) ** 2 * variance + row["d"] ** 2
     assert mean == pytest.approx(1.000632, abs=5e-7)  # six published decimals
@@ -268,7 +283,7 @@ TEXTBOOK = {
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", TABLES)
 def test_solver_equals_its_textbook_loop_for_every_prediction(name, prediction):
-    # Also the claim that the four predictions of one network give one trajectory. Times are uneven, so that a swap of
+    # Also the claim that all predictions of one network give one trajectory. Times are uneven, so that a swap of
     # neighbouring coefficients shows.
     sde, rows = VPSDE(), 25
     times = 1 - 0.95 * torch.linspace(0, 1, rows + 1, dtype=FLOAT64) ** 1.5
@@ -292,12 +307,15 @@ def test_clip_bounds_the_predicted_data_and_nothing_else(name, prediction, clip)
     x, z, history = normals(50), normals(50, seed=1), normals(50, seed=2)
     f = consistent_model(sde, prediction)(3 * x[:, None], torch.full((50,), float(times[4]), dtype=FLOAT64))[:, 0]
     clipped, unclipped = (make_table(name, sde, times, prediction, clip=bound) for bound in (clip, None))
-    got, data = reference.solver_step(3 * x, f, clipped, 4, z=z, history=history)
-    free, free_data = reference.solver_step(3 * x, f, unclipped, 4, z=z, history=history)
+    slots = (3 * x, history)[: unclipped.slots]
+    got = reference.solver_step(slots, f, clipped, 4, z=z)[0]
+    free = reference.solver_step(slots, f, unclipped, 4, z=z)[0]
+    row = clipped.row(4)
+    free_data = row.p[0] * slots[0] + row.q * f
+    data = free_data.clamp(-clip, clip)
     assert float(free_data.abs().max()) > clip  # else the test would show nothing
-    torch.testing.assert_close(data, free_data.clamp(-clip, clip), rtol=1e-13, atol=1e-13)
     # x' moves by e times what the clamp took off D, so DDIM's direction keeps the unclipped eps.
-    torch.testing.assert_close(got, free + clipped.e[4] * (data - free_data), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, free + row.e[0] * (data - free_data), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde"])
@@ -322,10 +340,10 @@ def test_euler_maruyama_table_is_the_formula_of_the_design():
     table = solvers.euler_maruyama(sde, times)
     rate = (0.3 + 6.7 * times[:-1]) / 10
     assert torch.equal(table.time, times[:-1])
-    torch.testing.assert_close(table.a, 1 + rate / 2, rtol=1e-14, atol=0)
-    torch.testing.assert_close(table.b, rate, rtol=1e-14, atol=0)
-    torch.testing.assert_close(table.d, rate.sqrt(), rtol=1e-14, atol=0)
-    assert not table.c.any()
+    assert table.slots == 1
+    torch.testing.assert_close(table.A[:, 0, 0], 1 + rate / 2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(table.b[:, 0], rate, rtol=1e-14, atol=0)
+    torch.testing.assert_close(table.d[:, 0], rate.sqrt(), rtol=1e-14, atol=0)
     assert not table.e.any()
     assert (table.d > 0).all()  # noise on every row, the last too: the tutorial's sampler
 
@@ -347,8 +365,8 @@ def test_exponential_euler_maruyama_is_exact_for_a_constant_score():
         k4 = rate((k + 1) * h, y + h * k3)
         y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     row = table.row(0)
-    assert row["a"] * 1.3 + row["b"] * score == pytest.approx(y[0], rel=1e-11)
-    assert row["d"] ** 2 == pytest.approx(y[1], rel=1e-11)
+    assert row.A[0][0] * 1.3 + row.b[0] * score == pytest.approx(y[0], rel=1e-11)
+    assert row.d[0] ** 2 == pytest.approx(y[1], rel=1e-11)
 
 
 def one_row_tables(sde, times, prediction):
@@ -357,7 +375,7 @@ def one_row_tables(sde, times, prediction):
         solvers.dpm_solver_pp_2m(*grid(sde, times[k : k + 2]), prediction, stochastic=True)
         for k in range(len(times) - 1)
     ]
-    return {name: torch.cat([getattr(row, name) for row in rows]) for name in StepTable.columns()}
+    return torch.cat([row.packed for row in rows])
 
 
 @pytest.mark.parametrize("end", [0.0, 0.05])
@@ -366,20 +384,19 @@ def test_first_order_sde_dpm_solver_pp_is_ddpm_is_ddim_at_eta_one(prediction, en
     sde, times = VPSDE(), linspace(40, end)
     ddpm, ddim = solvers.ddpm(*grid(sde, times), prediction), solvers.ddim(*grid(sde, times), prediction, eta=1.0)
     first_order = one_row_tables(sde, times, prediction)
-    for name in StepTable.columns():
-        # Variances come from differences that keep a tenth of their terms and more, and log(alpha / sigma) is up to 5
-        # with steps from 0.25: at most some hundred roundings of 1.1e-16.
-        torch.testing.assert_close(getattr(ddim, name), getattr(ddpm, name), rtol=2e-14, atol=0, msg=name)
-        torch.testing.assert_close(first_order[name], getattr(ddpm, name), rtol=2e-14, atol=0, msg=name)
+    # Variances come from differences that keep a tenth of their terms and more, and log(alpha / sigma) is up to 5 with
+    # steps from 0.25: at most some hundred roundings of 1.1e-16.
+    torch.testing.assert_close(ddim.packed, ddpm.packed, rtol=2e-14, atol=0)
+    torch.testing.assert_close(first_order, ddpm.packed, rtol=2e-14, atol=0)
 
 
 def test_only_the_first_and_last_row_of_dpm_solver_pp_2m_are_of_first_order():
     sde, times = VPSDE(), linspace(6, 0.05)
     for final in (True, False):
         table = solvers.dpm_solver_pp_2m(*grid(sde, times), lower_order_final=final)
-        assert (table.c != 0).tolist() == [False, True, True, True, True, not final]
+        assert (two_slots(table)["c"] != 0).tolist() == [False, True, True, True, True, not final]
     # At sigma = 0 log(alpha / sigma) is infinite, and the last row is of first order whatever was asked.
-    assert solvers.dpm_solver_pp_2m(*grid(sde, linspace(6)), lower_order_final=False).c[-1] == 0
+    assert two_slots(solvers.dpm_solver_pp_2m(*grid(sde, linspace(6)), lower_order_final=False))["c"][-1] == 0
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp_2m", "heun"])
@@ -389,8 +406,8 @@ def test_deterministic_solvers_draw_no_noise(name):
 
 def test_without_clip_the_data_term_is_folded_away():
     for name in ("ddpm", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde"):
-        assert not make_table(name, VPSDE(), linspace(5)).e.any()
-        assert make_table(name, VPSDE(), linspace(5), clip=1.0).e.all()
+        assert not make_table(name, VPSDE(), linspace(5)).e[:, 0].any()
+        assert make_table(name, VPSDE(), linspace(5), clip=1.0).e[:, 0].all()
 
 
 # Gaussian recursions ---------------------------------------------------------------------------------------------
@@ -402,8 +419,9 @@ def gaussian_recursion(table, sde, mean, std, start=(0.0, 1.0)):
     With f affine in x, a row maps (x, H) affinely; so it does their mean [2] and covariance [2, 2].
     """
     m, cov, out = np.array([start[0], 0.0]), np.diag([start[1], 0.0]), []
+    columns = {name: column.tolist() for name, column in two_slots(table).items()}
     for k in range(len(table)):
-        row = table.row(k)
+        row = {name: column[k] for name, column in columns.items()}
         alpha, sigma = float(sde.alpha(row["time"])), float(sde.sigma(row["time"]))
         v = alpha**2 * std**2 + sigma**2
         f_x, f_1 = -1 / v, alpha * mean / v
@@ -459,7 +477,8 @@ def test_order_on_the_probability_flow_ode(name, order, prediction):
         alpha, sigma = sde.alpha(t), sde.sigma(t)
         eps = -sigma * score(x, t)
         x0 = (x - sigma * eps) / alpha
-        return {"score": -eps / sigma, "eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[prediction]
+        v, flow = alpha * eps - sigma * x0, eps - x0
+        return {"score": -eps / sigma, "eps": eps, "x0": x0, "v": v, "flow": flow}[prediction]
 
     x_init = torch.tensor([-1.3, 0.4, 2.0], dtype=FLOAT64)
     exact = flow_solution(sde, mean, std, end, x_init)
@@ -531,8 +550,7 @@ def test_build_is_the_named_solver_on_equidistant_times(name, prediction, t_end)
     expected = make_table(name, sde, linspace(7, t_end), prediction)
     assert len(built) == 7
     assert float(built.time[0]) == 1.0
-    for column in StepTable.columns():
-        assert torch.equal(getattr(built, column), getattr(expected, column)), column
+    assert torch.equal(built.packed, expected.packed)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -540,13 +558,13 @@ def test_build_of_a_single_step(name):
     table = solvers.build(name, VPSDE(), 1, t_end=0.1)
     assert len(table) == 1
     assert float(table.time[0]) == 1.0
-    assert not table.c.any()
+    assert not two_slots(table)["c"].any()
 
 
 def test_build_heun_takes_two_rows_an_interval():
     table = solvers.build("heun", VPSDE(), 4, t_end=0.2)
     assert table.time.tolist() == pytest.approx([1.0, 0.6, 0.6, 0.2], abs=1e-15)
-    assert table.c.tolist() == [0, 1, 0, 1]
+    assert two_slots(table)["c"].tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -554,26 +572,28 @@ def test_build_heun_with_an_odd_row_ends_in_an_euler_step(prediction):
     sde = VPSDE()
     table = solvers.build("heun", sde, 5, prediction=prediction)
     assert table.time.tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3], abs=1e-15)
-    assert table.c.tolist() == [0, 1, 0, 1, 0]
+    assert two_slots(table)["c"].tolist() == [0, 1, 0, 1, 0]
     x, f = normals(4), normals(4, seed=1)
+    alpha, sigma = sde.alpha(table.time[4]), sde.sigma(table.time[4])
     score = {
         "score": f,
-        "eps": -f / sde.sigma(table.time[4]),
-        "x0": -(x - sde.alpha(table.time[4]) * f) / sde.sigma(table.time[4]) ** 2,
-        "v": -(sde.sigma(table.time[4]) * x + sde.alpha(table.time[4]) * f) / sde.sigma(table.time[4]),
+        "eps": -f / sigma,
+        "x0": -(x - alpha * f) / sigma**2,
+        "v": -(sigma * x + alpha * f) / sigma,
+        "flow": -(x + alpha * f) / (alpha + sigma) / sigma,
     }[prediction]
     expected = x + (1 / 3) * sde.beta(table.time[4]) / 2 * (x + score)
-    got, _ = reference.solver_step(x, f, table, 4)
+    got = reference.solver_step((x, 0 * x), f, table, 4)[0]
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_heun_needs_no_score_at_t_zero(prediction):
     with pytest.raises(ValueError, match=r"takes an odd number of steps.*got steps=4, take 3 or 5"):
         solvers.build("heun", VPSDE(), 4, prediction=prediction)
     assert len(solvers.build("heun", VPSDE(), 4, prediction=prediction, t_end=0.01)) == 4
     assert len(solvers.heun(VPSDE(), linspace(2), prediction)) == 3
-    with pytest.raises(ValueError, match=f"predicts {prediction} has no score at t = 0"):
+    with pytest.raises(ValueError, match=f"predicts {prediction} has no velocity at t = 0"):
         solvers.heun(VPSDE(), linspace(2), prediction, euler_final=False)
 
 
@@ -603,7 +623,7 @@ def test_build_takes_an_sde_whose_noise_starts_at_zero(name):
         ({"t_end": 1.0}, ValueError, r"t_end must be in \[0, 1\), got 1.0"),
         ({"t_end": -0.1}, ValueError, "t_end must be in"),
         ({"t_end": math.nan}, ValueError, "t_end must be in"),
-        ({"prediction": "noise"}, ValueError, "prediction must be one of score, eps, x0, v, got 'noise'"),
+        ({"prediction": "noise"}, ValueError, "prediction must be one of score, eps, x0, v, flow, got 'noise'"),
         ({"clip": 1.0}, ValueError, "clip bounds a predicted x_0, which euler_maruyama does not use; pick ddpm"),
         ({"solver": "ddpm", "clip": 0.0}, ValueError, "clip must be a positive number or None, got 0.0"),
         ({"solver": "ddpm", "clip": math.nan}, ValueError, "clip must be a positive number"),
@@ -618,19 +638,22 @@ def test_build_names_bad_arguments(arguments, error, message):
 # StepTable and its builders: errors ------------------------------------------------------------------------------
 
 
+COLUMNS = ("time", "a", "b", "c", "d", "e", "p", "q")
+
+
 def columns(k=3, **changes):
-    return {**{name: torch.ones(k, dtype=FLOAT64) for name in StepTable.columns()}, **changes}
+    return {**{name: torch.ones(k, dtype=FLOAT64) for name in COLUMNS}, **changes}
 
 
-def test_step_table_tells_its_columns_and_rows():
-    assert StepTable.columns() == ("time", "a", "b", "c", "d", "e", "p", "q")
-    table = StepTable(**columns(p=torch.tensor([1.0, 2.0, 3.0], dtype=FLOAT64)))
-    assert len(table) == 3
-    assert table.clip is None
-    assert table.row(1) == {"time": 1, "a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "p": 2, "q": 1}
+def test_step_table_tells_its_rows():
+    table = StepTable(**columns(p=torch.tensor([1.0, 2.0, 3.0], dtype=FLOAT64), c=torch.full((3,), 4.0).double()))
+    assert (len(table), table.slots, table.clip) == (3, 2, None)
+    row = table.row(1)
+    assert (row.time, row.q, row.n, row.p) == (1, 1, (1, 0), (2, 0))
+    assert (row.b, row.e, row.d, row.A) == ((1, 0), (1, 1), (1, 0), ((1, 4), (0, 0)))
 
 
-@pytest.mark.parametrize("name", StepTable.columns())
+@pytest.mark.parametrize("name", COLUMNS)
 def test_step_table_wants_float64_tensors(name):
     with pytest.raises(TypeError, match=f"StepTable.{name} must be a float64 tensor, got torch.float32"):
         StepTable(**columns(**{name: torch.ones(3)}))
@@ -638,7 +661,7 @@ def test_step_table_wants_float64_tensors(name):
         StepTable(**columns(**{name: [1.0, 1.0, 1.0]}))
 
 
-@pytest.mark.parametrize("name", [name for name in StepTable.columns() if name != "time"])
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "time"])
 @pytest.mark.parametrize("shape", [(2,), (3, 1), ()], ids=str)
 def test_step_table_wants_columns_of_one_length(name, shape):
     with pytest.raises(ValueError, match=f"StepTable.{name} must have shape"):
@@ -650,7 +673,7 @@ def test_step_table_wants_a_row():
         StepTable(**columns(0))
 
 
-@pytest.mark.parametrize("name", StepTable.columns())
+@pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_step_table_wants_finite_coefficients(name, value):
     with pytest.raises(ValueError, match=rf"StepTable.{name} must be finite in fp32, got {value} in row 1"):
@@ -694,7 +717,7 @@ def test_continuous_solvers_name_bad_times(name, times, error, message):
         ({"alpha": [0.0, 0.0, 0.9], "prediction": "v"}, "alpha must be positive but for a first point of zero, got 0"),
         (
             {"alpha": [0.0, 0.8, 0.9]},
-            "prediction='eps' tells nothing of x_0 where alpha is 0: .* prediction='v' or 'x0'",
+            "prediction='eps' tells nothing of x_0 where alpha is 0: .* prediction='v', 'x0' or 'flow'",
         ),
         ({"alpha": [1e-40, 0.8, 0.9], "prediction": "score"}, "prediction='score' tells nothing .* alpha is 1e-40"),
         ({"sigma": [0.9, 0.0, 0.1]}, "sigma must be positive but for a last point of zero, got 0"),
@@ -703,7 +726,7 @@ def test_continuous_solvers_name_bad_times(name, times, error, message):
         ({"alpha": [0.9, 0.5, 0.1]}, "sigma / alpha must decrease strictly"),
         ({"sigma": [0.9, math.nan, 0.1]}, "sigma must be finite, got nan"),
         ({"alpha": [0.9]}, "alpha must be 1-d with at least 2 points"),
-        ({"prediction": "x_0"}, "prediction must be one of score, eps, x0, v, got 'x_0'"),
+        ({"prediction": "x_0"}, "prediction must be one of score, eps, x0, v, flow, got 'x_0'"),
     ],
 )
 def test_schedule_solvers_name_bad_schedules(name, changes, message):

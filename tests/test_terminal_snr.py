@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def gaussian(schedule: Schedule, prediction: str) -> Callable[[Tensor, Tensor], 
         variance = alpha**2 * STD**2 + sigma**2
         x0 = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
         eps = sigma / variance * (x - alpha * MEAN)
-        return x0 if prediction == "x0" else alpha * eps - sigma * x0
+        return {"x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}[prediction]
 
     return model
 
@@ -84,7 +85,7 @@ def test_the_schedule_is_the_papers() -> None:
     assert (ours[0], sigma[0], time[0], time[-1]) == (0, 1, 999, 99)
 
 
-@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_exact_predictions_give_the_data_to_first_order(name: str, prediction: str) -> None:
     errors = []
@@ -99,7 +100,7 @@ def test_exact_predictions_give_the_data_to_first_order(name: str, prediction: s
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_table_is_the_limit_of_small_alpha(name: str, prediction: str, clip: float | None) -> None:
     alpha, sigma, time = (each[:-1] for each in zero_terminal_snr(8))  # without the clean end
@@ -108,7 +109,7 @@ def test_the_table_is_the_limit_of_small_alpha(name: str, prediction: str, clip:
     for small in (1e-8, 1e-150, 1e-300):
         start = torch.cat((torch.tensor([small], dtype=torch.float64), alpha[1:]))
         other = BUILDERS[name](start, sigma, time, prediction, clip=clip)
-        distances.append(max(float((getattr(table, c) - getattr(other, c)).abs().max()) for c in table.columns()))
+        distances.append(float((table.packed - other.packed).abs().max()))
     # A multistep row weighs the one before it by the ratio of their h, which goes to 0 as 1 / log(alpha) does.
     assert distances[-1] < (1e-3 if name.startswith("dpm") else 1e-12)
     assert distances[0] < (0.05 if name.startswith("dpm") else 1e-6)
@@ -119,17 +120,18 @@ def test_the_first_row_takes_the_prediction_and_noise(name: str) -> None:
     alpha, sigma, time = zero_terminal_snr(10)
     row = BUILDERS[name](alpha, sigma, time, "x0", clip=2.0).row(0)
     stochastic = name in ("ddpm", "ddim, eta 1", "dpm_solver_pp_2m, of the SDE")
-    expected = {"time": 999.0, "e": float(alpha[1]), "c": 0.0, "p": 0.0, "q": 1.0}
-    expected |= {"a": 0.0, "b": 0.0, "d": float(sigma[1])} if stochastic else {"d": 0.0}
-    assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-15)
-    if not stochastic:
-        assert row["a"] == pytest.approx(float(sigma[1]), abs=1e-15)  # of eps, which is x where alpha is 0
+    assert (row.time, row.q) == (999.0, 1.0)
+    assert not any((*row.p, *row.A[0][1:]))
+    # eps is x where alpha is 0
+    x, z = (0.0, float(sigma[1])) if stochastic else (float(sigma[1]), 0.0)
+    assert (row.e[0], row.A[0][0], row.d[0]) == pytest.approx((float(alpha[1]), x, z), abs=1e-15)
+    assert not (stochastic and row.b[0])
 
 
 @pytest.mark.parametrize("prediction", ["score", "eps"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_predictions_of_noise_alone_have_no_first_row(name: str, prediction: str) -> None:
-    expected = f"prediction='{prediction}' tells nothing of x_0 where alpha is 0: .* prediction='v' or 'x0'"
+    expected = f"prediction='{prediction}' tells nothing of x_0 where alpha is 0: .* prediction='v', 'x0' or 'flow'"
     with pytest.raises(ValueError, match=expected):
         BUILDERS[name](*zero_terminal_snr(5), prediction)
 
@@ -137,7 +139,7 @@ def test_predictions_of_noise_alone_have_no_first_row(name: str, prediction: str
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_every_engine_samples_from_pure_noise(backend: str) -> None:
     table = solvers.ddim(*zero_terminal_snr(10), "v", clip=2.0)
-    table = StepTable(**{c: getattr(table, c) / (1000 if c == "time" else 1) for c in table.columns()}, clip=table.clip)
+    table = replace(table, time=table.time / 1000)
     model = MLP()
     ours = fastsde.sample(model, (6, 2), solver=table, backend=backend)
     theirs = fastsde.sample(model, (6, 2), solver=table, backend="reference")
@@ -155,8 +157,8 @@ def test_solvers_without_a_data_prediction_need_no_alpha(name: str, prediction: 
     if name == "euler_maruyama" and prediction in ("score", "eps"):
         time = torch.linspace(1, 0.001, 401, dtype=torch.float64)
         rate = sde.beta(time[:-1]) * -time.diff()
-        torch.testing.assert_close(table.a, 1 + rate / 2, rtol=1e-15, atol=0)
-        torch.testing.assert_close(table.b, rate if prediction == "score" else -rate / sde.sigma(time[:-1]))
+        torch.testing.assert_close(table.A[:, 0, 0], 1 + rate / 2, rtol=1e-15, atol=0)
+        torch.testing.assert_close(table.b[:, 0], rate if prediction == "score" else -rate / sde.sigma(time[:-1]))
         assert table.p[0] == table.q[0] == 0  # no row reads this one's data prediction
         assert table.p[-1] == 1 / sde.alpha(table.time[-1])
 

@@ -399,7 +399,7 @@ def test_a_config_may_come_with_tuples_or_lists(tmp_path: Path) -> None:
         ({"seed": True}, TypeError, "seed must be an int, got bool"),
         ({"init": Path("runs")}, TypeError, "init must be a str, got PosixPath"),
         ({"init": None}, TypeError, "init must be a str, got NoneType"),
-        ({"sde": {"beta_min": 0.1}}, TypeError, "sde must be a VPSDE, got dict"),
+        ({"sde": {"beta_min": 0.1}}, TypeError, r"sde must be a process such as fastsde.VPSDE\(\), got dict"),
     ],
     ids=repr,
 )

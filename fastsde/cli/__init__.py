@@ -23,7 +23,7 @@ __all__ = ["main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fastsde")
 def main() -> None:
-    """Sample and train score-based generative models on the variance-preserving SDE."""
+    """Sample and train score-based generative models."""
     wait_passively()
 
 

@@ -11,7 +11,7 @@ from ..validation import check_instance
 from ..vocabulary import PROCESSES as _NAMES
 from .cosine_vp import CosineVPSDE
 from .edm import EDM
-from .process import Process, check_process, match_dims
+from .process import Process, as_time, check_process, match_dims
 from .rectified_flow import RectifiedFlow
 from .sub_vp import SubVPSDE
 from .ve import VESDE
@@ -26,6 +26,7 @@ __all__ = [
     "Process",
     "RectifiedFlow",
     "SubVPSDE",
+    "as_time",
     "check_process",
     "from_dict",
     "match_dims",

@@ -59,7 +59,7 @@ class CosineVPSDE(Process):
         return torch.sin(self._left(t)) / math.cos(self._start)
 
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        return -self._speed / math.cos(self._start) * torch.cos(self._left(t))
+        return -self._speed / math.cos(self._start) * torch.sin(self._speed * (as_time(t) + self.s))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         angle = self._speed * as_time(t)
@@ -70,9 +70,6 @@ class CosineVPSDE(Process):
         t = as_time(t)
         rate = -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
         return rate if self.s else torch.where(t == 0, self._speed, rate)
-
-    def drift_coefficient(self, t: Tensor | float) -> Tensor:
-        return -self._speed / torch.tan(self._left(t))
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         return -2 * self.drift_coefficient(t)

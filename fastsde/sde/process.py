@@ -13,6 +13,7 @@ To add a process, put a frozen dataclass of `Process` into a file of this folder
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from ..validation import check_shape
 
 __all__ = ["Process", "as_time", "check_process", "match_dims"]
 
-_NODES = 32
+_NODES, _PIECES = 16, 24
 
 
 def match_dims(t: Tensor, x: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ class Process(ABC):
             x' = scale x + weight score + sqrt(variance) z,    scale = alpha' / alpha, primes for ``after``,
             weight = integral of (alpha' / alpha) g^2,    variance = integral of (alpha' / alpha)^2 g^2
 
-        by Gauss-Legendre quadrature, which loses nothing to cancellation however small the step.
+        by Gauss-Legendre quadrature, which loses nothing to cancellation however small the step. The pieces become
+        shorter towards ``t``, where g^2 may grow without bound.
 
         Args:
             t, after: float64 ``[K]``.
@@ -116,11 +118,10 @@ class Process(ABC):
         Returns:
             scale, weight and variance, float64 ``[K]``.
         """
-        nodes, weights = _gauss_legendre()
-        half = (t - after) / 2
-        s = after + half * (1 + nodes[:, None])
+        below, weights = _quadrature()
+        s = t - (t - after) * below[:, None]
         scale, rate = self.alpha(after) / self.alpha(s), self.squared_diffusion(s)
-        weight, variance = (half * (weights[:, None] * scale**power * rate).sum(0) for power in (1, 2))
+        weight, variance = ((t - after) * (weights[:, None] * scale**power * rate).sum(0) for power in (1, 2))
         return self.alpha(after) / self.alpha(t), weight, variance
 
     def marginal_prob(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -172,6 +173,11 @@ def preserving_step(growth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _gauss_legendre() -> tuple[Tensor, Tensor]:
+def _quadrature() -> tuple[Tensor, Tensor]:
+    """Nodes in (0, 1) and weights of Gauss-Legendre on the pieces [1/2, 1], [1/4, 1/2], .. and the rest down to 0."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    return torch.from_numpy(nodes), torch.from_numpy(weights)
+    ends = [0.0, *(2.0**-power for power in reversed(range(_PIECES)))]
+    pieces = list(itertools.pairwise(ends))
+    points = [low + (high - low) * (1 + nodes) / 2 for low, high in pieces]
+    shares = [(high - low) * weights / 2 for low, high in pieces]
+    return torch.from_numpy(np.concatenate(points)), torch.from_numpy(np.concatenate(shares))

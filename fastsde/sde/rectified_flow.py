@@ -44,10 +44,3 @@ class RectifiedFlow(Process):
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         t = as_time(t)
         return 2 * t / (1 - t)
-
-    def exact_step(self, t: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale, weight, _ = super().exact_step(t, after)
-        u = (t - after) / (1 - t)
-        # The closed form of the weight cancels in small steps, and quadrature converges slowly in large ones.
-        weight = torch.where(u > 0.5, 2 * (u - (1 - after) * torch.log1p(u)), weight)
-        return scale, weight, u * (2 * after + u)
