@@ -606,7 +606,11 @@ def test_build_takes_an_sde_whose_noise_starts_at_zero(name):
         ({"t_end": -0.1}, ValueError, "t_end must be in"),
         ({"t_end": math.nan}, ValueError, "t_end must be in"),
         ({"prediction": "noise"}, ValueError, "prediction must be one of score, eps, x0, v, flow, got 'noise'"),
-        ({"clip": 1.0}, ValueError, "clip bounds a predicted x_0, which euler_maruyama does not use; pick .*ddpm, .* got 1.0"),
+        (
+            {"clip": 1.0},
+            ValueError,
+            "clip bounds a predicted x_0, which euler_maruyama does not use; pick .*ddpm, .* got 1.0",
+        ),
         ({"solver": "ddpm", "clip": 0.0}, ValueError, "clip must be a positive number or None, got 0.0"),
         ({"solver": "ddpm", "clip": math.nan}, ValueError, "clip must be a positive number"),
     ],

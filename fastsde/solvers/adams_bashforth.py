@@ -38,4 +38,5 @@ def adams_bashforth(
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_int("order", order, 1, 5)
-    return eps_multistep(alpha, sigma, time, prediction, row_orders(alpha, order), lagrange_integrals, clip)
+    orders = row_orders(len(time), order, from_noise=bool(alpha[0] == 0))
+    return eps_multistep(alpha, sigma, time, prediction, orders, lagrange_integrals, clip)

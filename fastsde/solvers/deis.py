@@ -39,7 +39,7 @@ def deis(
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_int("order", order, 1, 4), check_bool("lower_order_final", lower_order_final)
-    orders = row_orders(alpha, order, lower_order_final)
+    orders = row_orders(len(time), order, lower_order_final, from_noise=bool(alpha[0] == 0))
     if sigma[-1] == 0:
         orders[-1] = 1
     return eps_multistep(alpha, sigma, time, prediction, orders, _integrals, clip)

@@ -83,7 +83,7 @@ def dpm_solver_pp_3m(
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
     if variant not in ("midpoint", "heun"):
         raise ValueError(f"variant must be midpoint or heun, got {variant!r}")
-    order = torch.tensor(row_orders(alpha, 3, lower_order_final), device="cpu")
+    order = torch.tensor(row_orders(len(time), 3, lower_order_final), device="cpu")
     if sigma[-1] == 0:
         order[-1] = 1
     h = torch.log(alpha / sigma).diff()

@@ -24,7 +24,12 @@ def _corrects_at(sde: Process, t: float, prediction: str) -> bool:
     return bool(sde.sigma(t) > 0)
 
 
-@solver(Variant(2), Variant(2, noise=True, options={"s_churn": 8.0, "s_max": 50.0}), corrects_at=_corrects_at, needs_alpha=True)
+@solver(
+    Variant(2),
+    Variant(2, noise=True, options={"s_churn": 8.0, "s_max": 50.0}),
+    corrects_at=_corrects_at,
+    needs_alpha=True,
+)
 def edm_stochastic(
     sde: Process,
     times: Tensor | Sequence[float],

@@ -17,13 +17,13 @@ _NODES, _WEIGHTS = (torch.from_numpy(each) for each in np.polynomial.legendre.le
 Weight = Callable[[Tensor], Tensor]
 
 
-def row_orders(alpha: Tensor, order: int, lower_order_final: bool = False) -> list[int]:
+def row_orders(rows: int, order: int, lower_order_final: bool = False, from_noise: bool = False) -> list[int]:
     """The order of each row: it grows from 1 as the history does and, if asked, comes down to 1 at the end.
 
-    A first point of alpha = 0 is infinitely far away, and no part of the history.
+    Args:
+        from_noise: whether the first point is of pure noise, infinitely far away, and so no part of the history.
     """
-    rows, missing = len(alpha) - 1, int(alpha[0] == 0)
-    orders = [1, *(min(order, k + 1 - missing) for k in range(1, rows))]
+    orders = [1, *(min(order, k + 1 - from_noise) for k in range(1, rows))]
     return [min(each, rows - k) for k, each in enumerate(orders)] if lower_order_final else orders
 
 

@@ -46,7 +46,7 @@ def unipc(
     check_int("order", order, 1, 4), check_bool("lower_order_final", lower_order_final)
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    orders = row_orders(alpha, order, lower_order_final)
+    orders = row_orders(len(time), order, lower_order_final, from_noise=bool(alpha[0] == 0))
     if sigma[-1] == 0:
         orders[-1] = 1
     predictor, corrector, last = _weights(torch.log(alpha / sigma), orders, order, variant)
