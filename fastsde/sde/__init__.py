@@ -36,13 +36,14 @@ __all__ = [
 
 def _process_in(file: str) -> type[Process]:
     """The process that a file of this folder defines."""
-    module = import_module(f".{file}", __name__)
-    (kind,) = (each for each in vars(module).values() if isinstance(each, type) and vars(each).get("name") == file)
-    assert issubclass(kind, Process)
-    return kind
+    for kind in vars(import_module(f".{file}", __name__)).values():
+        if isinstance(kind, type) and issubclass(kind, Process) and vars(kind).get("name") == file:
+            return kind
+    raise ImportError(f"fastsde/sde/{file}.py must define a process whose name is {file!r}")
 
 
 PROCESSES: dict[str, type[Process]] = {name: _process_in(name) for name in _NAMES}
+globals().update({kind.__name__: kind for kind in PROCESSES.values()})  # the imports above are for type checkers
 
 
 def to_dict(sde: Process) -> dict[str, Any]:

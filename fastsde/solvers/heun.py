@@ -35,7 +35,8 @@ def heun(
         times: ``[K + 1]``, decreasing in [0, t_max].
         prediction: what the network predicts, one of `PREDICTIONS`.
         euler_final: whether the last interval is a lone Euler row. By default only where the velocity of such a network
-            is not finite at the last time: mostly at t = 0, where sigma is 0 (as Karras et al. do).
+            is not finite at the last time: mostly at t = 0, where sigma is 0 (as Karras et al. do). A network of
+            log(sigma), such as theirs, needs it there whatever it predicts.
 
     Raises:
         TypeError, ValueError: naming the argument; also where the velocity is needed and not finite.
