@@ -46,3 +46,6 @@ __all__ = [
     "solver",
     "unipc",
 ]
+
+# The imports above are for type checkers; a builder in a new file is found by itself.
+globals().update({name: kind.builder for name, kind in REGISTRY.items()})
