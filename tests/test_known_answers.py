@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastsde import VPSDE, StepTable, noise, reference, solvers
+from fastsde.sde import EDM
 
 STEPS = 12
 SDE = VPSDE()
@@ -314,6 +315,16 @@ def test_sample_is_the_one_of_diffusers(name: str, prediction: str) -> None:
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_sample_is_the_one_of_k_diffusion(name: str) -> None:
     assert answer(ours_continuous(name)) == pytest.approx(ANSWERS[f"k-diffusion {name}"], rel=1e-9, abs=1e-9)
+
+
+def test_heun_on_the_process_of_edm_is_the_one_of_k_diffusion() -> None:
+    # There alpha is 1 and t is sigma, so that Heun's method in t is theirs.
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return continuous_network(x / (1 + t**2).sqrt()[:, None], time_of(t))
+
+    table = solvers.heun(EDM(sigma_max=200.0), sigmas(), "eps", euler_final=True)
+    x = sampled(model, table, x_init() / SDE.alpha(1.0), draws())
+    assert answer(x) == pytest.approx(ANSWERS["k-diffusion Heun"], rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")

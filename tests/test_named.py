@@ -141,6 +141,11 @@ def test_options_reach_the_builder() -> None:
             ValueError,
             r"solver_options\['order'\] is no option of euler_maruyama: it has none; got 2",
         ),
+        (
+            ("heun", {"solver_options": {"euler_final": True}}),  # which steps decide
+            ValueError,
+            r"solver_options\['euler_final'\] is no option of heun: it has none; got True",
+        ),
         (("unipc", {"solver_options": ["order"]}), TypeError, "solver_options must be a mapping .*, got list"),
         (("unipc", {"solver_options": {"order": 4}}), ValueError, r"order must be in \[1, 4\), got 4"),
         (("unipc", {"solver_options": {"variant": "bh3"}}), ValueError, "variant must be one of bh1, bh2, got 'bh3'"),

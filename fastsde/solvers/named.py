@@ -83,7 +83,7 @@ def build(
                 f"its last row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end "
                 f"above {t_end:g}"
             )
-        options.setdefault("euler_final", is_lone)
+        options["euler_final"] = is_lone
     times = spaced(spacing, sde, intervals, last, t_end, rho)
     if entry.is_on_schedule:
         table = entry.builder(sde.alpha(times), sde.sigma(times), times[:-1], prediction, **options)

@@ -17,7 +17,8 @@ from .table import StepTable
 
 __all__ = ["REGISTRY", "Solver", "Variant", "solver"]
 
-_PLACES = ("sde", "times", "alpha", "sigma", "time", "prediction")  # arguments that are no options
+# Arguments that are no options: the last one follows from the number of rows.
+_PLACES = ("sde", "times", "alpha", "sigma", "time", "prediction", "euler_final")
 Builder = TypeVar("Builder", bound=Callable[..., StepTable])
 
 
