@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import typing
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastsde
 from fastsde import VPSDE, Sampler, StepTable, noise, reference, request, solvers
+from fastsde.cli import main
 from fastsde.sde import PROCESSES
 from fastsde.solvers import REGISTRY, SOLVERS
 from fastsde.solvers.times import spaced
@@ -234,6 +237,16 @@ def test_a_start_in_the_middle_begins_at_x_init() -> None:
     with pytest.raises(ValueError, match="x_init must be given with t_start"):
         sampler(6)
     assert torch.equal(sampler(6, x_init=x_init), sampled(solver="ddim", steps=3, t_start=0.4, x_init=x_init))
+
+
+def test_the_command_line_passes_the_options_on(tmp_path: Path) -> None:
+    words = "sample swiss-roll -n 3 --steps 5 --solver ddim --eta 0.5 --spacing karras --denoise --clip 3 --t-end 0.01"
+    file = tmp_path / "x.npz"
+    main([*words.split(), "--backend", "reference", "--quiet", "--save", str(file)], standalone_mode=False)
+    options = {"solver": "ddim", "steps": 5, "eta": 0.5, "spacing": "karras", "denoise": True, "clip": 3, "t_end": 0.01}
+    expected = fastsde.sample("swiss-roll", (3, 2), backend="reference", **options)
+    with np.load(file) as saved:
+        torch.testing.assert_close(torch.from_numpy(saved[saved.files[0]]), expected, rtol=0, atol=0)
 
 
 # Churn --------------------------------------------------------------------------------------------------------------

@@ -70,8 +70,9 @@ def dpm_solver_pp_3m(
 ) -> StepTable:
     """DPM-Solver++ 3M of the ODE (Lu et al. 2022, arXiv:2211.01095, and its code) or of the SDE (k-diffusion's).
 
-    The coefficients are those in use everywhere: the term of the second derivative is half of Taylor's, so that the
-    order of convergence is 2, with a smaller error than 2M's. Three slots.
+    The coefficients are those in common use, in which the term of the second derivative is half of Taylor's: the order
+    of convergence is 2, with a smaller error than 2M's. (diffusers 0.42 has another sign in that term of the SDE, by
+    which it is of order 1.) Three slots.
 
     Args:
         alpha, sigma, time, prediction, clip: as for `ddpm`.
