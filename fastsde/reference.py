@@ -98,22 +98,22 @@ def solver_step(
     if any(k.d):
         z_row = noise.normal(_given(keys), row + 1, f.shape[1:]).to(f) if z is None else z
     terms = (*slots, f, data, z_row)
-    return tuple(_sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) for slot in range(table.slots))
+    return tuple(
+        _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) if source is None else slots[source]
+        for slot, source in enumerate(table.sources(row))
+    )
 
 
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
     """n.s, what the network is called with in a row."""
-    return _sum(table.row(row).n, slots)
+    k = table.row(row)
+    return slots[0] if k.reads_slot_0 else _sum(k.n, slots)
 
 
 def _sum(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    """The sum of the terms, less those of a coefficient of zero, which may be infinite; one term alone is itself."""
-    total: Tensor | None = None
-    for coefficient, term in zip(coefficients, terms, strict=True):
-        if coefficient != 0:
-            term = term if coefficient == 1 else coefficient * term
-            total = term if total is None else total + term
-    return torch.zeros_like(terms[0]) if total is None else total
+    """The sum of the terms, less those of a coefficient of zero, which may be infinite."""
+    used = [coefficient * term for coefficient, term in zip(coefficients, terms, strict=True) if coefficient != 0]
+    return sum(used[1:], used[0]) if used else torch.zeros_like(terms[0])
 
 
 def evaluate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -144,10 +145,30 @@ def resolve(
     return Subject(model.model, shape, model.sde, model.prediction)
 
 
+class _Options(dict[str, Any]):
+    """Options of a builder as a cache tells them apart: with their types, as an order of 2.0 is an error."""
+
+    def _key(self) -> tuple[tuple[str, type, Any], ...]:
+        return tuple((name, type(value), value) for name, value in self.items())
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Options) and self._key() == other._key()
+
+
+_named_table = functools.lru_cache(maxsize=32, typed=True)(solvers.build)
+
+
 def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any) -> StepTable:
     """The table of a solver's name, or the one that is given."""
     if isinstance(solver, str):
-        return solvers.build(solver, sde, steps, **options)
+        if isinstance(own := options["solver_options"], Mapping):
+            options["solver_options"] = own = _Options(own)
+        values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
+        make = _named_table if all(isinstance(value, Hashable) for value in values) else solvers.build
+        return make(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
         raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
     for name, default in TABLE_DEFAULTS.items():

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import engines, noise, ops, request
+from . import engines, ops, request
 from .dynamo import untraced
-from .engines import CaptureError, batches
+from .engines import CaptureError, Network, Request, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
-from .engines.network import Network
 from .engines.recorder import Recorder
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
+from .plan import Plan, Planner
 from .reference import NoiseFunction, RowHook
 from .request import CallOptions, ModelLike, SampleOptions
 from .sde import Process
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Sampler", "sample"]
 
 _NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_FAILED, _COMPILING = "failed backends", "what compiling brings"
-# With compile="auto": where the network may be compiled, and from how many seconds of work on. Compiling takes some 10
-# to 60 s, and what it gains is hardly more than half of the work.
-_MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
 
 
 class Sampler:
@@ -151,28 +147,13 @@ class Sampler:
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
-        self._backend, self._compile = backend, compile
-        self._compiled: Network | None = None  # for compile="auto"
-        self.backend = self._choose()
+        self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile, self.max_batch)
+        self.backend = self._planner.backend(() if self.guidance is None else ("guidance",))
 
     def __repr__(self) -> str:
         name = type(self._network.model).__name__
         shape, rows = self.sample_shape, len(self.table)
         return f"Sampler({name}, {shape}, {rows} rows, backend={self.backend!r}, device={str(self.device)!r})"
-
-    def _choose(self, **options: object) -> str:
-        """The backend of a call: not every one has all of its options."""
-        used = {name for name, value in {"guidance": self.guidance, **options}.items() if value is not None}
-        return engines.choose(
-            self._backend,
-            self.device,
-            self.state_dtype,
-            compile=self._compile is True,
-            network=self._network,
-            sample_shape=self.sample_shape,
-            options=used,
-            without=self._network.cache.get(_FAILED, ()),
-        )
 
     @overload
     def __call__(self, n: int, *, trajectory: None = None, **options: Unpack[CallOptions]) -> Tensor: ...
@@ -202,51 +183,67 @@ class Sampler:
         progress: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draws ``n`` samples. Arguments and result as for `sample`."""
-        check_int("n", n, 0)
         if trajectory is not None:
             check_int("trajectory", trajectory, 1)
+        check_bool("progress", progress)
+        request = self._request(n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback)
+        saved = None
+        if trajectory is not None:
+            count = len(self.table) // trajectory + 1
+            saved = torch.empty((count, *request.shape), dtype=self.state_dtype, device=self.device)
+        self._network.refresh()
+        self._warn_of_randomness()
+        try:
+            with torch.no_grad():
+                plan = self._planner.plan(request, _tell_of_compiling if progress else _tell_nothing)
+                x = self._run(request, plan, saved, trajectory or 1, progress)
+        except TypeError:
+            for name, conditions in (("model_kwargs", request.model_kwargs), ("uncond_kwargs", request.uncond_kwargs)):
+                if conditions is not None:
+                    check_call(self._network.model, name, conditions)  # says which argument, where it is the call's
+            raise
+        return x if saved is None else (x, saved)
+
+    def _request(
+        self,
+        n: int,
+        seed: int,
+        first_sample: int,
+        keys: Tensor | Sequence[int] | None,
+        x_init: Tensor | None,
+        noise: NoiseFunction | None,
+        model_kwargs: Mapping[str, Any] | None,
+        uncond_kwargs: Mapping[str, Any] | None,
+        callback: RowHook | None,
+    ) -> Request:
+        """The arguments of a call, checked."""
+        check_int("n", n, 0)
         for name, function in (("noise", noise), ("callback", callback)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
-        check_bool("progress", progress)
         shape = (n, *self.sample_shape)
-        keys = request.make_keys(keys, n, seed, first_sample, self.device, self.backend)
         if self._t_start is not None and x_init is None:
             raise ValueError(f"x_init must be given with t_start, as the state at t = {self._t_start:g}, got None")
         if x_init is not None:
             x_init = check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True)
             check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32
-        kwargs = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device)
-        uncond = None if uncond_kwargs is None else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device)
-
-        options = {"noise": noise, "callback": callback, "model_kwargs": kwargs or None}
-        backend = self._choose(**options)
-        self._warn_of_randomness()
-        x = torch.empty(shape, dtype=self.state_dtype, device=self.device)
-        rows = len(self.table)
-        saved = None if trajectory is None else x.new_empty((rows // trajectory + 1, *shape))
-        self._network.refresh()
-
-        def run(part: slice, backend: str, bar: tqdm[Any]) -> None:
-            recorder = Recorder(bar, None if saved is None else saved[:, part], trajectory or 1, callback)
-            x[part] = self._run(network, backend, keys[part], x_init, noise, kwargs, uncond, part, recorder)
-
-        try:
-            with torch.no_grad():
-                batch = self._batch(backend, keys, kwargs, uncond)
-                network = self._faster(backend, keys, kwargs, uncond, batch, progress)
-                if progress:
-                    _tell_of_compiling(network)
-                with tqdm(total=rows * -(-n // batch), disable=not progress, unit="row") as bar:
-                    self._run_parts(run, options, n, batch, bar)
-        except TypeError:
-            for name, conditions in (("model_kwargs", kwargs), ("uncond_kwargs", uncond)):
-                if conditions is not None:
-                    check_call(self._network.model, name, conditions)  # says which argument, where it is the call's
-            raise
-        return x if saved is None else (x, saved)
+        return Request(
+            shape,
+            self.table,
+            request.make_keys(keys, n, seed, first_sample, self.device, self.backend),
+            x_init=x_init,
+            prior_std=self._prior_std,
+            noise=None if noise is None else _checked_noise(noise),
+            model_kwargs=check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device),
+            guidance=self.guidance,
+            uncond_kwargs=None
+            if uncond_kwargs is None
+            else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device),
+            dtype=self.state_dtype,
+            callback=callback,
+        )
 
     def _warn_of_randomness(self) -> None:
         network = self._network
@@ -255,147 +252,46 @@ class Sampler:
             warn_once(
                 f"the network has {', '.join(layers)} in training mode: the same seed gives other samples in each "
                 f"call, or in another batch; call model.eval() first",
-                network.cache if isinstance(network.model, nn.Module) else None,
+                network.kept.told if isinstance(network.model, nn.Module) else None,
             )
 
-    def _batch(self, backend: str, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None) -> int:
-        """How many samples are to run at once."""
-        n = len(keys)
-        if self.max_batch is None or n <= 1:
-            return max(n, 1)
-        if isinstance(self.max_batch, int):
-            return self.max_batch
-        if backend == "persistent":  # whose programs take a few samples each in any case
-            return n
-        name = f"batch of {n} {self.sample_shape} in {self._network.dtype}, {self.guidance is not None}"
-        if name not in self._network.cache:
-            plain = self._network.again(compile=False)
-            seconds = self._timed(plain, keys, kwargs, uncond)
-            with plain.unchanged():
-                self._network.cache[name] = batches.fastest(seconds, n)
-        batch: int = self._network.cache[name]
-        return batch
-
-    def _timed(
-        self, network: Network, keys: Tensor, kwargs: dict[str, Any], uncond: dict[str, Any] | None
-    ) -> Callable[[int], float]:
-        """How long the first row of some samples takes."""
-
-        def probe(count: int) -> None:
-            first = slice(0, count)
-            engines.get("eager")(
-                network,
-                (count, *self.sample_shape),
-                self.table.head(1),
-                keys[first],
-                model_kwargs=_slice(kwargs, first),
-                guidance=self.guidance,
-                uncond_kwargs=None if uncond is None else _slice(uncond, first),
-                dtype=self.state_dtype,
-            )
-
-        return lambda count: batches.seconds(probe, count, self.device)
-
-    def _faster(
-        self,
-        backend: str,
-        keys: Tensor,
-        kwargs: dict[str, Any],
-        uncond: dict[str, Any] | None,
-        batch: int,
-        progress: bool,
-    ) -> Network:
-        """The network as it is or, with compile="auto", compiled: whichever is faster, where the work repays that."""
-        plain = self._network
-        if self._compile != "auto" or backend not in _MAY_COMPILE or plain.is_native or not len(keys):
-            return plain
-        count = min(batch, len(keys))
-        name = f"{count} {self.sample_shape} in {plain.dtype}, {self.guidance is not None}"
-        known: dict[str, Any] = plain.cache.setdefault(_COMPILING, {})  # seconds a row; whether compiled it is faster
-        if name not in known:
-            with plain.unchanged():
-                known[name] = [self._timed(plain, keys, kwargs, uncond)(count), None]
-        seconds, is_faster = known[name]
-        if is_faster is False or (is_faster is None and seconds * len(self.table) * -(-len(keys) // count) < _WORK_S):
-            return plain
-        if self._compiled is None:
-            self._compiled = plain.again(compile=True)
-        self._compiled.refresh()
-        if is_faster is None:
-            if progress:
-                _tell_of_compiling(self._compiled)
-            with plain.unchanged():
-                known[name][1] = is_faster = self._timed(self._compiled, keys, kwargs, uncond)(count) < seconds
-        return self._compiled if is_faster else plain
-
-    def _run_parts(
-        self,
-        run: Callable[[slice, str, tqdm[Any]], None],
-        options: dict[str, Any],
-        n: int,
-        batch: int,
-        bar: tqdm[Any],
-    ) -> None:
+    def _run(self, request: Request, plan: Plan, saved: Tensor | None, every: int, progress: bool) -> Tensor:
         """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
-        backend, first = self._choose(**options), 0
-        while first < n:
-            bar.total = bar.n + len(self.table) * -(-(n - first) // batch)
-            done = bar.n
-            try:
-                run(slice(first, min(first + batch, n)), backend, bar)
-            except CaptureError as error:
-                engines.release(self._network)
-                if self._backend != "auto":
-                    raise CaptureError(f"backend {backend!r}: {error}; use 'eager' or 'auto'") from error
-                self._network.cache.setdefault(_FAILED, set()).add(backend)
-                failed, backend, self.backend = backend, self._choose(**options), self._choose()
-                warn(f"the network does not run by backend {failed!r}, so {backend!r} takes over: {error}")
-            except RuntimeError as error:
-                if not batches.is_out_of_memory(error):
-                    raise
-                engines.release(self._network)  # whoever tries again with less wants the memory
-                if self.max_batch != "auto" or batch == 1:
-                    raise
-                batch, bar.n = (min(batch, n - first) + 1) // 2, done
-            else:
-                first += batch
+        n, rows, first = request.shape[0], len(self.table), 0
+        x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
+        with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit="row") as bar:
+            while first < n or x is None:
+                part, done = slice(first, min(first + plan.batch, n)), bar.n
+                bar.total = done + rows * -(-(n - first) // plan.batch)
+                recorder = Recorder(bar, None if saved is None else saved[:, part], every, request.callback)
+                try:
+                    drawn = engines.get(plan.backend)(plan.network, request.part(part, recorder=recorder))
+                except CaptureError as error:
+                    plan = self._after_failure(plan, request, error)
+                except RuntimeError as error:
+                    if not batches.is_out_of_memory(error):
+                        raise
+                    engines.release(self._network)  # whoever tries again with less wants the memory
+                    smaller = self._planner.halved(plan, n - first)
+                    if smaller is None:
+                        raise
+                    plan, bar.n = smaller, done
+                else:
+                    if len(drawn) == n:
+                        return drawn
+                    x = drawn.new_empty(request.shape) if x is None else x
+                    x[part] = drawn
+                    first += plan.batch
+        return x
 
-    def _run(
-        self,
-        network: Network,
-        backend: str,
-        keys: Tensor,
-        x_init: Tensor | None,
-        noise_function: NoiseFunction | None,
-        kwargs: dict[str, Any],
-        uncond: dict[str, Any] | None,
-        part: slice,
-        recorder: Recorder,
-    ) -> Tensor:
-        """One part of the batch, from keys to samples."""
-        shape = (len(keys), *self.sample_shape)
-        if x_init is not None:
-            # A copy: a network that works in place must not write to the caller's tensor.
-            x_init = x_init[part].to(self.state_dtype, copy=True)
-        elif backend != "persistent" or self._prior_std != 1:  # it draws and keeps a unit normal in its launch
-            draw = noise.normal if backend == "reference" else ops.normal
-            x_init = draw(keys, 0, self.sample_shape).to(self.state_dtype)
-            x_init = x_init if self._prior_std == 1 else self._prior_std * x_init
-        if x_init is not None:
-            recorder.start(x_init)
-        return engines.get(backend)(
-            network,
-            shape,
-            self.table,
-            keys,
-            x_init=x_init,
-            noise_function=None if noise_function is None else _checked_noise(noise_function),
-            model_kwargs=_slice(kwargs, part),
-            guidance=self.guidance,
-            uncond_kwargs=None if uncond is None else _slice(uncond, part),
-            dtype=self.state_dtype,
-            after_row=recorder,
-        )
+    def _after_failure(self, plan: Plan, request: Request, error: CaptureError) -> Plan:
+        engines.release(self._network)
+        if not self._planner.is_free:
+            raise CaptureError(f"backend {plan.backend!r}: {error}; use 'eager' or 'auto'") from error
+        other = self._planner.without(plan, request)
+        self.backend = self._planner.backend(() if self.guidance is None else ("guidance",))
+        warn(f"the network does not run by backend {plan.backend!r}, so {other.backend!r} takes over: {error}")
+        return other
 
 
 @overload
@@ -526,13 +422,13 @@ def sample(
     )
 
 
-def _slice(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
-    return {name: value[part] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-
-
 def _tell_of_compiling(network: Network) -> None:
     if network.is_to_be_compiled:
         tqdm.write("torch.compile makes code for the network first, which takes 10 to 60 s", file=sys.stderr)
+
+
+def _tell_nothing(network: Network) -> None:
+    pass
 
 
 def _checked_noise(function: Callable[[int, Tensor], Tensor]) -> NoiseFunction:

@@ -43,7 +43,7 @@ from .sampler import Sampler
 from .sde import Process
 from .solvers import StepTable
 from .validation import check_bool, check_int
-from .vocabulary import VERIFIED_DTYPES
+from .vocabulary import BACKENDS, VERIFIED_DTYPES
 from .yardstick import in_dtype, in_its_own_dtype
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _in_dtype(case: _Case, truth: tuple[Tensor, Tensor], dtype: torch.dtype, com
     """The reference, then every other backend beside it."""
     yardstick = _check(case, truth, None, _REFERENCE, dtype)
     yield yardstick
-    for backend in engines.BACKENDS:
+    for backend in BACKENDS:
         for compiled in (False, True) if compile else (False,):
             if backend not in ("auto", _REFERENCE):
                 yield _check(case, truth, yardstick, backend, dtype, compiled)

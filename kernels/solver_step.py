@@ -126,7 +126,7 @@ def solver_step_kernel(
     next_row_ptr = table_ptr + tl.minimum(row + 1, rows - 1) * WIDTH
     network_input = None
     for j in tl.static_range(M):
-        if out_ptrs[j] is not None or (INPUT is not None and INPUT[j] != 0):
+        if out_ptrs[j] is not None or (INPUT is not None and INPUT[j] != 0) or (j == 0 and status_ptr is not None):
             new = new_slot(slots, f, data, z, row_ptr, M, j, TERMS)
             if out_ptrs[j] is not None:  # after all slots are read, in whose place it may go
                 tl.store(out_ptrs[j] + offset, new, mask=mask)

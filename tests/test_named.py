@@ -199,6 +199,10 @@ def test_sample_builds_the_table_of_its_options() -> None:
     table = solvers.build("unipc", SDE, 9, **options)
     assert torch.equal(sampled(solver="unipc", **options), sampled(solver=table))
     assert not torch.equal(sampled(solver="unipc", **options), sampled(solver="unipc"))
+    for order in ([2], 2.0):  # however like a known one
+        with pytest.raises(TypeError, match=r"order must be an int, got (float|list)"):
+            sampled(solver="unipc", solver_options={"order": order})
+        sampled(solver="unipc", solver_options={"order": 2})
     eta = sampled(solver="ddim", eta=1.0, t_end=0.1)
     torch.testing.assert_close(eta, sampled(solver="ddpm", t_end=0.1), rtol=1e-10, atol=1e-10)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import fastsde
 from fastsde import Sampler, ops
 from fastsde.engines.network import Frozen, Network
+from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, ConcatTime, UNet
-from fastsde.models.unet_inference import UNetInference
 
 X, T = torch.randn(3, 1, 8, 8), torch.rand(3)
 

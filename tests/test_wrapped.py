@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastsde
 from fastsde import Sampler, notices
+from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
-from fastsde.models.unet_inference import UNetInference
 
 
 def compiled(model: nn.Module) -> nn.Module:

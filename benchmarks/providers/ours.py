@@ -9,9 +9,9 @@ from functools import partial
 from torch import Tensor
 
 import fastsde
-from fastsde import engines
 from fastsde.distributed import Ranks
 from fastsde.engines.training import CapturedSteps, EagerSteps, NativeSteps, can_capture, can_run_natively
+from fastsde.plan import unavailable_reason
 
 from ..suite.case import Provider, UnavailableError
 from ..suite.measure import Run
@@ -23,7 +23,7 @@ def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: b
     """A sampler, or ``anew`` by `fastsde.sample`, which makes one in each call."""
     model = copy.deepcopy(task.checkpoint.model)  # of its own, since of a network few captures are kept
     options = {**task.options, "backend": backend, "dtype": dtype_of(precision), "compile": compile}
-    reason = None if backend == "auto" else engines.unavailable_reason(backend, task.device)
+    reason = None if backend == "auto" else unavailable_reason(backend, task.device)
     if reason is not None:
         raise UnavailableError(reason)
     sampler = fastsde.Sampler(model, task.sample_shape, **options)

@@ -39,6 +39,7 @@ SUBJECTS = (
     "train_swiss_roll",
     "train_mnist",
     "network_size",
+    "call",
     "startup",
 )
 

@@ -72,8 +72,10 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    from .. import engines, ops
+    from .. import ops
     from ..ops import dispatch
+    from ..plan import unavailable_reason
+    from ..vocabulary import BACKENDS
 
     capability = torch.backends.cpu.get_cpu_capability()
     yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}"
@@ -87,8 +89,8 @@ def _devices() -> Iterator[tuple[str, str]]:
         capable = torch.cuda.get_device_capability(index)
         yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, capability {capable}"
     for device in devices:
-        for backend in engines.BACKENDS[1:]:
-            reason = engines.unavailable_reason(backend, device)
+        for backend in BACKENDS[1:]:
+            reason = unavailable_reason(backend, device)
             if reason is None and device.type == "cpu" and backend != "reference" and ops.has_triton(device):
                 reason = dispatch.interpreter_problem()
             yield f"{backend} on {device}", "yes" if reason is None else f"no: {reason}"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..models.unet import UNet
-from ..models.unet_inference import UNetInference, supports
 from ..reference import Model
 from .fingerprint import Fingerprint, fingerprint
 from .inspection import prefers_channels_last, tensors_of
+from .unet_inference import UNetInference, supports
 
-__all__ = ["Frozen", "can_be_frozen", "compiled", "derived", "form_of"]
+__all__ = ["Derived", "Frozen", "can_be_frozen", "compiled", "derived", "form_of"]
 
 _LOCK = threading.RLock()  # of what is run instead of a model
 
@@ -27,7 +27,7 @@ def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
 
 
 @dataclass
-class _Derived:
+class Derived:
     """What is run instead of a model, and the model as it was when that was made."""
 
     module: nn.Module
@@ -45,25 +45,30 @@ def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: tor
     return "channels_last" if prefers_channels_last(model, device) else "copy"
 
 
-def derived(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, cache: dict[str, Any]) -> nn.Module:
-    """What is run instead of the model, with its weights as they are now. It is made again where more has changed."""
-    name = f"{form} in {dtype} on {device}"
+def derived(
+    model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, kept: dict[Any, Derived]
+) -> nn.Module:
+    """What is run instead of the model, with its weights as they are now. It is made again where more has changed.
+
+    Args:
+        kept: where that of a form, dtype and device is kept.
+    """
+    key = (form, dtype, device)
     with _LOCK, torch.inference_mode(False), torch.no_grad():  # its weights are written to in other modes too
-        found = fingerprint(model)
-        kept: _Derived | None = cache.get(name)
-        if kept is None or not found.is_copied_as(kept.model):
-            kept = cache[name] = _Derived(_make(model, form, dtype), found)
-        elif isinstance(kept.module, UNetInference) and isinstance(model, UNet):
-            kept.module.refresh(model)
+        found, known = fingerprint(model), kept.get(key)
+        if known is None or not found.is_copied_as(known.model):
+            known = kept[key] = Derived(_make(model, form, dtype), found)
+        elif isinstance(known.module, UNetInference) and isinstance(model, UNet):
+            known.module.refresh(model)
         else:
-            for tensor, original in zip(tensors_of(kept.module), tensors_of(model), strict=True):
+            for tensor, original in zip(tensors_of(known.module), tensors_of(model), strict=True):
                 tensor.copy_(original)
-        return kept.module
+        return known.module
 
 
 def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
     if form == "optimized" and isinstance(model, UNet):
-        return model.optimize(dtype)
+        return UNetInference(model, dtype)
     try:
         made: Any = copy.deepcopy(model)  # whose ``to`` takes no memory_format in the stubs of PyTorch 2.11
     except Exception as error:

@@ -8,122 +8,82 @@ to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .. import noise, ops
-from ..reference import Model, NoiseFunction, RowHook, check_finite, evaluate
+from .. import noise, ops, reference
+from ..reference import Model, check_finite, evaluate
 from ..solvers import StepTable
+from .request import Request
 
-__all__ = ["FiniteCheck", "sample"]
+__all__ = ["FiniteCheck", "run"]
 
 # Rows of noise are drawn together while they have at most this many elements (each costs 60 operations on a tensor of
 # int64 blocks, which stay in the L2 cache at this size); at a hundred elements that is 20 times as fast as row by row.
 _NOISE_ELEMENTS = 1 << 15
 
 
-def sample(
-    model: Model,
-    shape: Sequence[int],
-    table: StepTable,
-    keys: Tensor,
-    *,
-    x_init: Tensor | None = None,
-    noise_function: NoiseFunction | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
-    uncond_kwargs: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    after_row: RowHook | None = None,
-) -> Tensor:
-    """`fastsde.reference.sample`, faster. Arguments, result and errors are the same."""
-    x = ops.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
-    conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
-    run = _fused if dtype == torch.float32 and ops.has_kernels(x.device) else _plain
-    return run(model, x, table, keys, noise_function, conditions, guidance, after_row)
+def run(network: Model, request: Request) -> Tensor:
+    """`fastsde.reference.sample`, faster. Result and errors are the same."""
+    x = request.start().contiguous()
+    rows = _fused if x.dtype == torch.float32 and ops.has_kernels(x.device) else _plain
+    return rows(network, x, request)
 
 
-def _fused(
-    model: Model,
-    x: Tensor,
-    table: StepTable,
-    keys: Tensor,
-    noise_function: NoiseFunction | None,
-    conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None],
-    guidance: float | None,
-    after_row: RowHook | None,
-) -> Tensor:
+def _fused(network: Model, x: Tensor, request: Request) -> Tensor:
     """Rows by the fused kernel, which also sees what is not finite. Each state is new: a callback may keep it.
 
     On a GPU that is looked at once, at the end, since it waits for the device.
     """
-    at_once = x.device.type == "cpu"
-    rows = [table.row(row) for row in range(len(table))]
-    status, history = ops.new_status(x.device), None
-    for row, k in enumerate(rows):
-        t = torch.full((len(x),), k["time"], dtype=x.dtype, device=x.device)
-        f, f_uncond = evaluate(model, x, t, *conditions)
-        z = noise_function(row, x) if k["d"] != 0 and noise_function is not None else None
-        x, history = ops.fused_step(
-            x,
-            f,
-            table,
-            row,
-            history=history,
-            z=z,
-            keys=keys,
-            f_uncond=f_uncond,
-            guidance=guidance,
-            store_data=_is_read(rows, row),
-            status=status,
-        )
-        if at_once:
-            ops.check_status(status, table)
-        replaced = None if after_row is None else after_row(row, k["time"], x)
-        x = x if replaced is None else replaced
-    ops.check_status(status, table)
-    return x
+    table, noise_function, after_row = request.table, request.noise, request.after_row
+    step, conditions = ops.Stepper(table, x, request.keys, request.guidance), request.conditions
+    slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
+    network_input, size, dtype, device = reference.network_input(slots, table, 0), (len(x),), x.dtype, x.device
+    for row in range(len(table)):
+        k = table.row(row)
+        t = torch.full(size, k.time, dtype=dtype, device=device)
+        f, f_uncond = evaluate(network, network_input, t, *conditions)
+        z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
+        slots, network_input = step(row, slots, f, f_uncond, z)
+        replaced = None if after_row is None else after_row(row, k.time, slots[0])
+        if replaced is not None:
+            slots[0] = replaced.contiguous()
+            network_input = _next_input(slots, table, row)
+    step.finish()
+    return slots[0]
 
 
-def _is_read(rows: Sequence[dict[str, float]], row: int) -> bool:
-    """Whether the next row reads what this one stores."""
-    return row + 1 < len(rows) and rows[row + 1]["c"] != 0
+def _next_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
+    """What the network is called with in the row after ``row``."""
+    return slots[0] if row + 1 == len(table) else reference.network_input(slots, table, row + 1)
 
 
-def _plain(
-    model: Model,
-    x: Tensor,
-    table: StepTable,
-    keys: Tensor,
-    noise_function: NoiseFunction | None,
-    conditions: tuple[Mapping[str, Any], Mapping[str, Any] | None],
-    guidance: float | None,
-    after_row: RowHook | None,
-) -> Tensor:
+def _plain(network: Model, x: Tensor, request: Request) -> Tensor:
     """Rows by PyTorch's own operations."""
-    rows = [table.row(row) for row in range(len(table))]
-    drawn = iter(()) if noise_function is not None else _noise_rows(keys, table, x.shape[1:])
-    finite = FiniteCheck(rows, x.device)
-    history = None
-    for row, k in enumerate(rows):
-        t = torch.full((len(x),), k["time"], dtype=x.dtype, device=x.device)
-        outputs = evaluate(model, x, t, *conditions)
+    table, noise_function, after_row = request.table, request.noise, request.after_row
+    drawn = iter(()) if noise_function is not None else _noise_rows(request.keys, table, x.shape[1:])
+    finite = FiniteCheck([k.time for k in map(table.row, range(len(table)))], x.device)
+    slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
+    network_input = reference.network_input(slots, table, 0)
+    for row in range(len(table)):
+        k = table.row(row)
+        t = torch.full((len(x),), k.time, dtype=x.dtype, device=x.device)
+        outputs = evaluate(network, network_input, t, *request.conditions)
         for f in outputs:
             if f is not None:
                 finite("the network returned", f, row)
         z = None
-        if k["d"] != 0:
-            z = next(drawn) if noise_function is None else noise_function(row, x)
-        f = _guided(*outputs, guidance, x.dtype)
-        x, history = _step(x, f, k, table.clip, history, z, _is_read(rows, row))
-        finite("the state became", x, row)
-        replaced = None if after_row is None else after_row(row, k["time"], x)
-        x = x if replaced is None else replaced
+        if k.has_noise:
+            z = next(drawn) if noise_function is None else noise_function(row, slots[0])
+        slots = _step(slots, _guided(*outputs, request.guidance, x.dtype), z, table, row)
+        finite("the state became", slots[0], row)
+        replaced = None if after_row is None else after_row(row, k.time, slots[0])
+        slots[0] = slots[0] if replaced is None else replaced
+        network_input = _next_input(slots, table, row)
     finite.finish()
-    return x
+    return slots[0]
 
 
 def _guided(f: Tensor, f_uncond: Tensor | None, guidance: float | None, dtype: torch.dtype) -> Tensor:
@@ -135,26 +95,35 @@ def _guided(f: Tensor, f_uncond: Tensor | None, guidance: float | None, dtype: t
     return f_uncond + guidance * (f - f_uncond)
 
 
-def _step(
-    x: Tensor, f: Tensor, k: dict[str, float], clip: float | None, history: Tensor | None, z: Tensor | None, store: bool
-) -> tuple[Tensor, Tensor | None]:
-    """One row. The result is a new tensor, which neither the network nor a callback has seen."""
+def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable, row: int) -> list[Tensor]:
+    """One row. New slots are new tensors, which neither the network nor a callback has seen, or old ones renamed."""
+    k, terms = table.row(row), table.terms(row)
     data = None
-    if store or k["e"] != 0:
-        data = torch.mul(x, k["p"]).add_(f, alpha=k["q"])
-        if clip is not None:
-            data.clamp_(-clip, clip)
-    x = torch.mul(x, k["a"])
-    for name, term in (("b", f), ("e", data), ("c", history), ("d", z)):
-        if k[name] != 0 and term is not None:  # H is 0 in the first row
-            x.add_(term, alpha=k[name])
-    return x, data if store else None
+    if terms.has_data:
+        data = _sum((*k.p, k.q), (*slots, f)) if any(k.p) or k.q else torch.zeros_like(f)
+        if table.clip is not None:
+            data.clamp_(-table.clip, table.clip)
+    new = list(slots)
+    for slot, source in terms.moved:
+        new[slot] = slots[source]
+    for slot in terms.computed:
+        new[slot] = _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), (*slots, f, data, z))
+    return new
+
+
+def _sum(coefficients: Sequence[float], terms: Sequence[Tensor | None]) -> Tensor:
+    """The sum in new memory, less the terms of a coefficient of zero, of which there are others."""
+    used = [(c, term) for c, term in zip(coefficients, terms, strict=True) if c != 0 and term is not None]
+    total = torch.mul(used[0][1], used[0][0])
+    for coefficient, term in used[1:]:
+        total.add_(term, alpha=coefficient)
+    return total
 
 
 def _noise_rows(keys: Tensor, table: StepTable, shape: Sequence[int]) -> Iterator[Tensor]:
     """The noise of each row that has any, in order, drawn for runs of such rows."""
     most = max(1, _NOISE_ELEMENTS // max(4, 4 * len(keys) * -(-math.prod(shape) // 4)))
-    noisy = (table.d != 0).tolist()
+    noisy = (table.d != 0).any(dim=1).tolist()
     row = 0
     while row < len(noisy):
         end = row
@@ -174,15 +143,15 @@ class FiniteCheck:
 
     _WHAT = ("the network returned", "the state became")  # in the order of a row
 
-    def __init__(self, rows: Sequence[dict[str, float]], device: torch.device, deferred: bool | None = None) -> None:
-        self._rows = rows
+    def __init__(self, times: Sequence[float], device: torch.device, deferred: bool | None = None) -> None:
+        self._times = times
         deferred = device.type != "cpu" if deferred is None else deferred
-        shape = (len(rows), len(self._WHAT))
+        shape = (len(times), len(self._WHAT))
         self._magnitudes = torch.zeros(shape, dtype=torch.float32, device=device) if deferred else None
 
     def __call__(self, what: str, value: Tensor, row: int) -> None:
         if self._magnitudes is None:
-            check_finite(what, value, row, self._rows[row]["time"])
+            check_finite(what, value, row, self._times[row])
         elif value.numel():
             place = self._magnitudes[row, self._WHAT.index(what)]
             if value.dtype == torch.float64:  # whose magnitude may be too large for fp32; times 0 it is 0 or NaN
@@ -195,4 +164,4 @@ class FiniteCheck:
         if self._magnitudes is None:
             return
         for row, what in torch.isfinite(self._magnitudes).logical_not().nonzero().tolist():
-            check_finite(self._WHAT[what], self._magnitudes[row], row, self._rows[row]["time"])
+            check_finite(self._WHAT[what], self._magnitudes[row], row, self._times[row])

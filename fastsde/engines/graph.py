@@ -22,60 +22,33 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..reference import NoiseFunction, evaluate
-from ..solvers import StepTable
+from ..reference import evaluate, network_input
+from ..solvers import Terms, row_width
 from . import capture, eager
 from .chunks import chunks
 from .fingerprint import Fingerprint
 from .network import Network
-from .recorder import Recorder
+from .request import Conditions, Request
 
-__all__ = ["Trajectory", "release", "sample"]
+__all__ = ["Form", "Trajectory", "release", "run"]
 
 _TRAJECTORIES = 4  # that are kept of a network
 _GRAPHS = 8  # lengths, that are kept of a trajectory; one run needs at most four
 _WARM_UPS = 3
 _LOCK = threading.Lock()
 
-Conditions = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 
-
-def sample(
-    model: Network,
-    shape: Sequence[int],
-    table: StepTable,
-    keys: Tensor,
-    *,
-    x_init: Tensor | None = None,
-    noise_function: NoiseFunction | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
-    uncond_kwargs: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    after_row: Recorder | None = None,
-) -> Tensor:
-    """`fastsde.reference.sample` by replays. What needs the host between rows is not there: the sampler sees to that.
+def run(network: Network, request: Request) -> Tensor:
+    """`fastsde.reference.sample` by replays. What needs the host between rows is not there: the plan sees to that.
 
     Raises:
         CaptureError: where the network cannot be captured.
         NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
     """
-    x = ops.normal(keys, 0, shape[1:]) if x_init is None else x_init
-    conditions = (model_kwargs or {}, None if guidance is None else uncond_kwargs or {})
-    if not x.numel():
-        return eager.sample(
-            model,
-            shape,
-            table,
-            keys,
-            x_init=x,
-            model_kwargs=model_kwargs,
-            guidance=guidance,
-            uncond_kwargs=uncond_kwargs,
-            after_row=after_row,
-        )
-    form = Form.of(model, x, table, conditions, guidance)
-    return _trajectory(model, form, conditions).run(model, x, table, keys, conditions, after_row)
+    if not math.prod(request.shape):
+        return eager.run(network, request)
+    x = request.start()
+    return _trajectory(network, Form.of(network, request), request.conditions).run(network, x, request)
 
 
 @dataclass(frozen=True)
@@ -85,9 +58,8 @@ class Form:
     device: torch.device
     shape: tuple[int, ...]
     rows: int
-    has_noise: bool
-    has_history: bool
-    uses_data: bool
+    terms: Terms
+    has_input: bool
     clip: float | None
     guidance: float | None
     network: tuple[Any, ...]
@@ -95,19 +67,19 @@ class Form:
     settings: tuple[Any, ...]
 
     @classmethod
-    def of(cls, network: Network, x: Tensor, table: StepTable, conditions: Conditions, guidance: float | None) -> Form:
+    def of(cls, network: Network, request: Request) -> Form:
+        table, device = request.table, request.keys.device
         return cls(
-            device=x.device,
-            shape=tuple(x.shape),
+            device=device,
+            shape=request.shape,
             rows=len(table),
-            has_noise=bool((table.d != 0).any()),
-            has_history=bool((table.c != 0).any()),
-            uses_data=bool((table.e != 0).any()),
+            terms=table.terms(),
+            has_input=table.terms().has_input or not table.row(0).reads_slot_0,
             clip=table.clip,
-            guidance=guidance,
+            guidance=request.guidance,
             network=network.form(),
-            conditions=tuple(_spec(kwargs) for kwargs in conditions),
-            settings=_settings(x.device.type),
+            conditions=tuple(_spec(kwargs) for kwargs in request.conditions),
+            settings=_settings(device.type),
         )
 
 
@@ -149,7 +121,7 @@ def _settings(device_type: str) -> tuple[Any, ...]:
 def _trajectory(network: Network, form: Form, conditions: Conditions) -> Trajectory:
     """The trajectory of a form, from the few that are kept of a network, or a new one."""
     with _LOCK:
-        kept: OrderedDict[Form, Trajectory] = network.cache.setdefault("trajectories", OrderedDict())
+        kept: OrderedDict[Form, Trajectory] = network.kept.trajectories
         if form in kept:
             kept.move_to_end(form)
         else:
@@ -163,7 +135,7 @@ def _trajectory(network: Network, form: Form, conditions: Conditions) -> Traject
 def release(network: Network) -> None:
     """Frees the memory of all that is captured of a network."""
     with _LOCK:
-        network.cache.pop("trajectories", None)
+        network.kept.trajectories.clear()
 
 
 class Trajectory:
@@ -178,38 +150,32 @@ class Trajectory:
         self._counts: frozenset[int] = frozenset()  # where that differs whenever it is called, in a count of calls
         batch, size = form.shape[0], math.prod(form.shape[1:])
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": form.device}
-        self._x = torch.zeros(form.shape, **fp32)
-        self._history = torch.zeros(form.shape, **fp32) if form.has_history else None
+        slots = form.terms.slots
+        self._slots = [torch.zeros(form.shape, **fp32) for _ in range(slots)]
+        self._input = torch.zeros(form.shape, **fp32) if form.has_input else self._slots[0]
         self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=form.device)
-        self._rows = torch.zeros((form.rows, 8), **fp32)
+        self._rows = torch.zeros((form.rows, row_width(slots)), **fp32)
         self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
         self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
         capture.wait(form.device)  # for all that was written just now: another thread's stream may use it first
 
-    def run(
-        self,
-        network: Network,
-        x: Tensor,
-        table: StepTable,
-        keys: Tensor,
-        conditions: Conditions,
-        recorder: Recorder | None,
-    ) -> Tensor:
+    def run(self, network: Network, x: Tensor, request: Request) -> Tensor:
         """All rows, from the state ``x``. The result is new memory."""
+        table, recorder = request.table, request.recorder
         lengths = chunks(len(table), None if recorder is None or recorder.states is None else recorder.every)
         with self._lock:
             self._record(network, lengths)
             try:
-                self._start(x, table, keys, conditions)
+                self._start(x, request)
                 rows = 0
                 for length in lengths:
                     self._graphs[length]()
                     rows += length
                     if recorder is not None:
-                        recorder.advance(rows, length, self._x)
-                result = self._x.clone()
+                        recorder.advance(rows, length, self._slots[0])
+                result = self._slots[0].clone()
                 ops.check_status(self._status, table)  # which waits, so that the next run finds the memory idle
             except BaseException:
                 capture.wait(self._form.device)
@@ -247,38 +213,52 @@ class Trajectory:
             recording.warm_up(run)
 
     def _run_rows(self, network: Network, count: int) -> None:
-        form = self._form
         # A cast that autocast keeps would be made outside of the graph, and freed behind its back.
         kind = self._form.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            slots = self._slots
             for _ in range(count):
-                f, f_uncond = evaluate(network, self._x, self._time, *self._conditions)
-                ops.counted_step(
-                    self._x,
-                    f,
-                    self._rows,
-                    self._counter,
-                    time=self._time,
-                    status=self._status,
-                    history=self._history,
-                    keys=self._keys if form.has_noise else None,
-                    f_uncond=f_uncond,
-                    guidance=form.guidance,
-                    clip=form.clip,
-                    uses_data=form.uses_data,
-                )
+                slots = self._run_row(network, slots)
+            moved = [(ours, slot) for ours, slot in zip(self._slots, slots, strict=True) if ours is not slot]
+            for (ours, _), value in zip(moved, [slot.clone() for _, slot in moved], strict=True):
+                ours.copy_(value)  # the next replay finds each slot where this one has
 
-    def _start(self, x: Tensor, table: StepTable, keys: Tensor, conditions: Conditions) -> None:
-        self._x.copy_(x)
-        self._keys.copy_(keys)
+    def _run_row(self, network: Network, slots: list[Tensor]) -> list[Tensor]:
+        """One row, in place. Returns where the new slots are."""
+        form, terms = self._form, self._form.terms
+        f, f_uncond = evaluate(network, self._input, self._time, *self._conditions)
+        new = [slots[place] for place in terms.places]
+        ops.counted_step(
+            slots,
+            f,
+            self._rows,
+            self._counter,
+            terms=terms,
+            out=[slot if source is None else None for slot, source in zip(new, terms.sources, strict=True)],
+            network_input=self._input if form.has_input and any(terms.n) else None,
+            time=self._time,
+            status=self._status,
+            keys=self._keys if terms.has_noise else None,
+            f_uncond=f_uncond,
+            guidance=form.guidance,
+            clip=form.clip,
+        )
+        return new
+
+    def _start(self, x: Tensor, request: Request) -> None:
+        table = request.table
+        for slot in self._slots[1:]:
+            slot.zero_()
+        self._slots[0].copy_(x)
+        if self._form.has_input:
+            self._input.copy_(network_input(self._slots, table, 0))
+        self._keys.copy_(request.keys)
         self._rows.copy_(ops.device_table(table, self._form.device))
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
         self._status.copy_(ops.new_status(self._form.device))
-        if self._history is not None:
-            self._history.zero_()
-        for ours, given in zip(self._conditions, conditions, strict=True):
+        for ours, given in zip(self._conditions, request.conditions, strict=True):
             for name, value in (given or {}).items():
                 if isinstance(value, Tensor) and ours is not None:
                     ours[name].copy_(value)

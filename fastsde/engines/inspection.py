@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,24 +20,25 @@ _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """The parameters and buffers of a module."""
-    return [*model.parameters(), *model.buffers()]
+    return list(_tensors(model))
+
+
+def _tensors(model: object) -> Iterator[Tensor]:
+    """The same, one by one; none of a function."""
+    if isinstance(model, nn.Module):
+        yield from model.parameters()
+        yield from model.buffers()
 
 
 def device_of(model: object) -> torch.device | None:
     """The device of a network's first parameter or buffer, if it has any."""
-    if isinstance(model, nn.Module):
-        for tensor in tensors_of(model):
-            return tensor.device
-    return None
+    tensor = next(_tensors(model), None)
+    return None if tensor is None else tensor.device
 
 
 def dtype_of(model: Model) -> torch.dtype:
     """The dtype of a network's first floating-point parameter or buffer; fp32 where it has none."""
-    if isinstance(model, nn.Module):
-        for tensor in tensors_of(model):
-            if tensor.is_floating_point():
-                return tensor.dtype
-    return torch.float32
+    return next((tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()), torch.float32)
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:

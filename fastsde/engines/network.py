@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..models.mlp import is_sequential
-from ..models.unet_inference import UNetInference
+from ..models.mlp import is_sequential, linear_layers
 from ..models.unwrap import unwrap
 from ..notices import warn, warn_once
 from ..reference import Model, NonFiniteError
 from .batches import is_out_of_memory
 from .capture import CaptureError
-from .derived import Frozen, can_be_frozen, compiled, derived, form_of
+from .derived import Derived, Frozen, can_be_frozen, compiled, derived, form_of
 from .fingerprint import Fingerprint, fingerprint, modules_of
 from .inspection import device_of, dtype_of
+from .unet_inference import UNetInference
 
-__all__ = ["Network"]
+__all__ = ["Feed", "Kept", "Network"]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _NO_REFUSALS = (NonFiniteError, CaptureError, getattr(torch, "AcceleratorError", NonFiniteError))
 _made: WeakSet[Model] = WeakSet()  # what has been run through torch.compile
-# What is kept of a model while it lives, whichever sampler made it.
-_caches: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
 
-class _Feed(NamedTuple):
+class Feed(NamedTuple):
     """How a network takes what is not x.
 
     Args:
@@ -42,6 +43,32 @@ class _Feed(NamedTuple):
     time: torch.dtype
     casts: bool = False
     autocast: bool = False
+
+
+@dataclass
+class Kept:
+    """What is kept of a model while it lives, whichever sampler made it.
+
+    Args:
+        feeds: by the network's dtype and whether its times are integers, how it is fed, by the dtypes of its arguments.
+        derived, frozen: what is run instead of it, by form, dtype and (of the first) device.
+        packed: by dtype, its parameters as the persistent kernel reads them, and which these were.
+        trajectories: what is captured of it (`fastsde.engines.graph`), the latest last.
+        batches: the fastest batch, by what is run.
+        compiling: by what is run, seconds a row, and whether the compiled network is faster, None before that is known.
+        failed: the backends that have failed.
+        told: the warnings that have been given.
+    """
+
+    feeds: dict[tuple[torch.dtype, bool], dict[Any, Feed]] = field(default_factory=dict)
+    derived: dict[Any, Derived] = field(default_factory=dict)
+    frozen: dict[tuple[str, torch.dtype], Frozen] = field(default_factory=dict)
+    packed: dict[torch.dtype, tuple[Any, Any]] = field(default_factory=dict)
+    trajectories: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    batches: dict[Any, int] = field(default_factory=dict)
+    compiling: dict[Any, tuple[float, bool | None]] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class Network:
@@ -89,7 +116,7 @@ class Network:
         self.model = _inside(model)
         self.dtype = dtype_of(model) if dtype is None else dtype
         self.device = device or device_of(model) or torch.device("cpu")
-        self.cache = _cache(self.model)  # what an engine keeps of this network
+        self.kept = _kept_of(self.model)
         self._takes_one = isinstance(model, nn.Module) and is_sequential(unwrap(model))
         self._feeds = _feeds(self.dtype, integer_times)
         # Without the casts that change nothing where no argument is to be cast.
@@ -97,8 +124,7 @@ class Network:
             feed for feed in self._feeds if not feed.casts or feed._replace(casts=False) not in self._feeds
         ]
         # How it is fed, by the dtypes of its arguments: learned once for all samplers of a network.
-        known = f"feeds in {self.dtype}, {integer_times}"
-        self._known_feeds: dict[Any, _Feed] = self.cache.setdefault(known, {})
+        self._known_feeds = self.kept.feeds.setdefault((self.dtype, integer_times), {})
         self._run: Model | None = None
         self._compiled: Model | None = None
         self.refresh()
@@ -122,10 +148,11 @@ class Network:
 
     def refresh(self) -> None:
         """Brings what is run instead of the model up to date: its weights, and where more has changed, all of it."""
+        self.layers = linear_layers(self.model)
         self._form = form_of(self.model, self._arguments["dtype"], self._arguments["optimize"], self.device)
         run = self._given if self._form == "itself" and _is_compiled(self._given) else self.model
         if isinstance(run, nn.Module) and self._form != "itself":
-            run = derived(run, self._form, self.dtype, self.device, self.cache)
+            run = derived(run, self._form, self.dtype, self.device, self.kept.derived)
         if run is not self._run or isinstance(self._compiled, Frozen):  # which may be out of date
             self._run = run
             self._compiled = self._through_compile(run) if self._compiles else None
@@ -135,10 +162,10 @@ class Network:
         """The network through ``torch.compile``; on the CPU the one that another sampler has made, if it is that."""
         if self.device.type == "cuda" or not isinstance(run, nn.Module) or not can_be_frozen(run):
             return compiled(run, self.device)
-        name = f"{self._form} in {self.dtype}, frozen"
-        if name not in self.cache or not self.cache[name].is_of(run):
-            self.cache[name] = Frozen(run)
-        frozen: Frozen = self.cache[name]
+        key = (self._form, self.dtype)
+        frozen = self.kept.frozen.get(key)
+        if frozen is None or not frozen.is_of(run):
+            frozen = self.kept.frozen[key] = Frozen(run)
         return frozen
 
     @contextmanager
@@ -209,8 +236,8 @@ class Network:
         return f
 
     def _fed_otherwise(
-        self, x: Tensor, t: Tensor, kwargs: dict[str, Any], ways: list[_Feed], refusal: Exception
-    ) -> tuple[Any, _Feed]:
+        self, x: Tensor, t: Tensor, kwargs: dict[str, Any], ways: list[Feed], refusal: Exception
+    ) -> tuple[Any, Feed]:
         """The output of a network that refuses the first way, and the way that it accepts."""
         for feed in ways[1:]:
             f, error = self._tried(x, t, kwargs, feed)
@@ -228,7 +255,7 @@ class Network:
             )
         return f, feed
 
-    def _tried(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> tuple[Any, Exception | None]:
+    def _tried(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: Feed) -> tuple[Any, Exception | None]:
         """The network's output or its refusal. A refused call leaves buffers and random states as they were."""
         try:
             with self.unchanged(unless_done=True):
@@ -238,18 +265,27 @@ class Network:
                 raise
             return None, error
 
-    def _ways(self, kwargs: dict[str, Any]) -> list[_Feed]:
+    def _ways(self, kwargs: dict[str, Any]) -> list[Feed]:
         """The ways to feed it."""
+        if not kwargs:
+            return self._feeds_without_casts
         floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
         has_casts = any(value.dtype != self.dtype for value in floats)
         return self._feeds if has_casts else self._feeds_without_casts
 
-    def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: _Feed) -> Any:
-        layout = torch.channels_last if self._channels_last and x.ndim == 4 else torch.preserve_format
-        x, t = x.to(self.dtype, memory_format=layout), t.to(feed.time)
+    def _evaluate(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: Feed) -> Any:
+        if self._channels_last and x.ndim == 4:
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+        elif x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        if t.dtype is not feed.time:
+            t = t.to(feed.time)
         if feed.casts:
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         args = (torch.cat((x, t[:, None].to(x.dtype)), -1),) if self._takes_one else (x, t)
+        if self._compiled is None and not feed.autocast:
+            run: Any = self._run
+            return run(*args, **kwargs)
         if not feed.autocast:
             return self._through(args, kwargs)
         with torch.autocast(x.device.type, dtype=self.dtype, cache_enabled=False):
@@ -288,14 +324,14 @@ def _make(model: Model, compile: bool, arguments: dict[str, Any]) -> Network:
     return Network(model, compile=compile, **arguments)
 
 
-def _feeds(dtype: torch.dtype, integer_times: bool) -> list[_Feed]:
+def _feeds(dtype: torch.dtype, integer_times: bool) -> list[Feed]:
     """The ways to feed a network of a dtype, the most exact first."""
     times = [torch.float64 if dtype == torch.float64 else torch.float32]
     if integer_times:
         times.append(torch.int64)
-    feeds = [_Feed(time, casts) for casts in (False, True) for time in times]
+    feeds = [Feed(time, casts) for casts in (False, True) for time in times]
     if dtype in _LOW_PRECISION:
-        feeds += [*(_Feed(time, autocast=True) for time in times), _Feed(dtype, casts=True)]
+        feeds += [*(Feed(time, autocast=True) for time in times), Feed(dtype, casts=True)]
     return feeds
 
 
@@ -316,10 +352,10 @@ def _is_compiled(model: Model) -> bool:
     return inner is not model and getattr(model, "_orig_mod", None) is inner
 
 
-def _cache(model: Model) -> dict[str, Any]:
+def _kept_of(model: Model) -> Kept:
     if not isinstance(model, nn.Module):
-        return {}
+        return Kept()
     try:
-        return _caches.setdefault(model, {})
+        return _kept.setdefault(model, Kept())
     except TypeError:  # a class of its own __eq__ without a hash
-        return {}
+        return Kept()

@@ -29,6 +29,11 @@ class Recorder:
     every: int = 1
     callback: RowHook | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has anything to do after a row."""
+        return self.callback is not None or self.states is not None or not self.bar.disable
+
     def start(self, x: Tensor) -> None:
         """Keeps the initial state."""
         if self.states is not None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..validation import check_int, check_ints
-
-if TYPE_CHECKING:
-    from .unet_inference import UNetInference
 
 __all__ = ["UNet"]
 
@@ -113,13 +110,3 @@ class UNet(nn.Module):
             return torch.cat((x, plane.expand(-1, 1, *x.shape[2:])), dim=1)
         image = torch.cat((x.movedim(1, -1), plane.expand(-1, *x.shape[2:], 1)), dim=-1)
         return image.movedim(-1, 1)
-
-    def optimize(self, dtype: torch.dtype | None = None) -> UNetInference:
-        """The same network for inference alone, faster: see `UNetInference`. Its weights are copies.
-
-        Args:
-            dtype: of the copies; by default that of the weights.
-        """
-        from .unet_inference import UNetInference
-
-        return UNetInference(self, dtype)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from .dispatch import has_kernels, has_native, has_triton, is_plain, multiplies_bf16, native_state
 from .mlp import PRECISIONS, launch_mlp_sampler, mlp_limits, mlp_sampler, pack_mlp, unknown_activation
 from .step import (
+    Stepper,
     check_status,
     counted_step,
     device_table,
-    fused_step,
     new_status,
     normal,
     sample_keys,
@@ -24,12 +24,12 @@ from .training import data_order, dsm_loss, perturb
 
 __all__ = [
     "PRECISIONS",
+    "Stepper",
     "check_status",
     "counted_step",
     "data_order",
     "device_table",
     "dsm_loss",
-    "fused_step",
     "has_kernels",
     "has_native",
     "has_triton",

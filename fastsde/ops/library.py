@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..solvers.terms import Terms, named_terms
 from .dispatch import contiguous, kernel
 
 __all__ = ["launch_normal", "launch_sample_keys"]
@@ -46,30 +47,38 @@ torch.library.custom_op("fastsde::sample_keys", launch_sample_keys, mutates_args
 
 @torch.library.custom_op("fastsde::solver_step", mutates_args=())
 def _solver_step(
-    x: Tensor,
+    slots: Sequence[Tensor],
     f: Tensor,
     table: Tensor,
     row: int,
-    history: Tensor | None,
+    kinds: Sequence[int],
     z: Tensor | None,
     keys: Tensor | None,
     f_uncond: Tensor | None,
     guidance: float | None,
     clip: float | None,
-    uses_data: bool,
-) -> tuple[Tensor, Tensor]:
-    x, f, history, z, keys, f_uncond = contiguous(x, f, history, z, keys, f_uncond)
-    out, data = torch.empty_like(x), torch.empty_like(x)
-    given = {"history": history, "z": z, "keys": keys, "f_uncond": f_uncond, "guidance": guidance}
-    step = kernel("solver_step", x.device).solver_step
-    step(x, f, table, row, clip=clip, uses_data=uses_data, out=out, data=data, **given)
-    return out, data
+) -> list[Tensor]:
+    """The new slots that do not just take over an old one. ``kinds`` are `StepTable.kinds` of the row."""
+    terms = _step_terms(kinds, slots)
+    f, z, keys, f_uncond, *slots = contiguous(f, z, keys, f_uncond, *slots)
+    out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]
+    given = {"z": z, "keys": keys, "f_uncond": f_uncond, "guidance": guidance, "clip": clip}
+    kernel("solver_step", f.device).solver_step(slots, f, table, row, terms=terms, out=out, **given)
+    return [made for made in out if made is not None]
+
+
+def _step_terms(kinds: Sequence[int], slots: Sequence[Tensor]) -> Terms:
+    return named_terms(tuple(kinds), len(slots))
 
 
 @_solver_step.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, torch.empty_like(out)
+def _(slots: Sequence[Tensor], f: Tensor, table: Tensor, row: int, kinds: Sequence[int], *rest: Any) -> list[Tensor]:
+    x = slots[0]
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for source in _step_terms(kinds, slots).sources
+        if source is None
+    ]
 
 
 @torch.library.custom_op("fastsde::mlp_sampler", mutates_args=())

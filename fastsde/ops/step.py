@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import noise, reference
 from ..dynamo import guard_identity
+from ..kernels.status import FINITE, STATUS_KINDS
 from ..reference import non_finite
-from ..solvers import StepTable
+from ..solvers import StepTable, Terms
 from ..validation import check_instance, check_int, check_keys, check_number, check_shape, check_tensor
 from . import library
-from .dispatch import contiguous, has_kernels, is_plain, kernel, needs_grad
+from .dispatch import contiguous, has_kernels, has_native, is_plain, kernel, needs_grad
 
 __all__ = [
+    "Stepper",
     "check_status",
     "counted_step",
     "device_table",
-    "fused_step",
     "new_status",
     "normal",
     "sample_keys",
@@ -30,97 +30,148 @@ __all__ = [
 
 
 def device_table(table: StepTable, device: torch.device) -> Tensor:
-    """The table as the kernels read it, fp32 ``[K, 8]`` on the device; made once."""
+    """The table as the kernels read it, fp32 ``[K, 2 + 5 m + m^2]`` on the device; made once."""
     guard_identity(table)
     return table.on(device)
 
 
-def fused_step(
-    x: Tensor,
-    f: Tensor,
-    table: StepTable,
-    row: int,
-    *,
-    history: Tensor | None = None,
-    z: Tensor | None = None,
-    keys: Tensor | None = None,
-    f_uncond: Tensor | None = None,
-    guidance: float | None = None,
-    store_data: bool = True,
-    status: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`solver_step` by its kernel, for an fp32 state where `has_kernels` holds. Arguments are trusted.
+class Stepper:
+    """Rows of one table by the kernel `solver_step`, for fp32 states of one shape where `has_kernels` holds.
+
+    What stays the same from row to row is looked at once. Arguments are trusted.
 
     Args:
-        store_data: whether D is stored and returned.
-        status: a `new_status`, which the kernel notes in what is not finite.
-        out: where x' goes: contiguous, and possibly ``x`` itself.
+        x: a contiguous state of the shape and the device.
+        keys: int64 ``[B, 2]``.
+        guidance: w, for rows with an unconditional output.
     """
-    k = table.row(row)
-    x, f, f_uncond = contiguous(x, f, f_uncond)
-    history, z, keys = contiguous(history if k["c"] else None, z if k["d"] else None, keys if k["d"] else None)
-    out = torch.empty_like(x) if out is None else out
-    data = torch.empty_like(x) if store_data else None
-    kernel("solver_step", x.device).solver_step(
-        x,
-        f,
-        device_table(table, x.device),
-        row,
-        history=history,
-        z=z,
-        keys=keys,
-        f_uncond=f_uncond,
-        guidance=guidance,
-        clip=table.clip,
-        uses_data=k["e"] != 0,
-        status=status,
-        out=out,
-        data=data,
-    )
-    return out, data
+
+    def __init__(self, table: StepTable, x: Tensor, keys: Tensor, guidance: float | None = None) -> None:
+        keys = keys.contiguous()
+        self._table, self._keys, self._guidance = table, keys, guidance
+        self._rows = device_table(table, x.device)
+        self._status = None if has_native(x.device) else new_status(x.device)
+        self._at_once = x.device.type == "cpu"
+        module = kernel("solver_step", x.device)
+        if self._status is None:
+            self._native = module.Steps(self._rows, x.shape, keys=keys, guidance=guidance, clip=table.clip)
+        else:
+            self._launch = module.solver_step
+
+    def __call__(
+        self,
+        row: int,
+        slots: Sequence[Tensor],
+        f: Tensor,
+        f_uncond: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Takes the step of a row.
+
+        Returns:
+            The new slots, in new memory but for those that are renamed (those that no later row reads are not made, and
+            the old ones stand in their place); and the next row's input of the network.
+
+        Raises:
+            NonFiniteError: on the CPU, where f or x' is not finite. On a GPU `finish` tells.
+        """
+        terms = self._table.terms(row)
+        if z is not None:
+            z = z.to(torch.float32).contiguous()
+        out: list[Tensor | None] = [None] * len(slots)
+        new = list(slots)
+        for slot, source in terms.moved:
+            new[slot] = slots[source]
+        for slot in terms.computed:
+            new[slot] = out[slot] = torch.empty_like(slots[0])
+        network_input = torch.empty_like(slots[0]) if terms.has_input else None
+        if self._status is None:
+            found = self._native(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
+            if found < len(STATUS_KINDS):
+                raise non_finite(STATUS_KINDS[found], row, self._table.row(row).time)
+        else:
+            self._triton(row, terms, slots, f, f_uncond, z, out, network_input)
+        return new, new[0] if network_input is None else network_input
+
+    def _triton(
+        self,
+        row: int,
+        terms: Terms,
+        slots: Sequence[Tensor],
+        f: Tensor,
+        f_uncond: Tensor | None,
+        z: Tensor | None,
+        out: Sequence[Tensor | None],
+        network_input: Tensor | None,
+    ) -> None:
+        f, f_uncond = contiguous(f, f_uncond)
+        self._launch(
+            slots,
+            f,
+            self._rows,
+            row,
+            terms=terms,
+            z=z if terms.has_noise else None,
+            keys=self._keys if terms.has_noise and z is None else None,
+            f_uncond=f_uncond,
+            guidance=self._guidance,
+            clip=self._table.clip,
+            status=self._status,
+            out=out,
+            network_input=network_input,
+        )
+        if self._at_once:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raises `NonFiniteError` for the first row with a value that was not finite; waits for a GPU."""
+        if self._status is not None:
+            check_status(self._status, self._table)
 
 
 def counted_step(
-    x: Tensor,
+    slots: Sequence[Tensor],
     f: Tensor,
     rows: Tensor,
     counter: Tensor,
     *,
+    terms: Terms,
+    out: Sequence[Tensor | None],
+    network_input: Tensor | None,
     time: Tensor,
     status: Tensor,
-    history: Tensor | None,
     keys: Tensor | None,
     f_uncond: Tensor | None,
     guidance: float | None,
     clip: float | None,
-    uses_data: bool,
 ) -> None:
-    """`fused_step` in place, of the row that a counter on the device stands at: the same launch for every row.
+    """The step of the row that a counter on the device stands at: the same launch for every row of a table.
 
     Args:
-        rows: a `device_table`.
+        rows: a `device_table`, and ``terms`` those of the whole table.
         counter: a `step_counter`, moved on by one.
+        out: where the new slots go that are computed, each possibly in the place of an old one.
+        network_input: where the next row's n.s goes, for tables that call the network with something else than slot 0.
         time: fp32 ``[B]``, set to the time of the next row.
         status: a `new_status`.
-        history, keys: None where no row of the table has c, or d.
-        uses_data: whether a row has e.
+        keys: None where no row of the table has noise.
     """
     f, f_uncond = contiguous(f, f_uncond)
-    given = {"history": history, "keys": keys, "f_uncond": f_uncond, "guidance": guidance}
-    kernel("solver_step", x.device).solver_step(
-        x,
+    kernel("solver_step", f.device).solver_step(
+        slots,
         f,
         rows,
         0,
+        terms=terms,
+        keys=keys,
+        f_uncond=f_uncond,
+        guidance=guidance,
         clip=clip,
-        uses_data=uses_data,
         counter=counter,
         time=time,
         status=status,
-        out=x,
-        data=history,
-        **given,
+        out=out,
+        network_input=network_input,
     )
 
 
@@ -131,19 +182,15 @@ def step_counter(batch: int, size: int, device: torch.device) -> Tensor:
 
 def new_status(device: torch.device) -> Tensor:
     """What the step notes in that the state or the network's output is not finite: int32 ``[1]``."""
-    from ..kernels.status import FINITE
-
     return torch.full((1,), FINITE, dtype=torch.int32, device=device)
 
 
 def check_status(status: Tensor, table: StepTable) -> None:
     """Waits for the device and raises `NonFiniteError` for the first row with a value that was not finite."""
-    from ..kernels.status import FINITE, STATUS_KINDS
-
     value = int(status)
     if value != FINITE:
         row, kind = divmod(value, 2)
-        raise non_finite(STATUS_KINDS[kind], row, float(table.time[row]))
+        raise non_finite(STATUS_KINDS[kind], row, table.row(row).time)
 
 
 def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
@@ -179,50 +226,62 @@ def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.ST
 
 
 def solver_step(
-    x: Tensor,
+    slots: Sequence[Tensor],
     f: Tensor,
     table: StepTable,
     row: int,
     *,
-    history: Tensor | None = None,
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
     guidance: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`fastsde.reference.solver_step` for x fp32 or float64 and f of any floating-point dtype.
+) -> tuple[Tensor, ...]:
+    """`fastsde.reference.solver_step` for slots fp32 or float64 and f of any floating-point dtype.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    check_tensor("x", x, floating=True)
-    if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
     check_instance("table", table, StepTable)
+    if not isinstance(slots, (list, tuple)):
+        raise TypeError(f"slots must be a list or tuple of tensors, got {type(slots).__name__}")
+    if len(slots) != table.slots:
+        raise ValueError(f"slots must be the {table.slots} tensors of the table's state, got {len(slots)}")
+    x = check_tensor("slots[0]", slots[0], floating=True)
+    if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"slots[0] must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
     row = len(range(check_int("row", row, 0, len(table))))  # in compiled code an int may be a symbol, but no length is
-    check_tensor("f", f, shape=x.shape, device=x.device, floating=True)
-    options: dict[str, Any] = {"history": history, "z": z, "f_uncond": f_uncond}
-    for name, value in options.items():
+    named = {f"slots[{i}]": slot for i, slot in enumerate(slots)}
+    for name, value in {**named, "f": f, "z": z, "f_uncond": f_uncond}.items():
         if value is not None:
-            options[name] = check_tensor(name, value, shape=x.shape, device=x.device, floating=True).to(x.dtype)
+            check_tensor(name, value, shape=x.shape, device=x.device, floating=True)
     guard_identity(table)
     k = table.row(row)
-    if z is None and k["d"] != 0:
+    if z is None and any(k.d):
         if keys is None:
-            raise ValueError(f"z or keys must be given for row {row}, where d is {k['d']:g}, got neither")
+            raise ValueError(f"z or keys must be given for row {row}, which has noise, got neither")
         keys = check_keys(keys, len(x), x.device)
-    if history is None and k["c"] != 0:
-        raise ValueError(f"history must be given for row {row}, where c is {k['c']:g}, got None")
     if (f_uncond is None) != (guidance is None):
         raise ValueError("f_uncond and guidance go together: give both or neither")
     if guidance is not None:
         check_number("guidance", guidance)
-    if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(x, f, *options.values()):
-        columns = device_table(table, x.device)
-        given = (options["history"] if k["c"] else None, options["z"] if k["d"] else None, keys if k["d"] else None)
-        guided = (options["f_uncond"], guidance)
-        result: tuple[Tensor, Tensor] = torch.ops.fastsde.solver_step(
-            x, f, columns, row, *given, *guided, table.clip, k["e"] != 0
-        )
-        return result
-    return reference.solver_step(x, f, table, row, keys=keys, guidance=guidance, **options)
+    slots = [slot.to(x.dtype) for slot in slots]
+    z, f_uncond = (None if each is None else each.to(x.dtype) for each in (z, f_uncond))
+    if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(*slots, f, z, f_uncond):
+        return _by_kernel(slots, f, table, row, z, keys, f_uncond, guidance)
+    return reference.solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance)
+
+
+def _by_kernel(
+    slots: Sequence[Tensor],
+    f: Tensor,
+    table: StepTable,
+    row: int,
+    z: Tensor | None,
+    keys: Tensor | None,
+    f_uncond: Tensor | None,
+    guidance: float | None,
+) -> tuple[Tensor, ...]:
+    rows, kinds = device_table(table, f.device), table.kinds(row)
+    drawn = (z, keys if z is None else None) if any(table.row(row).d) else (None, None)
+    made = iter(torch.ops.fastsde.solver_step(slots, f, rows, row, kinds, *drawn, f_uncond, guidance, table.clip))
+    return tuple(next(made) if source is None else slots[source] for source in table.sources(row))

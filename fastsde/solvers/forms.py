@@ -1,4 +1,4 @@
-"""What solvers are built from: checked times and schedules, and what a network's output says of x_0, eps and score."""
+"""What builders share: checked times and schedules, and x_0, noise and score as functions of the network's output."""
 
 from __future__ import annotations
 

@@ -26,11 +26,16 @@ from torch import Tensor
 
 from ..dynamo import constant
 from ..validation import check_number
-from .terms import Terms, live_terms, terms_of
+from .terms import Terms, kinds_of, live_terms, named_terms, terms_of
 
-__all__ = ["MAX_SLOTS", "Row", "StepTable"]
+__all__ = ["MAX_SLOTS", "Row", "StepTable", "row_width"]
 
 MAX_SLOTS = 8
+
+
+def row_width(slots: int) -> int:
+    """How many numbers a row of `StepTable.packed` has."""
+    return 2 + 5 * slots + slots**2
 
 
 class Row(NamedTuple):
@@ -49,6 +54,11 @@ class Row(NamedTuple):
     def has_noise(self) -> bool:
         """Whether the row has a use for z."""
         return any(self.d)
+
+    @property
+    def reads_slot_0(self) -> bool:
+        """Whether the network is called with slot 0 itself."""
+        return self.n[0] == 1 and not any(self.n[1:])
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -147,16 +157,21 @@ class StepTable:
 
     @cached_property
     def _rows(self) -> list[Row]:
-        columns = (getattr(self, name).tolist() for name in Row._fields)
-        return [
-            Row(time, q, *(tuple(each) for each in vectors), tuple(tuple(each) for each in matrix))  # type: ignore[arg-type]
-            for time, q, *vectors, matrix in zip(*columns, strict=True)
-        ]
+        slots = self.slots
+        rows = []
+        for time, q, *rest in self.packed.tolist():
+            n, p, b, e, d, *A = (tuple(rest[i : i + slots]) for i in range(0, len(rest), slots))
+            rows.append(Row(time, q, n, p, b, e, d, tuple(A)))
+        return rows
 
     @constant
     def row(self, k: int) -> Row:
         """The time and coefficients of row k as Python floats."""
         return self._rows[k]
+
+    @cached_property
+    def _kinds(self) -> list[tuple[int, ...]]:
+        return [kinds_of(row) for row in self.packed.tolist()]
 
     @cached_property
     def _terms(self) -> Terms:
@@ -170,6 +185,16 @@ class StepTable:
     def terms(self, k: int | None = None) -> Terms:
         """What row k computes, less what no later row reads; or, without k, what any row of the table does."""
         return self._terms if k is None else self._live_terms[k]
+
+    @constant
+    def kinds(self, k: int) -> tuple[int, ...]:
+        """ABSENT, ONE or ANY of each column of a row of `packed`: what `terms` are made from."""
+        return self._kinds[k]
+
+    @constant
+    def sources(self, k: int) -> tuple[int | None, ...]:
+        """Of each new slot of row k, the old one that it takes over as it is, or None."""
+        return named_terms(self.kinds(k), self.slots).sources
 
     @constant
     def on(self, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ Kernels and engines make their code for the `Terms` of a table, not for its valu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "ANY", "ONE", "Terms", "live_terms", "terms_of"]
+__all__ = ["ABSENT", "ANY", "ONE", "Terms", "kinds_of", "live_terms", "named_terms", "terms_of"]
 
 ABSENT, ONE, ANY = 0, 1, 2  # what a coefficient is known to be: 0, 1, or nothing in particular
 Kinds = tuple[int, ...]
@@ -24,7 +25,7 @@ class Terms:
 
     Args:
         q: ABSENT, ONE or ANY.
-        n, p, b, e, d: the same, one a slot. ``n`` is that of the next row's network call, whose input the step computes.
+        n, p, b, e, d: the same, one a slot. ``n`` is that of the next row, whose network input the step computes.
         A: for each new slot a tuple, one an old slot.
     """
 
@@ -69,15 +70,32 @@ class Terms:
         return tuple(found)
 
     @cached_property
+    def moved(self) -> tuple[tuple[int, int], ...]:
+        """The new slots that take over an old one, and which."""
+        return tuple((slot, source) for slot, source in enumerate(self.sources) if source not in (None, slot))
+
+    @cached_property
     def computed(self) -> tuple[int, ...]:
         """The new slots that are computed."""
         given = enumerate(zip(self.A, self.b, self.e, self.d, self.sources, strict=True))
         return tuple(slot for slot, (taken, *rest, source) in given if source is None and (any(taken) or any(rest)))
 
     @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Of each new slot, the old one in whose memory it is: the one that it takes over, or one that nobody does."""
+        free = [slot for slot in range(self.slots) if slot not in self.sources]
+        found = list(self.sources)
+        for own_first in (True, False):
+            for slot, place in enumerate(found):
+                if place is None and (slot in free if own_first else free):
+                    found[slot] = free.pop(free.index(slot) if own_first else 0)
+        return tuple(place for place in found if place is not None)
+
+    @cached_property
     def read(self) -> tuple[bool, ...]:
-        """Whether each old slot is read: for D, for a slot that is computed, or for the network's next input."""
-        rows = [self.A[slot] for slot in range(self.slots) if slot in self.computed or (self.has_input and self.n[slot])]
+        """Whether each old slot is read: for D, for slot 0, for another that is computed, or for the next input."""
+        formed = {0, *self.computed, *(slot for slot, kind in enumerate(self.n) if kind and self.has_input)}
+        rows = [self.A[slot] for slot in formed]
         if self.has_data:
             rows.append(self.p)
         return tuple(any(row[slot] for row in rows) for slot in range(self.slots))
@@ -100,10 +118,16 @@ def _kinds(packed: Tensor) -> Tensor:
     return torch.where(is_any, torch.where(is_one, ONE, ANY), ABSENT)
 
 
-def _terms(kinds: list[int], slots: int) -> Terms:
-    """The kinds of `StepTable.packed` by their names."""
-    vectors = [tuple(kinds[2 + i * slots : 2 + (i + 1) * slots]) for i in range(5 + slots)]
-    return Terms(kinds[1], *vectors[:5], tuple(vectors[5:]))
+@functools.cache
+def named_terms(kinds: tuple[int, ...], slots: int) -> Terms:
+    """The kinds of the columns of `StepTable.packed`, by their names."""
+    n, p, b, e, d, *A = (kinds[2 + i * slots : 2 + (i + 1) * slots] for i in range(5 + slots))
+    return Terms(kinds[1], n, p, b, e, d, tuple(A))
+
+
+def kinds_of(row: Sequence[float]) -> tuple[int, ...]:
+    """The kinds of one row of `StepTable.packed`."""
+    return tuple(ABSENT if value == 0 else ONE if value == 1 else ANY for value in row)
 
 
 def _inputs(packed: Tensor, slots: int) -> Tensor:
@@ -118,7 +142,7 @@ def terms_of(packed: Tensor, slots: int) -> Terms:
     """What any row of a table computes."""
     kinds = _kinds(packed)
     kinds[2 : 2 + slots] = _kinds(packed[1:, 2 : 2 + slots])  # no step computes the first input
-    return _terms(kinds.tolist(), slots).without([False] * slots)
+    return named_terms(tuple(kinds.tolist()), slots).without([False] * slots)
 
 
 def live_terms(packed: Tensor, slots: int) -> list[Terms]:
@@ -127,7 +151,7 @@ def live_terms(packed: Tensor, slots: int) -> list[Terms]:
     kinds = torch.where(rows == 0, ABSENT, torch.where(rows == 1, ONE, ANY))
     kinds[:, 0] = ANY  # the time, by which no two rows are to differ
     patterns, which = torch.unique(kinds, dim=0, return_inverse=True)
-    known = [_terms(pattern, slots) for pattern in patterns.tolist()]
+    known = [named_terms(tuple(pattern), slots) for pattern in patterns.tolist()]
     made: dict[tuple[int, tuple[bool, ...]], Terms] = {}
     found: list[Terms] = []
     live = [True] + [False] * (slots - 1)  # after the last row

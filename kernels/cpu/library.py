@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import build
 
-__all__ = ["available", "call", "call_products", "code", "has_code", "pointers"]
+__all__ = ["address", "available", "call", "call_products", "code", "function", "has_code", "pointers"]
 
 _TYPES = {
     "s": ctypes.c_int,
@@ -31,7 +31,7 @@ _SIGNATURES = {
     "normal": "- L l l l l F",
     "bits": "- L l l l l I",
     "sample_keys": "- l l l L",
-    "solver_step": "l F F F F F L F l f f l l F F",
+    "solver_step": "i p",
     "perturb": "- p i L l L F F l f f f f f l l F F",
     "dsm_loss": "s F p i L l F L F l f f f f i i l l F F",
     "mlp_sampler": "s l p p p p F l l L F f l l l l F F F",
@@ -53,7 +53,7 @@ _OUT_OF_MEMORY = 1  # a status
 _functions: dict[str, Any] = {}
 
 
-def _function(name: str) -> Any:
+def _loaded(name: str) -> Any:
     if name not in _functions:
         source = _SOURCES.get(name, build.MAIN)
         library = build.load(source)
@@ -80,17 +80,22 @@ def call(name: str, *arguments: Any) -> Any:
         OutOfMemoryError: where it does not get the memory that it works in.
         ValueError: for a code that it does not know.
     """
-    function, dtypes, tells = _function(name)
+    kernel, dtypes, tells = _loaded(name)
     values = [
-        _pointer(each, dtype) if isinstance(each, Tensor) else each
+        address(each, dtype) if isinstance(each, Tensor) else each
         for each, dtype in zip(arguments, dtypes, strict=True)
     ]
-    result = function(*values, torch.get_num_threads())
+    result = kernel(*values, torch.get_num_threads())
     if tells and result == _OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"the native kernel {name} does not get the memory that it works in")
     if tells and result:
         raise ValueError(f"the native kernel {name} was given a code that it does not know")
     return result
+
+
+def function(name: str) -> Any:
+    """The kernel itself, for launchers that keep arguments from call to call. The number of threads comes last."""
+    return _loaded(name)[0]
 
 
 @functools.cache
@@ -133,11 +138,19 @@ def pointers(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = torch
     Raises:
         TypeError: as `call`.
     """
-    addresses = (None if each is None else _pointer(each, dtype) for each in tensors)
+    addresses = (None if each is None else address(each, dtype) for each in tensors)
     return (ctypes.c_void_p * len(tensors))(*addresses)
 
 
-def _pointer(tensor: Tensor, dtype: torch.dtype | None) -> int:
+def address(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Where a tensor's elements are.
+
+    Args:
+        dtype: what it must be, or None where the launcher checks it.
+
+    Raises:
+        TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype.
+    """
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or dtype not in (None, tensor.dtype):
         wanted = f"contiguous{'' if dtype is None else f' {dtype}'} on the CPU"
         came = f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"

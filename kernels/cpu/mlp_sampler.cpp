@@ -17,6 +17,17 @@ using namespace fastsde;
 
 namespace {
 
+enum Column { TIME, A, B, C, D, E, P, Q, TABLE_COLUMNS };
+static inline Floats row_of(const float* k, float clip, Floats x, Floats f, Floats history, Floats noise,
+                            Floats& data) {
+    data = at_least(at_most(k[P] * x + k[Q] * f, clip), -clip);
+    Floats next = k[A] * x + k[B] * f;
+    if (k[C] != 0.0f) next += k[C] * history;
+    if (k[E] != 0.0f) next += k[E] * data;
+    if (k[D] != 0.0f) next += k[D] * noise;
+    return next;
+}
+
 constexpr int64_t MOST_SAMPLES = 64;  // of a block; a multiple of COLUMNS, as every width of one
 constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // of a layer and thread, below which to wait for others takes too long
 constexpr int64_t SHARED_ROWS = 12;           // of a layer, that a thread takes at once: a tile of a product

@@ -7,60 +7,77 @@
 
 using namespace fastsde;
 
-namespace {
-
-struct Tensors {
-    const float *x, *f, *f_uncond, *history, *z;
-    float *out, *data;
+// What a call is about; Call in solver_step.py has the same fields. ``slots`` and ``out`` are of m pointers; null are
+// slots that the row does not read, or that nobody wants. k is the row, of a table that goes on with the next row where
+// there is an ``input``, which the next row's n.s goes to. Nullable: f_uncond, z, keys, input. Without z and keys there
+// is no noise. clip is infinite where there is none.
+struct Step {
+    const float* slots[MAX_SLOTS];
+    float* out[MAX_SLOTS];
+    const float *f, *f_uncond, *z;
+    const int64_t* keys;
+    const float* k;
+    float* input;
+    int64_t m, row, n, size;
+    float guidance, clip;
 };
 
+namespace {
+
 // ``count`` elements from ``start`` on; ``noise`` is theirs alone. Returns what is not finite: 0 f, 1 x', 2 nothing.
-int step(const Tensors& at, int64_t start, int64_t count, const float* noise, const float* k, float guidance,
-         float clip) {
+template <int M>
+int step(const Step& at, int64_t start, int64_t count, const float* noise, const Row<M> row, const Row<M> next_row) {
+    const int m = row.slots();
+    bool has_data = false, formed[MAX_SLOTS];
+    for (int j = 0; j < m; j++) {
+        formed[j] = j == 0 || at.out[j] || (at.input && next_row.n(j) != 0.0f);
+        has_data |= formed[j] && row.e(j) != 0.0f;
+    }
     Floats f_sum{}, x_sum{};  // 0, or NaN where a value was not finite
     for_lanes(count, [&](int64_t first, int64_t here) {
         const int64_t i = start + first;
-        const Floats x = load(at.x + i, here);
+        Floats s[MAX_SLOTS], next[MAX_SLOTS];
+        for (int j = 0; j < m; j++) s[j] = at.slots[j] ? load(at.slots[j] + i, here) : Floats{};
         Floats f = load(at.f + i, here);
         if (at.f_uncond) {
             const Floats uncond = load(at.f_uncond + i, here);
             f_sum += 0.0f * (f + uncond);
-            f = uncond + guidance * (f - uncond);
+            f = uncond + at.guidance * (f - uncond);
         }
         f_sum += 0.0f * f;
-        const Floats history = at.history ? load(at.history + i, here) : Floats{};
         const Floats z = noise ? load(noise + first, here) : Floats{};
-        Floats data;
-        const Floats next = row_of(k, clip, x, f, history, z, data);
-        if (at.data) store(at.data + i, data, here);
-        x_sum += 0.0f * next;
-        store(at.out + i, next, here);
+        const Floats data = has_data ? row.data(s, f, at.clip) : Floats{};
+        for (int j = 0; j < m; j++) {
+            next[j] = formed[j] ? row.slot(j, s, f, data, z) : Floats{};
+            if (at.out[j]) store(at.out[j] + i, next[j], here);
+        }
+        x_sum += 0.0f * next[0];
+        if (at.input) store(at.input + i, next_row.input(next), here);
     });
     return any_nan(f_sum) ? 0 : any_nan(x_sum) ? 1 : 2;
 }
 
 }  // namespace
 
-// Nullable: f_uncond, history, z, keys, data. Without z and keys there is no noise. clip is infinite where there is
-// none. Returns 2 row + 0 where f is not finite, 2 row + 1 where x' is not, and 2 row + 2 otherwise.
-extern "C" int64_t fastsde_solver_step(const float* x, const float* f, const float* f_uncond, const float* history,
-                                       const float* z, const int64_t* keys, const float* k, int64_t row,
-                                       float guidance, float clip, int64_t n, int64_t size, float* out, float* data,
-                                       int threads) {
-    const Tensors at{x, f, f_uncond, history, z, out, data};
-    const uint64_t draw = draw_offset(row + 1, SAMPLING);
-    const Parts parts(n, size);
+// Returns what is not finite: 0 f, 1 the new slot 0, 2 nothing.
+extern "C" int fastsde_solver_step(const Step* given, int threads) {
+    const Step& at = *given;
+    const uint64_t draw = draw_offset(at.row + 1, SAMPLING);
+    const Parts parts(at.n, at.size);
     int found = 2;
-    for_parts(parts, threads, [&](int64_t, const Part& part) {
-        const int64_t start = part.start(size);
-        float drawn[PART];
-        const float* noise = z ? z + start : keys ? drawn : nullptr;
-        if (noise == drawn) draw_normals(keys, draw, part, n, drawn);
-        const int here = step(at, start, part.count(), noise, k, guidance, clip);
-        if (here < 2) {
+    with_slots((int)at.m, [&](auto known) {
+        const Row<known> row{at.k, (int)at.m}, next_row{at.k + row_width(at.m), (int)at.m};
+        for_parts(parts, threads, [&](int64_t, const Part& part) {
+            const int64_t start = part.start(at.size);
+            float drawn[PART];
+            const float* noise = at.z ? at.z + start : at.keys ? drawn : nullptr;
+            if (noise == drawn) draw_normals(at.keys, draw, part, at.n, drawn);
+            const int kind = step(at, start, part.count(), noise, row, next_row);
+            if (kind < 2) {
 #pragma omp critical
-            found = std::min(found, here);
-        }
+                found = std::min(found, kind);
+            }
+        });
     });
-    return 2 * row + found;
+    return found;
 }

@@ -348,8 +348,9 @@ def test_memory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     code = """
 import resource, torch
+from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import UNet
-model = UNet(1, 512, (16, 16)).optimize()
+model = UNetInference(UNet(1, 512, (16, 16)))
 x, t = torch.randn(24, 1, 512, 512), torch.rand(24)
 model(x[:1], t[:1])
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -372,6 +373,7 @@ _EVERYTHING = """
 import torch
 from fastsde import VPSDE, noise, ops, solvers
 from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
+from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 from fastsde.models.activations import ACTIVATIONS
 from fastsde.models.mlp import linear_layers
@@ -404,7 +406,7 @@ for dim, hidden, batch in mlps:
 for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13), ((1, 1, (16, 16)), 1)):
     model = UNet(*options)
     for dtype in (torch.float32, torch.bfloat16):
-        model.optimize(dtype)(torch.randn(batch, *model.shape).to(dtype), torch.rand(batch).to(dtype))
+        UNetInference(model, dtype)(torch.randn(batch, *model.shape).to(dtype), torch.rand(batch).to(dtype))
 print("all ran")
 """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsde import VPSDE, StepTable, noise, ops
+from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -80,7 +81,7 @@ def _unet() -> Tensor:
     for parameter in model.parameters():
         parameter.zero_()
     model.head[1].bias.copy_(_small(1))
-    return model.optimize()(torch.zeros(30, 1, 8, 8), torch.ones(30))
+    return UNetInference(model)(torch.zeros(30, 1, 8, 8), torch.ones(30))
 
 
 def _draws() -> Tensor:

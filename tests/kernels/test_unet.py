@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastsde
+from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import UNet
 
 ARCHITECTURES = {
@@ -52,7 +53,7 @@ def _errors(model: UNet, batch: int, dtype: torch.dtype) -> tuple[float, float, 
     x, t = _inputs(model, batch)
     exact = copy.deepcopy(model).double()(x.double(), t.double())
     plain = copy.deepcopy(model).to(dtype)(x.to(dtype), t.to(dtype))
-    ours = model.optimize(dtype)(x.to(dtype), t.to(dtype))
+    ours = UNetInference(model, dtype)(x.to(dtype), t.to(dtype))
     assert ours.dtype == dtype
     assert ours.shape == x.shape
     assert ours.is_contiguous()
@@ -78,7 +79,7 @@ def test_so_it_is_in_bf16_where_the_cpu_multiplies_it(native_kernel: list[int], 
 
 
 def test_neither_threads_nor_the_batch_matter() -> None:
-    model = _unet("the tutorial's").optimize()
+    model = UNetInference(_unet("the tutorial's"))
     x, t = _inputs(_unet("the tutorial's"), 30)
     torch.set_num_threads(1)
     alone = model(x, t)
@@ -92,7 +93,7 @@ def test_neither_threads_nor_the_batch_matter() -> None:
 def test_any_layout_is_taken() -> None:
     model = _unet("odd, three channels")
     x, t = _inputs(model, 4)
-    fast = model.optimize()
+    fast = UNetInference(model)
     expected = fast(x, t)
     assert torch.equal(fast(x.contiguous(memory_format=torch.channels_last), torch.stack([t, t], 1)[:, 0]), expected)
     assert fast(x[:0], t[:0]).shape == (0, *model.shape)
@@ -103,14 +104,14 @@ def test_what_is_not_finite_shows(value: float) -> None:
     model = _unet("odd, three channels")
     x, t = _inputs(model, 3)
     x[1, 0, 4, 4] = value
-    finite = model.optimize()(x, t).isfinite().flatten(1).all(1)
+    finite = UNetInference(model)(x, t).isfinite().flatten(1).all(1)
     assert finite.tolist() == [True, False, True]
 
 
 def test_it_follows_the_weights() -> None:
     model = _unet("one pixel")
     x, t = _inputs(model, 3)
-    fast = model.optimize()
+    fast = UNetInference(model)
     before = fast(x, t)
     with torch.no_grad():
         model.head[1].bias += 1
@@ -119,7 +120,7 @@ def test_it_follows_the_weights() -> None:
     with torch.no_grad():
         fast.head[1].bias += 1  # its own
     torch.testing.assert_close(fast(x, t), before + 2)
-    fast.load_state_dict(model.optimize().state_dict())
+    fast.load_state_dict(UNetInference(model).state_dict())
     torch.testing.assert_close(fast(x, t), before + 1)
     for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert torch.equal(again(x, t), fast(x, t))
@@ -132,7 +133,7 @@ def test_where_more_is_done_than_to_compute_it_is_pytorchs(native_kernel: list[i
     from torch.fx.experimental.proxy_tensor import make_fx
 
     model = _unet("one pixel")
-    fast, (x, t) = model.optimize(), _inputs(model, 3)
+    fast, (x, t) = UNetInference(model), _inputs(model, 3)
     expected = fast(x, t)
     native_kernel.clear()
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_where_more_is_done_than_to_compute_it_is_pytorchs(native_kernel: list[i
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert fast(torch.empty(2, 1, 1, 1), torch.empty(2)).shape == (2, 1, 1, 1)
     assert not native_kernel
-    cast = model.optimize()
+    cast = UNetInference(model)
     cast.bfloat16()
     assert cast(x.bfloat16(), t.bfloat16()).dtype == torch.bfloat16
 
@@ -154,7 +155,7 @@ def test_a_large_batch_in_several_calls_is_the_batch(monkeypatch: pytest.MonkeyP
 
     torch.set_num_threads(2)
     model = _unet("odd, three channels")
-    fast, (x, t) = model.optimize(dtype), (each.to(dtype) for each in _inputs(model, 70))
+    fast, (x, t) = UNetInference(model, dtype), (each.to(dtype) for each in _inputs(model, 70))
     if not fast.is_native:
         pytest.skip("this build does not multiply bf16")
     whole, calls, call = fast(x, t), [], kernel.call
@@ -171,7 +172,7 @@ def test_a_call_has_as_many_images_as_take_a_fraction_of_a_second() -> None:
     from fastsde.kernels.cpu.library import call_products
 
     model, most = UNet(), call_products()
-    fast = model.optimize()
+    fast = UNetInference(model)
     fast(*_inputs(model, 1))
     packed = fast._packed[1]
     assert packed.products(28, 28) == 55_452_672  # 49 * 9 * 64 * 128 and so on
@@ -184,7 +185,7 @@ def test_a_call_has_as_many_images_as_take_a_fraction_of_a_second() -> None:
 
 def test_equal_weights_are_not_packed_again(native_kernel: list[int]) -> None:
     model = _unet("one pixel")
-    fast, (x, t) = model.optimize(), _inputs(model, 1)
+    fast, (x, t) = UNetInference(model), _inputs(model, 1)
     fast(x, t)
     packed = fast._packed
     fast.refresh(model)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+from ..models.hooks import is_hooked
+from ..models.unet import UNet
 from ..validation import check_tensor
-from .hooks import is_hooked
-
-if TYPE_CHECKING:
-    from .unet import UNet
 
 __all__ = ["UNetInference", "log_sigmoid_", "supports"]
 
 
 def supports(model: object) -> bool:
     """Whether a network is a `UNet` and nothing but: no subclass, no other layers, no hooks."""
-    from .unet import UNet
-
     if type(model) is not UNet:
         return False
     convolutions = all(_is_plain(layer, nn.Conv2d, stride=1) for layer in (*model.encoder, *model.head))
@@ -52,7 +49,7 @@ def log_sigmoid_(v: Tensor) -> Tensor:
 
 
 class UNetInference(nn.Module):
-    """A `UNet` for inference, made by `UNet.optimize` and called in the same way. It has no gradients.
+    """A `UNet` for inference, called in the same way. It has no gradients.
 
     Weights and activations are channels last. Where the Triton kernels run, one kernel follows each convolution: it
     adds the bias, takes the log sigmoid, pools, and writes into the buffer that the decoder reads signal and skip from,
@@ -142,8 +139,6 @@ class UNetInference(nn.Module):
         check_tensor("t", t, shape=(len(x),))
         # torch.compile fuses plain PyTorch itself, and could not look into the kernels.
         if not torch.compiler.is_compiling() and x.dtype != torch.float64:
-            from .. import ops
-
             if ops.has_triton(x.device):
                 return self._fused(x, t)
             if self.is_native and x.dtype == self.image_weight.dtype and ops.is_plain(x, t):
@@ -171,8 +166,6 @@ class UNetInference(nn.Module):
     @property
     def is_native(self) -> bool:
         """Whether it is one native kernel where it is."""
-        from .. import ops
-
         if not ops.has_native(self.plane.device):
             return False
         from ..kernels.cpu import unet as native

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastsde import ops
 from fastsde.benchmarks.suite.measure import fp32_products
+from fastsde.engines.unet_inference import UNetInference, log_sigmoid_, supports
 from fastsde.models import UNet
-from fastsde.models.unet_inference import UNetInference, log_sigmoid_, supports
 
 # What an operation rounds its result to. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
@@ -150,7 +150,7 @@ def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monke
     if path == "kernel":
         convolutions.listen_to_the_last(monkeypatch)
     with torch.no_grad(), convolutions:
-        result = unet.optimize()(x, t)
+        result = UNetInference(unet)(x, t)
     with torch.no_grad():
         expected = _expected(unet.double(), x, t, convolutions.read, dtype)
     ours = [*convolutions.read[1:], result]
@@ -172,7 +172,7 @@ def test_the_whole_is_as_near_to_the_exact_result_as_the_unet(path: str, name: s
     unet = build(name, dtype)
     x, t = inputs(unet, dtype=dtype)
     with torch.no_grad():
-        ours, theirs = unet.optimize()(x, t).double(), unet(x, t).double()
+        ours, theirs = UNetInference(unet)(x, t).double(), unet(x, t).double()
         exact = unet.double()(x.double(), t.double())
     assert ours.shape == x.shape
     assert exact.std() > 1e-3 or exact.numel() < 5  # there is something to compare
@@ -192,13 +192,13 @@ def test_the_tutorials_unet(path: str) -> None:
     x, t = inputs(unet, 1)
     with torch.no_grad():
         # Both are within 11 layers' rounding, as in test_models, of the exact result.
-        torch.testing.assert_close(unet.optimize()(x, t), unet(x, t), atol=2 * 11 * 68 * 2.0**-24, rtol=0)
+        torch.testing.assert_close(UNetInference(unet)(x, t), unet(x, t), atol=2 * 11 * 68 * 2.0**-24, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["of one channel", "of three channels", "narrow"])
 def test_any_layout_of_x_and_t_is_taken_and_left_alone(path: str, name: str) -> None:
     unet = build(name)
-    form = unet.optimize()
+    form = UNetInference(unet)
     x, t = inputs(unet, 3)
     layouts = {
         "channels last": (x.to(memory_format=torch.channels_last), t),
@@ -218,7 +218,7 @@ def test_any_layout_of_x_and_t_is_taken_and_left_alone(path: str, name: str) -> 
 
 def test_an_empty_batch_and_samples_apart(path: str) -> None:
     unet = build("of three channels")
-    form = unet.optimize()
+    form = UNetInference(unet)
     x, t = inputs(unet, 4)
     with torch.no_grad():
         whole = form(x, t)
@@ -229,7 +229,7 @@ def test_an_empty_batch_and_samples_apart(path: str) -> None:
 
 def test_calls_share_no_memory(path: str) -> None:
     unet = build("of three channels")
-    form = unet.optimize()
+    form = UNetInference(unet)
     x, t = inputs(unet)
     with torch.no_grad():
         first = form(x, t)
@@ -245,7 +245,7 @@ def test_what_is_not_finite_shows(path: str, value: float) -> None:
     x, t = inputs(unet)
     x[0, 0, 3, 3] = value
     with torch.no_grad():
-        result = unet.optimize()(x, t)
+        result = UNetInference(unet)(x, t)
         assert not result[0].isfinite().all()
         assert result[1].isfinite().all()
 
@@ -256,7 +256,7 @@ def test_what_is_not_finite_shows(path: str, value: float) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_time_is_folded_to_the_border(name: str) -> None:
     unet = build(name)
-    form, weight = unet.optimize(), unet.encoder[0].weight.detach().double()
+    form, weight = UNetInference(unet), unet.encoder[0].weight.detach().double()
     ones = torch.ones(1, 1, *unet.image_size, dtype=torch.float64)
     expected = F.conv2d(ones, weight[:, -1:], padding=1)[0].permute(1, 2, 0)
     # Nine terms: eight roundings of at most the sum of their absolute values.
@@ -268,7 +268,7 @@ def test_the_time_is_folded_to_the_border(name: str) -> None:
 
 def test_the_time_of_a_narrower_network_is_folded_in_fp32() -> None:
     unet = build("of three channels")
-    form, wide = unet.optimize(torch.bfloat16), unet.to(torch.bfloat16).float().optimize()
+    form, wide = UNetInference(unet, torch.bfloat16), UNetInference(unet.to(torch.bfloat16).float())
     assert form.plane.dtype == torch.float32
     assert torch.equal(form.plane, wide.plane)
 
@@ -278,7 +278,7 @@ def test_the_time_of_a_narrower_network_is_folded_in_fp32() -> None:
 
 def test_the_weights_are_copies_without_gradients_and_all_listed() -> None:
     unet = build("of three channels")
-    form = unet.optimize()
+    form = UNetInference(unet)
     assert isinstance(form, UNetInference)
     assert not any(parameter.requires_grad for parameter in form.parameters())
     assert all(parameter.requires_grad for parameter in unet.parameters())
@@ -295,7 +295,7 @@ def test_the_weights_are_copies_without_gradients_and_all_listed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_refresh_follows_the_weights_in_place(path: str, dtype: torch.dtype) -> None:
     unet = build("of three channels")
-    form = unet.optimize(dtype)
+    form = UNetInference(unet, dtype)
     x, t = inputs(unet, dtype=dtype)
     tensors = [*form.parameters(), *form.buffers()]
     before = [(tensor, tensor.data_ptr(), tensor.stride(), tensor.clone()) for tensor in tensors]
@@ -306,7 +306,7 @@ def test_refresh_follows_the_weights_in_place(path: str, dtype: torch.dtype) -> 
         assert torch.equal(form(x, t), old)
         form.refresh(unet)
         new = form(x, t)
-        assert torch.equal(new, unet.optimize(dtype)(x, t))
+        assert torch.equal(new, UNetInference(unet, dtype)(x, t))
     assert (new - old).abs().max() > 1e-2
     after = [*form.parameters(), *form.buffers()]
     for (tensor, address, stride, value), now in zip(before, after, strict=True):
@@ -317,18 +317,18 @@ def test_refresh_follows_the_weights_in_place(path: str, dtype: torch.dtype) -> 
 
 def test_a_dtype_is_that_of_the_weights_alone() -> None:
     unet = build("of three channels")
-    form = unet.optimize(torch.bfloat16)
+    form = UNetInference(unet, torch.bfloat16)
     assert {parameter.dtype for parameter in form.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
     x, t = inputs(unet, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert torch.equal(form(x, t), unet.to(torch.bfloat16).optimize()(x, t))
+        assert torch.equal(form(x, t), UNetInference(unet.to(torch.bfloat16))(x, t))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_it_can_be_copied_and_kept(path: str, how: str) -> None:
     unet = build("of three channels")
-    form = unet.optimize()
+    form = UNetInference(unet)
     x, t = inputs(unet)
     if how == "torch.save":
         file = io.BytesIO()
@@ -352,7 +352,7 @@ def test_it_can_be_copied_and_kept(path: str, how: str) -> None:
 
 def test_torch_compile_takes_it_whole(path: str) -> None:
     unet = build("of two levels, half odd")
-    form = torch.compile(unet.optimize(), backend="aot_eager", fullgraph=True)
+    form = torch.compile(UNetInference(unet), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3):
             x, t = inputs(unet, batch)
@@ -361,7 +361,7 @@ def test_torch_compile_takes_it_whole(path: str) -> None:
 
 def test_a_gradient_is_refused() -> None:
     unet = build("of two levels, half odd")
-    form = unet.optimize()
+    form = UNetInference(unet)
     x, t = inputs(unet)
     assert not form(x, t).requires_grad
     for wants in (x, t):
@@ -417,35 +417,39 @@ def test_only_the_unet_itself_has_this_form(make: Any) -> None:
     unet = make()
     assert not supports(unet)
     with pytest.raises(TypeError, match="unet must be a UNet as it is"):
-        unet.optimize()
-    form = build("narrow").optimize()
+        UNetInference(unet)
+    form = UNetInference(build("narrow"))
     with pytest.raises(ValueError, match="unet must be a UNet of"):
         form.refresh(unet)
 
 
 def test_what_is_supported() -> None:
     assert supports(build("narrow"))
-    assert not supports(build("narrow").optimize())
+    assert not supports(UNetInference(build("narrow")))
     assert not supports(None)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda unet: unet.optimize("bf16"), TypeError, "dtype must be a floating-point dtype, got 'bf16'"),
-        (lambda unet: unet.optimize(torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
+        (lambda unet: UNetInference(unet, "bf16"), TypeError, "dtype must be a floating-point dtype, got 'bf16'"),
         (
-            lambda unet: unet.optimize().refresh(build("narrow")),
+            lambda unet: UNetInference(unet, torch.int64),
+            TypeError,
+            "dtype must be a floating-point dtype, got torch.int64",
+        ),
+        (
+            lambda unet: UNetInference(unet).refresh(build("narrow")),
             ValueError,
             r"unet must be .*7, 16.*, got .*17, 1",
         ),
         (
-            lambda unet: unet.optimize()(torch.zeros(2, 3, 16, 7), torch.zeros(2)),
+            lambda unet: UNetInference(unet)(torch.zeros(2, 3, 16, 7), torch.zeros(2)),
             ValueError,
             r"x must have shape \[2, 3, 7, 16\], got \[2, 3, 16, 7\]",
         ),
         (
-            lambda unet: unet.optimize()(torch.zeros(2, 3, 7, 16), torch.zeros(2, 1)),
+            lambda unet: UNetInference(unet)(torch.zeros(2, 3, 7, 16), torch.zeros(2, 1)),
             ValueError,
             r"t must have shape \[2\], got \[2, 1\]",
         ),
@@ -468,7 +472,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     assert ops.has_triton(torch.device("cuda"))
     x, t = (value.cuda() for value in inputs(unet, 5, dtype))
     with torch.no_grad(), fp32_products(torch.backends.cudnn.conv, "ieee"):
-        form = unet.optimize()
+        form = UNetInference(unet)
         ours, theirs = form(x, t).double(), unet(x, t).double()
         exact = unet.double()(x.double(), t.double())
     _assert_about_as_near(unet, ours, theirs, exact, dtype)
@@ -477,7 +481,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_a_cuda_graph_follows_the_refreshed_weights() -> None:
     unet = build("of three channels").cuda()
-    form = unet.optimize()
+    form = UNetInference(unet)
     x, t = (value.cuda() for value in inputs(unet, 5))
     with torch.no_grad():
         form(x, t)  # compiles the kernels

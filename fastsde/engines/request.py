@@ -1,0 +1,107 @@
+"""What is to be sampled: all that an engine is given, beside the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference import NoiseFunction, RowHook
+from ..solvers import StepTable
+from .recorder import Recorder
+
+__all__ = ["Conditions", "Request"]
+
+Conditions = tuple[Mapping[str, Any], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A batch to draw.
+
+    Args:
+        shape: ``(B, *shape)``.
+        table: the solver.
+        keys: int64 ``[B, 2]``, one key a sample.
+        x_init: the initial state, which an engine may write to; by default the draw of step 0 times ``prior_std``.
+        noise: ``(row, x) -> z`` instead of the draw of step ``row + 1``, or None.
+        model_kwargs: more arguments of the network.
+        guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
+        dtype: of the state.
+        callback: called as ``callback(row, time, x)`` after each row, or None.
+        recorder: what keeps states, moves the progress and calls back, as the sampler has made it of these.
+    """
+
+    shape: tuple[int, ...]
+    table: StepTable
+    keys: Tensor
+    x_init: Tensor | None = None
+    prior_std: float = 1.0
+    noise: NoiseFunction | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    guidance: float | None = None
+    uncond_kwargs: Mapping[str, Any] | None = None
+    dtype: torch.dtype = torch.float32
+    callback: RowHook | None = None
+    recorder: Recorder | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """The arguments of the network's call, and of the unconditional one, or None."""
+        return self.model_kwargs, None if self.guidance is None else self.uncond_kwargs or {}
+
+    @property
+    def after_row(self) -> RowHook | None:
+        """The recorder, where it has anything to do between rows."""
+        return self.recorder if self.recorder is not None and self.recorder.is_busy else None
+
+    @property
+    def options(self) -> list[str]:
+        """The names of what is asked for that not every backend has."""
+        used = {
+            "noise": self.noise is not None,
+            "callback": self.callback is not None,
+            "model_kwargs": bool(self.model_kwargs),
+            "guidance": self.guidance is not None,
+        }
+        return [name for name, is_used in used.items() if is_used]
+
+    def probe(self) -> Request:
+        """The same of the first row alone, to be timed."""
+        return replace(self, table=self.table.head(1), x_init=None, noise=None, recorder=None)
+
+    def start(self, normal: Callable[..., Tensor] = ops.normal) -> Tensor:
+        """The initial state, which the recorder keeps.
+
+        Args:
+            normal: what draws it: `fastsde.ops.normal`, or the reference's.
+        """
+        x = self.x_init
+        if x is None:
+            x = normal(self.keys, 0, self.shape[1:]).to(self.dtype)
+            x = x if self.prior_std == 1 else x * self.prior_std
+        if self.recorder is not None:
+            self.recorder.start(x)
+        return x
+
+    def part(self, part: slice, **changes: Any) -> Request:
+        """The request of some of the samples."""
+        uncond = self.uncond_kwargs
+        return replace(
+            self,
+            shape=(len(range(self.shape[0])[part]), *self.shape[1:]),
+            keys=self.keys[part],
+            # A copy: a network that works in place must not write to the caller's tensor.
+            x_init=None if self.x_init is None else self.x_init[part].to(self.dtype, copy=True),
+            model_kwargs=_part(self.model_kwargs, part),
+            uncond_kwargs=None if uncond is None else _part(uncond, part),
+            **changes,
+        )
+
+
+def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    return {name: value[part] if isinstance(value, Tensor) else value for name, value in kwargs.items()}

@@ -1,0 +1,211 @@
+"""How a request is run, chosen once: by which backend, how many samples at once, and whether it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import engines, ops
+from .engines import Network, Request, batches, capture, persistent
+from .vocabulary import BACKENDS
+
+__all__ = ["Plan", "Planner", "unavailable_reason"]
+
+_FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
+# What a backend is, where it runs rows together, and the options of a call that need the host or another network call.
+_TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "is one launch for a whole trajectory"}
+_WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "guidance", "noise", "callback", "model_kwargs")}
+# With compile="auto": where the network may be compiled, and from how many seconds of work on. Compiling takes some 10
+# to 60 s, and what it gains is hardly more than half of the work.
+_MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
+
+
+def unavailable_reason(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compile: bool = False,
+    network: Network | None = None,
+    sample_shape: Sequence[int] = (),
+    options: Collection[str] = (),
+) -> str | None:
+    """Why a backend cannot run, and what to do; None where it can.
+
+    Args:
+        dtype: of the state.
+        network, sample_shape: what is to be run on samples of which shape, where that is known.
+        options: the names of a call's options that are in use, as far as not every backend has them.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return f"device {device} is not there (torch.cuda.is_available() is False); use device='cpu'"
+    if compile and dtype == torch.float64:
+        return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
+    if backend == "reference":
+        return "backend 'reference' is plain PyTorch; for compile=True use 'eager'" if compile else None
+    if dtype == torch.float64:
+        return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
+    if backend == "eager":
+        return None
+    if backend == "graph" and not (ops.has_triton(device) and capture.can_record(device)):
+        return f"backend 'graph' needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
+    if backend == "persistent" and not ops.has_kernels(device):
+        needs = f"Triton and a CUDA GPU, or the CPU and native kernels, got device {device}"
+        if device.type == "cpu":
+            needs += f" ({ops.native_state()})"
+        return f"backend 'persistent' needs {needs}; use 'eager' or 'reference'"
+    used = [*options, "compile"] if compile else options
+    missing = next((name for name in _WITHOUT[backend] if name in used), None)
+    if missing is not None:
+        return f"backend {backend!r} {_TOGETHER[backend]}, without {missing}; use 'eager' or 'reference'"
+    if backend == "persistent" and network is not None:
+        reason = persistent.unavailable_reason(network, sample_shape, device)
+        others = "'graph' or 'eager'" if device.type == "cuda" else "'eager' or 'reference'"
+        return None if reason is None else f"backend 'persistent': {reason}; use {others}"
+    return None
+
+
+class Plan(NamedTuple):
+    """How a request is run.
+
+    Args:
+        backend: the engine's name.
+        network: as it is, or compiled.
+        batch: how many samples run at once.
+    """
+
+    backend: str
+    network: Network
+    batch: int
+
+
+class Planner:
+    """Makes the plans of a sampler.
+
+    Args:
+        network: what is sampled from, in the dtype of the state that requests have.
+        backend, compile, max_batch: as for `fastsde.Sampler`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        sample_shape: Sequence[int],
+        state_dtype: torch.dtype,
+        backend: str,
+        compile: bool | str,
+        max_batch: int | str | None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self._network, self._sample_shape, self._state_dtype = network, tuple(sample_shape), state_dtype
+        self._backend, self._compile, self._max_batch = backend, compile, max_batch
+        self._compiled: Network | None = None  # for compile="auto"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another backend may take over from one that fails."""
+        return self._backend == "auto"
+
+    def backend(self, options: Collection[str]) -> str:
+        """The backend that runs: the one asked for, or for "auto" the fastest that can.
+
+        Args:
+            options: the names of a call's options that are in use, as far as not every backend has them.
+
+        Raises:
+            ValueError: where it cannot run.
+        """
+        network, reason = self._network, None
+        for candidate in _FASTEST_FIRST if self.is_free else (self._backend,):
+            if self.is_free and candidate in network.kept.failed:
+                continue
+            reason = unavailable_reason(
+                candidate,
+                network.device,
+                self._state_dtype,
+                compile=self._compile is True,
+                network=network,
+                sample_shape=self._sample_shape,
+                options=options,
+            )
+            if reason is None and (not self.is_free or candidate != "persistent" or persistent.pays(network)):
+                return candidate
+        raise ValueError(reason)
+
+    def plan(self, request: Request, tell: Callable[[Network], object]) -> Plan:
+        """How to run a request.
+
+        Args:
+            tell: called with a network before it is compiled.
+        """
+        backend = self.backend(request.options)
+        batch = self._batch(backend, request)
+        network = self._faster(backend, request, batch, tell)
+        tell(network)
+        return Plan(backend, network, batch)
+
+    def without(self, plan: Plan, request: Request) -> Plan:
+        """The plan of a request whose backend has failed."""
+        self._network.kept.failed.add(plan.backend)
+        return plan._replace(backend=self.backend(request.options))
+
+    def halved(self, plan: Plan, left: int) -> Plan | None:
+        """The plan where memory has run out and so many samples are left; None where it must do with what there is."""
+        if self._max_batch != "auto" or plan.batch == 1:
+            return None
+        return plan._replace(batch=(min(plan.batch, left) + 1) // 2)
+
+    def _batch(self, backend: str, request: Request) -> int:
+        n = request.shape[0]
+        if self._max_batch is None or n <= 1:
+            return max(n, 1)
+        if isinstance(self._max_batch, int):
+            return self._max_batch
+        if backend == "persistent":  # whose programs take a few samples each in any case
+            return n
+        key, known = self._key(n, request), self._network.kept.batches
+        if key not in known:
+            plain = self._network.again(compile=False)
+            with plain.unchanged():
+                known[key] = batches.fastest(_timed(plain, request), n)
+        return known[key]
+
+    def _faster(self, backend: str, request: Request, batch: int, tell: Callable[[Network], object]) -> Network:
+        """The network as it is or, with compile="auto", compiled: whichever is faster, where the work repays that."""
+        plain, n = self._network, request.shape[0]
+        if self._compile != "auto" or backend not in _MAY_COMPILE or plain.is_native or not n:
+            return plain
+        count = min(batch, n)
+        key, known = self._key(count, request), plain.kept.compiling
+        if key not in known:
+            with plain.unchanged():
+                known[key] = (_timed(plain, request)(count), None)
+        seconds, is_faster = known[key]
+        if is_faster is False or (is_faster is None and seconds * len(request.table) * -(-n // count) < _WORK_S):
+            return plain
+        if self._compiled is None:
+            self._compiled = plain.again(compile=True)
+        self._compiled.refresh()
+        if is_faster is None:
+            tell(self._compiled)
+            with plain.unchanged():
+                is_faster = _timed(self._compiled, request)(count) < seconds
+            known[key] = (seconds, is_faster)
+        return self._compiled if is_faster else plain
+
+    def _key(self, n: int, request: Request) -> tuple[object, ...]:
+        """What the time of a row depends on."""
+        return n, self._sample_shape, self._network.dtype, request.guidance is not None
+
+
+def _timed(network: Network, request: Request) -> Callable[[int], float]:
+    """How long the first row of some samples takes."""
+    row = request.probe()
+
+    def probe(count: int) -> None:
+        engines.get("eager")(network, row.part(slice(0, count)))
+
+    return lambda count: batches.seconds(probe, count, network.device)
