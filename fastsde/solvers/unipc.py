@@ -68,8 +68,10 @@ def unipc(
 
 
 def _weights(level: Tensor, orders: list[int], order: int, variant: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights over alpha of D_(k-1), .. as differences from D_k: of the predictor and the corrector ``[K, order - 1]``
-    each, and of D_(k+1) in the corrector ``[K]``.
+    """The weights of D_(k-1), ... as differences from D_k, over alpha.
+
+    Returns:
+        Those of the predictor and of the corrector ``[K, order - 1]``, and that of D_(k+1) in the corrector ``[K]``.
     """
     h = level.diff()
     predictor, corrector = (torch.zeros(len(h), order - 1, dtype=torch.float64, device="cpu") for _ in range(2))
