@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -21,10 +21,12 @@ from .solvers import StepTable
 from .validation import check_device, check_int, check_keys, check_shape
 
 __all__ = [
+    "TABLE_DEFAULTS",
     "CallOptions",
     "ModelLike",
     "SampleOptions",
     "Subject",
+    "TableOptions",
     "make_device",
     "make_keys",
     "make_table",
@@ -33,7 +35,17 @@ __all__ = [
 
 ModelLike = Model | Checkpoint | str | Path
 
-_TABLE_DEFAULTS = {"t_end": 0.0, "prediction": None, "clip": None}
+TABLE_DEFAULTS = {
+    "t_start": None,
+    "t_end": 0.0,
+    "spacing": "uniform",
+    "rho": None,
+    "prediction": None,
+    "clip": None,
+    "eta": None,
+    "solver_options": None,
+    "denoise": False,
+}
 
 
 class CallOptions(TypedDict, total=False):
@@ -50,15 +62,26 @@ class CallOptions(TypedDict, total=False):
     progress: bool
 
 
-class SampleOptions(CallOptions, total=False):
+class TableOptions(TypedDict, total=False):
+    """What a table is built by, beside process, solver, steps and prediction."""
+
+    t_start: float | None
+    t_end: float
+    spacing: str
+    rho: float | None
+    clip: float | None
+    eta: float | None
+    solver_options: Mapping[str, Any] | None
+    denoise: bool
+
+
+class SampleOptions(CallOptions, TableOptions, total=False):
     """The same for `sample`."""
 
     sde: Process | None
     solver: str | StepTable
     steps: int
-    t_end: float
     prediction: str | None
-    clip: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
     guidance: float | None
@@ -122,16 +145,33 @@ def resolve(
     return Subject(model.model, shape, model.sde, model.prediction)
 
 
+class _Options(dict[str, Any]):
+    """Options of a builder as a cache tells them apart: with their types, as an order of 2.0 is an error."""
+
+    def _key(self) -> tuple[tuple[str, type, Any], ...]:
+        return tuple((name, type(value), value) for name, value in self.items())
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Options) and self._key() == other._key()
+
+
 _named_table = functools.lru_cache(maxsize=32, typed=True)(solvers.build)
 
 
 def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any) -> StepTable:
     """The table of a solver's name, or the one that is given."""
     if isinstance(solver, str):
-        return _named_table(solver, sde, steps, **options)
+        if isinstance(own := options["solver_options"], Mapping):
+            options["solver_options"] = own = _Options(own)
+        values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
+        make = _named_table if all(isinstance(value, Hashable) for value in values) else solvers.build
+        return make(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
         raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
-    for name, default in _TABLE_DEFAULTS.items():
+    for name, default in TABLE_DEFAULTS.items():
         if options[name] != default:
             raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
     if check_int("steps", steps, 1) not in (999, len(solver)):

@@ -50,13 +50,19 @@ class Sampler:
         sample_shape: the shape of one sample; a checkpoint has its own.
         sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, also where the
             solver is a `StepTable`.
-        solver: "euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m", or a
-            `StepTable`.
+        solver: one of `fastsde.solvers.SOLVERS`, such as "euler_maruyama", "ddim" or "unipc", or a `StepTable`.
         steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
-        t_end: the time that the trajectory ends at, in [0, t_max) of the process.
+        t_start: the time to start at, in (t_end, t_max], from an ``x_init`` that is the state there; by default t_max.
+        t_end: the time that the trajectory ends at, in [0, t_start).
+        spacing: where the times between the two lie: "uniform", "karras", "log_snr", "quadratic", "trailing" or
+            "leading" (see `fastsde.solvers.times.spaced`).
+        rho: of "karras" spacing, by default 7.
         prediction: what the network predicts: "score" (the default), "eps", "x0", "v" or "flow"; a checkpoint has its
             own.
-        clip: bound of the predicted x_0, for ddpm, ddim and dpm_solver_pp_2m.
+        clip: bound of the predicted x_0, for the solvers that use it, such as ddpm and dpm_solver_pp_2m.
+        eta: share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
+        solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
+        denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``.
         dtype: what the network runs in, by default the dtype of its weights. x is cast to it; t is fp32, an integer
             where the network takes no other and all times are integers, and floating-point arguments keep their dtype
             where the network takes it. The state is fp32, and state and t are float64 where ``dtype`` is. On a GPU,
@@ -73,7 +79,7 @@ class Sampler:
         max_batch: the most samples that run at once; more are split, with the same result up to the rounding of the
             network. "auto" measures which batch is fastest, and halves it where memory runs out.
 
-    A `StepTable` fixes steps, t_end, prediction and clip itself: they must then be left at their defaults.
+    A `StepTable` fixes times, prediction and options of the solver itself: they must then be left at their defaults.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -88,9 +94,15 @@ class Sampler:
         sde: Process | None = None,
         solver: str | StepTable = "euler_maruyama",
         steps: int = 999,
+        t_start: float | None = None,
         t_end: float = 0.0,
+        spacing: str = "uniform",
+        rho: float | None = None,
         prediction: str | None = None,
         clip: float | None = None,
+        eta: float | None = None,
+        solver_options: Mapping[str, Any] | None = None,
+        denoise: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         guidance: float | None = None,
@@ -102,7 +114,21 @@ class Sampler:
         self.sample_shape = check_shape("sample_shape", sample_shape)
         if not isinstance(solver, StepTable):
             prediction = known
-        self.table = request.make_table(solver, sde, steps, t_end=t_end, prediction=prediction, clip=clip)
+        self.table = request.make_table(
+            solver,
+            sde,
+            steps,
+            t_start=t_start,
+            t_end=t_end,
+            spacing=spacing,
+            rho=rho,
+            prediction=prediction,
+            clip=clip,
+            eta=eta,
+            solver_options=solver_options,
+            denoise=denoise,
+        )
+        self._t_start = t_start
         self._prior_std = sde.prior_std
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
@@ -198,6 +224,8 @@ class Sampler:
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         shape = (n, *self.sample_shape)
+        if self._t_start is not None and x_init is None:
+            raise ValueError(f"x_init must be given with t_start, as the state at t = {self._t_start:g}, got None")
         if x_init is not None:
             x_init = check_tensor("x_init", x_init, shape=shape, device=self.device, floating=True)
             check_tensor("x_init", x_init.to(self.state_dtype), finite=True)  # a float64 value may overflow fp32
@@ -292,7 +320,10 @@ def sample(
     sde: Process | None = None,
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
+    t_start: float | None = None,
     t_end: float = 0.0,
+    spacing: str = "uniform",
+    rho: float | None = None,
     prediction: str | None = None,
     seed: int = 0,
     first_sample: int = 0,
@@ -300,6 +331,9 @@ def sample(
     x_init: Tensor | None = None,
     noise: NoiseFunction | None = None,
     clip: float | None = None,
+    eta: float | None = None,
+    solver_options: Mapping[str, Any] | None = None,
+    denoise: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -324,7 +358,8 @@ def sample(
             drawing 100.
         keys: one key a sample, int64 ``[B, 2]``, or one seed a sample, ``[B]``; sample i is then the one that
             ``sample(model, (1, ...), seed=keys[i])`` draws.
-        x_init: the initial state ``[B, *shape]`` instead of a draw from the prior.
+        x_init: the initial state ``[B, *shape]`` instead of a draw from the prior. With ``t_start`` it is the state at
+            that time: of an image x, image to image starts from ``sde.marginal_prob(x, t_start)`` and its noise.
         noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
             and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
         model_kwargs: more arguments of the network: tensors with the batch first, or plain scalars.
@@ -334,8 +369,8 @@ def sample(
         callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
             and the state that the row led to; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
-        sde, solver, steps, t_end, prediction, clip, dtype, device, guidance, backend, compile, max_batch: as for
-            `Sampler`.
+        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, dtype, device,
+        guidance, backend, compile, max_batch: as for `Sampler`.
 
     Returns:
         The samples ``[B, *shape]``, fp32 (float64 where ``dtype`` is); with ``trajectory`` a pair of them and the
@@ -356,9 +391,15 @@ def sample(
         sde=sde,
         solver=solver,
         steps=steps,
+        t_start=t_start,
         t_end=t_end,
+        spacing=spacing,
+        rho=rho,
         prediction=prediction,
         clip=clip,
+        eta=eta,
+        solver_options=solver_options,
+        denoise=denoise,
         dtype=dtype,
         device=device,
         guidance=guidance,

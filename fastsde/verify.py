@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,13 +38,16 @@ from tqdm import tqdm
 from . import __version__, engines, request
 from .files import atomic_path
 from .reference import Model, NonFiniteError
-from .request import ModelLike
+from .request import ModelLike, TableOptions
 from .sampler import Sampler
 from .sde import Process
 from .solvers import StepTable
 from .validation import check_bool, check_int
 from .vocabulary import BACKENDS, VERIFIED_DTYPES
 from .yardstick import in_dtype, in_its_own_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["DTYPES", "Difference", "Result", "default_n", "machine", "table", "verify", "write_json"]
 
@@ -164,8 +167,6 @@ def verify(
     n: int | None = None,
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
-    t_end: float = 0.0,
-    clip: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     guidance: float | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
@@ -174,6 +175,7 @@ def verify(
     dtypes: Sequence[torch.dtype] | None = None,
     compile: bool = False,
     progress: bool = False,
+    **table_options: Unpack[TableOptions],
 ) -> list[Result]:
     """Runs every backend against the reference, by the rule that the module's docstring explains.
 
@@ -185,7 +187,8 @@ def verify(
         dtypes: what networks run in, of float32, bfloat16 and float16; by default the first two, on a GPU all three.
         compile: run each backend a second time through ``torch.compile``.
         progress: show on stderr which backend runs, and how far it is.
-        solver, steps, t_end, clip, guidance: as for `fastsde.Sampler`.
+        solver, steps, guidance: as for `fastsde.Sampler`.
+        table_options: t_end, spacing, rho, clip, eta, solver_options and denoise, as for `fastsde.Sampler`.
         model_kwargs, uncond_kwargs, seed: as for `fastsde.sample`.
 
     Returns:
@@ -200,7 +203,7 @@ def verify(
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):
         table["prediction"] = None
-    options: dict[str, Any] = {**table, "t_end": t_end, "clip": clip, "guidance": guidance}
+    options: dict[str, Any] = {**table, **table_options, "guidance": guidance}
     sampler = Sampler(model, shape, device=device, dtype=torch.float64, backend=_REFERENCE, **options)
     shape = sampler.sample_shape
     if not math.prod(shape):

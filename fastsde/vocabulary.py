@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -14,6 +15,7 @@ __all__ = [
     "PREDICTIONS",
     "PROCESSES",
     "SOLVERS",
+    "SPACINGS",
     "TRAINING_DTYPES",
     "VERIFIED_DTYPES",
     "WEIGHTINGS",
@@ -23,12 +25,17 @@ BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
 LR_SCHEDULES = ("constant", "cosine")
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
-SOLVERS = ("euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m")
+SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 # The files of fastsde/sde: a process a file, the default first.
 _FILES = [module.name for module in iter_modules([str(Path(__file__).parent / "sde")]) if module.name != "process"]
 PROCESSES = tuple(sorted(_FILES, key=lambda name: (name != "vp", name)))
+
+# What the files of fastsde/solvers decorate with @solver(...), the default first.
+_SOURCES = [path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent / "solvers").glob("*.py"))]
+_FOUND = [name for text in _SOURCES for name in re.findall(r"^@solver\((?s:.*?)^def (\w+)\(", text, re.MULTILINE)]
+SOLVERS = tuple(sorted(_FOUND, key=lambda name: name != "euler_maruyama"))
 
 # Names of torch.dtype.
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -22,7 +22,7 @@ from fastsde.training import TrainConfig, default_config, tutorial_config
 SDE = VPSDE()
 KEYS = noise.sample_keys(0, 4)
 NAN, INF = math.nan, math.inf
-NAMES = "euler_maruyama, exponential_euler_maruyama, heun, ddpm, ddim, dpm_solver_pp_2m"
+NAMES = ", ".join(solvers.REGISTRY)
 
 
 def network(x, t):

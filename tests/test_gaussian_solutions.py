@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fastsde import StepTable, noise, reference, solvers
 from fastsde.sde import PROCESSES, CosineVPSDE, Process
-from fastsde.solvers import PREDICTIONS, SOLVERS
+from fastsde.solvers import PREDICTIONS, REGISTRY, SOLVERS
 
 CASES = [kind() for kind in PROCESSES.values()] + [CosineVPSDE(t_max=1.0)]
-ORDERS = {"heun": 2, "dpm_solver_pp_2m": 2}  # others converge to first order at least
-NEED_REVERSE_SDE = ("euler_maruyama", "exponential_euler_maruyama")
+NEED_REVERSE_SDE = [name for name, kind in REGISTRY.items() if not kind.is_on_schedule and kind.variants[0].noise]
 NEED_ALPHA = ("score", "eps")  # tell nothing of x_0 where alpha is 0
 
 
@@ -75,8 +74,8 @@ def refusal(sde: Process, prediction: str, solver: str) -> str | None:
     """What the error says where a solver cannot start at t_max."""
     if float(sde.alpha(sde.t_max)) > 0:
         return None
-    if solver in NEED_REVERSE_SDE:
-        return f"has no reverse SDE at t = {sde.t_max:g}, where alpha is 0"
+    if REGISTRY[solver].needs_alpha:
+        return f"t = {sde.t_max:g}, where alpha is 0"
     return r"where alpha is 0" if prediction in NEED_ALPHA else None
 
 
@@ -114,7 +113,8 @@ def test_moments_converge_to_the_marginals(sde: Process, solver: str) -> None:
         return moments(table, sde, "v", start)
 
     if built(solver, sde, 4, "v", end) is not None:
-        check_convergence(sde, sde.t_max, end, ORDERS.get(solver, 1), result)
+        order = min(REGISTRY[solver].variants[0].order, 2)  # where the last row is of first order
+        check_convergence(sde, sde.t_max, end, order, result)
 
 
 @pytest.mark.parametrize("solver", NEED_REVERSE_SDE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..vocabulary import SOLVERS, VERIFIED_DTYPES
+from ..vocabulary import SOLVERS, SPACINGS, VERIFIED_DTYPES
 from .common import PATH, load_checkpoint, reports_errors
 from .info import version
 
@@ -17,6 +17,10 @@ from .info import version
 @click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 256 points, 4 images]")
 @click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
+@click.option(
+    "--spacing", type=click.Choice(SPACINGS), default="uniform", show_default=True, help="Where the times lie."
+)
+@click.option("--denoise", is_flag=True, help="Let the last step give the predicted data.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
 @click.option(

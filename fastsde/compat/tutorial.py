@@ -18,6 +18,7 @@ from ..engines.network import Network
 from ..models import ConcatTime
 from ..models.mlp import is_sequential
 from ..reference import Model, dsm_loss, perturb
+from ..request import TABLE_DEFAULTS
 from ..sampler import sample
 from ..sde import VPSDE
 from ..solvers import euler_maruyama
@@ -30,7 +31,7 @@ TIME_POINTS = 1000
 _MNIST_DIM = 28 * 28
 # With torch's generator these would be ignored, or would change the order of the draws.
 # The tutorial's own, for which other values go to `fastsde.sample`.
-_FIXED = ("sde", "solver", "steps", "t_end", "prediction", "clip")
+_FIXED = ("sde", "solver", "steps", *TABLE_DEFAULTS)
 _CONTRACT_ONLY = ("seed", "first_sample", "keys", "x_init", "max_batch")
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from ..vocabulary import PREDICTIONS, SOLVERS
-from .ancestral import ddim, ddpm
-from .dpm_solver import dpm_solver_pp_2m
+from ..vocabulary import PREDICTIONS
+from .adams_bashforth import adams_bashforth
+from .ancestral import ddim, ddpm, euler_ancestral
+from .deis import deis
+from .dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_3m
+from .edm import edm_stochastic
 from .euler_maruyama import euler_maruyama, exponential_euler_maruyama
 from .forms import score_form
 from .heun import heun
-from .named import build
+from .named import SOLVERS, build
+from .registry import REGISTRY, Solver, Variant, solver
 from .table import MAX_SLOTS, Row, StepTable, row_width
 from .terms import ABSENT, ANY, ONE, Terms
+from .unipc import unipc
 
 __all__ = [
     "ABSENT",
@@ -18,17 +23,30 @@ __all__ = [
     "MAX_SLOTS",
     "ONE",
     "PREDICTIONS",
+    "REGISTRY",
     "SOLVERS",
     "Row",
+    "Solver",
     "StepTable",
     "Terms",
+    "Variant",
+    "adams_bashforth",
     "build",
     "ddim",
     "ddpm",
+    "deis",
     "dpm_solver_pp_2m",
+    "dpm_solver_pp_3m",
+    "edm_stochastic",
+    "euler_ancestral",
     "euler_maruyama",
     "exponential_euler_maruyama",
     "heun",
     "row_width",
     "score_form",
+    "solver",
+    "unipc",
 ]
+
+# The imports above are for type checkers; a builder in a new file is found by itself.
+globals().update({name: kind.builder for name, kind in REGISTRY.items()})

@@ -1,4 +1,4 @@
-"""DDPM and DDIM."""
+"""Ancestral samplers: DDPM, DDIM and the ancestral Euler method."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ..validation import check_number
 from .forms import data_form, eps_form, schedule, table
+from .registry import Variant, solver
 from .table import StepTable
 
-__all__ = ["ddim", "ddpm"]
+__all__ = ["ddim", "ddpm", "euler_ancestral"]
 
 
+@solver(Variant(1, noise=True))
 def ddpm(
     alpha: Tensor | Sequence[float],
     sigma: Tensor | Sequence[float],
@@ -20,7 +22,9 @@ def ddpm(
     prediction: str = "eps",
     clip: float | None = None,
 ) -> StepTable:
-    """Ancestral sampling from the posterior q(x_prev | x_t, x_0) with the small variance (Ho et al. 2020, eq. 7).
+    """Ancestral sampling from the posterior q(x_prev | x_t, x_0) with the small variance.
+
+    (DDPM; Ho et al. 2020, arXiv:2006.11239, eq. 7.)
 
     Args:
         alpha, sigma: ``[K + 1]``, the factor of x_0 and the standard deviation of the noise, before each row and after
@@ -44,6 +48,7 @@ def ddpm(
     )
 
 
+@solver(Variant(1), Variant(1, noise=True, options={"eta": 0.6}))
 def ddim(
     alpha: Tensor | Sequence[float],
     sigma: Tensor | Sequence[float],
@@ -52,7 +57,7 @@ def ddim(
     eta: float = 0.0,
     clip: float | None = None,
 ) -> StepTable:
-    """DDIM (Song, Meng & Ermon 2021, eq. 12 and 16): deterministic at eta = 0, DDPM at eta = 1.
+    """DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502, eq. 12 and 16): deterministic at eta = 0, DDPM at eta = 1.
 
     The direction towards x_t uses the unclipped eps. Arguments as for `ddpm`, and ``eta`` in [0, 1].
     """
@@ -65,3 +70,28 @@ def ddim(
     r, s = eps_form(*before, prediction)
     data = data_form(*before, prediction)
     return table(time, a=direction * r, b=direction * s, d=noise, e=after[0], data=data, clip=clip)
+
+
+@solver(Variant(1, noise=True), Variant(1, options={"eta": 0.0}))
+def euler_ancestral(
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str = "eps",
+    eta: float = 1.0,
+    clip: float | None = None,
+) -> StepTable:
+    """The ancestral Euler method of k-diffusion: a step of the ODE further down than asked, then noise back up.
+
+    With rho = sigma / alpha (Karras et al. 2022, arXiv:2206.00364, write sigma for it), the noise is
+    rho_up = eta rho' sqrt(1 - rho'^2 / rho^2), and the Euler step goes down to sqrt(rho'^2 - rho_up^2). Without clip
+    this is `ddim` of the same eta; with it, the direction uses the clipped data, too. Arguments as for `ddim`.
+    """
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
+    before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
+    variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
+    up = eta * variance.sqrt() * after[1] / before[1]  # this and down: times alpha'
+    down = (after[1] ** 2 - up**2).clamp(min=0).sqrt()
+    data = data_form(*before, prediction)
+    return table(time, a=down / before[1], d=up, e=after[0] - down * before[0] / before[1], data=data, clip=clip)

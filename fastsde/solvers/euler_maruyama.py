@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..sde import Process
 from .forms import continuous_times, data_form, score_form, table
+from .registry import Variant, solver
 from .table import StepTable
 
 __all__ = ["euler_maruyama", "exponential_euler_maruyama"]
 
 
+@solver(Variant(1, noise=True), needs_alpha=True)
 def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Euler-Maruyama on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6), noise on every row.
 
@@ -35,6 +37,7 @@ def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: st
     return _held_score(sde, time, prediction, 1 - sde.drift_coefficient(time) * step, rate * step, (rate * step).sqrt())
 
 
+@solver(Variant(1, noise=True), needs_alpha=True)
 def exponential_euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Exponential Euler-Maruyama: the linear part and the noise of the reverse SDE exact, the score held over a step.
 

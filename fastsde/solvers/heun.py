@@ -9,11 +9,19 @@ from torch import Tensor
 
 from ..sde import Process
 from .forms import continuous_times, table, velocity_form
+from .registry import Variant, solver
 from .table import StepTable
 
-__all__ = ["corrects_at", "heun"]
+__all__ = ["heun"]
 
 
+def corrects_at(sde: Process, t: float, prediction: str) -> bool:
+    """Returns whether the velocity of a network that predicts so is finite at a time, as a correction there needs."""
+    form = velocity_form(sde, torch.tensor([t], dtype=torch.float64, device="cpu"), prediction)
+    return bool(torch.isfinite(torch.stack(form)).all())
+
+
+@solver(Variant(2), corrects_at=corrects_at)
 def heun(
     sde: Process, times: Tensor | Sequence[float], prediction: str = "score", euler_final: bool | None = None
 ) -> StepTable:
@@ -60,9 +68,3 @@ def heun(
         c=rows(zero, one),
         data=(rows(1 + first_r, zero), rows(first_s, zero)),
     )
-
-
-def corrects_at(sde: Process, t: float, prediction: str) -> bool:
-    """Returns whether the velocity of a network that predicts so is finite at a time, as a correction there needs."""
-    form = velocity_form(sde, torch.tensor([t], dtype=torch.float64, device="cpu"), prediction)
-    return bool(torch.isfinite(torch.stack(form)).all())

@@ -1,36 +1,39 @@
-"""The solvers by their names."""
+"""`build`, which makes the table of a solver from its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..sde import Process, check_process
-from ..validation import check_int, check_number
+from ..validation import check_bool, check_int, check_number
 from ..vocabulary import SOLVERS
-from .ancestral import ddim, ddpm
-from .dpm_solver import dpm_solver_pp_2m
-from .euler_maruyama import euler_maruyama, exponential_euler_maruyama
-from .forms import check_prediction
-from .heun import corrects_at, heun
+from .forms import check_prediction, data_form
+from .registry import REGISTRY, Solver
 from .table import StepTable
+from .times import spaced
 
-__all__ = ["build"]
+__all__ = ["SOLVERS", "build", "find"]
+
+for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each registers its builders
+    importlib.import_module(f"{__package__}.{_module.name}")
 
 
-# Solvers on the times of the SDE, and solvers on a schedule of alpha and sigma, which may clip.
-_SDE_SOLVERS: dict[str, Callable[..., StepTable]] = {
-    "euler_maruyama": euler_maruyama,
-    "exponential_euler_maruyama": exponential_euler_maruyama,
-    "heun": heun,
-}
-_SCHEDULE_SOLVERS: dict[str, Callable[..., StepTable]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver_pp_2m": dpm_solver_pp_2m,
-}
+def find(solver: str) -> Solver:
+    """The solver of a name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if solver not in REGISTRY:
+        raise ValueError(f"solver must be one of {', '.join(REGISTRY)}, or a StepTable, got {solver!r}")
+    return REGISTRY[solver]
 
 
 def build(
@@ -38,44 +41,104 @@ def build(
     sde: Process,
     steps: int,
     *,
+    t_start: float | None = None,
     t_end: float = 0.0,
+    spacing: str = "uniform",
+    rho: float | None = None,
     prediction: str = "score",
     clip: float | None = None,
+    eta: float | None = None,
+    solver_options: Mapping[str, Any] | None = None,
+    denoise: bool = False,
 ) -> StepTable:
-    """The table of a named solver with ``steps`` rows, on equidistant times from ``t_max`` down to ``t_end``.
+    """The table of a named solver with ``steps`` rows, from ``t_start`` down to ``t_end``.
+
+    Args:
+        t_start: by default the time of the prior.
+        spacing, rho: where the times lie between the two (`fastsde.solvers.times.spaced`).
+        clip, eta: options of the builder, where it has them.
+        solver_options: any options of the builder, by their names.
+        denoise: the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
 
     Raises:
-        TypeError: for what is not a process.
-        ValueError: for an unknown solver or prediction, steps below 1, t_end outside [0, t_max), a clip with a solver
-            that does not predict x_0, or a solver that the process or the prediction has no use for.
+        ValueError: for an unknown solver, prediction, spacing or option, steps below 1, times out of range or order,
+            or an option that the solver does not have.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, or a StepTable, got {solver!r}")
+    entry = find(solver)
     check_process("sde", sde)
     check_int("steps", steps, 1)
-    check_number("t_end", t_end, f"in [0, {sde.t_max:g})", lambda t: 0 <= t < sde.t_max)
+    check_bool("denoise", denoise)
     check_prediction(prediction)
-    if solver in _SCHEDULE_SOLVERS:
-        times = _times(sde, t_end, steps)
-        return _SCHEDULE_SOLVERS[solver](sde.alpha(times), sde.sigma(times), times[:-1], prediction, clip=clip)
-    if clip is not None:
-        raise ValueError(
-            f"clip bounds a predicted x_0, which {solver} does not use; pick {', '.join(_SCHEDULE_SOLVERS)}"
-        )
-    if solver == "heun":
-        return _heun_of_rows(sde, steps, t_end, prediction)
-    return _SDE_SOLVERS[solver](sde, _times(sde, t_end, steps), prediction)
+    last = sde.t_max if t_start is None else t_start
+    check_number("t_start", last, f"in (0, {sde.t_max:g}]", lambda t: 0 < t <= sde.t_max)
+    check_number("t_end", t_end, f"in [0, {last:g})", lambda t: 0 <= t < last)
+    options = _options(entry, {"clip": clip, "eta": eta}, solver_options)
+    intervals = steps
+    if entry.corrects_at is not None:  # two rows an interval; one that is left over is a step without its correction
+        intervals = steps // 2 + 1 if denoise else (steps + 1) // 2
+        is_lone = denoise or steps % 2 == 1
+        if not is_lone and not entry.corrects_at(sde, t_end, prediction):
+            raise ValueError(
+                f"{solver} down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since "
+                f"its last row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end "
+                f"above {t_end:g}"
+            )
+        options["euler_final"] = is_lone
+    times = spaced(spacing, sde, intervals, last, t_end, rho)
+    if entry.is_on_schedule:
+        table = entry.builder(sde.alpha(times), sde.sigma(times), times[:-1], prediction, **options)
+    else:
+        table = entry.builder(sde, times, prediction, **options)
+    return _denoised(table, sde, prediction, steps - 1) if denoise else table
 
 
-def _times(sde: Process, t_end: float, intervals: int) -> Tensor:
-    return torch.linspace(sde.t_max, t_end, intervals + 1, dtype=torch.float64, device="cpu")
+def _options(entry: Solver, named: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a builder, checked against its signature."""
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"solver_options must be a mapping of names to values, got {type(given).__name__}")
+    options = dict(given or {})
+    for name, value in options.items():
+        if name not in entry.options:
+            known = f"its options are {', '.join(entry.options)}" if entry.options else "it has none"
+            raise ValueError(f"solver_options[{name!r}] is no option of {entry.name}: {known}; got {value!r}")
+    meaning = {"clip": "bounds a predicted x_0", "eta": "is the share of noise"}
+    for name, value in named.items():
+        if value is None:
+            continue
+        if name in options:
+            raise ValueError(f"{name} is given twice, as {name}={value!r} and in solver_options")
+        if name not in entry.options:
+            takers = ", ".join(other.name for other in REGISTRY.values() if name in other.options)
+            raise ValueError(f"{name} {meaning[name]}, which {entry.name} does not use; pick {takers}; got {value!r}")
+        options[name] = value
+    return options
 
 
-def _heun_of_rows(sde: Process, rows: int, t_end: float, prediction: str) -> StepTable:
-    """Heun with two rows an interval; an odd row is a last Euler step, for where there is no velocity at the end."""
-    if rows % 2 == 0 and not corrects_at(sde, t_end, prediction):
-        raise ValueError(
-            f"heun down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since its last "
-            f"row is a lone Euler step: got steps={rows}, take {rows - 1} or {rows + 1}, or a t_end above {t_end:g}"
-        )
-    return heun(sde, _times(sde, t_end, (rows + 1) // 2), prediction, euler_final=rows % 2 == 1)
+def _denoised(table: StepTable, sde: Process, prediction: str, row: int) -> StepTable:
+    """The table up to a row that gives the data prediction from what the network is called with there."""
+    time = table.time[row : row + 1]
+    p, q = data_form(sde.alpha(time), sde.sigma(time), prediction)
+    if not torch.isfinite(torch.cat((p, q)).float()).all():
+        raise ValueError(f"denoise: prediction={prediction!r} tells nothing of x_0 at t = {float(time):g}")
+    clipped = table.clip is not None
+
+    def with_last(name: str, last: Tensor) -> Tensor:
+        return torch.cat((getattr(table, name)[:row], last))
+
+    zero, n = torch.zeros_like(table.n[:1]), table.n[row : row + 1]
+    A = torch.zeros_like(table.A[:1])
+    first = torch.zeros_like(zero)
+    first[:, 0] = 1
+    if not clipped:
+        A[:, 0] = p * n
+    return StepTable(
+        with_last("time", time),
+        n=with_last("n", n),
+        p=with_last("p", p * n if clipped else zero),
+        q=with_last("q", q if clipped else torch.zeros_like(q)),
+        A=with_last("A", A),
+        b=with_last("b", zero if clipped else q * first),
+        e=with_last("e", first if clipped else zero),
+        d=with_last("d", zero),
+        clip=table.clip,
+    )

@@ -1,0 +1,42 @@
+"""Adams-Bashforth: linear multistep on the probability-flow ODE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..validation import check_int
+from .forms import schedule
+from .multistep import eps_multistep, lagrange_integrals, row_orders
+from .registry import Variant, solver
+from .table import StepTable
+
+__all__ = ["adams_bashforth"]
+
+
+@solver(
+    Variant(4), Variant(3, options={"order": 3}), Variant(2, options={"order": 2}), Variant(1, options={"order": 1})
+)
+def adams_bashforth(
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str = "eps",
+    order: int = 4,
+    clip: float | None = None,
+) -> StepTable:
+    """Adams-Bashforth of variable steps on d(x / alpha) = eps d(sigma / alpha) (Karras et al. 2022, arXiv:2206.00364).
+
+    This is k-diffusion's LMS: eps is interpolated by a Lagrange polynomial in sigma / alpha through the last ``order``
+    points and integrated exactly. (PNDM, arXiv:2202.09778, takes the coefficients of equal steps instead.) The first
+    rows are of lower order. The state takes ``order`` slots.
+
+    Args:
+        alpha, sigma, time, prediction, clip: as for `ddim`; the direction uses the unclipped eps.
+        order: from 1, which is `ddim`, to 4.
+    """
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    check_int("order", order, 1, 5)
+    orders = row_orders(len(time), order, from_noise=bool(alpha[0] == 0))
+    return eps_multistep(alpha, sigma, time, prediction, orders, lagrange_integrals, clip)

@@ -1,0 +1,49 @@
+"""DEIS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..validation import check_bool, check_int
+from .forms import schedule
+from .multistep import eps_multistep, lagrange_integrals, row_orders
+from .registry import Variant, solver
+from .table import StepTable
+
+__all__ = ["deis"]
+
+
+@solver(Variant(2), Variant(3, options={"order": 3}), Variant(1, options={"order": 1}))
+def deis(
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str = "eps",
+    order: int = 2,
+    lower_order_final: bool = True,
+    clip: float | None = None,
+) -> StepTable:
+    """DEIS, Adams-Bashforth form (Zhang & Chen 2022, arXiv:2204.13902), of polynomials in log rho, rho = sigma / alpha.
+
+    eps is interpolated in log(rho) through the last ``order`` points and integrated over rho, as diffusers does. The
+    state takes ``order`` slots.
+
+    Args:
+        alpha, sigma, time, prediction, clip: as for `ddim`; the direction uses the unclipped eps.
+        order: 1, which is `ddim`, 2 or 3.
+        lower_order_final: whether the order comes down to 1 in the last rows. A last row down to sigma = 0, where
+            log(rho) is infinite, is of first order in any case.
+    """
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    check_int("order", order, 1, 4), check_bool("lower_order_final", lower_order_final)
+    orders = row_orders(len(time), order, lower_order_final, from_noise=bool(alpha[0] == 0))
+    if sigma[-1] == 0:
+        orders[-1] = 1
+    return eps_multistep(alpha, sigma, time, prediction, orders, _integrals, clip)
+
+
+def _integrals(rho: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    return lagrange_integrals(rho.log(), start.log(), end.log(), torch.exp)

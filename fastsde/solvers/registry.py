@@ -1,0 +1,84 @@
+"""The registry of solvers: each builder says its name, its variants and their orders of convergence.
+
+Names on the command line, `fastsde.solvers.build` and the tests follow from it. The modules of this package are found
+by themselves, so that a new solver needs its own file and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from ..sde import Process
+from .table import StepTable
+
+__all__ = ["REGISTRY", "Solver", "Variant", "solver"]
+
+# Arguments that are no options: the last one follows from the number of rows.
+_PLACES = ("sde", "times", "alpha", "sigma", "time", "prediction", "euler_final")
+Builder = TypeVar("Builder", bound=Callable[..., StepTable])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Some options of a builder, and what is expected of the table.
+
+    Args:
+        order: of convergence, on the probability-flow ODE or, with noise, in the weak sense.
+        noise: whether rows draw noise.
+        options: arguments of the builder.
+    """
+
+    order: int
+    noise: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A builder of `StepTable` by its name.
+
+    Args:
+        corrects_at: of a solver with two rows an interval, a step and its correction at the new time: whether the
+            correction exists for a process, a time and a prediction. Without it, an interval is one row.
+        needs_alpha: whether no step starts where alpha is 0, whatever the network predicts.
+    """
+
+    builder: Callable[..., StepTable]
+    variants: tuple[Variant, ...]
+    corrects_at: Callable[[Process, float, str], bool] | None = None
+    needs_alpha: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.builder.__name__
+
+    @cached_property
+    def is_on_schedule(self) -> bool:
+        """Whether it is built from alpha, sigma and times of the network, rather than from a process and its times."""
+        return "alpha" in inspect.signature(self.builder).parameters
+
+    @cached_property
+    def options(self) -> tuple[str, ...]:
+        """The names of the builder's options, such as clip or order."""
+        return tuple(name for name in inspect.signature(self.builder).parameters if name not in _PLACES)
+
+
+REGISTRY: dict[str, Solver] = {}
+
+
+def solver(
+    *variants: Variant,
+    corrects_at: Callable[[Process, float, str], bool] | None = None,
+    needs_alpha: bool = False,
+) -> Callable[[Builder], Builder]:
+    """A decorator that registers a builder under its own name; the first variant is the one of no options."""
+
+    def register(builder: Builder) -> Builder:
+        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at, needs_alpha)
+        return builder
+
+    return register
