@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from . import engines, ops
-from .engines import Network, Request, batches, capture, persistent
+from .engines import Network, batches, capture, persistent
+from .request import Request
 from .vocabulary import BACKENDS
 
 __all__ = ["Plan", "Planner", "unavailable_reason"]

@@ -1,194 +1,112 @@
-"""What is to be sampled: the network or checkpoint, the table, the device and the keys that arguments name."""
+"""What is to be sampled: all that an engine is given beside the network."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoints, noise, ops, solvers
-from .checkpoints import Checkpoint
-from .engines.inspection import device_of
-from .models import unwrap
-from .reference import Model, NoiseFunction, RowHook
-from .sde import VPSDE, Process, check_process
+from . import noise, ops
+from .recorder import Recorder
+from .reference import NoiseFunction, RowHook
 from .solvers import StepTable
-from .validation import check_device, check_int, check_keys, check_shape
+from .validation import check_keys
 
-__all__ = [
-    "TABLE_DEFAULTS",
-    "CallOptions",
-    "ModelLike",
-    "SampleOptions",
-    "Subject",
-    "TableOptions",
-    "make_device",
-    "make_keys",
-    "make_table",
-    "resolve",
-]
+__all__ = ["Conditions", "Request", "make_keys"]
 
-ModelLike = Model | Checkpoint | str | Path
-
-TABLE_DEFAULTS = {
-    "t_start": None,
-    "t_end": 0.0,
-    "spacing": "uniform",
-    "rho": None,
-    "prediction": None,
-    "clip": None,
-    "eta": None,
-    "solver_options": None,
-    "denoise": False,
-}
+Conditions = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 
 
-class CallOptions(TypedDict, total=False):
-    """What a sampler is called with, for type checkers alone."""
-
-    seed: int
-    first_sample: int
-    keys: Tensor | Sequence[int] | None
-    x_init: Tensor | None
-    noise: NoiseFunction | None
-    model_kwargs: Mapping[str, Any] | None
-    uncond_kwargs: Mapping[str, Any] | None
-    callback: RowHook | None
-    progress: bool
-
-
-class TableOptions(TypedDict, total=False):
-    """What a table is built by, beside process, solver, steps and prediction."""
-
-    t_start: float | None
-    t_end: float
-    spacing: str
-    rho: float | None
-    clip: float | None
-    eta: float | None
-    solver_options: Mapping[str, Any] | None
-    denoise: bool
-
-
-class SampleOptions(CallOptions, TableOptions, total=False):
-    """The same for `sample`."""
-
-    sde: Process | None
-    solver: str | StepTable
-    steps: int
-    prediction: str | None
-    dtype: torch.dtype | None
-    device: torch.device | str | None
-    guidance: float | None
-    backend: str
-    compile: bool | str
-    max_batch: int | str | None
-
-
-class Subject(NamedTuple):
-    """A network, the shape of its samples, and how it was trained."""
-
-    model: Model
-    sample_shape: Sequence[int]
-    sde: Process
-    prediction: str
-
-
-def resolve(
-    model: ModelLike,
-    sample_shape: Sequence[int] | None,
-    sde: Process | None,
-    prediction: str | None,
-    device: torch.device | str | None,
-) -> Subject:
-    """The subject that the arguments of `fastsde.Sampler` name, where None is what was not given.
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A batch to draw.
 
     Args:
-        model: a network; a `Checkpoint`; or its file, the folder of a training run or the name of a shipped model,
-            which is loaded to ``device``, by default CUDA where there is one, else the CPU.
-
-    Raises:
-        TypeError: for a model that is none of these.
-        ValueError: for a network without a sample_shape, or another shape, SDE or prediction than the checkpoint's.
-        FileNotFoundError: where there is no such file.
+        shape: ``(B, *shape)``.
+        table: the solver.
+        keys: int64 ``[B, 2]``, one key a sample.
+        x_init: the initial state, which an engine may write to; by default the draw of step 0 times ``prior_std``.
+        noise: ``(row, x) -> z`` instead of the draw of step ``row + 1``, or None.
+        model_kwargs: more arguments of the network.
+        guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
+        dtype: of the state.
+        callback: called as ``callback(row, time, x)`` after each row, or None.
+        recorder: what keeps states, moves the progress and calls back, as the sampler has made it of these.
     """
-    if sde is not None:
-        check_process("sde", sde)
-    if isinstance(model, (str, Path)):
-        model = checkpoints.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not isinstance(model, Checkpoint):
-        if isinstance(model, type):
-            raise TypeError(f"model must be a network, got the class {model.__name__}: give an instance of it")
-        if not callable(model):
-            raise TypeError(
-                f"model must be callable as model(x, t), a Checkpoint, or the name or path of one, got "
-                f"{type(model).__name__}"
-            )
-        if sample_shape is None:
-            raise ValueError("sample_shape must be given with a network of your own, got None")
-        return Subject(
-            model, sample_shape, VPSDE() if sde is None else sde, "score" if prediction is None else prediction
+
+    shape: tuple[int, ...]
+    table: StepTable
+    keys: Tensor
+    x_init: Tensor | None = None
+    prior_std: float = 1.0
+    noise: NoiseFunction | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    guidance: float | None = None
+    uncond_kwargs: Mapping[str, Any] | None = None
+    dtype: torch.dtype = torch.float32
+    callback: RowHook | None = None
+    recorder: Recorder | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """The arguments of the network's call, and of the unconditional one, or None."""
+        return self.model_kwargs, None if self.guidance is None else self.uncond_kwargs or {}
+
+    @property
+    def after_row(self) -> RowHook | None:
+        """The recorder, where it has anything to do between rows."""
+        return self.recorder if self.recorder is not None and self.recorder.is_busy else None
+
+    @property
+    def options(self) -> list[str]:
+        """The names of what is asked for that not every backend has."""
+        used = {
+            "noise": self.noise is not None,
+            "callback": self.callback is not None,
+            "model_kwargs": bool(self.model_kwargs),
+            "guidance": self.guidance is not None,
+        }
+        return [name for name, is_used in used.items() if is_used]
+
+    def probe(self) -> Request:
+        """The same of the first row alone, to be timed."""
+        return replace(self, table=self.table.head(1), x_init=None, noise=None, recorder=None)
+
+    def start(self, normal: Callable[..., Tensor] = ops.normal) -> Tensor:
+        """The initial state, which the recorder keeps.
+
+        Args:
+            normal: what draws it: `fastsde.ops.normal`, or the reference's.
+        """
+        x = self.x_init
+        if x is None:
+            x = normal(self.keys, 0, self.shape[1:]).to(self.dtype)
+            x = x if self.prior_std == 1 else x * self.prior_std
+        if self.recorder is not None:
+            self.recorder.start(x)
+        return x
+
+    def part(self, part: slice, **changes: Any) -> Request:
+        """The request of some of the samples."""
+        uncond = self.uncond_kwargs
+        return replace(
+            self,
+            shape=(len(range(self.shape[0])[part]), *self.shape[1:]),
+            keys=self.keys[part],
+            # A copy: a network that works in place must not write to the caller's tensor.
+            x_init=None if self.x_init is None else self.x_init[part].to(self.dtype, copy=True),
+            model_kwargs=_part(self.model_kwargs, part),
+            uncond_kwargs=None if uncond is None else _part(uncond, part),
+            **changes,
         )
-    shape = model.shape if hasattr(unwrap(model.model), "shape") else sample_shape
-    if shape is None:
-        raise ValueError("sample_shape must be given with a checkpoint of a network of your own, got None")
-    given_shape = None if sample_shape is None else check_shape("sample_shape", sample_shape)
-    own = {"sample_shape": (given_shape, tuple(shape)), "sde": (sde, model.sde)}
-    for name, (given, known) in {**own, "prediction": (prediction, model.prediction)}.items():
-        if given is not None and given != known:
-            raise ValueError(f"{name} of the checkpoint is {known}, got {given}: give that, or leave it out")
-    return Subject(model.model, shape, model.sde, model.prediction)
 
 
-class _Options(dict[str, Any]):
-    """Options of a builder as a cache tells them apart: with their types, as an order of 2.0 is an error."""
-
-    def _key(self) -> tuple[tuple[str, type, Any], ...]:
-        return tuple((name, type(value), value) for name, value in self.items())
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(self._key())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Options) and self._key() == other._key()
-
-
-_named_table = functools.lru_cache(maxsize=32, typed=True)(solvers.build)
-
-
-def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any) -> StepTable:
-    """The table of a solver's name, or the one that is given."""
-    if isinstance(solver, str):
-        if isinstance(own := options["solver_options"], Mapping):
-            options["solver_options"] = own = _Options(own)
-        values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
-        make = _named_table if all(isinstance(value, Hashable) for value in values) else solvers.build
-        return make(solver, sde, steps, **options)
-    if not isinstance(solver, StepTable):
-        raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
-    for name, default in TABLE_DEFAULTS.items():
-        if options[name] != default:
-            raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")
-    if check_int("steps", steps, 1) not in (999, len(solver)):
-        raise ValueError(f"the StepTable given as solver has {len(solver)} rows, got steps={steps}")
-    return solver
-
-
-def make_device(device: torch.device | str | None, model: Model) -> torch.device:
-    """The device that is asked for, the network's own, or PyTorch's default."""
-    own = device_of(model)
-    default = own or torch.empty(0).device  # PyTorch's default
-    asked = default if device is None else check_device(device)
-    if own is not None and own != asked:
-        raise ValueError(f"device is {asked}, but the model is on {own}: move it with model.to({str(asked)!r})")
-    if asked.type == "meta":
-        raise ValueError("device must hold data, got meta")
-    return asked
+def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    return {name: value[part] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 def make_keys(

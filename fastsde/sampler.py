@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import engines, ops, request
+from . import engines, ops, subject
 from .dynamo import untraced
-from .engines import CaptureError, Network, Request, batches
+from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
-from .engines.recorder import Recorder
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .plan import Plan, Planner
+from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
-from .request import CallOptions, ModelLike, SampleOptions
+from .request import Request, make_keys
 from .sde import Process
 from .solvers import StepTable
+from .subject import CallOptions, ModelLike, SampleOptions
 from .validation import (
     check_bool,
     check_int,
@@ -110,11 +111,11 @@ class Sampler:
         compile: bool | str = False,
         max_batch: int | str | None = None,
     ) -> None:
-        model, sample_shape, sde, known = request.resolve(model, sample_shape, sde, prediction, device)
+        model, sample_shape, sde, known = subject.resolve(model, sample_shape, sde, prediction, device)
         self.sample_shape = check_shape("sample_shape", sample_shape)
         if not isinstance(solver, StepTable):
             prediction = known
-        self.table = request.make_table(
+        self.table = subject.make_table(
             solver,
             sde,
             steps,
@@ -134,7 +135,7 @@ class Sampler:
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
-        self.device = request.make_device(device, model)
+        self.device = subject.make_device(device, model)
         if not isinstance(compile, bool) and compile != "auto":
             raise TypeError(f"compile must be True, False or 'auto', got {compile!r}")
         runs_in = dtype_of(model) if dtype is None else dtype
@@ -232,7 +233,7 @@ class Sampler:
         return Request(
             shape,
             self.table,
-            request.make_keys(keys, n, seed, first_sample, self.device, self.backend),
+            make_keys(keys, n, seed, first_sample, self.device, self.backend),
             x_init=x_init,
             prior_std=self._prior_std,
             noise=None if noise is None else _checked_noise(noise),

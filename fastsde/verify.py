@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import __version__, engines, request
+from . import __version__, engines, subject
 from .files import atomic_path
 from .reference import Model, NonFiniteError
-from .request import ModelLike, TableOptions
 from .sampler import Sampler
 from .sde import Process
 from .solvers import StepTable
+from .subject import ModelLike, TableOptions
 from .validation import check_bool, check_int
 from .vocabulary import BACKENDS, VERIFIED_DTYPES
 from .yardstick import in_dtype, in_its_own_dtype
@@ -198,7 +198,7 @@ def verify(
         ValueError, TypeError: naming the argument, what came and what was expected.
         NonFiniteError: where the reference in float64 has NaN or infinity.
     """
-    model, shape, sde, prediction = request.resolve(model, sample_shape, sde, prediction, device)
+    model, shape, sde, prediction = subject.resolve(model, sample_shape, sde, prediction, device)
     # It also checks the arguments: after it, a sampler's ValueError is that of a backend.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):

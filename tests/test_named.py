@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastsde
-from fastsde import VPSDE, Sampler, StepTable, noise, reference, request, solvers
+from fastsde import VPSDE, Sampler, StepTable, noise, reference, solvers
 from fastsde.cli import main
 from fastsde.sde import PROCESSES
 from fastsde.solvers import REGISTRY, SOLVERS
@@ -187,11 +187,11 @@ def test_bad_options_are_named(arguments: tuple[str, dict[str, Any]], error: typ
 
 def test_sample_takes_what_build_takes() -> None:
     taken = set(inspect.signature(solvers.build).parameters) - {"solver", "sde", "steps"}
-    assert set(request.TABLE_DEFAULTS) == taken
-    assert set(typing.get_type_hints(request.TableOptions)) == taken - {"prediction"}
+    assert set(subject.TABLE_DEFAULTS) == taken
+    assert set(typing.get_type_hints(subject.TableOptions)) == taken - {"prediction"}
     for function in (fastsde.sample, Sampler.__init__):
         parameters = inspect.signature(function).parameters
-        assert {name: parameters[name].default for name in taken} == request.TABLE_DEFAULTS
+        assert {name: parameters[name].default for name in taken} == subject.TABLE_DEFAULTS
 
 
 def test_sample_builds_the_table_of_its_options() -> None:

@@ -18,10 +18,10 @@ from ..engines.network import Network
 from ..models import ConcatTime
 from ..models.mlp import is_sequential
 from ..reference import Model, dsm_loss, perturb
-from ..request import TABLE_DEFAULTS
 from ..sampler import sample
 from ..sde import VPSDE
 from ..solvers import euler_maruyama
+from ..subject import TABLE_DEFAULTS
 from ..validation import check_int, check_tensor
 
 __all__ = ["adapt", "calc_loss", "generate_samples"]

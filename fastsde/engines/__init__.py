@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..request import Request
 from . import eager, graph, persistent, plain
 from .capture import CaptureError
 from .graph import release
 from .network import Network
-from .request import Request
 
-__all__ = ["CaptureError", "Network", "Request", "get", "release"]
+__all__ = ["CaptureError", "Network", "get", "release"]
 
 _ENGINES: dict[str, Callable[[Network, Request], Tensor]] = {
     "reference": plain.run,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import noise, ops, reference
 from ..reference import Model, check_finite, evaluate
+from ..request import Request
 from ..solvers import StepTable
-from .request import Request
 
 __all__ = ["FiniteCheck", "run"]
 

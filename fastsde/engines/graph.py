@@ -23,12 +23,12 @@ from torch import Tensor
 
 from .. import ops
 from ..reference import evaluate, network_input
+from ..request import Conditions, Request
 from ..solvers import Terms, row_width
 from . import capture, eager
 from .chunks import chunks
 from .fingerprint import Fingerprint
 from .network import Network
-from .request import Conditions, Request
 
 __all__ = ["Form", "Trajectory", "release", "run"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from .. import ops
 from ..models.mlp import MLP, unknown_layer
 from ..reference import NonFiniteError
+from ..request import Request
 from . import eager
 from .network import Network
-from .request import Request
 
 __all__ = ["pays", "run", "unavailable_reason"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import noise, reference
+from ..request import Request
 from .network import Network
-from .request import Request
 
 __all__ = ["run"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ..reference import RowHook
-from ..validation import check_tensor
+from .reference import RowHook
+from .validation import check_tensor
 
 __all__ = ["Recorder"]
 
