@@ -42,11 +42,12 @@ class Stepper:
 
     Args:
         x: a contiguous state of the shape and the device.
-        keys: contiguous int64 ``[B, 2]``.
+        keys: int64 ``[B, 2]``.
         guidance: w, for rows with an unconditional output.
     """
 
     def __init__(self, table: StepTable, x: Tensor, keys: Tensor, guidance: float | None = None) -> None:
+        (keys,) = contiguous(keys)
         self._table, self._keys, self._guidance = table, keys, guidance
         self._rows = device_table(table, x.device)
         self._status = None if has_native(x.device) else new_status(x.device)
