@@ -896,18 +896,17 @@ def test_backends_that_cannot_run_here_name_those_that_can(backend):
 def _exact_moments(table, sde, mean, std):
     """Mean and std of the solver's own output on N(mean, std^2) data with the exact score: a linear recursion.
 
-    (x, H) is an affine image of (x, H) and z in every row, so that its mean and covariance follow exactly.
+    The slots are an affine image of the slots and z in every row, so that their mean and covariance follow exactly.
     """
-    m, cov = torch.zeros(2, dtype=torch.float64), torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
-    for row in range(len(table)):
-        k = table.row(row)
-        alpha, sigma = float(sde.alpha(k["time"])), float(sde.sigma(k["time"]))
+    m, cov = torch.zeros(table.slots, dtype=torch.float64), torch.zeros(table.slots, table.slots, dtype=torch.float64)
+    cov[0, 0] = 1.0
+    for k in range(len(table)):
+        alpha, sigma = sde.alpha(table.time[k]), sde.sigma(table.time[k])
         slope = -1 / (alpha**2 * std**2 + sigma**2)
-        p, b = k["p"] + k["q"] * slope, k["b"] * slope
-        step = torch.tensor([[k["a"] + b + k["e"] * p, k["c"]], [p, 0.0]], dtype=torch.float64)
-        offset = torch.tensor([k["b"] + k["e"] * k["q"], k["q"]], dtype=torch.float64) * (-slope * alpha * mean)
-        m, cov = step @ m + offset, step @ cov @ step.T
-        cov[0, 0] += k["d"] ** 2
+        f = slope * table.n[k]  # and -slope alpha mean
+        step = table.A[k] + torch.outer(table.b[k], f) + torch.outer(table.e[k], table.p[k] + table.q[k] * f)
+        m = step @ m - (table.b[k] + table.e[k] * table.q[k]) * slope * alpha * mean
+        cov = step @ cov @ step.T + torch.outer(table.d[k], table.d[k])
     return float(m[0]), float(cov[0, 0].sqrt())
 
 
