@@ -12,16 +12,7 @@ from ..validation import check_instance
 from ..vocabulary import PREDICTIONS
 from .table import StepTable
 
-__all__ = [
-    "check_prediction",
-    "continuous_times",
-    "data_form",
-    "eps_form",
-    "float64",
-    "schedule",
-    "score_form",
-    "table",
-]
+__all__ = ["check_prediction", "continuous_times", "data_form", "eps_form", "float64", "schedule", "score_form", "table"]
 
 
 def float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:
