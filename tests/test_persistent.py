@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from tables import random_table
 from torch import nn
 from tqdm import tqdm
 
 import fastsde
-from fastsde import Sampler, checkpoints, ops
+from fastsde import Sampler, StepTable, checkpoints, ops
 from fastsde.engines import choose, unavailable_reason
 from fastsde.models import MLP, ConcatTime, UNet
 
@@ -190,16 +191,40 @@ def test_a_batch_may_be_split(n: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("interpreter")
-def test_x_init_and_a_table_with_a_clip() -> None:
-    checkpoint = checkpoints.load("swiss-roll")
-    x_init = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
-    options = {"prediction": checkpoint.prediction, "steps": 6, "solver": "dpm_solver_pp_2m", "clip": 0.5}
-    ours, theirs = (
-        fastsde.sample(checkpoint.model, (5, 2), backend=backend, x_init=x_init, **options)
-        for backend in ("persistent", "reference")
-    )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+@pytest.fixture(params=["interpreter", "native"])
+def kernels(request: pytest.FixtureRequest) -> None:
+    """Each of the kernels that run on a CPU."""
+    if request.param == "interpreter":
+        request.getfixturevalue("interpreter")
+    elif not ops.has_native(CPU):
+        pytest.skip("no native kernels")
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
+def test_tables_of_every_number_of_slots(slots: int) -> None:
+    generator = torch.Generator().manual_seed(slots)
+    model, table = MLP(2, (16,), "Tanh"), random_table(slots, 6, generator, clip=0.7)
+    options = {"solver": table, "x_init": torch.randn(5, 2, generator=generator), "trajectory": 2, "seed": 3}
+    ours = fastsde.sample(model, (5, 2), backend="persistent", max_batch=3, **options)
+    theirs = fastsde.sample(model, (5, 2), backend="reference", **options)
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the infinities that the test is about
+@pytest.mark.usefixtures("kernels")
+def test_another_slot_that_is_not_finite_is_reported_once_it_matters() -> None:
+    # From row 1 on the network is called with slot 1, which row 0 makes infinite and no Tanh tells of.
+    columns = {name: torch.zeros(3, 2, dtype=torch.float64) for name in "npbed"}
+    columns["n"][0, 0] = columns["n"][1:, 1] = 1.0
+    keep = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1)
+    keep[0, 1, 0] = 3e38
+    table = StepTable(torch.linspace(1, 0.5, 3, dtype=torch.float64), A=keep, **columns)
+    with pytest.raises(fastsde.NonFiniteError, match="NaN or infinity"):
+        fastsde.sample(
+            MLP(2, (16,), "Tanh"), (3, 2), solver=table, x_init=torch.full((3, 2), 2.0), backend="persistent"
+        )
 
 
 def test_the_bar_moves_while_rows_are_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,9 +165,17 @@ def terms_of(packed: Tensor, slots: int) -> Terms:
 
 
 def trajectory_terms_of(packed: Tensor, slots: int) -> Terms:
-    """`terms_of`, where n is that of the first row, too, in which all slots but slot 0 are zero."""
+    """`terms_of`, less the new slots that no row reads, where n is that of the first row, too.
+
+    In that row all slots but slot 0 are zero.
+    """
     terms = terms_of(packed, slots)
-    return replace(terms, n=(int(_kinds(packed[:, 2])), *terms.n[1:]))
+    terms = replace(terms, n=(int(_kinds(packed[:, 2])), *terms.n[1:]))
+    live = [True, *map(bool, terms.n[1:])]
+    for _ in range(slots - 1):  # each time those that the live ones are made of
+        read = _read_by(terms.without([not each for each in live]))
+        live = [is_live or is_read for is_live, is_read in zip(live, read, strict=True)]
+    return terms.without([not each for each in live])
 
 
 def live_terms(packed: Tensor, slots: int) -> list[Terms]:

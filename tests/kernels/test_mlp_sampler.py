@@ -189,6 +189,15 @@ def test_a_network_that_is_called_with_zeros(device: torch.device) -> None:
     _assert_close(_run(model, 9, device, table), _expected(model, 9, table), table=table)
 
 
+def test_what_no_row_reads_is_not_computed() -> None:
+    # Slot 0 is made of slot 1, slot 1 of slot 2, and nothing of slot 3, which keeps a D that nothing else takes.
+    columns: dict[str, Any] = {"n": [(0, 0, 1.0), (1, 0, 1.0)], "A": [(1, 0, 1, 0.5), (0, 1, 2, 0.5), (1, 3, 2, 0.5)]}
+    columns |= {"b": [(0, 2, 1.0)], "e": [(0, 3, 1.0)], "p": [(0, 0, 1.0)], "d": [(0, 3, 1.0)]}
+    terms = _table(2, 4, **columns).trajectory_terms
+    assert terms.computed == (0, 1, 2)
+    assert not (terms.has_data or terms.has_noise or any(terms.p) or any(terms.A[3]))
+
+
 KEEPS = [(row, 0, 0, 1.0) for row in range(4)]
 HUGE = (0, 1, 0, 3e38)  # in row 0 slot 1 takes so much of slot 0 that it is infinite, where slot 0 is not below 2
 PASSED = [(0, 1, 0, 1.0), *((row, 1, 1, 1.0) for row in (1, 2, 3))]  # slot 0 to slot 1 in row 0, where it stays
