@@ -75,11 +75,17 @@ class Plan(NamedTuple):
         backend: the engine's name.
         network: as it is, or compiled.
         batch: how many samples run at once.
+        may_shrink: whether they may be fewer where memory runs out.
     """
 
     backend: str
     network: Network
     batch: int
+    may_shrink: bool
+
+    def halved(self, left: int) -> Plan:
+        """The plan of half as many samples at once, of so many that are left."""
+        return self._replace(batch=(min(self.batch, left) + 1) // 2)
 
 
 class Planner:
@@ -87,7 +93,7 @@ class Planner:
 
     Args:
         network: what is sampled from, in the dtype of the state that requests have.
-        backend, compile, max_batch: as for `fastsde.Sampler`.
+        backend, compile: as for `fastsde.Sampler`.
     """
 
     def __init__(
@@ -97,12 +103,11 @@ class Planner:
         state_dtype: torch.dtype,
         backend: str,
         compile: bool | str,
-        max_batch: int | str | None,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self._network, self._sample_shape, self._state_dtype = network, tuple(sample_shape), state_dtype
-        self._backend, self._compile, self._max_batch = backend, compile, max_batch
+        self._backend, self._compile = backend, compile
         self._compiled: Network | None = None  # for compile="auto"
 
     @property
@@ -136,35 +141,30 @@ class Planner:
                 return candidate
         raise ValueError(reason)
 
-    def plan(self, request: Request, tell: Callable[[Network], object]) -> Plan:
+    def plan(self, request: Request, max_batch: int | str | None, tell: Callable[[Network], object]) -> Plan:
         """How to run a request.
 
         Args:
+            max_batch: as for `fastsde.Sampler`.
             tell: called with a network before it is compiled.
         """
         backend = self.backend(request.options)
-        batch = self._batch(backend, request)
+        batch = self._batch(backend, request, max_batch)
         network = self._faster(backend, request, batch, tell)
         tell(network)
-        return Plan(backend, network, batch)
+        return Plan(backend, network, batch, max_batch == "auto")
 
     def without(self, plan: Plan, request: Request) -> Plan:
         """The plan of a request whose backend has failed."""
         self._network.kept.failed.add(plan.backend)
         return plan._replace(backend=self.backend(request.options))
 
-    def halved(self, plan: Plan, left: int) -> Plan | None:
-        """The plan where memory has run out and so many samples are left; None where it must do with what there is."""
-        if self._max_batch != "auto" or plan.batch == 1:
-            return None
-        return plan._replace(batch=(min(plan.batch, left) + 1) // 2)
-
-    def _batch(self, backend: str, request: Request) -> int:
+    def _batch(self, backend: str, request: Request, max_batch: int | str | None) -> int:
         n = request.shape[0]
-        if self._max_batch is None or n <= 1:
+        if max_batch is None or n <= 1:
             return max(n, 1)
-        if isinstance(self._max_batch, int):
-            return self._max_batch
+        if isinstance(max_batch, int):
+            return max_batch
         if backend == "persistent":  # whose programs take a few samples each in any case
             return n
         key, known = self._key(n, request), self._network.kept.batches

@@ -148,7 +148,7 @@ class Sampler:
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
-        self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile, self.max_batch)
+        self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile)
         self.backend = self._planner.backend(() if self.guidance is None else ("guidance",))
 
     def __repr__(self) -> str:
@@ -196,7 +196,7 @@ class Sampler:
         self._warn_of_randomness()
         try:
             with torch.no_grad():
-                plan = self._planner.plan(request, _tell_of_compiling if progress else _tell_nothing)
+                plan = self._planner.plan(request, self.max_batch, _tell_of_compiling if progress else _tell_nothing)
                 x = self._run(request, plan, saved, trajectory or 1, progress)
         except TypeError:
             for name, conditions in (("model_kwargs", request.model_kwargs), ("uncond_kwargs", request.uncond_kwargs)):
@@ -273,10 +273,9 @@ class Sampler:
                     if not batches.is_out_of_memory(error):
                         raise
                     engines.release(self._network)  # whoever tries again with less wants the memory
-                    smaller = self._planner.halved(plan, n - first)
-                    if smaller is None:
+                    if not plan.may_shrink or plan.batch == 1:
                         raise
-                    plan, bar.n = smaller, done
+                    plan, bar.n = plan.halved(n - first), done
                 else:
                     if len(drawn) == n:
                         return drawn

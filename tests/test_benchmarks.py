@@ -93,13 +93,13 @@ def test_a_wrong_kernel_is_caught_by_the_proof_of_its_case(monkeypatch: pytest.M
     if not ops.has_native(CPU):
         pytest.skip("no C++ compiler")
     (case,) = run.cases(QUICK, ["solver_step"])
-    right = ops.fused_step
+    right = ops.Stepper
     for wrong in (
-        lambda x, f, table, row, **options: right(x, f, table, row - 1, **options),
-        lambda x, f, table, row, **options: (options["out"], None),
-        lambda x, f, table, row, **options: right(x, f, table, row, **{**options, "keys": options["keys"] + 1}),
+        lambda table, x, keys: lambda row, slots, f: right(table, x, keys)(row - 1, slots, f),
+        lambda table, x, keys: lambda row, slots, f: (torch.full_like(x, math.nan), x),
+        lambda table, x, keys: right(table, x, keys + 1),
     ):
-        monkeypatch.setattr(ops, "fused_step", wrong)
+        monkeypatch.setattr(ops, "Stepper", wrong)
         (own,) = (each for each in case.providers if each.name == "fastsde native")
         record = runner.run_case(replace(case, providers=[own], rounds=1), CPU, MOST).record
         assert "wrong" in record["providers"]["fastsde native"], wrong

@@ -185,7 +185,7 @@ def test_verify_sees_times_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> 
         return [r.verdict for r in results if r.backend == "eager"]
 
     assert verdicts() == ["pass", "pass"]
-    rounded = lambda dtype, integer_times: [network_module._Feed(dtype, casts=True)]  # noqa: E731
+    rounded = lambda dtype, integer_times: [network_module.Feed(dtype, casts=True)]  # noqa: E731
     monkeypatch.setattr(network_module, "_feeds", rounded)
     assert verdicts() == ["pass", "fail"]
 

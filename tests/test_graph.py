@@ -20,10 +20,12 @@ from tables import history_table, network, random_table, states_near
 from torch import Tensor, nn
 
 import fastsde
-from fastsde import VPSDE, NonFiniteError, Sampler, StepTable, solvers
-from fastsde.engines import CaptureError, choose, graph
+from fastsde import VPSDE, NonFiniteError, Sampler, StepTable, noise, solvers
+from fastsde.engines import CaptureError, graph
 from fastsde.engines.chunks import MAX_CHUNK, chunks
 from fastsde.models import MLP
+from fastsde.recorder import Recorder
+from fastsde.request import Request
 
 SOLVERS = {"euler_maruyama": "score", "ddpm": "eps", "ddim": "eps", "dpm_solver_pp_2m": "v", "heun": "score"}
 
@@ -260,9 +262,9 @@ def test_what_a_model_computes_with_is_seen_to_change(graphs: Any, change: Calla
 
 @pytest.mark.usefixtures("graphs")
 def test_captures_of_one_device_are_not_those_of_another() -> None:
-    x, table = torch.zeros(4, 3), solvers.euler_maruyama(VPSDE(), torch.linspace(1, 0, 6))
-    form = graph.Form.of(Sampler(Net(), (3,), backend="graph")._network, x, table, ({}, None), None)
-    assert form.device == x.device
+    table, keys = solvers.euler_maruyama(VPSDE(), torch.linspace(1, 0, 6)), noise.sample_keys(0, 4)
+    form = graph.Form.of(Sampler(Net(), (3,), backend="graph")._network, Request((4, 3), table, keys))
+    assert form.device == keys.device
     assert dataclasses.replace(form, device=torch.device("cuda:7")) != form
 
 
@@ -332,7 +334,7 @@ def test_few_captures_are_kept_and_none_outlives_its_model(graphs: Any) -> None:
     sampler = Sampler(model, (3,), steps=2, backend="graph")
     for n in range(1, 9):
         sampler(n)
-    kept = sampler._network.cache["trajectories"]
+    kept = sampler._network.kept.trajectories
     assert [form.shape[0] for form in kept] == [5, 6, 7, 8]
     sampler(5)
     assert next(reversed(kept)).shape[0] == 5  # used last
@@ -414,16 +416,16 @@ def test_an_exception_leaves_a_sampler_that_works(monkeypatch: pytest.MonkeyPatc
     model = Net()
     sampler = Sampler(model, (3,), steps=13, backend="graph")
     expected = sampler(4)
-    advance, states = fastsde.engines.recorder.Recorder.advance, []
+    advance, states = Recorder.advance, []
 
     def interrupted(self: Any, rows: int, count: int, x: Tensor) -> None:
         states.append(rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsde.engines.recorder.Recorder.advance", interrupted)
+    monkeypatch.setattr("fastsde.recorder.Recorder.advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sampler(4)
-    monkeypatch.setattr("fastsde.engines.recorder.Recorder.advance", advance)
+    monkeypatch.setattr("fastsde.recorder.Recorder.advance", advance)
     assert torch.equal(sampler(4), expected)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         Sampler(model, (5,), steps=3, backend="graph")(4)
@@ -483,4 +485,4 @@ def test_auto_takes_graphs_for_what_is_no_mlp_and_eager_where_the_host_is_needed
 
 def test_without_a_gpu_it_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"backend 'graph' needs Triton and a CUDA GPU, got device cpu; use 'eager'"):
-        choose("graph", torch.device("cpu"), torch.float32)
+        Sampler(Net(), (3,), backend="graph")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastsde
-from fastsde import VPSDE, Sampler, StepTable, noise, reference, solvers
+from fastsde import VPSDE, Sampler, StepTable, noise, reference, solvers, subject
 from fastsde.cli import main
 from fastsde.sde import PROCESSES
 from fastsde.solvers import REGISTRY, SOLVERS

@@ -148,7 +148,7 @@ def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
         return compiled
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr("fastsde.sampler._WORK_S", work)
+    monkeypatch.setattr("fastsde.plan._WORK_S", work)
     sampler = Sampler(_Slow(), (2,), steps=3, compile="auto")
     x = sampler(5)
     assert len(given) == compiles
@@ -166,7 +166,7 @@ def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
 def test_auto_compiles_nothing_that_a_native_kernel_runs(monkeypatch: pytest.MonkeyPatch, compiled: list[Any]) -> None:
     if not ops.has_native(torch.device("cpu")):
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr("fastsde.sampler._WORK_S", 0.0)
+    monkeypatch.setattr("fastsde.plan._WORK_S", 0.0)
     Sampler(MLP(), (2,), steps=3, compile="auto")(2)
     Sampler(UNet(1, 8, (16, 16)), (1, 8, 8), steps=3, compile="auto")(2)
     assert not compiled

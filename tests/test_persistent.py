@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import fastsde
 from fastsde import Sampler, StepTable, checkpoints, ops
-from fastsde.engines import choose, unavailable_reason
 from fastsde.models import MLP, ConcatTime, UNet
+from fastsde.plan import unavailable_reason
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,6 @@ def test_without_kernels_the_reason_is_said_and_auto_takes_another(monkeypatch: 
     assert reason is not None
     assert "needs Triton and a CUDA GPU, or the CPU and native kernels, got device cpu" in reason
     assert reason.endswith("use 'eager' or 'reference'")
-    assert choose("auto", CPU, torch.float32) == "eager"
     assert Sampler(MLP(), (2,)).backend == "eager"
     assert repr(Sampler(MLP(), (2,), steps=7)) == "Sampler(MLP, (2,), 7 rows, backend='eager', device='cpu')"
 
@@ -204,7 +203,7 @@ def kernels(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
 def test_tables_of_every_number_of_slots(slots: int) -> None:
     generator = torch.Generator().manual_seed(slots)
-    model, table = MLP(2, (16,), "Tanh"), random_table(slots, 6, generator, clip=0.7)
+    model, table = MLP(2, (16,), "Tanh"), random_table(slots, 6, clip=0.7)
     options = {"solver": table, "x_init": torch.randn(5, 2, generator=generator), "trajectory": 2, "seed": 3}
     ours = fastsde.sample(model, (5, 2), backend="persistent", max_batch=3, **options)
     theirs = fastsde.sample(model, (5, 2), backend="reference", **options)

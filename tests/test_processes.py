@@ -18,6 +18,7 @@ import fastsde
 from fastsde import VPSDE, CosineVPSDE, checkpoints, noise, solvers, vocabulary
 from fastsde.checkpoints import Checkpoint
 from fastsde.models import MLP
+from fastsde.request import Request
 from fastsde.sde import EDM, PROCESSES, VESDE, Process, RectifiedFlow, SubVPSDE, as_time, from_dict, to_dict
 from fastsde.training import TrainConfig
 
@@ -192,17 +193,17 @@ def test_samples_start_from_the_prior(sde: Process) -> None:
 def test_every_engine_is_given_the_prior_of_the_process(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def engine(network: object, shape: tuple[int, ...], table: object, keys: Tensor, **options: Tensor) -> Tensor:
-        given.append(options["x_init"])
-        return torch.zeros(shape)
+    def engine(network: object, request: Request) -> Tensor:
+        given.append(request.start())
+        return torch.zeros(request.shape)
 
-    monkeypatch.setattr("fastsde.sampler.engines.choose", lambda *args, **options: backend)
+    monkeypatch.setattr("fastsde.plan.Planner.backend", lambda *args: backend)
     monkeypatch.setattr("fastsde.sampler.engines.get", lambda name: engine)
     for sde in (EDM(), VPSDE()):
         fastsde.sample(MLP(), (4, 2), sde=sde, solver="ddim", prediction="v", steps=3, seed=5)
         fastsde.sample(MLP(), (4, 2), sde=sde, solver="ddim", prediction="v", steps=3, x_init=torch.ones(4, 2))
     torch.testing.assert_close(given[0], EDM().prior_sampling((4, 2), seed=5), rtol=1e-5, atol=80 * 4e-6)
-    assert (given[2] is None) == (backend == "persistent")  # which draws a unit normal in its launch
+    torch.testing.assert_close(given[2], VPSDE().prior_sampling((4, 2), seed=5), rtol=0, atol=4e-6)
     assert torch.equal(given[1], torch.ones(4, 2))  # a state of the user's own is taken as it is
     assert torch.equal(given[3], torch.ones(4, 2))
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsde import NonFiniteError, Sampler, checkpoints, cli, engines, noise, reference
+from fastsde import NonFiniteError, Sampler, checkpoints, cli, engines, noise, vocabulary
 from fastsde.checkpoints import Checkpoint
 from fastsde.engines import CaptureError
 from fastsde.models import MLP, UNet
+from fastsde.request import Request
 from fastsde.training import Trainer, default_config
 from fastsde.verify import Result, table, verify
 
@@ -28,8 +29,8 @@ FP32 = [torch.float32]
 def _replace_eager(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Tensor]) -> None:
     """Puts ``change(x, model, table)`` of the reference's samples in the eager backend's place."""
 
-    def engine(model: Any, shape: Any, table: Any, keys: Tensor, **options: Any) -> Tensor:
-        return change(reference.sample(model, shape, table, keys, **options), model, table)
+    def engine(network: Any, request: Request) -> Tensor:
+        return change(engines.get("reference")(network, request), network, request.table)
 
     monkeypatch.setitem(engines._ENGINES, "eager", engine)
 
@@ -45,7 +46,7 @@ def test_the_shipped_roll_passes(solver: str) -> None:
     truth, *others = results
     assert (truth.backend, truth.dtype, truth.verdict) == ("reference", "float64", "truth")
     assert {r.dtype for r in others} == {"float32", "bfloat16"}
-    assert [r.backend for r in others] == [*engines.BACKENDS[1:]] * 2
+    assert [r.backend for r in others] == [*vocabulary.BACKENDS[1:]] * 2
     for dtype in ("float32", "bfloat16"):
         yardstick, eager = _of(results, "reference", dtype), _of(results, "eager", dtype)
         assert (yardstick.verdict, eager.verdict) == ("yardstick", "pass")
@@ -74,13 +75,13 @@ def test_a_backend_that_cannot_run_is_listed_with_its_reason() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "verdict"), [(1.0, "pass"), (30.0, "fail")])
 def test_normals_within_the_noise_contract_pass(monkeypatch: pytest.MonkeyPatch, error: float, verdict: str) -> None:
-    def engine(model: Any, shape: Any, table: Any, keys: Tensor, **options: Any) -> Tensor:
+    def engine(network: Any, request: Request) -> Tensor:
         def normal(step: int) -> Tensor:
-            size = 4e-6 * error * noise.normal(keys, step, shape[1:], stream=9).sign()
-            return noise.normal(keys, step, shape[1:]) + size
+            size = 4e-6 * error * noise.normal(request.keys, step, request.shape[1:], stream=9).sign()
+            return noise.normal(request.keys, step, request.shape[1:]) + size
 
-        options |= {"x_init": normal(0), "noise_function": lambda row, x: normal(row + 1)}
-        return reference.sample(model, shape, table, keys, **options)
+        other = replace(request, x_init=normal(0), noise=lambda row, x: normal(row + 1))
+        return engines.get("reference")(network, other)
 
     monkeypatch.setitem(engines._ENGINES, "eager", engine)
     result = _of(verify("swiss-roll", device="cpu", dtypes=FP32, steps=200), "eager")

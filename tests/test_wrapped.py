@@ -193,7 +193,7 @@ def test_measuring_leaves_no_trace(told: None, options: dict[str, Any], closure:
     sampler = Sampler((lambda x, t: model(x, t)) if closure else model, (2,), steps=5, backend="eager", **options)
     state = torch.get_rng_state()
     sampler(40)
-    batches = [size for name, size in sampler._network.cache.items() if name.startswith("batch of")]
+    batches = list(sampler._network.kept.batches.values())
     assert int(model.norm.num_batches_tracked) == 5 * -(-40 // (batches[0] if batches else 40))
     assert torch.equal(torch.get_rng_state(), state)
 

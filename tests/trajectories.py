@@ -35,7 +35,7 @@ def trajectory(
     states = None
     if every is not None:
         shape = (len(table) // every + 1, len(keys), packed.dim)
-        states = torch.full(shape, math.nan, device=keys.device)
+        states = torch.full(shape, math.nan, dtype=torch.float32, device=keys.device)
     options = {"x_init": x_init, "precision": precision, "every": every or 1, "states": states, "progress": progress}
     out = ops.launch_mlp_sampler(packed, table, keys, **options)
     return out, torch.empty(0, *out.shape) if states is None else states

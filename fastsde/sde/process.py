@@ -18,11 +18,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import noise
+from ..quadrature import gauss_legendre
 from ..validation import check_shape
 
 __all__ = ["Process", "as_time", "check_process", "match_dims"]
@@ -175,9 +175,9 @@ def preserving_step(growth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @functools.cache
 def _quadrature() -> tuple[Tensor, Tensor]:
     """Nodes in (0, 1) and weights of Gauss-Legendre on the pieces [1/2, 1], [1/4, 1/2], .. and the rest down to 0."""
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    nodes, weights = gauss_legendre(_NODES)
     ends = [0.0, *(2.0**-power for power in reversed(range(_PIECES)))]
     pieces = list(itertools.pairwise(ends))
     points = [low + (high - low) * (1 + nodes) / 2 for low, high in pieces]
     shares = [(high - low) * weights / 2 for low, high in pieces]
-    return torch.from_numpy(np.concatenate(points)), torch.from_numpy(np.concatenate(shares))
+    return torch.cat(points), torch.cat(shares)

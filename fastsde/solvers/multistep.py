@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..quadrature import gauss_legendre
 from .forms import data_form, eps_form, table
 from .table import StepTable
 
 __all__ = ["by_order", "eps_multistep", "lagrange_integrals", "multistep", "row_orders"]
 
-_NODES, _WEIGHTS = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(64))
 Weight = Callable[[Tensor], Tensor]
 
 
@@ -80,9 +79,10 @@ def lagrange_integrals(nodes: Tensor, start: Tensor, end: Tensor, weight: Weight
         nodes: ``[R, p]``.
         start, end: ``[R]``.
     """
+    places, weights = gauss_legendre(64)
     half = ((end - start) / 2)[:, None]
-    points = (start + end)[:, None] / 2 + half * _NODES  # [R, 64]
-    measure = half * _WEIGHTS * weight(points)
+    points = (start + end)[:, None] / 2 + half * places  # [R, 64]
+    measure = half * weights * weight(points)
     integrals = []
     for j in range(nodes.shape[1]):
         product = measure

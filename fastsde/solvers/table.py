@@ -189,7 +189,7 @@ class StepTable:
 
     @cached_property
     def trajectory_terms(self) -> Terms:
-        """`terms` of any row, for a kernel that runs all of them: without what no row reads, and with the n of row 0."""
+        """`terms` of any row, for a kernel that runs all of them: less what no row reads, and with the n of row 0."""
         return trajectory_terms_of(self.packed, self.slots)
 
     @constant

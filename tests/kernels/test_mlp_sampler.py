@@ -183,19 +183,13 @@ def test_the_first_row_has_an_input_of_its_own(device: torch.device, first: floa
     _assert_close(_run(model, 9, device, table), _expected(model, 9, table), table=table)
 
 
-def test_a_network_that_is_called_with_zeros(device: torch.device) -> None:
-    table = _table(3, 1, A=[(row, 0, 0, 0.5) for row in range(3)], b=[(row, 0, 1.0) for row in range(3)])
-    model = _tame(MLP(2, (16,), "Tanh"))
-    _assert_close(_run(model, 9, device, table), _expected(model, 9, table), table=table)
-
-
 def test_what_no_row_reads_is_not_computed() -> None:
     # Slot 0 is made of slot 1, slot 1 of slot 2, and nothing of slot 3, which keeps a D that nothing else takes.
     columns: dict[str, Any] = {"n": [(0, 0, 1.0), (1, 0, 1.0)], "A": [(1, 0, 1, 0.5), (0, 1, 2, 0.5), (1, 3, 2, 0.5)]}
     columns |= {"b": [(0, 2, 1.0)], "e": [(0, 3, 1.0)], "p": [(0, 0, 1.0)], "d": [(0, 3, 1.0)]}
     terms = _table(2, 4, **columns).trajectory_terms
     assert terms.computed == (0, 1, 2)
-    assert not (terms.has_data or terms.has_noise or any(terms.p) or any(terms.A[3]))
+    assert not any((terms.has_data, terms.has_noise, *terms.p, *terms.A[3]))
 
 
 KEEPS = [(row, 0, 0, 1.0) for row in range(4)]
@@ -204,7 +198,10 @@ PASSED = [(0, 1, 0, 1.0), *((row, 1, 1, 1.0) for row in (1, 2, 3))]  # slot 0 to
 # What later rows make of slot 1, and whether it then matters.
 NOT_FINITE = {
     "taken": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0), (2, 0, 1, 0.5)]}, True),
-    "an input, which Tanh hides": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0)], "n": [(0, 0, 1.0), (2, 1, 1.0)]}, True),
+    "an input, which Tanh hides": (
+        {"A": [*KEEPS, HUGE, (1, 1, 1, 1.0)], "n": [(0, 0, 1.0), (1, 0, 1.0), (2, 1, 1.0), (3, 0, 1.0)]},
+        True,
+    ),
     "taken, and clipped later": (
         {"A": [HUGE, (0, 0, 0, 1.0), (1, 0, 1, 1.0)], "e": [(2, 0, 1.0), (3, 0, 1.0)], "p": [(2, 0, 1.0), (3, 0, 0.5)]},
         True,

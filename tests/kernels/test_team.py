@@ -37,14 +37,14 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32) & 0x7FFFFFFF
 
 
-def _table() -> StepTable:
-    """A row that computes what it began with: x' = x + f, of f = 0."""
+def _table(f: float = 0.0) -> StepTable:
+    """A row that computes what it began with, and adds so much of f."""
     one = torch.ones(1, dtype=torch.float64)
-    return StepTable(time=one, a=one, b=one)
+    return StepTable(time=one, a=one, b=f * one)
 
 
 def _solver_step() -> Tensor:
-    return ops.solver_step([_small(BATCH, SIZE)], torch.zeros(BATCH, SIZE), _table(), 0)[0]
+    return ops.solver_step([_small(BATCH, SIZE)], torch.zeros(BATCH, SIZE), _table(1.0), 0)[0]
 
 
 def _perturb() -> Tensor:

@@ -1,0 +1,19 @@
+"""Gauss-Legendre quadrature, for integrals over a step that have no closed form."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+__all__ = ["gauss_legendre"]
+
+
+@functools.cache
+def gauss_legendre(points: int) -> tuple[Tensor, Tensor]:
+    """The nodes in [-1, 1] and their weights, float64 ``[points]``."""
+    from numpy.polynomial.legendre import leggauss  # which takes as long to import as all of this package
+
+    nodes, weights = leggauss(points)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
