@@ -115,8 +115,9 @@ def tutorial_step(device: torch.device) -> Step:
 
 
 def lean_factors() -> dict[str, float]:
+    """Of x' = a x + b f + d z."""
     k = TABLE.row(ROW)
-    return {name: k[name] for name in "abd"}
+    return {"a": k.A[0][0], "b": k.b[0], "d": k.d[0]}
 
 
 def _as_eps(score: Tensor) -> Tensor:
@@ -131,15 +132,17 @@ def _on(state: State, make: Callable[[], Step], convert: Callable[[Tensor], Tens
 
 
 def _reference(state: State) -> Step:
-    return lambda x, f: reference.solver_step(x, f, TABLE, ROW, keys=state.keys)[0]
+    return lambda x, f: reference.solver_step((x,), f, TABLE, ROW, keys=state.keys)[0]
 
 
 def _kernel(state: State) -> Step:
-    need_kernels(state.plan.device)
-    out = torch.full(state.shape, math.nan, device=state.plan.device)
+    device = state.plan.device
+    need_kernels(device)
+    module, rows, terms = ops.dispatch.kernel("solver_step", device), ops.device_table(TABLE, device), TABLE.terms(ROW)
+    out = torch.full(state.shape, math.nan, device=device)
 
     def step(x: Tensor, f: Tensor) -> Tensor:
-        ops.fused_step(x, f, TABLE, ROW, keys=state.keys, store_data=False, out=out)
+        module.solver_step([x], f, rows, ROW, terms=terms, keys=state.keys, out=[out])
         return out
 
     return step
@@ -148,15 +151,15 @@ def _kernel(state: State) -> Step:
 def _prove_ours(state: State, run: Pairs, result: Tensor) -> Figures:
     """A part beside the reference."""
     x, f = (each[:64].float() for each in run.last)
-    k = TABLE.row(ROW)
-    expected, _ = reference.solver_step(x, f, TABLE, ROW, keys=state.keys[:64])
+    k = lean_factors()
+    (expected,) = reference.solver_step((x,), f, TABLE, ROW, keys=state.keys[:64])
     bound = 4e-6 * k["d"] + 4 * 2**-24 * float((k["a"] * x.abs() + k["b"] * f.abs()).max())
     return check("the step", float((result[:64] - expected).abs().max()), bound)
 
 
 def _prove_any(state: State, scale: float, run: Pairs, result: Tensor) -> Figures:
     """What is left beside a x + b f, where f is ``scale`` times what the step is given, is noise of deviation d."""
-    (x, f), k = run.last, TABLE.row(ROW)
+    (x, f), k = run.last, lean_factors()
     f = scale * f
     rest = (result.double() - (k["a"] * x + k["b"] * f)) / k["d"]
     check("the noise", abs(float((rest * f).mean())), 6 / math.sqrt(state.elements))

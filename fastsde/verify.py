@@ -286,7 +286,7 @@ def _difference(
     error = x.double() - truth
     if not torch.isfinite(error).all():
         return None
-    noise = _NORMAL_ERROR * math.sqrt(sde.prior_std**2 + float(table.d.square().sum()))
+    noise = _NORMAL_ERROR * math.sqrt(sde.prior_std**2 + float(table.d.abs().sum(dim=1).square().sum()))
     constant = noise + _ROUNDOFF * math.sqrt(len(table)) * _rms(truth)
     allowed = None if yardstick is None else 2 * yardstick.rms + constant
     return Difference(float(error.abs().max()), _rms(error), allowed)

@@ -93,13 +93,14 @@ def test_a_wrong_kernel_is_caught_by_the_proof_of_its_case(monkeypatch: pytest.M
     if not ops.has_native(CPU):
         pytest.skip("no C++ compiler")
     (case,) = run.cases(QUICK, ["solver_step"])
-    right = ops.Stepper
+    module = ops.dispatch.kernel("solver_step", CPU)
+    right = module.solver_step
     for wrong in (
-        lambda table, x, keys: lambda row, slots, f: right(table, x, keys)(row - 1, slots, f),
-        lambda table, x, keys: lambda row, slots, f: (torch.full_like(x, math.nan), x),
-        lambda table, x, keys: right(table, x, keys + 1),
+        lambda slots, f, table, row, **options: right(slots, f, table, row - 1, **options),
+        lambda slots, f, table, row, **options: None,
+        lambda slots, f, table, row, **options: right(slots, f, table, row, **options | {"keys": options["keys"] + 1}),
     ):
-        monkeypatch.setattr(ops, "Stepper", wrong)
+        monkeypatch.setattr(module, "solver_step", wrong)
         (own,) = (each for each in case.providers if each.name == "fastsde native")
         record = runner.run_case(replace(case, providers=[own], rounds=1), CPU, MOST).record
         assert "wrong" in record["providers"]["fastsde native"], wrong
@@ -376,13 +377,14 @@ def test_a_wrong_compiled_step_is_found_out(monkeypatch: pytest.MonkeyPatch, wro
     task = Trajectory(partial(checkpoints.load, "mnist"), (1, 28, 28), 10, 20, CPU, 0, 0, solver=solver)
     step = compiled.Step(task, "fp32")
     step.prove()
-    column = dict(zip("abcde", range(1, 6), strict=True))[wrong]
+    m = task.table.slots  # a row is time, q, then n, p, b, e and d of m numbers, then A
+    column = {"a": 2 + 5 * m, "b": 2 + 2 * m, "c": 2 + 5 * m + 1, "d": 2 + 4 * m}[wrong]
     right = step._step
 
-    def changed(x: torch.Tensor, last: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def changed(slots: list[torch.Tensor], row: torch.Tensor) -> list[torch.Tensor]:
         row = row.clone()
         row[column] *= 1.1
-        return right(x, last, row)
+        return right(slots, row)
 
     step._fast = changed
     with pytest.raises(cases.WrongError):

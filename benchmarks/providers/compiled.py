@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastsde import reference
+from fastsde.solvers import ABSENT, ANY, ONE
 
 from ..suite.case import check
 from ..suite.measure import Figures, Run
@@ -48,63 +52,89 @@ class Step:
         if task.has_images:
             self._model = self._model.to(memory_format=torch.channels_last)
         table = task.table
-        self._has_noise = bool((table.d != 0).any())
-        self._has_data = bool((table.c != 0).any() or (table.e != 0).any())
-        columns = (table.time, table.a, table.b, table.c, table.d, table.e, table.p, table.q)
-        self.rows = torch.stack(columns, dim=1).to(task.device, torch.float32)
+        self._table, self._terms, m = table, table.terms(), table.slots
+        self._has_data, self._has_noise = self._terms.has_data, self._terms.has_noise
+        self._reads_slot_0 = all(table.row(k).reads_slot_0 for k in range(len(table)))
+        self._widths = [1, 1, m, m, m, m, m, *[m] * m]  # of time, q, n, p, b, e, d and the rows of A
+        self.rows = table.packed.to(task.device, torch.float32)
         self._fast = compiled(self._step, task.device, graph=True)
 
-    def _step(self, x: Tensor, last: Tensor | None, row: Tensor) -> tuple[Tensor, Tensor | None]:
-        t, a, b, c, d, e, p, q = row.unbind()
+    def _step(self, slots: list[Tensor], row: Tensor) -> list[Tensor]:
+        t, q, n, p, b, e, d, *A = row.split(self._widths)
+        terms, x = self._terms, slots[0] if self._reads_slot_0 else _sum(n, slots)
         inputs = x.to(self._dtype)
         if self._task.has_images:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         f = self._model(inputs, t.expand(len(x)).to(self._dtype)).float()
-        x_next, data = a * x + b * f, last
+        data = z = f
         if self._has_data:
-            data = p * x + q * f
-            x_next = x_next + e * data + c * last
-        return x_next + d * torch.randn_like(x) if self._has_noise else x_next, data
+            data = _sum([*p, q[0]], [*slots, f], [*terms.p, terms.q])
+            if self._table.clip is not None:
+                data = data.clamp(-self._table.clip, self._table.clip)
+        if self._has_noise:
+            z = torch.randn_like(x)
+        values = [*slots, f, data, z]
+        return [
+            _sum([*A[j], b[j], e[j], d[j]], values, [*terms.A[j], terms.b[j], terms.e[j], terms.d[j]])
+            for j in range(terms.slots)
+        ]
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, last: Tensor | None, row: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, data = self._fast(x, last if self._has_data else None, row)
-        if self._task.device.type == "cuda":  # the outputs are the graph's own memory
-            x, data = x.clone(), None if data is None else data.clone()
-        return x, data
+    def __call__(self, slots: list[Tensor], row: Tensor) -> list[Tensor]:
+        new: list[Tensor] = self._fast(slots, row)
+        # On a GPU the outputs are the graph's own memory.
+        return [slot.clone() for slot in new] if self._task.device.type == "cuda" else new
 
     def run(self) -> Tensor:
         """A whole trajectory."""
         with self._task.precision_of_products(self._precision):
-            x = torch.randn(self._task.shape, device=self._task.device)
-            data = torch.zeros_like(x) if self._has_data else None
+            slots = [torch.randn(self._task.shape, device=self._task.device)]
+            slots += [torch.zeros_like(slots[0]) for _ in range(1, self._table.slots)]
             for row in self.rows:
-                x, data = self(x, data, row)
-        return x
+                slots = self(slots, row)
+        return slots[0]
 
     @torch.no_grad()
     def prove(self) -> Figures:
         """A row in the middle: its noise, and without it at most twice as far from float64 as plain PyTorch is."""
-        task = self._task
-        x, last = torch.randn((2, *task.shape), device=task.device)
-        row = self.rows[len(self.rows) // 2]
-        t, a, b, c, d, e, p, q = row.double()
-        quiet = row.clone()
-        quiet[4] = 0
+        task, k = self._task, len(self.rows) // 2
+        slots = list(torch.randn((self._table.slots, *task.shape), device=task.device))
+        quiet = self.rows[k].clone()
+        quiet.split(self._widths)[6].zero_()
         with task.precision_of_products(self._precision):
             for _ in range(3):  # the first calls warm up and capture
-                found = self(x, last, quiet)[0]
-            noisy = self(x, last, row)[0]
+                found = self(slots, quiet)[0]
+            noisy = self(slots, self.rows[k])[0]
             index = torch.linspace(0, task.n - 1, min(task.n, 20)).long().to(task.device)
-            some, before = x[index], last[index]
-            plain = task.network(self._precision)(some, t.float().expand(len(some)))
-        truth = copy.deepcopy(task.checkpoint.model).double()(some.double(), t.expand(len(some)))
-        own = float(((b + e * q) * (plain - truth)).square().mean().sqrt())
-        right = a * some + b * truth + e * (p * some + q * truth) + c * before
-        figures = check("a row", float((found[index] - right).square().mean().sqrt()), 2 * own + 1e-6)
-        if self._has_noise:
+            some = [slot[index] for slot in slots]
+            x = reference.network_input(some, self._table, k)
+            t = self.rows[k, :1].expand(len(x))
+            plain = task.network(self._precision)(x, t)
+        some = [slot.double() for slot in some]
+        truth = copy.deepcopy(task.checkpoint.model).double()(x.double(), t.double())
+        own, right = (self._without_noise(some, f.double(), k) for f in (plain, truth))
+        error = float((own - right).square().mean().sqrt())
+        figures = check("a row", float((found[index] - right).square().mean().sqrt()), 2 * error + 1e-6)
+        if d := self._table.row(k).d[0]:
             check_normals("its noise", (noisy - found).double() / d)
         return figures
+
+    def _without_noise(self, slots: list[Tensor], f: Tensor, k: int) -> Tensor:
+        """Slot 0 after row k in float64, of coefficients as the compiled row reads them."""
+        names = ("time", "n", "p", "q", "A", "b", "e", "d")
+        row = {name: getattr(self._table, name)[k : k + 1].float().double() for name in names}
+        return reference.solver_step(slots, f, replace(self._table, **row), 0, z=torch.zeros_like(f))[0]
+
+
+def _sum(coefficients: Sequence[Tensor], values: Sequence[Tensor], kinds: Sequence[int] | None = None) -> Tensor:
+    """The sum of the terms that are not zero in the whole table, by their kinds."""
+    kinds = kinds or [ANY] * len(values)
+    used = [
+        value if kind == ONE else coefficient * value
+        for coefficient, value, kind in zip(coefficients, values, kinds, strict=True)
+        if kind != ABSENT
+    ]
+    return sum(used[1:], used[0]) if used else torch.zeros_like(values[0])
 
 
 def sampling(task: Trajectory, precision: str) -> Run:

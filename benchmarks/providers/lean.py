@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from fastsde.solvers import StepTable
 
 from ..suite.measure import Run
 from ..tasks.recipe import Recipe
 from ..tasks.trajectory import Trajectory
 from .tutorial import T_MIN, Loss, Steps, integral
+
+Used = list[tuple[int, float]]  # the terms of a sum: which, and its coefficient
 
 
 def step(x: Tensor, f: Tensor, a: float, b: float, d: float) -> Tensor:
@@ -21,25 +25,62 @@ def step(x: Tensor, f: Tensor, a: float, b: float, d: float) -> Tensor:
 def sampling(task: Trajectory, precision: str) -> Run:
     """Any table of `fastsde.solvers`, row by row, its coefficients as numbers."""
     network, table = task.network(precision, channels_last=task.device.type == "cuda"), task.table
-    rows = [table.row(row) for row in range(len(table))]
-    has_data = any(k["c"] or k["e"] for k in rows)
+    rows = [_row(table, row) for row in range(len(table))]
     times = table.time.to(task.device, torch.float32)
 
     def run() -> Tensor:
         with torch.inference_mode(), task.precision_of_products(precision):
-            x, data = torch.randn(task.shape, device=task.device), None
-            for k, t in zip(rows, times, strict=True):
-                f, last = network(x, t.expand(task.n)), data
-                if has_data:
-                    data = torch.add(k["p"] * x, f, alpha=k["q"])
-                x = x * k["a"] if k["d"] == 0 else torch.randn_like(x).mul_(k["d"]).add_(x, alpha=k["a"])
-                x.add_(f, alpha=k["b"])
-                for factor, term in ((k["e"], data), (k["c"], last)):
-                    if factor:
-                        x.add_(term, alpha=factor)
-        return x
+            slots = [torch.randn(task.shape, device=task.device)]
+            slots += [torch.zeros_like(slots[0]) for _ in range(1, table.slots)]
+            for (n, take), t in zip(rows, times, strict=True):
+                x = slots[0] if n is None else _sum(None, n, slots)
+                slots = take(slots, network(x, t.expand(task.n)))
+        return slots[0]
 
     return run
+
+
+def _row(table: StepTable, row: int) -> tuple[Used | None, Callable[[list[Tensor], Tensor], list[Tensor]]]:
+    """The network's input, None for slot 0, and the step, without terms that are zero and what nobody reads."""
+    k, terms = table.row(row), table.terms(row)
+    n, data_of = None if k.reads_slot_0 else _used(k.n), _used((*k.p, k.q))
+    if table.slots == 1 and terms.has_noise and not terms.has_data:
+        factors = {"a": k.A[0][0], "b": k.b[0], "d": k.d[0]}
+        return n, lambda slots, f: [step(slots[0], f, **factors)]
+    new = [(j, k.d[j], _used((*k.A[j], k.b[j], k.e[j]))) for j in terms.computed]
+    is_shared = sum(d != 0 for _, d, _ in new) > 1
+    own_data = next((j for j, d, used in new if d == 0 and used == [(table.slots + 1, 1.0)]), None)
+
+    def take(slots: list[Tensor], f: Tensor) -> list[Tensor]:
+        data = f
+        if terms.has_data:
+            data = _sum(None, data_of, [*slots, f])
+            data = data if table.clip is None else data.clamp_(-table.clip, table.clip)
+        z = torch.randn_like(f) if terms.has_noise else None
+        values = [*slots, f, data]
+        made = [slots[j if source is None else source] for j, source in enumerate(terms.sources)]
+        for j, d, used in new:
+            start = None if z is None or d == 0 else z * d if is_shared else z.mul_(d)
+            made[j] = data if j == own_data else _sum(start, used, values)
+        return made
+
+    return n, take
+
+
+def _used(coefficients: Sequence[float]) -> Used:
+    return [(i, coefficient) for i, coefficient in enumerate(coefficients) if coefficient != 0]
+
+
+def _sum(total: Tensor | None, used: Used, values: list[Tensor]) -> Tensor:
+    """The sum in the memory of ``total``, or in new memory."""
+    if total is None:
+        if not used:
+            return torch.zeros_like(values[0])
+        (i, coefficient), *used = used
+        total = values[i] * coefficient
+    for i, coefficient in used:
+        total.add_(values[i], alpha=coefficient)
+    return total
 
 
 def perturb(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -242,7 +242,7 @@ class ImagesProof(Proof):
         self.check_samples(x)
         index, _, truth = self._truth
         table = self.task.table
-        noises = 4e-6 * math.sqrt(1 + float(table.d.square().sum()))
+        noises = 4e-6 * math.sqrt(1 + float(table.d.abs().sum(dim=1).square().sum()))
         constant = noises + 2.0**-24 * math.sqrt(len(table)) * float(truth.square().mean().sqrt())
         return check("a trajectory", self._error(x[index]), 2 * self._own(precision) + constant + more)
 
