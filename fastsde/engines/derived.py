@@ -28,10 +28,10 @@ def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
 
 @dataclass
 class Derived:
-    """What is run instead of a model, and the model as it was when that was made."""
+    """What is run instead of a model and, of a copy, the model as it was when that was made."""
 
     module: nn.Module
-    model: Fingerprint
+    model: Fingerprint | None = None
 
 
 def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: torch.device) -> str:
@@ -55,20 +55,23 @@ def derived(
     """
     key = (form, dtype, device)
     with _LOCK, torch.inference_mode(False), torch.no_grad():  # its weights are written to in other modes too
-        found, known = fingerprint(model), kept.get(key)
-        if known is None or not found.is_copied_as(known.model):
-            known = kept[key] = Derived(_make(model, form, dtype), found)
-        elif isinstance(known.module, UNetInference) and isinstance(model, UNet):
-            known.module.refresh(model)
+        known = kept.get(key)
+        if form == "optimized" and isinstance(model, UNet):  # of which `supports` has seen all but config and weights
+            if known is not None and isinstance(known.module, UNetInference) and known.module.config == model.config:
+                known.module.refresh(model)
+            else:
+                known = kept[key] = Derived(UNetInference(model, dtype))
+            return known.module
+        found = fingerprint(model)
+        if known is None or known.model is None or not found.is_copied_as(known.model):
+            known = kept[key] = Derived(_copy(model, form, dtype), found)
         else:
             for tensor, original in zip(tensors_of(known.module), tensors_of(model), strict=True):
                 tensor.copy_(original)
         return known.module
 
 
-def _make(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
-    if form == "optimized" and isinstance(model, UNet):
-        return UNetInference(model, dtype)
+def _copy(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
     try:
         made: Any = copy.deepcopy(model)  # whose ``to`` takes no memory_format in the stubs of PyTorch 2.11
     except Exception as error:

@@ -82,7 +82,7 @@ class UNetInference(nn.Module):
             raise TypeError(f"unet must be a UNet as it is, without hooks and other layers, got {unet!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
-        self._config, self.shape = unet.config, unet.shape
+        self.config, self.shape = unet.config, unet.shape
         layers: dict[str, Any] = {"dtype": dtype, "memory_format": torch.channels_last}
         self.encoder, self.decoder, self.head = (
             copy.deepcopy(each).requires_grad_(False).to(**layers) for each in (unet.encoder, unet.decoder, unet.head)
@@ -106,8 +106,8 @@ class UNetInference(nn.Module):
         Raises:
             ValueError: for a U-Net of another configuration.
         """
-        if not supports(unet) or unet.config != self._config:
-            raise ValueError(f"unet must be a UNet of {self._config}, got {getattr(unet, 'config', unet)}")
+        if not supports(unet) or unet.config != self.config:
+            raise ValueError(f"unet must be a UNet of {self.config}, got {getattr(unet, 'config', unet)}")
         ours: list[Tensor] = list(self.parameters())
         theirs: list[Tensor] = list(unet.parameters())
         if self.is_native and all(torch.equal(a, b.to(a.dtype)) for a, b in zip(ours, theirs, strict=True)):
@@ -170,7 +170,7 @@ class UNetInference(nn.Module):
             return False
         from ..kernels.cpu import unet as native
 
-        return bool(native.takes(self._config["channels"], self.image_weight.dtype))
+        return bool(native.takes(self.config["channels"], self.image_weight.dtype))
 
     def _native(self, x: Tensor, t: Tensor) -> Tensor:
         """By one native kernel, of weights in its own layout."""
@@ -193,7 +193,7 @@ class UNetInference(nn.Module):
                 packed = native.Packed(convolutions, self.plane, x.dtype)
             self._packed = (of, packed)
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        native.unet(packed, self._config["channels"], x.float().contiguous(), t.float().contiguous(), out)
+        native.unet(packed, self.config["channels"], x.float().contiguous(), t.float().contiguous(), out)
         return out.to(x.dtype)
 
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:

@@ -51,4 +51,8 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def name_of(module: nn.Module) -> str | None:
     """The name of an activation, or None where it has none."""
-    return next((name for name, activation in ACTIVATIONS.items() if activation.is_of(module)), None)
+    kind = type(module)
+    for name, activation in ACTIVATIONS.items():
+        if activation.module is kind and activation.is_of(module):
+            return name
+    return None

@@ -108,7 +108,12 @@ def kernel(name: str, device: torch.device) -> Any:
     problem = interpreter_problem() if is_triton and device.type == "cpu" else None
     if problem is not None:
         raise RuntimeError(problem)
-    return importlib.import_module(f"..kernels.{'' if is_triton else 'cpu.'}{name}", __package__)
+    return _module(name if is_triton else f"cpu.{name}")
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"..kernels.{name}", __package__)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -40,6 +40,20 @@ class Packed:
         self.activations = tuple(code("activation", name) for name in activations)
         # Multiply-adds of a row of a sample.
         self.products = sum(weight.numel() for weight, _ in layers) + _SPECIALS * sum(self.widths)
+        tensors = [each for layer in layers for each in layer if each is not None]
+        is_plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
+        self._arguments = self._made() if is_plain else None
+
+    def arguments(self) -> tuple[tuple[Any, ...], Any]:
+        """The network as the kernel takes it, by pointers, and the tensors that these point to."""
+        return self._made() if self._arguments is None else self._arguments
+
+    def _made(self) -> tuple[tuple[Any, ...], Any]:
+        weights = [weight.detach().float().contiguous() for weight, _ in self.layers]
+        biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in self.layers]
+        widths = (ctypes.c_int64 * len(self.widths))(*self.widths)
+        activations = (ctypes.c_int32 * max(1, len(self.activations)))(*self.activations)
+        return (len(weights), pointers(weights), pointers(biases), widths, activations), (weights, biases)
 
 
 def has_activation(name: str) -> bool:
@@ -90,16 +104,7 @@ def mlp_sampler(
     (batch, dim), rows = out.shape, len(table)
     if dim != packed.dim:
         raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
-    weights = [weight.detach().float().contiguous() for weight, _ in packed.layers]
-    biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in packed.layers]
-    count = len(weights)
-    network = (
-        count,
-        pointers(weights),
-        pointers(biases),
-        (ctypes.c_int64 * (count + 1))(*packed.widths),
-        (ctypes.c_int32 * max(1, count - 1))(*packed.activations),
-    )
+    network, tensors = packed.arguments()
     rows_each, samples_each = piece(rows, max(1, batch), packed.products, torch.get_num_threads())
     one_call = rows_each == rows or terms.slots == 1
     others = None if one_call else out.new_empty((terms.slots - 1, batch, dim))
@@ -112,3 +117,4 @@ def mlp_sampler(
             call("mlp_sampler", *network, table, terms.slots, row, end_row, *drawn, every, states, others, out)
         if progress is not None:
             progress(end_row - row)
+    del tensors  # which the pointers needed
