@@ -135,7 +135,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _is_pickled(path: Path) -> bool:
-    """Whether ``torch.save`` wrote a file: a zip file with a pickle in it or, in its old format, a pickle."""
+    """Returns whether ``torch.save`` wrote a file: a zip file with a pickle in it or, in its old format, a pickle."""
     with suppress(zipfile.BadZipFile):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

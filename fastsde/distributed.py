@@ -211,7 +211,7 @@ def loss_weight(batch_size: int, rank: int, world: int) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether a flag is set on any rank, the same on all."""
+    """Returns whether a flag is set on any rank, the same on all."""
     return mean_over_ranks(float(flag)) > 0
 
 

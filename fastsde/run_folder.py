@@ -70,7 +70,7 @@ class RunLog:
 
 
 def is_before_first_step(checkpoint: Path) -> bool:
-    """Whether a run wrote this checkpoint before its first step, so that no work is lost with it."""
+    """Returns whether a run wrote this checkpoint before its first step, so that no work is lost with it."""
     try:
         metadata = checkpoints.read(checkpoint)[1]
         return bool(metadata["resumable"]) and metadata["record"]["step"] == 0

@@ -43,7 +43,7 @@ class Ranks:
 
 
 def launched() -> bool:
-    """Whether the environment is that of a process which torchrun (or a launcher alike) has started."""
+    """Returns whether the environment is that of a process which torchrun (or a launcher alike) has started."""
     return all(name in os.environ for name in _ENVIRONMENT)
 
 

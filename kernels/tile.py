@@ -52,7 +52,7 @@ def _tiling(batch: int, size: int, most: int, warps: int) -> Tiling:
 
 
 def fast_math(x: Tensor) -> bool:
-    """Whether a kernel on ``x`` may use the special functions of NVIDIA GPUs."""
+    """Returns whether a kernel on ``x`` may use the special functions of NVIDIA GPUs."""
     return x.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
 
 

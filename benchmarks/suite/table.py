@@ -46,18 +46,18 @@ def without_time(record: Figures) -> list[str]:
 
 
 def is_cut(record: Figures) -> bool:
-    """Whether the time was too short for all rounds of all providers."""
+    """Returns whether the time was too short for all rounds of all providers."""
     spent = any(each.get("unavailable") == SPENT for each in record["providers"].values())
     return bool(record.get("cut")) or spent
 
 
 def has_replays(record: Figures) -> bool:
-    """Whether it was timed by replayed CUDA graphs, where there can be one."""
+    """Returns whether it was timed by replayed CUDA graphs, where there can be one."""
     return any("host_s" in each for each in timed(record).values())
 
 
 def timed_by_calls(record: Figures, name: str) -> bool:
-    """Whether a provider's time has the host in it, where those of others are of a replayed CUDA graph."""
+    """Returns whether a provider's time has the host in it, where those of others are of a replayed CUDA graph."""
     return bool(record["providers"][name].get("timed_by") == CALLED)
 
 

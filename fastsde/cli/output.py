@@ -16,7 +16,7 @@ from ..files import atomic_path
 
 
 def has_picture(shape: Sequence[int]) -> bool:
-    """Whether samples of a shape are points of the plane, or grey or coloured images."""
+    """Returns whether samples of a shape are points of the plane, or grey or coloured images."""
     return tuple(shape) == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
 
 

@@ -57,5 +57,5 @@ def seconds(run: Callable[[int], None], count: int, device: torch.device) -> flo
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of memory running out, which on the CPU has no class of its own."""
+    """Returns whether an error is that of memory running out, which on the CPU has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -28,7 +28,7 @@ class CaptureError(RuntimeError):
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether a device has CUDA graphs."""
+    """Returns whether a device has CUDA graphs."""
     return device.type == "cuda"
 
 

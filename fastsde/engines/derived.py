@@ -102,7 +102,7 @@ class Frozen:
         self._compiled: Model = torch.compile(network)
 
     def is_of(self, run: Model) -> bool:
-        """Whether it still computes what a network does."""
+        """Returns whether it still computes what a network does."""
         if not isinstance(run, nn.Module) or run is not self._run():
             return False
         now = tensors_of(run)
@@ -114,7 +114,7 @@ class Frozen:
 
 
 def can_be_frozen(run: nn.Module) -> bool:
-    """Whether all tensors of a network are parameters and buffers that a call leaves as they are."""
+    """Returns whether all tensors of a network are parameters and buffers that a call leaves as they are."""
     running = (module for module in run.modules() if getattr(module, "running_mean", None) is not None)
     counts = any(getattr(module, "training", False) for module in running)  # a frozen script has no mode
     found = fingerprint(run)

@@ -56,7 +56,7 @@ class Fingerprint:
         return frozenset(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
 
     def is_run_as(self, other: Fingerprint, besides: frozenset[int] = frozenset()) -> bool:
-        """Whether work recorded of the other one is work of this one: tensors are read where they are.
+        """Returns whether work recorded of the other one is work of this one: tensors are read where they are.
 
         Args:
             besides: where the structure may differ.
@@ -68,7 +68,7 @@ class Fingerprint:
         return self.structure == other.structure or self.differences(other) <= besides
 
     def is_copied_as(self, other: Fingerprint) -> bool:
-        """Whether a copy of the other one is a copy of this one, but for the weights."""
+        """Returns whether a copy of the other one is a copy of this one, but for the weights."""
         if not (self.is_whole and other.is_whole):
             return False
         return (self.structure, self.versions) == (other.structure, other.versions)

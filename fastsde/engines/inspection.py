@@ -42,7 +42,7 @@ def dtype_of(model: Model) -> torch.dtype:
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Whether a network runs faster in channels_last: one with convolutions, on a GPU."""
+    """Returns whether a network runs faster in channels_last: one with convolutions, on a GPU."""
     return device.type == "cuda" and any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
 
 

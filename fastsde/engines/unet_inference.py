@@ -20,7 +20,7 @@ __all__ = ["UNetInference", "log_sigmoid_", "supports"]
 
 
 def supports(model: object) -> bool:
-    """Whether a network is a `UNet` and nothing but: no subclass, no other layers, no hooks."""
+    """Returns whether a network is a `UNet` and nothing but: no subclass, no other layers, no hooks."""
     if type(model) is not UNet:
         return False
     convolutions = all(_is_plain(layer, nn.Conv2d, stride=1) for layer in (*model.encoder, *model.head))
@@ -29,7 +29,7 @@ def supports(model: object) -> bool:
 
 
 def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
-    """Whether a layer is a 3x3 convolution of the stride, padded with zeros, and has a bias."""
+    """Returns whether a layer is a 3x3 convolution of the stride, padded with zeros, and has a bias."""
     if type(layer) is not kind or layer.bias is None:
         return False
     form = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode

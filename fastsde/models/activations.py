@@ -30,7 +30,7 @@ class Activation:
         return self.module(**self.options)
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether a module computes this function; a subclass may compute anything."""
+        """Returns whether a module computes this function; a subclass may compute anything."""
         if type(module) is not self.module:
             return False
         return all(getattr(module, name) == value for name, value in self.options.items()) and self.also(module)

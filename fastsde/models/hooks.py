@@ -8,7 +8,7 @@ __all__ = ["is_hooked"]
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Whether a module, or one inside of it, has hooks or a ``forward`` of its own: it may then compute anything."""
+    """Returns whether a module or a submodule has hooks or a ``forward`` of its own, and so may compute anything."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
     )

@@ -82,7 +82,7 @@ class ConcatTime(nn.Module):
 
 
 def is_sequential(model: object) -> bool:
-    """Whether a network is an ``nn.Sequential``, which takes one argument and is called with ``cat((x, t), -1)``."""
+    """Returns whether a network is an ``nn.Sequential``, which is called with ``cat((x, t), -1)``."""
     return (
         isinstance(model, nn.Sequential)
         and type(model).forward is nn.Sequential.forward
@@ -116,7 +116,7 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
 
 
 def _fit(linears: Sequence[nn.Linear]) -> bool:
-    """Whether each layer takes what the one before it gives; PyTorch takes biases of other shapes, too."""
+    """Returns whether each layer takes what the one before it gives; PyTorch takes biases of other shapes, too."""
     width = linears[0].in_features
     for linear in linears:
         out, bias = linear.out_features, linear.bias

@@ -11,7 +11,7 @@ _WITH_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedMo
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether a module is what ``torch.compile`` returns. Its class is not imported: torch._dynamo takes a second."""
+    """Returns whether ``torch.compile`` made a module. Its class is not imported: torch._dynamo takes a second."""
     return any(
         each.__name__ == "OptimizedModule" and each.__module__.startswith("torch._dynamo")
         for each in type(model).__mro__

@@ -34,7 +34,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device: a GPU of capability 8.0 up, or the CPU under TRITON_INTERPRET."""
+    """Returns whether Triton kernels run on a device: a GPU of capability 8.0 up, or the CPU with TRITON_INTERPRET."""
     if not _HAS_TRITON:
         return False
     if device.type == "cuda":
@@ -44,8 +44,9 @@ def has_triton(device: torch.device) -> bool:
 
 @constant
 def has_native(device: torch.device, name: str = "solver_step") -> bool:
-    """Whether a native kernel runs on a device: the CPU, where a compiler has been found and Triton's interpreter is
-    off. It is compiled on first use, which takes about two seconds, unless an earlier process has done so.
+    """Returns whether a native kernel runs on a device: the CPU, with a compiler and without Triton's interpreter.
+
+    The kernels are compiled on first use, in about two seconds, unless an earlier process has done so.
     """
     if device.type != "cpu" or has_triton(device):
         return False
@@ -56,7 +57,7 @@ def has_native(device: torch.device, name: str = "solver_step") -> bool:
 
 
 def native_state() -> str:
-    """Whether there are native kernels for the CPU, and from where, or why not, in words."""
+    """Returns whether there are native kernels for the CPU, and from where, or why not, in words."""
     from ..kernels.cpu import build
 
     library, reason = build.load(), build.unavailable_reason()
@@ -75,7 +76,7 @@ def multiplies_bf16() -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether either of them does."""
+    """Returns whether either of them does."""
     return has_triton(device) or has_native(device)
 
 
@@ -117,7 +118,7 @@ def _module(name: str) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted of any, backward or forward, or another transformation of ``torch.func``."""
+    """Returns whether a gradient is wanted of any, backward or forward, or another transformation of ``torch.func``."""
     if _is_transformed():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -130,8 +131,8 @@ def _is_transformed() -> bool:
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether tensors are just that, and nothing looks at what is done with them: so that their memory may be used
-    past PyTorch's dispatcher.
+    """Returns whether these are plain tensors outside of any tracing or dispatch mode, so that a kernel may use their
+    memory without PyTorch's dispatcher.
     """
     if _is_transformed() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

@@ -93,13 +93,13 @@ class Terms:
 
     @cached_property
     def computed(self) -> tuple[int, ...]:
-        """The new slots that are computed, be it to zero."""
+        """The new slots that are computed, including those that become zero."""
         given = enumerate(zip(self.sources, self.live, strict=True))
         return tuple(slot for slot, (source, is_live) in given if source is None and is_live)
 
     @cached_property
     def places(self) -> tuple[int, ...]:
-        """Of each new slot, the old one in whose memory it is: the one that it takes over, or one that nobody does."""
+        """The old slot whose memory each new slot uses: the one that it takes over, else one that is free."""
         free = [slot for slot in range(self.slots) if slot not in self.sources]
         found = list(self.sources)
         for own_first in (True, False):

@@ -47,7 +47,7 @@ class CannotLoadError(Exception):
 
 
 def load(source: str = MAIN) -> ctypes.CDLL | None:
-    """The library of a source, compiled where it has to be; None, with a warning, where it cannot be had."""
+    """The library of a source, compiled where it has to be; None, with a warning, where that fails."""
     if source not in _outcomes:
         with _lock:
             if source not in _outcomes:

@@ -58,7 +58,7 @@ def _loaded(name: str) -> Any:
         source = _SOURCES.get(name, build.MAIN)
         library = build.load(source)
         if library is None:
-            raise RuntimeError(f"the native kernels cannot be had: {build.unavailable_reason(source)}")
+            raise RuntimeError(f"the native kernels are not available: {build.unavailable_reason(source)}")
         function = getattr(library, f"fastsde_{name}")
         result, *arguments = _SIGNATURES[name].split()
         function.restype = _TYPES.get(result)
@@ -105,7 +105,7 @@ def _code(kind: str, name: str) -> int:
 
 
 def has_code(kind: str, name: str) -> bool:
-    """Whether the kernels know an ``activation``, a ``prediction`` or a ``weighting``, by its name."""
+    """Returns whether the kernels know an ``activation``, a ``prediction`` or a ``weighting``, by its name."""
     return _code(kind, name) >= 0
 
 

@@ -57,7 +57,7 @@ class Packed:
 
 
 def has_activation(name: str) -> bool:
-    """Whether the kernel has an activation."""
+    """Returns whether the kernel has an activation."""
     return has_code("activation", name)
 
 

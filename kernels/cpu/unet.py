@@ -18,7 +18,7 @@ _IMAGES = 12  # a thread: what the kernel goes through the network with at once
 
 
 def takes(channels: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether the kernel runs U-Nets of these channels in a dtype: fp32, or bf16 where the CPU multiplies it."""
+    """Returns whether the kernel runs U-Nets of these channels in a dtype: fp32, or bf16 where the CPU has it."""
     if not all(each % CHANNELS == 0 for each in channels) or not available("unet"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(call("unet_has_bf16")))
