@@ -8,8 +8,10 @@ __all__ = [
     "DTYPES",
     "LR_SCHEDULES",
     "PRECISIONS",
+    "PRECONDITIONINGS",
     "PREDICTIONS",
     "SOLVERS",
+    "TIMES",
     "TRAINING_DTYPES",
     "VERIFIED_DTYPES",
     "WEIGHTINGS",
@@ -19,7 +21,9 @@ BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
 LR_SCHEDULES = ("constant", "cosine")
 PREDICTIONS = ("score", "eps", "x0", "v")
+PRECONDITIONINGS = ("none", "edm")
 SOLVERS = ("euler_maruyama", "exponential_euler_maruyama", "heun", "ddpm", "ddim", "dpm_solver_pp_2m")
+TIMES = ("uniform", "lognormal")  # the distributions of training times
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 # Names of torch.dtype.
