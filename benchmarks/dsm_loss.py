@@ -1,7 +1,8 @@
 """The denoising loss and its gradient, for the network's output, given x_0, t and the noise.
 
-The tutorial has x_t, its mean and its variance at hand, lean PyTorch the noise; fastsde draws the noise again from its
-key instead of reading it. What no program can do without is to read the output and to write the gradient.
+The tutorial has x_t, its mean and its variance at hand, lean PyTorch sigma and the noise; fastsde has its coefficients,
+and on a CPU the noise, which on a GPU it draws again from its key. What no program can do without is to read the output
+and to write the gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastsde import noise, ops, reference
 
-from .perturb import STEP
+from .perturb import OBJECTIVE, STEP
 from .providers.compiled import compiled
 from .suite.case import LEAN, LOOP, Case, Provider, check
 from .suite.machine import Work
@@ -43,6 +44,11 @@ class Batch:
         return SDE.sigma(self.t)[:, None]
 
     @cached_property
+    def table(self) -> Tensor:
+        """The coefficients, which fastsde holds from the noising to the loss."""
+        return OBJECTIVE.table(self.t)
+
+    @cached_property
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, its mean and its variance, which the tutorial holds from the noising to the loss."""
         mean = SDE.alpha(self.t)[:, None] * self.x_0
@@ -67,6 +73,7 @@ class Batches:
             f, x_0 = torch.randn(self.shape, device=device).requires_grad_(), torch.rand(self.shape, device=device)
             batch = Batch(f, x_0, torch.rand(n, device=device).clamp_(min=1e-2), keys, z)
             assert batch.moments  # computed before anything is timed
+            assert len(batch.table) == n
             found.append(batch)
         return found
 
@@ -134,7 +141,8 @@ def _compiled_loss(device: torch.device) -> Loss:
 
 
 def _ours(loss: Callable[..., Tensor], batch: Batch) -> Tensor:
-    return loss(batch.f, batch.x_0, batch.t, batch.keys, STEP, SDE)
+    z = batch.z if batch.f.device.type == "cpu" else None
+    return loss(batch.f, batch.x_0, batch.keys, STEP, batch.table, z=z)
 
 
 def _kernel(device: torch.device) -> Loss:

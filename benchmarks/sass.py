@@ -87,13 +87,11 @@ def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
     shared = {"batch": "i64", "size": "i64", "count": "i64", **constants, "FAST": True}
     elements = constants["S"] * constants["P"] * 4
     drawing = {"keys_ptr": "*i64", "out_ptr": "*fp32", "step": "i64", "STREAM": 0} | shared
-    loss = {"f_ptr": "*fp32", "x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": "*fp32"}
-    loss |= {"z_ptr": None, "step_ptr": None, "out_ptr": "*fp32", "step": "i64", "PREDICTION": "score"}
-    loss |= {"WEIGHTING": "sigma2", **dict.fromkeys(("scale", "shift", "beta_min", "beta_max"), "fp32")} | shared
-    noising = {"x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "t_ptr": None, "z_ptr": None}
-    noising |= {"step_ptr": None, "x_t_ptr": "*fp32", "t_out_ptr": "*fp32", "step": "i64"} | shared
-    noising |= dict.fromkeys(("scale", "shift", "t_min", "beta_min", "beta_max"), "fp32")
-    pixels = {"x_0_ptr": "*u8", "index_ptr": "*i64", "x_t_ptr": "*bf16"}
+    training = {"x_0_ptr": "*fp32", "index_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "z_ptr": None}
+    training |= {"step_ptr": None, "step": "i64", "scale": "fp32", "shift": "fp32"} | shared
+    loss = {"f_ptr": "*fp32", "out_ptr": "*fp32"} | training
+    noising = {"x_in_ptr": "*fp32", "tau_ptr": "*fp32", "kept_ptr": None} | training
+    pixels = {"x_0_ptr": "*u8", "index_ptr": "*i64", "x_in_ptr": "*bf16"}
     for name, kernel, arguments in (
         *_step_cases(shared),
         ("normal", normal.normal_kernel, drawing),
@@ -138,14 +136,20 @@ def _multistep(stochastic: bool) -> StepTable:
 
 
 def _integer_cases() -> Iterator[Case]:
-    """Keys and the data order; elements are samples."""
-    from fastsde.kernels import data_order, sample_keys, tile
+    """Keys, the data order and times with their coefficients; elements are samples."""
+    from fastsde.kernels import coefficients, data_order, sample_keys, tile, uniform
 
     arguments = {"out_ptr": "*i64", **dict.fromkeys(("seed", "first", "n"), "i64"), "BLOCK": sample_keys.BLOCK}
     yield _case("sample_keys", sample_keys.sample_keys_kernel, arguments, sample_keys.BLOCK, tile.WARPS)
     arguments = {"keys_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*i64", "BLOCK": data_order.BLOCK}
     arguments |= dict.fromkeys(("batch", "stride", "count", "step"), "i64")
     yield _case("data_order", data_order.data_order_kernel, arguments, data_order.BLOCK, tile.WARPS)
+    arguments = {"keys_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*fp32", "STREAM": 2, "BLOCK": uniform.BLOCK}
+    arguments |= dict.fromkeys(("batch", "stride", "step"), "i64")
+    yield _case("uniform", uniform.uniform_kernel, arguments, uniform.BLOCK, tile.WARPS)
+    arguments = {**dict.fromkeys(("times_ptr", "rows_ptr", "out_ptr"), "*fp32"), "SHIFT": 17, "COLUMNS": 6}
+    arguments |= {**dict.fromkeys(("n", "segments", "first"), "i64"), "BLOCK": coefficients.BLOCK}
+    yield _case("coefficients", coefficients.coefficients_kernel, arguments, coefficients.BLOCK, tile.WARPS)
 
 
 def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_warps: int) -> Case:

@@ -41,7 +41,8 @@ class Checkpoint:
 
     Args:
         model: called as ``model(x, t)``. One that is to be saved is a `fastsde.models.MLP` or `UNet`, also inside of
-            ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel.
+            ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel, or of
+            `fastsde.models.Preconditioned`, which also the loaded one then is.
         sde: the process that it was trained on.
         prediction: "score", "eps", "x0", "v" or "flow".
         data: the name of the data set, or "".
@@ -66,11 +67,19 @@ class Checkpoint:
 
     @property
     def network(self) -> models.MLP | models.UNet:
-        """The model without wrappers. Raises TypeError where it is not one of this package."""
+        """The model without wrappers and preconditioning. Raises TypeError where it is not one of this package."""
         network = models.unwrap(self.model)
+        if isinstance(network, models.Preconditioned):
+            network = models.unwrap(network.network)
         if type(network) is models.MLP or type(network) is models.UNet:  # a subclass would come back as what it is not
             return network
         raise _not_ours(self.model)
+
+    @property
+    def sigma_data(self) -> float | None:
+        """That of EDM's preconditioning, where the model has it around its network."""
+        model = models.unwrap(self.model)
+        return model.sigma_data if isinstance(model, models.Preconditioned) else None
 
     def describe(self) -> dict[str, Any]:
         """All but the weights, as JSON takes it.
@@ -80,6 +89,7 @@ class Checkpoint:
         """
         return {
             "model": self.network.config,
+            "sigma_data": self.sigma_data,
             "sde": to_dict(self.sde),
             "prediction": self.prediction,
             "data": self.data,
@@ -198,10 +208,13 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         with torch.device("cpu"):
             model = models.from_config(metadata["model"])
         model.load_state_dict(weights)
+        sde, sigma_data = from_dict(metadata["sde"]), metadata.get("sigma_data")
+        if sigma_data is not None:
+            model = models.Preconditioned(model, sde, sigma_data)
         value_range = metadata["value_range"]
         checkpoint = Checkpoint(
             model=model,
-            sde=from_dict(metadata["sde"]),
+            sde=sde,
             prediction=metadata["prediction"],
             data=metadata["data"],
             value_range=None if value_range is None else check_range("value_range", value_range),

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import noise
-from .sde import VPSDE, match_dims
+from .objective import Coefficients, Objective
+from .sde import match_dims
 from .solvers import StepTable
-from .vocabulary import WEIGHTINGS
 
 __all__ = [
-    "WEIGHTINGS",
     "Draws",
+    "Noised",
     "NonFiniteError",
     "dsm_loss",
     "ema_update",
@@ -196,30 +196,29 @@ def sample(
 
 
 class Draws(NamedTuple):
-    """The random part of a training step: positions in the data ``[B]``, times ``[B]`` and noise ``[B, *shape]``."""
+    """The random part of a training step: positions in the data ``[B]``, the coefficients of its times ``[B, 6]`` and
+    noise ``[B, *shape]``.
+    """
 
     data_index: Tensor
-    t: Tensor
+    coefficients: Tensor
     z: Tensor
 
 
-def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int], t_min: float = 1e-4) -> Draws:
+def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int], objective: Objective) -> Draws:
     """Draws of one step, or with a leading axis of R for an int64 tensor of R steps.
 
     Position i of the global batch has key ``keys[i]``. Positions in a data set of ``n`` come from stream 3, with
-    replacement; times, uniform on [t_min, 1], from stream 2; noise from stream 1.
+    replacement; times from the uniforms of stream 2 (`Objective.draw`); noise from stream 1.
     """
-    t = _uniform_times(keys, step, t_min)
-    return Draws(data_order(keys, step, n), t, noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE))
+    t = objective.draw(noise.uniform(keys, step, (), noise.STREAM_TRAINING_TIME))
+    z = noise.normal(keys, step, shape, noise.STREAM_TRAINING_NOISE)
+    return Draws(data_order(keys, step, n), objective.table(t), z)
 
 
 def data_order(keys: Tensor, step: int | Tensor, n: int) -> Tensor:
     """Positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps."""
     return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
-
-
-def _uniform_times(keys: Tensor, step: int | Tensor, t_min: float) -> Tensor:
-    return t_min + (1 - t_min) * noise.uniform(keys, step, (), noise.STREAM_TRAINING_TIME)
 
 
 def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -229,71 +228,71 @@ def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shi
     return x_0 if (scale, shift) == (1.0, 0.0) else scale * x_0 + shift
 
 
+class Noised(NamedTuple):
+    """What a network is called with, x_in ``[B, *shape]`` and tau ``[B]``, and the noise, or None where it was not
+    kept.
+    """
+
+    x_in: Tensor
+    tau: Tensor
+    z: Tensor | None
+
+
+def _term(coefficient: Tensor, x: Tensor) -> Tensor:
+    """coefficient ``[B]`` times x ``[B, *shape]``; zero where the coefficient is, even if x is not finite there."""
+    coefficient = match_dims(coefficient, x).to(x.dtype)
+    return torch.where(coefficient == 0, coefficient, coefficient * x)
+
+
 def perturb(
     x_0: Tensor,
     keys: Tensor | None,
     step: int,
-    sde: VPSDE,
+    coefficients: Tensor,
     *,
     index: Tensor | None = None,
     scale: float = 1.0,
     shift: float = 0.0,
-    t: Tensor | None = None,
     z: Tensor | None = None,
-    t_min: float = 1e-4,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Posterior noising: x_t = alpha(t) x_0 + sigma(t) z.
+) -> Noised:
+    """Noising: x_in = u_x x_0 + u_z z.
 
     Args:
         x_0: the data, uint8 or float ``[B, *shape]``, or ``[N, *shape]`` where an index is given.
-        keys: int64 ``[B, 2]``; may be None where ``t`` and ``z`` are given.
+        keys: int64 ``[B, 2]``; may be None where ``z`` is given.
         step: the training iteration.
+        coefficients: floating-point ``[B, 6]`` (`fastsde.objective.Objective.table`).
         index: int64 ``[B]``, which rows of ``x_0`` to take.
         scale, shift: x_0 is replaced by scale x_0 + shift.
-        t: times ``[B]``; drawn uniformly from [t_min, 1] where not given.
         z: noise ``[B, *shape]``; drawn where not given.
-        dtype: of x_t; by default that of the computation, fp32 for uint8 data.
-
-    Returns:
-        x_t ``[B, *shape]`` and t ``[B]``.
+        dtype: of x_in; by default that of the computation, fp32 for uint8 data.
     """
     x_0 = load_batch(x_0, index, scale, shift)
-    if t is None:
-        t = _uniform_times(_given(keys), step, t_min)
     if z is None:
         z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
-    mean, sigma = sde.marginal_prob(x_0, t)
-    return (mean + sigma * z).to(dtype or x_0.dtype), t
+    k = Coefficients(*coefficients.unbind(-1))
+    x_in = _term(k.u_x, x_0) + _term(k.u_z, z.to(x_0.dtype))
+    return Noised(x_in.to(dtype or x_0.dtype), k.tau, z)
 
 
 def dsm_loss(
     f: Tensor,
     x_0: Tensor,
-    t: Tensor,
     keys: Tensor | None,
     step: int,
-    sde: VPSDE,
+    coefficients: Tensor,
     *,
     index: Tensor | None = None,
     scale: float = 1.0,
     shift: float = 0.0,
     z: Tensor | None = None,
-    prediction: str = "score",
-    weighting: str = "sigma2",
 ) -> Tensor:
-    """Denoising score matching: the mean of lambda(t) |score - grad log p(x_t | x_0)|^2 (Song et al. 2021, eq. 7).
-
-    The residual is written in z, where it is smooth down to t = 0: sigma (score - grad log p) = sigma score + z.
+    """The loss, mean (w_f f + w_x x_0 + w_z z)^2: denoising score matching of an objective (`fastsde.objective`).
 
     Args:
-        f: the network's output at the x_t of `perturb`, ``[B, *shape]``.
-        x_0, keys, step, index, scale, shift, z: as for `perturb`.
-        t: ``[B]``.
-        prediction: what ``f`` is: "score", "eps", "x0" or "v" (v = alpha eps - sigma x_0).
-        weighting: "sigma2", lambda = sigma^2, whatever the prediction; "likelihood", lambda = beta (Song et al. 2021,
-            "Maximum likelihood training of score-based diffusion models", eq. 7); "target", the plain squared error of
-            f on its own target.
+        f: the network's output at the x_in and tau of `perturb`, ``[B, *shape]``.
+        x_0, keys, step, coefficients, index, scale, shift, z: as for `perturb`.
 
     Returns:
         The loss, a scalar.
@@ -301,19 +300,8 @@ def dsm_loss(
     x_0 = load_batch(x_0, index, scale, shift)
     if z is None:
         z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
-    alpha, sigma, beta = (match_dims(value, f) for value in (sde.alpha(t), sde.sigma(t), sde.beta(t)))
-    # The error on the network's own target, and the factor that makes it a residual in z.
-    error, factor = {
-        "score": lambda: (f + z / sigma, sigma),
-        "eps": lambda: (f - z, torch.ones_like(sigma)),
-        "x0": lambda: (f - x_0, alpha / sigma),
-        "v": lambda: (f - (alpha * z - sigma * x_0), alpha),
-    }[prediction]()
-    if weighting == "sigma2":
-        error = error * factor
-    elif weighting == "likelihood":
-        error = error * (factor * beta.sqrt() / sigma)
-    return error.square().mean()
+    k = Coefficients(*coefficients.unbind(-1))
+    return (_term(k.w_f, f) + _term(k.w_x, x_0) + _term(k.w_z, z)).square().mean()
 
 
 def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
@@ -328,13 +316,10 @@ def train_step(
     data: Tensor,
     keys: Tensor | None,
     step: int,
-    sde: VPSDE,
+    objective: Objective,
     *,
     scale: float = 1.0,
     shift: float = 0.0,
-    prediction: str = "score",
-    weighting: str = "sigma2",
-    t_min: float = 1e-4,
     autocast: torch.dtype | None = None,
     draws: Draws | None = None,
     loss_weight: float = 1.0,
@@ -342,22 +327,23 @@ def train_step(
     """One step of training on a batch drawn from ``data`` ``[N, *shape]``.
 
     Args:
+        objective: what the network learns, and at which times; not asked where there are ``draws``.
         autocast: the dtype that the network runs in, by ``torch.autocast``, or None.
         draws: the `training_draws` of this step, where they were made ahead.
         loss_weight: what the loss is multiplied with (`fastsde.distributed.loss_weight`).
-        data, keys, step, scale, shift, prediction, weighting, t_min: as for `perturb` and `dsm_loss`.
+        data, keys, step, scale, shift: as for `perturb` and `dsm_loss`.
 
     Returns:
         The loss before the step, a scalar.
     """
     if draws is None:
-        draws = training_draws(_given(keys), step, len(data), data.shape[1:], t_min)
-    data_index, t, z = draws
+        draws = training_draws(_given(keys), step, len(data), data.shape[1:], objective)
+    data_index, coefficients, z = draws
     x_0 = load_batch(data, data_index, scale, shift)
-    x_t, _ = perturb(x_0, None, step, sde, t=t, z=z)
-    with torch.autocast(x_t.device.type, dtype=autocast, enabled=autocast is not None):
-        f = model(x_t, t)
-    loss = dsm_loss(f.to(x_t.dtype), x_0, t, None, step, sde, z=z, prediction=prediction, weighting=weighting)
+    x_in, tau, _ = perturb(x_0, None, step, coefficients, z=z)
+    with torch.autocast(x_in.device.type, dtype=autocast, enabled=autocast is not None):
+        f = model(x_in, tau)
+    loss = dsm_loss(f.to(x_in.dtype), x_0, None, step, coefficients, z=z)
     loss = loss * loss_weight if loss_weight != 1 else loss
     optimizer.zero_grad()
     torch.autograd.backward(loss)

@@ -27,7 +27,7 @@ __all__ = [
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """An int (or another integral type, as NumPy's) of at least ``low`` and below ``high``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     value = int(value)
     if value < low or (high is not None and value >= high):
@@ -55,7 +55,7 @@ def check_number(
     name: str, value: object, expected: str = "finite", within: Callable[[Any], bool] = math.isfinite
 ) -> float:
     """A real number ``within`` what is ``expected``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not within(value):
         raise ValueError(f"{name} must be {expected}, got {value}")
@@ -106,7 +106,7 @@ def check_tensor(
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if floating and not value.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got {value.dtype}")
-    if shape is not None and tuple(value.shape) != tuple(shape):
+    if shape is not None and value.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")

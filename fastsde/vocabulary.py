@@ -12,10 +12,12 @@ __all__ = [
     "DTYPES",
     "LR_SCHEDULES",
     "PRECISIONS",
+    "PRECONDITIONINGS",
     "PREDICTIONS",
     "PROCESSES",
     "SOLVERS",
     "SPACINGS",
+    "TIMES",
     "TRAINING_DTYPES",
     "VERIFIED_DTYPES",
     "WEIGHTINGS",
@@ -26,6 +28,8 @@ DATASETS = ("swiss-roll", "digits", "mnist")
 LR_SCHEDULES = ("constant", "cosine")
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
 SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
+PRECONDITIONINGS = ("none", "edm")
+TIMES = ("uniform", "lognormal")  # the distributions of training times
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 # The files of fastsde/sde: a process a file, the default first.

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .objective import load_step
 from .philox import STREAM_DATA_ORDER, draw_offset, load_keys, philox
-from .schedule import load_step
 from .tile import GRID_AXIS_1, WARPS, on_device
 
 BLOCK = 128

@@ -1,10 +1,9 @@
-"""Denoising score matching, forward and backward (the twin of ``fastsde.reference.dsm_loss``):
+"""The loss of an objective, forward and backward (the twin of ``fastsde.reference.dsm_loss``):
 
-    loss = mean of w(t) (f - target)^2,   d loss / d f = 2 w(t) (f - target) / n
+    loss = mean of (w_f f + w_x x_0 + w_z z)^2,   d loss / d f = 2 w_f (w_f f + w_x x_0 + w_z z) / n
 
-with the target of the prediction kind: -z / sigma (score), z (eps), x_0 (x0) or alpha z - sigma x_0 (v). Both passes
-draw z again from the keys, so that noise is never stored. The sum is taken in two stages, each in a fixed order: equal
-inputs give equal bits.
+Both passes draw z again from the keys, so that noise is never stored; data whose coefficient is zero are not read. The
+sum is taken in two stages, each in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -13,33 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .schedule import alpha_sigma, load_data, load_step, training_noise
+from .objective import W_F, W_X, W_Z, load_coefficient, load_data, load_step, training_noise
 from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
 
 _CHUNK = 1024  # partial sums that the second stage adds at once
-
-
-@triton.jit
-def _residual(f, x_0, z, t, beta_min, beta_max, PREDICTION: tl.constexpr, WEIGHTING: tl.constexpr):
-    """sqrt(w) (f - target) and sqrt(w), for t, alpha, sigma ``[S, 1]``."""
-    alpha, sigma = alpha_sigma(t, beta_min, beta_max)
-    alpha, sigma = alpha[:, None], sigma[:, None]
-    if PREDICTION == "score":
-        error, factor = f + z / sigma, sigma
-    elif PREDICTION == "eps":
-        error, factor = f - z, tl.full(sigma.shape, 1.0, tl.float32)
-    elif PREDICTION == "x0":
-        error, factor = f - x_0, alpha / sigma
-    else:
-        tl.static_assert(PREDICTION == "v", "an unknown prediction")
-        error, factor = f - (alpha * z - sigma * x_0), alpha
-    if WEIGHTING == "likelihood":
-        factor *= tl.sqrt(beta_min + (beta_max - beta_min) * t)[:, None] / sigma
-    elif WEIGHTING == "target":
-        factor = tl.full(sigma.shape, 1.0, tl.float32)
-    else:
-        tl.static_assert(WEIGHTING == "sigma2", "an unknown weighting")
-    return error * factor, factor
 
 
 @triton.jit(do_not_specialize=["batch", "size", "count", "step"])
@@ -48,15 +24,13 @@ def dsm_loss_kernel(
     x_0_ptr,
     index_ptr,
     keys_ptr,
-    t_ptr,
+    table_ptr,
     z_ptr,
     step_ptr,
     grad_ptr,
     out_ptr,
     scale,
     shift,
-    beta_min,
-    beta_max,
     batch: tl.int64,
     size: tl.int64,
     count: tl.int64,
@@ -65,26 +39,22 @@ def dsm_loss_kernel(
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
-    PREDICTION: tl.constexpr,
-    WEIGHTING: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """Forward: one partial sum a program. Backward, where ``grad_ptr`` is given: the gradient of f."""
     step = load_step(step, step_ptr)
     sample, exists, start, element, offset, mask = tile(batch, size, S, P, ALIGNED, ROWS_FIRST)
 
-    f = tl.load(f_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(t_ptr + sample, mask=exists, other=1.0).to(tl.float32)
-    x_0 = f
-    if PREDICTION == "x0" or PREDICTION == "v":
-        x_0 = load_data(x_0_ptr, index_ptr, sample, exists, element, mask, size, count, scale, shift, ALIGNED)
-    z = f
-    if PREDICTION != "x0":
-        z = training_noise(z_ptr, keys_ptr, step, sample, exists, start, offset, mask, P, FAST)
-    residual, factor = _residual(f, x_0, z, t, beta_min, beta_max, PREDICTION, WEIGHTING)
+    w_f = load_coefficient(table_ptr, sample, exists, W_F)
+    w_x = load_coefficient(table_ptr, sample, exists, W_X)
+    w_z = load_coefficient(table_ptr, sample, exists, W_Z)
+    f = tl.load(f_ptr + offset, mask=mask & (w_f != 0.0)[:, None], other=0.0).to(tl.float32)
+    x_0 = load_data(x_0_ptr, index_ptr, sample, exists, element, mask, w_x, size, count, scale, shift, ALIGNED)
+    z = training_noise(z_ptr, keys_ptr, step, sample, exists, start, offset, mask, w_z, P, FAST)
+    residual = w_f[:, None] * f + (w_x[:, None] * x_0 + w_z[:, None] * z)
     if grad_ptr is not None:
         grad = 2.0 * tl.load(grad_ptr) / (batch * size).to(tl.float32)
-        tl.store(out_ptr + offset, (grad * (factor * residual)).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + offset, (grad * w_f[:, None] * residual).to(out_ptr.dtype.element_ty), mask=mask)
     else:
         squares = tl.where(mask, residual * residual, 0.0)
         tl.store(out_ptr + program_slot(), tl.sum(tl.sum(squares, 1), 0))
@@ -105,18 +75,14 @@ def mean_kernel(partial_ptr, out_ptr, count: tl.int64, n: tl.int64, CHUNK: tl.co
 def dsm_loss(
     f: Tensor,
     x_0: Tensor,
-    t: Tensor,
     keys: Tensor | None,
     step: int,
-    beta_min: float,
-    beta_max: float,
+    table: Tensor,
     *,
     index: Tensor | None = None,
     scale: float = 1.0,
     shift: float = 0.0,
     z: Tensor | None = None,
-    prediction: str = "score",
-    weighting: str = "sigma2",
     counter: Tensor | None = None,
     grad: Tensor | None = None,
     out: Tensor,
@@ -125,33 +91,28 @@ def dsm_loss(
 
     Args:
         f: contiguous fp32, bf16 or fp16 ``[B, *shape]``, not empty.
-        x_0, index, scale, shift, keys, step, counter, z: as for `perturb`.
-        t: ``[B]``.
+        x_0, index, scale, shift, keys, step, table, counter, z: as for `perturb`.
     """
     batch, size = len(f), f.numel() // len(f)
     constants, grid = tiling(batch, size)
-    partial = f.new_empty(grid[0] * grid[1], dtype=t.dtype) if grad is None else out
+    partial = f.new_empty(grid[0] * grid[1], dtype=table.dtype) if grad is None else out
     with on_device(f):
         dsm_loss_kernel[grid](
             f,
             x_0,
             index,
             keys,
-            t,
+            table,
             z,
             counter,
             grad,
             partial,
             scale,
             shift,
-            beta_min,
-            beta_max,
             batch,
             size,
             len(x_0),
             step,
-            PREDICTION=prediction,
-            WEIGHTING=weighting,
             FAST=fast_math(f),
             **constants,
         )

@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes checkpoints however fast they come."""
-    monkeypatch.setattr("fastsde.run_folder.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("fastsde.training.run_folder.CHECKPOINT_SECONDS", 0.0)
 
 
 def pytest_collection_finish() -> None:

@@ -16,8 +16,11 @@ from fastsde import VPSDE, Sampler, noise, ops, solvers
 from fastsde.compat.tutorial import calc_loss, generate_samples
 from fastsde.dynamo import untraced
 from fastsde.models import MLP
+from fastsde.objective import Objective
 
 KEYS = noise.sample_keys(0, 4)
+OBJECTIVE = Objective()
+K = OBJECTIVE.table(torch.linspace(0.1, 0.9, 4))
 X, F = torch.linspace(-1, 1, 8).reshape(4, 2), torch.linspace(1, 2, 8).reshape(4, 2)
 TABLES = [solvers.build(name, VPSDE(), 5, prediction="eps") for name in ("ddpm", "euler_maruyama", "ddim")]
 SEQUENTIAL = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -90,13 +93,14 @@ def test_steps_are_of_the_table_and_row_that_they_are_given() -> None:
     "function",
     [
         lambda step: ops.normal(KEYS, step, (3,)),
-        lambda step: ops.perturb(X, KEYS, step, VPSDE()),
-        lambda step: ops.dsm_loss(F, X, torch.linspace(0.1, 0.9, 4), KEYS, step, VPSDE()),
+        lambda step: ops.perturb(X, KEYS, step, K),
+        lambda step: ops.dsm_loss(F, X, KEYS, step, K),
+        lambda step: ops.coefficients(OBJECTIVE, ops.training_times(OBJECTIVE, KEYS, step)),
         lambda step: noise.normal(KEYS, step, (3,)),
         lambda step: noise.uniform(KEYS, step, (3,), stream=9),
         lambda seed: noise.sample_keys(seed, 4),
     ],
-    ids=["normal", "perturb", "dsm_loss", "noise.normal", "noise.uniform", "sample_keys"],
+    ids=["normal", "perturb", "dsm_loss", "coefficients", "noise.normal", "noise.uniform", "sample_keys"],
 )
 def test_noise_and_training_of_a_step_that_varies(function: Callable[[int], Any]) -> None:
     """An int that varies becomes a symbol."""
@@ -112,7 +116,7 @@ def test_the_loss_has_its_gradient() -> None:
         return loss.detach(), f.grad
 
     def loss(f: Tensor) -> Tensor:
-        return ops.dsm_loss(f, X, torch.linspace(0.1, 0.9, 4), KEYS, 3, VPSDE()) * 2
+        return ops.dsm_loss(f, X, KEYS, 3, K) * 2
 
     of_output = loss
     expected = gradient(F)

@@ -19,12 +19,14 @@ import fastsde
 from fastsde import VPSDE, Sampler, checkpoints, data, distributed, noise, ops, plotting, reference, solvers
 from fastsde.compat import tutorial
 from fastsde.models import MLP, UNet
+from fastsde.objective import Objective
 from fastsde.verify import verify
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 FEW_DTYPES = [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
 SDE = VPSDE()
 KEYS = noise.sample_keys(3, 5)
+OBJECTIVE = Objective(SDE)
 
 
 @contextmanager
@@ -52,9 +54,10 @@ PIXELS = torch.arange(5 * 64, dtype=torch.uint8).reshape(5, 1, 8, 8)
 
 
 def perturbed(module: Any) -> list[Tensor]:
-    x_t, t = module.perturb(PIXELS, KEYS, 3, SDE, scale=1 / 127.5, shift=-1.0)
-    loss = module.dsm_loss(curved(x_t, t), PIXELS, t, KEYS, 3, SDE, scale=1 / 127.5, shift=-1.0)
-    return [x_t, t, loss]
+    k = ops.coefficients(OBJECTIVE, ops.training_times(OBJECTIVE, KEYS, 3)[0])
+    x_in, tau, _ = module.perturb(PIXELS, KEYS, 3, k, scale=1 / 127.5, shift=-1.0)
+    loss = module.dsm_loss(curved(x_in, tau), PIXELS, KEYS, 3, k, scale=1 / 127.5, shift=-1.0)
+    return [k, x_in, tau, loss]
 
 
 def torch_noise() -> list[Tensor]:

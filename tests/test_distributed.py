@@ -24,7 +24,7 @@ import fastsde
 from fastsde import NonFiniteError, Sampler, checkpoints, cli, distributed, noise, reference
 from fastsde.data import swiss_roll
 from fastsde.models import MLP
-from fastsde.sde import VPSDE
+from fastsde.objective import Objective
 
 RANKS = (1, 2, 3)
 LAST = 2**64 - 20  # global indices wrap after twenty samples
@@ -461,7 +461,7 @@ def conditioned(x: Tensor, t: Tensor, c: Tensor, w: float) -> Tensor:
 
 def train(weighted: bool) -> tuple[nn.Module, list[float]]:
     """A few steps of `fastsde.reference.train_step` on this rank's shard of each batch, by DistributedDataParallel."""
-    here, sde = distributed.ranks(), VPSDE()
+    here, objective = distributed.ranks(), Objective(prediction="eps")
     assert here is not None
     data = swiss_roll(100).x.double()
     model = initial_model()
@@ -471,12 +471,10 @@ def train(weighted: bool) -> tuple[nn.Module, list[float]]:
     weight = distributed.loss_weight(BATCH, here.rank, here.world) if weighted else 1.0
     losses = []
     for step in range(STEPS):
-        index, t, z = reference.training_draws(keys, step, len(data), (2,))
-        t, z = t.double(), z.double()
-        x_t, _ = reference.perturb(data, None, step, sde, index=index, t=t, z=z)
-        loss = weight * reference.dsm_loss(
-            parallel(x_t, t), data, t, None, step, sde, index=index, z=z, prediction="eps"
-        )
+        index, k, z = reference.training_draws(keys, step, len(data), (2,), objective)
+        k, z = k.double(), z.double()
+        x_in, tau, _ = reference.perturb(data, None, step, k, index=index, z=z)
+        loss = weight * reference.dsm_loss(parallel(x_in, tau), data, None, step, k, index=index, z=z)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

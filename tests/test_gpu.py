@@ -17,9 +17,11 @@ import torch
 import fastsde
 from fastsde import NonFiniteError, checkpoints, noise, ops, reference, solvers
 from fastsde.benchmarks.suite.measure import fp32_products
-from fastsde.engines import training as steps
 from fastsde.models import MLP, UNet
+from fastsde.objective import Objective
 from fastsde.training import Trainer, default_config
+from fastsde.training.captured import CapturedSteps
+from fastsde.training.steps import Work
 
 pytestmark = pytest.mark.gpu
 
@@ -143,9 +145,10 @@ def test_training_draws_the_data_of_the_cpu_and_resumes(tmp_path: Path) -> None:
 
 def test_the_reference_steps_where_its_tensors_are() -> None:
     keys = noise.sample_keys(0, 3, device="cuda")
-    x_t, t = reference.perturb(torch.rand(3, 5, device="cuda"), keys, 2, fastsde.VPSDE())
-    assert x_t.is_cuda
-    assert t.is_cuda
+    _, k, z = reference.training_draws(keys, 2, 7, (5,), Objective())
+    noised = reference.perturb(torch.rand(3, 5, device="cuda"), keys, 2, k)
+    assert torch.equal(noised.z, z)
+    assert all(each.is_cuda for each in (k, *noised))
 
 
 def test_a_unet_in_channels_last_copies_nothing_there() -> None:
@@ -291,8 +294,8 @@ def test_memory_that_runs_out_halves_the_batch() -> None:
 def test_captured_steps_do_not_synchronise_and_take_no_more_memory(tmp_path: Path) -> None:
     config = replace(default_config("swiss-roll"), steps=10_000)
     trainer = Trainer(config, tmp_path, device="cuda")
-    work = steps.Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
-    captured = steps.CapturedSteps(work)
+    work = Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured = CapturedSteps(work)
     for step in range(3):
         captured.take(step, 1)
     captured.take(3, 50)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastsde import VPSDE, noise, ops, reference, solvers
+from fastsde.objective import Objective
 
 SDE = VPSDE()
 KEYS = noise.sample_keys(0, 3)
@@ -13,6 +14,8 @@ TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 4))
 MULTISTEP = solvers.build("dpm_solver_pp_2m", SDE, 4, clip=1.0)
 X, F, X_0 = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.randn(3, 2, 5)
 T = torch.rand(3) * 0.9 + 0.05
+OBJECTIVE = Objective(SDE, "v", "target")
+K, STEP = OBJECTIVE.table(T), torch.tensor([4])
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +29,15 @@ def test_the_checked_operations_are_the_reference() -> None:
     for slots, table, given in (([X], TABLE, {"keys": KEYS}), ([X, F], MULTISTEP, {"f_uncond": X, "guidance": 2.0})):
         ours, theirs = (module.solver_step(slots, F, table, 1, **given) for module in (ops, reference))
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
-    for ours, theirs in zip(ops.perturb(X_0, KEYS, 4, SDE), reference.perturb(X_0, KEYS, 4, SDE), strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(ops.dsm_loss(F, X_0, T, KEYS, 4, SDE), reference.dsm_loss(F, X_0, T, KEYS, 4, SDE))
+    theirs = reference.perturb(X_0, KEYS, 4, K)
+    for ours, expected in zip(ops.perturb(X_0, KEYS, 4, K, keep_noise=True), theirs, strict=True):
+        assert torch.equal(ours, expected)
+    assert ops.perturb(X_0, KEYS, 4, K).z is None
+    assert ops.perturb(X_0, KEYS, 4, K, z=X).z is X
+    assert torch.equal(ops.dsm_loss(F, X_0, KEYS, 4, K), reference.dsm_loss(F, X_0, KEYS, 4, K))
+    assert torch.equal(ops.coefficients(OBJECTIVE, T), K)
+    (t,) = ops.training_times(OBJECTIVE, KEYS, 4)
+    assert torch.equal(OBJECTIVE.table(t), reference.training_draws(KEYS, 4, 7, (), OBJECTIVE).coefficients)
 
 
 def test_a_half_precision_network_output_is_upcast() -> None:
@@ -39,7 +48,7 @@ def test_a_half_precision_network_output_is_upcast() -> None:
 
 def test_the_loss_has_a_gradient() -> None:
     f = F.clone().requires_grad_()
-    ops.dsm_loss(f, X_0, T, KEYS, 4, SDE).backward()
+    ops.dsm_loss(f, X_0, KEYS, 4, K).backward()
     assert f.grad is not None
     assert f.grad.abs().sum() > 0
 
@@ -87,22 +96,26 @@ def test_the_loss_has_a_gradient() -> None:
         (lambda: ops.solver_step([X], F, TABLE, 0, keys=KEYS.float()), TypeError, "keys must be int64"),
         (lambda: ops.solver_step([X], F, TABLE, 0, z=X[0]), ValueError, r"z must have shape"),
         (lambda: ops.solver_step([X], F, TABLE, 0, z=X, guidance=1.0), ValueError, "f_uncond and guidance go together"),
-        (lambda: ops.perturb(X_0.int(), KEYS, 0, SDE), ValueError, "x_0 must be uint8 or floating-point"),
-        (lambda: ops.perturb(X_0, None, 0, SDE), ValueError, "keys must be given unless t and z both are"),
-        (lambda: ops.perturb(X_0, KEYS, -1, SDE), ValueError, "step must be in"),
-        (lambda: ops.perturb(X_0, KEYS, 0, 0.1), TypeError, "sde must be a VPSDE, got float"),
-        (lambda: ops.perturb(X_0, KEYS, 0, SDE, index=torch.tensor([0.0])), ValueError, "index must be int64"),
+        (lambda: ops.perturb(X_0.int(), KEYS, 0, K), ValueError, "x_0 must be uint8 or floating-point"),
+        (lambda: ops.perturb(X_0, None, 0, K), ValueError, "keys must be given unless z is"),
+        (lambda: ops.perturb(X_0, KEYS, -1, K), ValueError, "step must be in"),
+        (lambda: ops.perturb(X_0, KEYS, 0, 0.1), TypeError, "coefficients must be a tensor, got float"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K[:2]), ValueError, r"coefficients must have shape \[3, 6\], got \[2, 6\]"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K.long()), TypeError, "coefficients must be floating-point"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K, index=torch.tensor([0.0])), ValueError, "index must be int64"),
         (
-            lambda: ops.perturb(X_0, KEYS, 0, SDE, index=torch.tensor([0, 1, 3])),
+            lambda: ops.perturb(X_0, KEYS, 0, K, index=torch.tensor([0, 1, 3])),
             ValueError,
             r"index must be in \[0, 3\)",
         ),
-        (lambda: ops.perturb(X_0, KEYS, 0, SDE, scale=float("inf")), ValueError, "scale must be finite, got inf"),
-        (lambda: ops.perturb(X_0, KEYS, 0, SDE, t_min=0.0), ValueError, r"t_min must be in \(0, 1\), got 0"),
-        (lambda: ops.dsm_loss(F, X_0, T[:2], KEYS, 0, SDE), ValueError, r"t must have shape \[3\], got \[2\]"),
-        (lambda: ops.dsm_loss(F, X_0, T, KEYS, 0, SDE, prediction="flow"), ValueError, "got 'flow'"),
-        (lambda: ops.dsm_loss(F, X_0, T, KEYS, 0, SDE, weighting="snr"), ValueError, "got 'snr'"),
-        (lambda: ops.dsm_loss(F[:, 0], X_0, T, KEYS, 0, SDE), ValueError, r"f must have shape \[3, 2, 5\]"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K, scale=float("inf")), ValueError, "scale must be finite, got inf"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K, keep_noise=1), TypeError, "keep_noise must be True or False, got 1"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K, z=X[0]), ValueError, r"z must have shape \[3, 2, 5\], got \[2, 5\]"),
+        (lambda: ops.perturb(X_0, KEYS, 0, K, counter=STEP), ValueError, "counter must be None where no kernel runs"),
+        (lambda: ops.dsm_loss(F, X_0, KEYS, 0, K[:, :5]), ValueError, r"coefficients must have shape \[3, 6\]"),
+        (lambda: ops.dsm_loss(F[:, 0], X_0, KEYS, 0, K), ValueError, r"f must have shape \[3, 2, 5\]"),
+        (lambda: ops.coefficients(SDE, T), TypeError, "objective must be a Objective, got VPSDE"),
+        (lambda: ops.coefficients(OBJECTIVE, 0.5), TypeError, "t must be a tensor, got float"),
     ],
 )
 def test_bad_arguments_are_named(call, error: type[Exception], message: str) -> None:

@@ -10,11 +10,10 @@ from tables import network, random_table, states_near
 from torch import nn
 
 from fastsde import VPSDE, NonFiniteError, StepTable, noise, reference, solvers
-from fastsde.solvers import PREDICTIONS
+from fastsde.objective import Objective
 
 FLOAT64 = torch.float64
 SHAPES = [(3,), (2, 5), (1, 7), (2, 1, 3), (2, 3, 2, 5), (0, 4), (3, 0)]
-WEIGHTINGS = reference.WEIGHTINGS
 
 
 def normals(*shape, seed=0, dtype=FLOAT64):
@@ -252,178 +251,120 @@ def test_an_unconditional_output_that_is_not_finite_is_reported():
 # perturb ---------------------------------------------------------------------------------------------------------
 
 
-def expected_perturbed(x_0, t, z, sde):
-    """alpha x_0 + sigma z, a sample at a time, in float64."""
-    out = np.zeros(x_0.shape)
-    for i in range(len(x_0)):
-        b = sde.beta_min * t[i] + (sde.beta_max - sde.beta_min) * t[i] ** 2 / 2
-        out[i] = math.exp(-b / 2) * x_0[i] + math.sqrt(-math.expm1(-b)) * z[i]
+def coefficients(batch, seed=9):
+    """Six numbers a sample, as no objective has them."""
+    return normals(batch, 6, seed=seed)
+
+
+def naive_terms(k, x, columns):
+    """The sum of coefficients times arrays, an element at a time, on NumPy arrays."""
+    out = np.zeros(x[0].shape)
+    for i in np.ndindex(out.shape):
+        out[i] = sum(float(k[i[0], column]) * each[i] for column, each in zip(columns, x, strict=True))
     return out
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_perturb_with_given_time_and_noise(shape):
-    sde, x_0, z = VPSDE(), normals(*shape), normals(*shape, seed=1)
-    t = torch.linspace(1e-4, 1, shape[0], dtype=FLOAT64)
-    x_t, t_out = reference.perturb(x_0, None, 0, sde, t=t, z=z)
-    assert torch.equal(t_out, t)
-    expected = expected_perturbed(x_0.numpy(), t.tolist(), z.numpy(), sde)
-    np.testing.assert_allclose(x_t.numpy(), expected, rtol=1e-13, atol=1e-14)
+def test_perturb_is_its_equation(shape):
+    x_0, z, k = normals(*shape), normals(*shape, seed=1), coefficients(shape[0])
+    noised = reference.perturb(x_0, None, 0, k, z=z)
+    assert torch.equal(noised.tau, k[:, 0])
+    assert noised.z is z
+    expected = naive_terms(k, (x_0.numpy(), z.numpy()), (1, 2))
+    np.testing.assert_allclose(noised.x_in.numpy(), expected, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("t_min", [1e-4, 0.25])
-def test_perturb_draws_time_and_noise_from_their_streams(shape, t_min):
-    keys, x_0 = noise.sample_keys(4, shape[0]), normals(*shape, dtype=torch.float32)
-    x_t, t = reference.perturb(x_0, keys, 17, VPSDE(), t_min=t_min)
-    u = noise.uniform(keys, 17, (), stream=2)
+def test_perturb_draws_noise_from_its_stream(shape):
+    keys, x_0, k = noise.sample_keys(4, shape[0]), normals(*shape, dtype=torch.float32), coefficients(shape[0]).float()
+    noised = reference.perturb(x_0, keys, 17, k)
     z = noise.normal(keys, 17, shape[1:], stream=1)
-    torch.testing.assert_close(t, t_min + (1 - t_min) * u, rtol=2**-23, atol=0)  # the same formula, a rounding apart
-    assert ((t >= t_min) & (t <= 1)).all()
-    assert x_t.dtype == torch.float32
-    assert torch.equal(x_t, reference.perturb(x_0, None, 0, VPSDE(), t=t, z=z)[0])
-
-
-def test_perturb_with_only_the_time_or_only_the_noise_given():
-    keys, x_0 = noise.sample_keys(4, 3), normals(3, 2, dtype=torch.float32)
-    x_t, t = reference.perturb(x_0, keys, 2, VPSDE())
-    z = noise.normal(keys, 2, (2,), stream=1)
-    assert torch.equal(reference.perturb(x_0, keys, 2, VPSDE(), t=t)[0], x_t)
-    again, t_again = reference.perturb(x_0, keys, 2, VPSDE(), z=z)
-    assert torch.equal(again, x_t)
-    assert torch.equal(t_again, t)
-    for given in ({"t": t}, {"z": z}):
-        with pytest.raises(TypeError, match="keys must be given"):
-            reference.perturb(x_0, None, 2, VPSDE(), **given)
+    assert torch.equal(noised.z, z)
+    assert noised.x_in.dtype == torch.float32
+    assert torch.equal(noised.x_in, reference.perturb(x_0, None, 0, k, z=z).x_in)
+    with pytest.raises(TypeError, match="keys must be given"):
+        reference.perturb(x_0, None, 2, k)
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (2 / 255, -1.0), (1.0, 0.5), (3.0, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, FLOAT64])
 def test_perturb_scales_and_shifts_the_data(dtype, scale, shift):
     # Every byte value, so that one that wrapped or saturated would show.
-    x_0, z, t = torch.arange(256).reshape(4, 64).to(dtype), normals(4, 64), torch.tensor([0.01, 0.3, 0.7, 1.0])
-    x_t, _ = reference.perturb(x_0, None, 0, VPSDE(), scale=scale, shift=shift, t=t, z=z.to(torch.float32))
-    assert x_t.dtype == (FLOAT64 if dtype == FLOAT64 else torch.float32)
+    x_0, z, k = torch.arange(256).reshape(4, 64).to(dtype), normals(4, 64), coefficients(4)
+    x_in = reference.perturb(x_0, None, 0, k, scale=scale, shift=shift, z=z.to(torch.float32)).x_in
+    assert x_in.dtype == (FLOAT64 if dtype == FLOAT64 else torch.float32)
     data = scale * x_0.double() + shift
-    expected = expected_perturbed(data.numpy(), t.double().tolist(), z.numpy(), VPSDE())
-    # fp32: x_0, alpha, z and sigma carry relative errors of some 8 roundings (B(1) = 10 multiplies that of B in alpha).
-    tolerance = 12 * 2**-24 * (float(data.abs().max()) + float(z.abs().max()))
-    np.testing.assert_allclose(x_t.double().numpy(), expected, rtol=0, atol=tolerance)
+    expected = naive_terms(k, (data.numpy(), z.float().double().numpy()), (1, 2))
+    tolerance = 6 * 2**-24 * float(k.abs().max()) * (float(data.abs().max()) + float(z.abs().max()))
+    np.testing.assert_allclose(x_in.double().numpy(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_perturb_gathers_rows_by_index(dtype):
     data, index = torch.arange(60).reshape(10, 3, 2).to(dtype), torch.tensor([9, 0, 9, 4])
-    keys = noise.sample_keys(0, 4)
-    got, t = reference.perturb(data, keys, 1, VPSDE(), index=index, scale=0.1, shift=-1.0)
-    expected, t_expected = reference.perturb(data[[9, 0, 9, 4]], keys, 1, VPSDE(), scale=0.1, shift=-1.0)
-    assert torch.equal(got, expected)
-    assert torch.equal(t, t_expected)
-    assert got.shape == (4, 3, 2)
+    keys, k = noise.sample_keys(0, 4), coefficients(4).float()
+    got = reference.perturb(data, keys, 1, k, index=index, scale=0.1, shift=-1.0)
+    expected = reference.perturb(data[[9, 0, 9, 4]], keys, 1, k, scale=0.1, shift=-1.0)
+    assert torch.equal(got.x_in, expected.x_in)
+    assert got.x_in.shape == (4, 3, 2)
     # Rows 0 and 2 have the same data, and draws of their own.
-    assert not torch.equal(got[0], got[2])
+    assert not torch.equal(got.x_in[0], got.x_in[2])
 
 
 # dsm_loss --------------------------------------------------------------------------------------------------------
 
 
-def naive_loss(f, x_0, t, z, sde, prediction, weighting):
-    """The loss by its definition, an element at a time, on NumPy arrays: lambda (score - grad log p)^2."""
-    total = 0.0
-    for i in np.ndindex(f.shape):
-        b = sde.beta_min * t[i[0]] + (sde.beta_max - sde.beta_min) * t[i[0]] ** 2 / 2
-        beta = sde.beta_min + (sde.beta_max - sde.beta_min) * t[i[0]]
-        alpha, variance = math.exp(-b / 2), -math.expm1(-b)
-        sigma = math.sqrt(variance)
-        x_t = alpha * x_0[i] + sigma * z[i]
-        if weighting == "target":
-            target = {"score": -z[i] / sigma, "eps": z[i], "x0": x_0[i], "v": alpha * z[i] - sigma * x_0[i]}[prediction]
-            total += (f[i] - target) ** 2
-            continue
-        score = {
-            "score": f[i],
-            "eps": -f[i] / sigma,
-            "x0": -(x_t - alpha * f[i]) / variance,
-            "v": -(alpha * f[i] + sigma * x_t) / sigma,
-        }[prediction]
-        weight = {"sigma2": variance, "likelihood": beta}[weighting]
-        total += weight * (score + (x_t - alpha * x_0[i]) / variance) ** 2
-    return total / f.size
-
-
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if math.prod(shape)], ids=str)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_dsm_loss_equals_its_definition(prediction, weighting, shape):
-    sde, f, x_0, z = VPSDE(), *(normals(*shape, seed=seed) for seed in range(3))
-    t = torch.linspace(0.01, 1, shape[0], dtype=FLOAT64)
-    loss = reference.dsm_loss(f, x_0, t, None, 0, sde, z=z, prediction=prediction, weighting=weighting)
+def test_dsm_loss_is_its_equation(shape):
+    f, x_0, z, k = *(normals(*shape, seed=seed) for seed in range(3)), coefficients(shape[0])
+    loss = reference.dsm_loss(f, x_0, None, 0, k, z=z)
     assert loss.shape == ()
-    expected = naive_loss(f.numpy(), x_0.numpy(), t.tolist(), z.numpy(), sde, prediction, weighting)
-    # The definition subtracts two scores of order 1 / sigma^2, up to 500 at t = 0.01, to leave 1 / sigma: some hundred
-    # roundings of 1.1e-16.
-    assert float(loss) == pytest.approx(expected, rel=1e-13)
+    residual = naive_terms(k, (f.numpy(), x_0.numpy(), z.numpy()), (3, 4, 5))
+    assert float(loss) == pytest.approx(np.square(residual).mean(), rel=1e-13)
 
 
 def test_dsm_loss_of_the_default_is_the_tutorials():
     # mean((sigma s + z)^2), with uniform times, the loss of the design's section 2.
-    sde, keys, x_0 = VPSDE(), noise.sample_keys(0, 6), normals(6, 2, dtype=torch.float32)
-    x_t, t = reference.perturb(x_0, keys, 3, sde)
-    s, z = -x_t, noise.normal(keys, 3, (2,), stream=1)
-    expected = ((sde.sigma(t)[:, None] * s + z) ** 2).double().mean()
-    # Residuals are z / sigma times sigma plus sigma s: three roundings more, each of 2^-24 of |z| + |s| < 6.
-    assert float(reference.dsm_loss(s, x_0, t, keys, 3, sde)) == pytest.approx(float(expected), rel=8 * 2**-23)
+    objective, keys, x_0 = Objective(), noise.sample_keys(0, 6), normals(6, 2, dtype=torch.float32)
+    k = reference.training_draws(keys, 3, 1, (2,), objective).coefficients
+    x_in, t, z = reference.perturb(x_0, keys, 3, k)
+    sigma = objective.sde.sigma(t.double())[:, None]
+    expected = ((sigma * -x_in + z) ** 2).double().mean()
+    assert float(reference.dsm_loss(-x_in, x_0, keys, 3, k)) == pytest.approx(float(expected), rel=8 * 2**-23)
 
 
-@pytest.mark.parametrize("weighting", ["sigma2", "likelihood"])
-def test_dsm_loss_is_one_for_consistent_predictions(weighting):
-    sde, x_0, z, s = VPSDE(), *(normals(5, 3, seed=seed) for seed in range(3))
-    t = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=FLOAT64)
-    x_t, _ = reference.perturb(x_0, None, 0, sde, t=t, z=z)
-    alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
-    data = (x_t + sigma**2 * s) / alpha
-    f = {"score": s, "eps": -sigma * s, "x0": data, "v": -alpha * sigma * s - sigma * data}
-    losses = [float(reference.dsm_loss(f[p], x_0, t, None, 0, sde, z=z, prediction=p, weighting=weighting)) for p in f]
-    # x0 has a factor alpha / sigma = 316 at t = 1e-4, and 152 of 1 / alpha at t = 1: thousands of roundings of 1e-16.
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-12)
+def test_what_has_no_coefficient_does_not_matter():
+    f, x_0, z = (normals(4, 3, seed=seed) for seed in range(3))
+    k = coefficients(4)
+    k[0, 3] = k[1, [1, 4]] = k[2, [2, 5]] = 0
+    f[0], x_0[1], z[2] = math.nan, math.inf, -math.inf
+    assert reference.perturb(x_0, None, 0, k, z=z).x_in.isfinite().all()
+    f.requires_grad_()
+    loss = reference.dsm_loss(f, x_0, None, 0, k, z=z)
+    assert loss.isfinite()
+    loss.backward()
+    assert f.grad.isfinite().all()
+    assert (f.grad[0] == 0).all()
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_dsm_loss_vanishes_for_the_exact_target(prediction, weighting):
-    sde, x_0, z = VPSDE(), normals(4, 3), normals(4, 3, seed=1)
-    t = torch.tensor([0.01, 0.2, 0.6, 1.0], dtype=FLOAT64)
-    alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
-    f = {"score": -z / sigma, "eps": z, "x0": x_0, "v": alpha * z - sigma * x_0}[prediction]
-    loss = reference.dsm_loss(f, x_0, t, None, 0, sde, z=z, prediction=prediction, weighting=weighting)
-    assert float(loss) < 1e-28  # the square of some rounding errors, at most 20 each
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_dsm_loss_gradient(prediction, weighting):
+def test_dsm_loss_gradient():
     f, x_0, z = (normals(3, 2, seed=seed) for seed in range(3))
-    t = torch.tensor([0.05, 0.4, 1.0], dtype=FLOAT64)
 
     def loss(f, x_0):
-        return reference.dsm_loss(f, x_0, t, None, 0, VPSDE(), z=z, prediction=prediction, weighting=weighting)
+        return reference.dsm_loss(f, x_0, None, 0, coefficients(3), z=z)
 
     assert torch.autograd.gradcheck(loss, (f.requires_grad_(), x_0.requires_grad_()))
 
 
-def test_dsm_loss_recomputes_the_noise_of_perturb():
-    sde, keys = VPSDE(), noise.sample_keys(2, 4)
+def test_dsm_loss_draws_the_noise_of_perturb():
+    keys, k = noise.sample_keys(2, 4), Objective(prediction="eps").table(torch.tensor([0.01, 0.3, 0.6, 1.0]))
     data, index = torch.arange(30).reshape(6, 5).to(torch.uint8), torch.tensor([5, 0, 0, 2])
     options = {"index": index, "scale": 1 / 15, "shift": -1.0}
-    x_t, t = reference.perturb(data, keys, 8, sde, **options)
-    x_0 = data[index].float() / 15 - 1
-    f = (x_t - sde.alpha(t)[:, None] * x_0) / sde.sigma(t)[:, None]  # the noise itself
-    losses = {p: float(reference.dsm_loss(f, data, t, keys, 8, sde, prediction=p, **options)) for p in ("eps", "v")}
-    # x_t - alpha x_0 is known to 2^-23 or so, which sigma = 0.004 and more magnifies to at most 3e-5.
-    assert losses["eps"] < 1e-9
-    assert losses["v"] > 1e-3
+    z = reference.perturb(data, keys, 8, k, **options).z
+    assert float(reference.dsm_loss(z, data, keys, 8, k, **options)) == 0
+    assert float(reference.dsm_loss(z, data, keys, 9, k, **options)) > 0.1
     with pytest.raises(TypeError, match="keys must be given"):
-        reference.dsm_loss(f, x_0, t, None, 8, sde)
+        reference.dsm_loss(z, data[index], None, 8, k)
 
 
 # training --------------------------------------------------------------------------------------------------------
@@ -431,22 +372,19 @@ def test_dsm_loss_recomputes_the_noise_of_perturb():
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 3), (0,)], ids=str)
 def test_training_draws_come_from_their_streams(shape):
-    keys = noise.sample_keys(1, 50)
-    rows, t, z = reference.training_draws(keys, 6, 7, shape, t_min=0.1)
+    keys, objective = noise.sample_keys(1, 50), Objective(t_min=0.1)
+    rows, k, z = reference.training_draws(keys, 6, 7, shape, objective)
     assert torch.equal(z, noise.normal(keys, 6, shape, stream=1))
     assert rows.tolist() == [math.floor(7 * float(u)) for u in noise.uniform(keys, 6, (), stream=3)]
     assert set(rows.tolist()) == set(range(7))
-    u = noise.uniform(keys, 6, (), stream=2)
-    torch.testing.assert_close(t, 0.1 + 0.9 * u, rtol=2**-23, atol=0)
-    assert 0.1 <= float(t.min()) < 0.2
-    assert 0.9 < float(t.max()) <= 1.0
+    assert torch.equal(k, objective.table(0.1 + (1 - 0.1) * noise.uniform(keys, 6, (), stream=2)))
 
 
 def test_training_draws_of_several_steps_equal_those_of_each():
-    keys = noise.sample_keys(1, 5)
-    ahead = reference.training_draws(keys, torch.tensor([3, 4, 9]), 100, (2,))
+    keys, objective = noise.sample_keys(1, 5), Objective()
+    ahead = reference.training_draws(keys, torch.tensor([3, 4, 9]), 100, (2,), objective)
     for i, step in enumerate((3, 4, 9)):
-        for many, one in zip(ahead, reference.training_draws(keys, step, 100, (2,)), strict=True):
+        for many, one in zip(ahead, reference.training_draws(keys, step, 100, (2,), objective), strict=True):
             assert torch.equal(many[i], one)
 
 
@@ -464,22 +402,20 @@ class TinyScore(nn.Module):
         return self.net(torch.cat([x, t[:, None]], dim=1))
 
 
-def train(steps=5, draws=None, batch=16, **options):
+def train(steps=5, draws=None, batch=16, objective=Objective(), **options):  # noqa: B008 (immutable)
     """The weights and losses of a short training run with Adam."""
     model, keys, data = TinyScore(), noise.sample_keys(3, batch), normals(40, 2, dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):
         given = None if draws is None else reference.Draws(*(draw[step] for draw in draws))
-        losses.append(reference.train_step(model, optimizer, data, keys, step, VPSDE(), draws=given, **options))
+        losses.append(reference.train_step(model, optimizer, data, keys, step, objective, draws=given, **options))
     assert not any(loss.requires_grad for loss in losses)
     return [weight.detach().clone() for weight in model.parameters()], torch.stack(losses)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_training_is_deterministic(prediction, weighting):
-    options = {"prediction": prediction, "weighting": weighting, "scale": 0.5, "shift": 0.1, "t_min": 0.01}
+def test_training_is_deterministic():
+    options = {"objective": Objective(prediction="v", weighting="target", t_min=0.01), "scale": 0.5, "shift": 0.1}
     weights, losses = train(**options)
     weights_again, losses_again = train(**options)
     assert torch.equal(losses, losses_again)
@@ -488,25 +424,27 @@ def test_training_is_deterministic(prediction, weighting):
 
 
 def test_draws_made_ahead_equal_draws_made_inside():
-    ahead = reference.training_draws(noise.sample_keys(3, 16), torch.arange(5), 40, (2,), t_min=0.01)
-    weights, losses = train(t_min=0.01)
+    objective = Objective(t_min=0.01)
+    ahead = reference.training_draws(noise.sample_keys(3, 16), torch.arange(5), 40, (2,), objective)
+    weights, losses = train(objective=objective)
     weights_ahead, losses_ahead = train(draws=ahead)
     assert torch.equal(losses, losses_ahead)
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_ahead, strict=True))
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(prediction, weighting):
-    sde, keys, data, lr = VPSDE(), noise.sample_keys(5, 8), normals(20, 2).mul(50).to(torch.uint8), 1e-3
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(prediction="x0", weighting="target")], ids=["score", "x0"]
+)
+def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(objective):
+    keys, data, lr = noise.sample_keys(5, 8), normals(20, 2).mul(50).to(torch.uint8), 1e-3
     model, copy = TinyScore(), TinyScore()
-    scaling, kind = {"scale": 0.02, "shift": -1.0}, {"prediction": prediction, "weighting": weighting}
+    scaling = {"scale": 0.02, "shift": -1.0}
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    got = reference.train_step(model, optimizer, data, keys, 4, sde, **kind, **scaling)
+    got = reference.train_step(model, optimizer, data, keys, 4, objective, **scaling)
 
-    index = reference.training_draws(keys, 4, 20, (2,)).data_index
-    x_t, t = reference.perturb(data, keys, 4, sde, index=index, **scaling)
-    loss = reference.dsm_loss(copy(x_t, t), data, t, keys, 4, sde, index=index, **kind, **scaling)
+    index, k, _ = reference.training_draws(keys, 4, 20, (2,), objective)
+    x_in, tau, _ = reference.perturb(data, keys, 4, k, index=index, **scaling)
+    loss = reference.dsm_loss(copy(x_in, tau), data, keys, 4, k, index=index, **scaling)
     loss.backward()
     assert torch.equal(got, loss.detach())
     for trained, weight in zip(model.parameters(), copy.parameters(), strict=True):
@@ -515,7 +453,7 @@ def test_train_step_is_perturb_loss_and_one_step_of_the_optimizer(prediction, we
 
 def test_training_lowers_the_loss():
     # The eps loss of the zero network is 1; two hundred steps on N(0, 1) data must get well below the start.
-    _, losses = train(steps=200, prediction="eps", batch=64)
+    _, losses = train(steps=200, objective=Objective(prediction="eps"), batch=64)
     assert float(losses[-20:].mean()) < 0.7 * float(losses[:20].mean())
 
 
@@ -531,7 +469,7 @@ def test_autocast_runs_the_network_alone_in_bf16():
     model = Spy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data, keys = normals(20, 2, dtype=torch.float32), noise.sample_keys(0, 8)
-    loss = reference.train_step(model, optimizer, data, keys, 0, VPSDE(), autocast=torch.bfloat16)
+    loss = reference.train_step(model, optimizer, data, keys, 0, Objective(), autocast=torch.bfloat16)
     assert seen == [(torch.float32, torch.bfloat16)]
     assert loss.dtype == torch.float32
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
@@ -541,7 +479,7 @@ def test_train_step_wants_keys_or_draws():
     model = TinyScore()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="keys must be given"):
-        reference.train_step(model, optimizer, normals(20, 2, dtype=torch.float32), None, 0, VPSDE())
+        reference.train_step(model, optimizer, normals(20, 2, dtype=torch.float32), None, 0, Objective())
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastsde
 from fastsde.distributed import Ranks
-from fastsde.engines.training import CapturedSteps, EagerSteps, NativeSteps, can_capture, can_run_natively
 from fastsde.plan import unavailable_reason
+from fastsde.training.captured import CapturedSteps, can_capture
+from fastsde.training.steps import EagerSteps, NativeSteps, can_run_natively
 
 from ..suite.case import Provider, UnavailableError
 from ..suite.measure import Run

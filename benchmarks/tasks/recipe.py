@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastsde import data
 from fastsde.distributed import Ranks
-from fastsde.engines.training import EagerSteps, Work
 from fastsde.reference import load_batch
 from fastsde.training import TrainConfig, Trainer
+from fastsde.training.steps import EagerSteps, Work
 
 from ..suite.case import check
 from ..suite.measure import Figures, Run, fp32_products

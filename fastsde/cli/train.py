@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..vocabulary import DATASETS, LR_SCHEDULES, PREDICTIONS, PROCESSES, TRAINING_DTYPES, WEIGHTINGS
+from ..vocabulary import (
+    DATASETS,
+    LR_SCHEDULES,
+    PRECONDITIONINGS,
+    PREDICTIONS,
+    PROCESSES,
+    TIMES,
+    TRAINING_DTYPES,
+    WEIGHTINGS,
+)
 from .common import check_model, job, reports_errors
 
 if TYPE_CHECKING:
@@ -37,6 +46,9 @@ if TYPE_CHECKING:
 @click.option("--sde", type=click.Choice(PROCESSES), help="The process, by its default rates.")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network learns.")
 @click.option("--weighting", type=click.Choice(WEIGHTINGS), help="Of the loss over time.")
+@click.option("--preconditioning", type=click.Choice(PRECONDITIONINGS), help="EDM's scalings, with --prediction x0.")
+@click.option("--sigma-data", type=float, help="The standard deviation of the data that EDM scales by.")
+@click.option("--times", type=click.Choice(TIMES), help="The distribution of training times.")
 @click.option(
     "--dtype",
     type=click.Choice(tuple(TRAINING_DTYPES)),

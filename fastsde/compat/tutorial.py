@@ -17,7 +17,9 @@ from ..engines.inspection import device_of, dtype_of
 from ..engines.network import Network
 from ..models import ConcatTime
 from ..models.mlp import is_sequential
-from ..reference import Model, dsm_loss, perturb
+from ..objective import Objective
+from ..ops import coefficients, dsm_loss, perturb
+from ..reference import Model
 from ..sampler import sample
 from ..sde import VPSDE
 from ..solvers import euler_maruyama
@@ -29,6 +31,7 @@ __all__ = ["adapt", "calc_loss", "generate_samples"]
 T_MIN = 1e-4
 TIME_POINTS = 1000
 _MNIST_DIM = 28 * 28
+_OBJECTIVE = Objective(VPSDE(), prediction="score", weighting="sigma2", t_min=T_MIN)
 # With torch's generator these would be ignored, or would change the order of the draws.
 # The tutorial's own, for which other values go to `fastsde.sample`.
 _FIXED = ("sde", "solver", "steps", *TABLE_DEFAULTS)
@@ -130,8 +133,9 @@ def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
         raise ValueError(f"x must have shape [B, d] with B and d at least 1, got {list(x.shape)}")
     model = Network(score_network if is_sequential(score_network) else adapt(score_network))
     t, z = _draw(x)
-    x_t, _ = perturb(x, None, 0, VPSDE(), t=t, z=z)
-    return dsm_loss(model(x_t, t), x, t, None, 0, VPSDE(), z=z)
+    table = coefficients(_OBJECTIVE, t) if x.dtype == torch.float32 else _OBJECTIVE.table(t, x.dtype)
+    x_in, tau, _ = perturb(x, None, 0, table, z=z)
+    return dsm_loss(model(x_in, tau), x, None, 0, table, z=z)
 
 
 @untraced  # compiled code has a generator of its own

@@ -11,10 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..validation import check_instance
 from .mlp import MLP, ConcatTime
+from .preconditioned import Preconditioned
 from .unet import UNet
 from .unwrap import unwrap
 
-__all__ = ["MLP", "ConcatTime", "UNet", "from_config", "unwrap"]
+__all__ = ["MLP", "ConcatTime", "Preconditioned", "UNet", "from_config", "unwrap"]
 
 # The AVX-512 log1p that PyTorch ships loads its result for -0 under a mask. Until something has really read the page
 # that it lies in, each such load that is masked off is slow: log1p takes some 15 times as long and log sigmoid 5 to 10

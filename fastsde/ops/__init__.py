@@ -7,8 +7,9 @@ wanted that a kernel does not have. Each is a ``torch.library`` operation, which
 
 from __future__ import annotations
 
-from .dispatch import has_kernels, has_native, has_triton, is_plain, multiplies_bf16, native_state
+from .dispatch import has_kernels, has_native, has_triton, is_plain, kernel, multiplies_bf16, native_state
 from .mlp import launch_mlp_sampler, mlp_limits, pack_mlp, unknown_activation
+from .objective import coefficients, data_order, dsm_loss, perturb, step_coefficients, training_times
 from .step import (
     Stepper,
     check_status,
@@ -20,11 +21,11 @@ from .step import (
     solver_step,
     step_counter,
 )
-from .training import data_order, dsm_loss, perturb
 
 __all__ = [
     "Stepper",
     "check_status",
+    "coefficients",
     "counted_step",
     "data_order",
     "device_table",
@@ -33,6 +34,7 @@ __all__ = [
     "has_native",
     "has_triton",
     "is_plain",
+    "kernel",
     "launch_mlp_sampler",
     "mlp_limits",
     "multiplies_bf16",
@@ -43,6 +45,8 @@ __all__ = [
     "perturb",
     "sample_keys",
     "solver_step",
+    "step_coefficients",
     "step_counter",
+    "training_times",
     "unknown_activation",
 ]

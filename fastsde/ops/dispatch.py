@@ -17,6 +17,7 @@ from ..dynamo import constant
 
 __all__ = [
     "contiguous",
+    "find_kernel",
     "has_kernels",
     "has_native",
     "has_triton",
@@ -28,7 +29,7 @@ __all__ = [
     "needs_grad",
 ]
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, type(None))
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them, the last on Arm
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -37,9 +38,11 @@ def has_triton(device: torch.device) -> bool:
     """Returns whether Triton kernels run on a device: a GPU of capability 8.0 up, or the CPU with TRITON_INTERPRET."""
     if not _HAS_TRITON:
         return False
-    if device.type == "cuda":
+    kind = device.type
+    if kind == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    interpret = os.environ.get("TRITON_INTERPRET") if kind == "cpu" else None
+    return interpret is not None and interpret.lower() in ("1", "true", "yes", "on", "y")
 
 
 @constant
@@ -48,11 +51,11 @@ def has_native(device: torch.device, name: str = "solver_step") -> bool:
 
     The kernels are compiled on first use, in about two seconds, unless an earlier process has done so.
     """
-    if device.type != "cpu" or has_triton(device):
-        return False
-    from ..kernels.cpu import library
+    return device.type == "cpu" and not has_triton(device) and _is_available(name)
 
-    found: bool = library.available(name)
+
+def _is_available(name: str) -> bool:
+    found: bool = _module("..kernels.cpu.library").available(name)
     return found
 
 
@@ -77,7 +80,14 @@ def multiplies_bf16() -> bool:
 
 def has_kernels(device: torch.device) -> bool:
     """Returns whether either of them does."""
-    return has_triton(device) or has_native(device)
+    return has_native(device) or has_triton(device)
+
+
+def find_kernel(name: str, device: torch.device) -> Any | None:
+    """The module of a kernel's launcher, as `kernel` returns it, or None where no kernel runs on the device."""
+    if has_native(device):
+        return _module(f"..kernels.cpu.{name}")
+    return kernel(name, device) if has_triton(device) else None
 
 
 def interpreter_problem() -> str | None:
@@ -109,19 +119,24 @@ def kernel(name: str, device: torch.device) -> Any:
     problem = interpreter_problem() if is_triton and device.type == "cpu" else None
     if problem is not None:
         raise RuntimeError(problem)
-    return _module(name if is_triton else f"cpu.{name}")
+    return _module(f"..kernels.{'' if is_triton else 'cpu.'}{name}")
 
 
 @functools.cache
 def _module(name: str) -> Any:
-    return importlib.import_module(f"..kernels.{name}", __package__)
+    return importlib.import_module(name, __package__)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Returns whether a gradient is wanted of any, backward or forward, or another transformation of ``torch.func``."""
     if _is_transformed():
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 (any() of a generator takes three times as long)
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _is_transformed() -> bool:
@@ -130,13 +145,18 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Returns whether these are plain tensors outside of any tracing or dispatch mode, so that a kernel may use their
-    memory without PyTorch's dispatcher.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Returns whether these are plain tensors, or None, outside of any tracing or dispatch mode, so that a kernel may
+    use their memory without PyTorch's dispatcher.
     """
     if _is_transformed() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(tensor) in _PLAIN for tensor in tensors)
+    if torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    for tensor in tensors:  # noqa: SIM110 (see above)
+        if type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:

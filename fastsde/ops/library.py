@@ -14,7 +14,12 @@ from torch import Tensor
 from ..solvers.terms import Terms, named_terms
 from .dispatch import contiguous, kernel
 
-__all__ = ["launch_normal", "launch_sample_keys"]
+__all__ = [
+    "launch_dsm_loss",
+    "launch_normal",
+    "launch_perturb",
+    "launch_sample_keys",
+]
 
 
 def launch_normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
@@ -81,59 +86,76 @@ def _(slots: Sequence[Tensor], f: Tensor, table: Tensor, row: int, kinds: Sequen
     ]
 
 
+def launch_perturb(
+    launcher: Any,
+    x_0: Tensor,
+    keys: Tensor | None,
+    table: Tensor,
+    index: Tensor | None,
+    z: Tensor | None,
+    counter: Tensor | None,
+    step: int,
+    scale: float,
+    shift: float,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`fastsde.ops.perturb` by its kernel: x_in, tau, and the noise where it is kept. Arguments are trusted."""
+    x_in = _new_batch(x_0, index, dtype)
+    tau, kept = table.new_empty(x_in.shape[0]), _new_batch(x_0, index, torch.float32) if keeps else None
+    x_0, keys, table, index, z = contiguous(x_0, keys, table, index, z)
+    given = {"index": index, "scale": scale, "shift": shift, "z": z, "counter": counter}
+    launcher.perturb(x_0, keys, step, table, out=x_in, tau=tau, kept=kept, **given)
+    return x_in, tau, kept
+
+
+def _new_batch(x_0: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    n = x_0.shape[0] if index is None else index.shape[0]
+    return x_0.new_empty((n, *x_0.shape[1:]), dtype=dtype)
+
+
 @torch.library.custom_op("fastsde::perturb", mutates_args=())
 def _perturb(
     x_0: Tensor,
     keys: Tensor | None,
+    table: Tensor,
     index: Tensor | None,
-    t: Tensor | None,
     z: Tensor | None,
     counter: Tensor | None,
     step: int,
-    beta_min: float,
-    beta_max: float,
     scale: float,
     shift: float,
-    t_min: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    x_t, t_out = _perturb_outputs(x_0, index, dtype)
-    x_0, keys, index, t, z = contiguous(x_0, keys, index, t, z)
-    given = {"index": index, "scale": scale, "shift": shift, "t": t, "z": z, "t_min": t_min, "counter": counter}
-    kernel("perturb", x_0.device).perturb(x_0, keys, step, beta_min, beta_max, out=x_t, t_out=t_out, **given)
-    return x_t, t_out
-
-
-def _perturb_outputs(x_0: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    n = len(x_0) if index is None else len(index)
-    return x_0.new_empty((n, *x_0.shape[1:]), dtype=dtype), x_0.new_empty((n,), dtype=torch.float32)
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`launch_perturb`, with noise of no elements where it is not kept."""
+    launcher, numbers = kernel("perturb", x_0.device), (step, scale, shift, dtype, keeps)
+    x_in, tau, kept = launch_perturb(launcher, x_0, keys, table, index, z, counter, *numbers)
+    return x_in, tau, table.new_empty(0) if kept is None else kept
 
 
 @_perturb.register_fake
-def _(x_0: Tensor, keys: Any, index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _perturb_outputs(x_0, index, rest[-1])
+def _(x_0: Tensor, keys: Any, table: Tensor, index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dtype, keeps = rest
+    x_in, kept = (_new_batch(x_0, index, each) for each in (dtype, torch.float32))
+    return x_in, table.new_empty(len(x_in)), kept if keeps else table.new_empty(0)
 
 
 @torch.library.custom_op("fastsde::dsm_loss", mutates_args=())
 def _dsm_loss(
     f: Tensor,
     x_0: Tensor,
-    t: Tensor,
+    table: Tensor,
     keys: Tensor | None,
     index: Tensor | None,
     z: Tensor | None,
     counter: Tensor | None,
     step: int,
-    beta_min: float,
-    beta_max: float,
     scale: float,
     shift: float,
-    prediction: str,
-    weighting: str,
 ) -> Tensor:
-    out = f.new_empty((), dtype=torch.float32)
-    numbers = (beta_min, beta_max, scale, shift)
-    return _launch_dsm_loss(None, out, f, x_0, t, keys, index, z, counter, step, *numbers, prediction, weighting)
+    launcher, out = kernel("dsm_loss", f.device), f.new_empty((), dtype=torch.float32)
+    return launch_dsm_loss(launcher, None, out, f, x_0, table, keys, index, z, counter, step, scale, shift)
 
 
 @torch.library.custom_op("fastsde::dsm_loss_backward", mutates_args=())
@@ -141,46 +163,38 @@ def _dsm_loss_backward(
     grad: Tensor,
     f: Tensor,
     x_0: Tensor,
-    t: Tensor,
+    table: Tensor,
     keys: Tensor | None,
     index: Tensor | None,
     z: Tensor | None,
     counter: Tensor | None,
     step: int,
-    beta_min: float,
-    beta_max: float,
     scale: float,
     shift: float,
-    prediction: str,
-    weighting: str,
 ) -> Tensor:
-    out = torch.empty_like(f, memory_format=torch.contiguous_format)
-    numbers = (beta_min, beta_max, scale, shift)
-    return _launch_dsm_loss(grad, out, f, x_0, t, keys, index, z, counter, step, *numbers, prediction, weighting)
+    launcher, out = kernel("dsm_loss", f.device), torch.empty_like(f, memory_format=torch.contiguous_format)
+    return launch_dsm_loss(launcher, grad, out, f, x_0, table, keys, index, z, counter, step, scale, shift)
 
 
-def _launch_dsm_loss(
+def launch_dsm_loss(
+    launcher: Any,
     grad: Tensor | None,
     out: Tensor,
     f: Tensor,
     x_0: Tensor,
-    t: Tensor,
+    table: Tensor,
     keys: Tensor | None,
     index: Tensor | None,
     z: Tensor | None,
     counter: Tensor | None,
     step: int,
-    beta_min: float,
-    beta_max: float,
     scale: float,
     shift: float,
-    prediction: str,
-    weighting: str,
 ) -> Tensor:
-    grad, f, x_0, t, keys, index, z = contiguous(grad, f, x_0, t, keys, index, z)
-    given = {"index": index, "scale": scale, "shift": shift, "z": z, "prediction": prediction, "weighting": weighting}
-    given["counter"] = counter
-    kernel("dsm_loss", f.device).dsm_loss(f, x_0, t, keys, step, beta_min, beta_max, grad=grad, out=out, **given)
+    """The loss by its kernel, or with the ``grad`` of the loss that of ``f``, to ``out``. Arguments are trusted."""
+    grad, f, x_0, table, keys, index, z = contiguous(grad, f, x_0, table, keys, index, z)
+    given = {"index": index, "scale": scale, "shift": shift, "z": z, "counter": counter}
+    launcher.dsm_loss(f, x_0, keys, step, table, grad=grad, out=out, **given)
     return out
 
 

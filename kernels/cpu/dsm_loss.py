@@ -1,28 +1,24 @@
-"""Denoising score matching, forward and backward (the twin of ``fastsde.reference.dsm_loss``)."""
+"""The loss of an objective, forward and backward (the twin of ``fastsde.reference.dsm_loss``)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .library import call, code
+from .library import call
 
 
 def dsm_loss(
     f: Tensor,
     x_0: Tensor,
-    t: Tensor,
     keys: Tensor | None,
     step: int,
-    beta_min: float,
-    beta_max: float,
+    table: Tensor,
     *,
     index: Tensor | None = None,
     scale: float = 1.0,
     shift: float = 0.0,
     z: Tensor | None = None,
-    prediction: str = "score",
-    weighting: str = "sigma2",
     counter: Tensor | None = None,
     grad: Tensor | None = None,
     out: Tensor,
@@ -31,33 +27,41 @@ def dsm_loss(
 
     Args:
         f: contiguous fp32, bf16 or fp16 ``[B, *shape]``, not empty.
-        x_0, index, scale, shift, keys, step, counter, z: as for `perturb`.
-        t: fp32 ``[B]``.
+        x_0, index, scale, shift, keys, step, table, counter, z: as for `perturb`.
         grad: fp32 ``[]``.
         out: with ``grad``, shaped like ``f``.
     """
-    result = torch.empty_like(out if grad is None else f, dtype=torch.float32)
+    result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    results = (None, result, None) if grad is None else (grad.float(), None, result)
     step += 0 if counter is None else int(counter)
-    call(
-        "dsm_loss",
-        f.float(),
-        x_0,
-        x_0.dtype == torch.uint8,
-        index,
-        len(x_0),
-        t,
-        keys,
-        z,
-        step,
-        scale,
-        shift,
-        beta_min,
-        beta_max,
-        code("prediction", prediction),
-        code("weighting", weighting),
-        len(f),
-        f.numel() // len(f),
-        None if grad is None else grad.float(),
-        result,
-    )
-    out.copy_(result)
+    n, data = f.shape[0], (x_0, x_0.dtype == torch.uint8, index, x_0.shape[0])
+    call("dsm_loss", f.float(), *data, table, keys, z, step, scale, shift, n, f.numel() // n, *results)
+    if result is not out:
+        out.copy_(result)
+
+
+def loss_and_gradient(
+    f: Tensor,
+    x_0: Tensor,
+    table: Tensor,
+    keys: Tensor | None,
+    index: Tensor | None,
+    z: Tensor | None,
+    counter: Tensor | None,
+    step: int,
+    scale: float,
+    shift: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss, fp32 ``[]``, and its gradient, fp32 and shaped like ``f``, in one pass.
+
+    Arguments are as for `dsm_loss`, in the order of the operation of torch.library, and of any strides.
+    """
+    f, x_0, table = f.float().contiguous(), x_0.contiguous(), table.contiguous()
+    loss, gradient, n = table.new_empty(()), torch.empty_like(f), f.shape[0]
+    keys = keys if keys is None else keys.contiguous()
+    index = index if index is None else index.contiguous()
+    z = z if z is None else z.contiguous()
+    step += 0 if counter is None else int(counter)
+    data, numbers = (x_0, x_0.dtype == torch.uint8, index, x_0.shape[0]), (step, scale, shift, n, f.numel() // n)
+    call("dsm_loss", f, *data, table, keys, z, *numbers, None, loss, gradient)
+    return loss, gradient

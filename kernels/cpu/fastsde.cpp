@@ -1,5 +1,6 @@
 // The native kernels of the CPU, but for training and the U-Net, in one translation unit: it compiles faster than several.
 
+#include "coefficients.cpp"
 #include "dsm_loss.cpp"
 #include "mlp_sampler.cpp"
 #include "normal.cpp"

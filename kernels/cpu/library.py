@@ -28,20 +28,21 @@ _TYPES = {
 _DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; the launcher checks those of p
 # Of each kernel: what it returns (- for nothing, s for a status), and its arguments but for the last, the threads.
 _SIGNATURES = {
+    "coefficients": "l F l F l l l F",
+    "step_coefficients": "l L l l f f l F l l l F",
     "normal": "- L l l l l F",
     "bits": "- L l l l l I",
+    "uniform": "- L l l l l F",
     "sample_keys": "- l l l L",
     "solver_step": "i p",
-    "perturb": "- p i L l L F F l f f f f f l l F F",
-    "dsm_loss": "s F p i L l F L F l f f f f i i l l F F",
+    "perturb": "- p i L l L F F l f f l l F F F",
+    "dsm_loss": "s F p i L l F L F l f f l l F F F",
     "mlp_sampler": "s l p p p p F l l l L F f l l l l F F F",
-    "mlp_training": "s l p p p p p p p i l f f L l f f f i i d d d l l l F F",
+    "mlp_training": "s l p p p p p p p i l f f L l F d d d l l l F F",
     "unet": "s l l l l l p p p F F F F i",
     "unet_has_bf16": "i",
     "lanes": "i",
     "activation": "i n",
-    "prediction": "i n",
-    "weighting": "i n",
 }
 _SOURCES = {
     "mlp_training": "mlp_training.cpp",
@@ -63,7 +64,8 @@ def _loaded(name: str) -> Any:
         result, *arguments = _SIGNATURES[name].split()
         function.restype = _TYPES.get(result)
         function.argtypes = [*(_TYPES.get(each, ctypes.c_void_p) for each in arguments), ctypes.c_int]
-        _functions[name] = (function, [_DTYPES.get(each) for each in arguments], result == "s")
+        places = [(i, _DTYPES.get(each)) for i, each in enumerate(arguments) if each in ("p", *_DTYPES)]
+        _functions[name] = (function, places, len(arguments), result == "s")
     return _functions[name]
 
 
@@ -80,11 +82,15 @@ def call(name: str, *arguments: Any) -> Any:
         OutOfMemoryError: where it does not get the memory that it works in.
         ValueError: for a code that it does not know.
     """
-    kernel, dtypes, tells = _loaded(name)
-    values = [
-        address(each, dtype) if isinstance(each, Tensor) else each
-        for each, dtype in zip(arguments, dtypes, strict=True)
-    ]
+    kernel, places, count, tells = _loaded(name)
+    if len(arguments) != count:
+        raise TypeError(f"the native kernel {name} takes {count} arguments, got {len(arguments)}")
+    values = list(arguments)
+    for i, dtype in places:
+        each = values[i]
+        if isinstance(each, Tensor):  # what `address` looks at, without a call: small kernels take no longer
+            fits = each.is_cpu and each.is_contiguous() and (dtype is None or each.dtype is dtype)
+            values[i] = each.data_ptr() if fits else address(each, dtype)
     result = kernel(*values, torch.get_num_threads())
     if tells and result == _OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"the native kernel {name} does not get the memory that it works in")
@@ -105,7 +111,7 @@ def _code(kind: str, name: str) -> int:
 
 
 def has_code(kind: str, name: str) -> bool:
-    """Returns whether the kernels know an ``activation``, a ``prediction`` or a ``weighting``, by its name."""
+    """Returns whether the kernels know an ``activation``, by its name."""
     return _code(kind, name) >= 0
 
 
@@ -151,7 +157,7 @@ def address(tensor: Tensor, dtype: torch.dtype | None) -> int:
     Raises:
         TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype.
     """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or dtype not in (None, tensor.dtype):
+    if not (tensor.is_cpu and tensor.is_contiguous() and (dtype is None or tensor.dtype is dtype)):
         wanted = f"contiguous{'' if dtype is None else f' {dtype}'} on the CPU"
         came = f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
         raise TypeError(f"a native kernel takes tensors that are {wanted}, got {came}")

@@ -2,15 +2,16 @@
 //
 // The batch is cut into blocks, whose signals [samples, features], with rows padded to COLUMNS, stay in the cache. Each
 // slot of gradients belongs to a run of neighbouring blocks, so that no weight depends on the number of threads. With
-// h_0 = (x_t, t) and d_l the gradient of layer l:
+// h_0 = (x_in, tau) and d_l the gradient of layer l:
 //
 //     h_l = act(h_{l-1} W_l^T + b_l),   dW_l = d_l^T h_{l-1},   d_{l-1} = (d_l W_l) act'
 //
 // A step has two barriers (team.h): after the gradients, and after the update of the weights.
 
 #include "activations.h"
+#include "codes.h"
 #include "mlp_parameters.h"
-#include "training.h"
+#include "objective.h"
 
 using namespace fastsde;
 
@@ -19,14 +20,11 @@ namespace {
 constexpr int64_t BLOCK_SAMPLES = 32;
 constexpr int64_t MAX_SLOTS = 16;
 
-struct Objective {
+struct Task {
     Data data;
-    Schedule sde;
-    Prediction prediction;
-    Weighting weighting;
+    const Coefficients* coefficients;  // [steps, batch]
     const int64_t* keys;
     int64_t batch, dim;
-    float t_min;
 
     double elements() const { return (double)batch * (double)dim; }
 };
@@ -34,17 +32,19 @@ struct Objective {
 // One thread's memory, and the gradients of a block.
 class GradientsOfBlock {
   public:
-    GradientsOfBlock(const Objective& objective, Parameters& parameters,
+    GradientsOfBlock(const Task& task, Parameters& parameters,
                      const std::vector<Activation>& activations)
-        : objective_(objective), parameters_(parameters), layers_(parameters.layers), activations_(activations),
-          noise_(BLOCK_SAMPLES * objective.dim), clean_(BLOCK_SAMPLES * objective.dim),
+        : task_(task), parameters_(parameters), layers_(parameters.layers), activations_(activations),
+          noise_(BLOCK_SAMPLES * task.dim), clean_(BLOCK_SAMPLES * task.dim),
           signals_(BLOCK_SAMPLES * features()), slopes_(BLOCK_SAMPLES * features()),
           error_(BLOCK_SAMPLES * widest()), next_error_(BLOCK_SAMPLES * widest()) {}
 
     // Writes a block's gradients, or adds them; returns the sum of its squared residuals.
-    double run(int64_t block, int64_t step, float* gradients, bool adds) {
-        first_ = block * BLOCK_SAMPLES, here_ = std::min(BLOCK_SAMPLES, objective_.batch - first_);
-        draw(step);
+    //
+    // Args: ``step`` counts from that of the first coefficients, ``number`` is the one that random numbers depend on.
+    double run(int64_t block, int64_t step, int64_t number, float* gradients, bool adds) {
+        first_ = block * BLOCK_SAMPLES, here_ = std::min(BLOCK_SAMPLES, task_.batch - first_);
+        draw(step, number);
         const float* f = forward();
         const double sum = residuals(f);
         backward(gradients, adds);
@@ -52,24 +52,22 @@ class GradientsOfBlock {
     }
 
   private:
-    // x_t and t into the first signal, and x_0 and z for the loss.
-    void draw(int64_t step) {
-        const Objective& on = objective_;
+    // x_in and tau into the first signal, and x_0 and z for the loss.
+    __attribute__((noinline)) void draw(int64_t step, int64_t number) {
+        const Task& on = task_;
         const int64_t dim = on.dim, width = layers_[0].in_padded;
-        draw_normals(on.keys, draw_offset(step, TRAINING_NOISE), Part{first_, here_, 0, dim}, on.batch, noise_);
+        draw_normals(on.keys, draw_offset(number, TRAINING_NOISE), Part{first_, here_, 0, dim}, on.batch, noise_);
+        coefficients_ = on.coefficients + step * on.batch + first_;
         for_lanes(here_, [&](int64_t first, int64_t here) {
             const Keys keys = Keys::load(on.keys, first_ + first, on.batch);
-            const Floats order = uniforms_across(keys, draw_offset(step, DATA_ORDER));
-            const Floats drawn = uniforms_across(keys, draw_offset(step, TRAINING_TIME));
-            const Floats time = on.t_min + (1.0f - on.t_min) * drawn;
-            const Floats alpha = on.sde.alpha(time), sigma = on.sde.sigma(time);
-            store(times_ + first, time);
+            const Floats order = uniforms_across(keys, draw_offset(number, DATA_ORDER));
             for (int64_t i = 0; i < here; i++) {
-                float *x_0 = clean_ + (first + i) * dim, *x_t = signals_ + (first + i) * width;
+                const Coefficients k = coefficients_[first + i];
+                float *x_0 = clean_ + (first + i) * dim, *x_in = signals_ + (first + i) * width;
                 const float* z = noise_ + (first + i) * dim;
                 on.data.read_row((int64_t)((double)order[i] * (double)on.data.rows), 0, dim, x_0);
-                for (int64_t e = 0; e < dim; e++) x_t[e] = alpha[i] * x_0[e] + sigma[i] * z[e];
-                x_t[dim] = time[i];
+                noise_sample(k, x_0, z, dim, x_in);
+                x_in[dim] = k.tau;
             }
         });
     }
@@ -92,23 +90,16 @@ class GradientsOfBlock {
     }
 
     // The gradient of f to ``error_``; returns the sum of the squares.
-    double residuals(const float* f) {
-        const Objective& on = objective_;
+    __attribute__((noinline)) double residuals(const float* f) {
+        const Task& on = task_;
         const int64_t width = layers_.back().out_padded;
         const float outer = (float)(2.0 / on.elements());
         double sum = 0;
-        for_lanes(here_, [&](int64_t first, int64_t here) {
-            const Target target(on.sde, on.prediction, on.weighting, load(times_ + first));
-            for (int64_t i = 0; i < here; i++) {
-                const Residual residual_of = target[i];
-                for (int64_t e = 0; e < on.dim; e++) {
-                    const int64_t at = (first + i) * width + e, place = (first + i) * on.dim + e;
-                    const float residual = residual_of(f[at], noise_ + place, clean_ + place);
-                    sum += (double)residual * residual;
-                    error_[at] = outer * residual_of.factor * residual;
-                }
-            }
-        });
+        for (int64_t i = 0; i < here_; i++) {
+            const Coefficients k = coefficients_[i];
+            const float *x_0 = clean_ + i * on.dim, *z = noise_ + i * on.dim;
+            sum += squared_residuals<true>(k, f + i * width, x_0, z, on.dim, outer * k.w_f, error_ + i * width);
+        }
         return sum;
     }
 
@@ -154,46 +145,44 @@ class GradientsOfBlock {
         return most;
     }
 
-    const Objective& objective_;
+    const Task& task_;
     Parameters& parameters_;
     const std::vector<Layer>& layers_;
     const std::vector<Activation>& activations_;
     int64_t first_ = 0, here_ = 0;
-    float times_[BLOCK_SAMPLES] = {};
+    const Coefficients* coefficients_ = nullptr;
     Buffer noise_, clean_, signals_, slopes_, error_, next_error_;
 };
 
 }  // namespace
 
 // Steps ``first`` to ``first + count - 1`` in place; Adam has taken ``taken`` steps before. widths are those of h_0, ...,
-// f. rates [count, 2]: the learning rate of a step, and what the moving average moves by. Nullable: moving.
+// f. table [count, batch, 6]: the coefficients. rates [count, 2]: the learning rate of a step, and what the moving
+// average moves by. Nullable: moving.
 extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const int32_t* activations,
                                     TensorList weights, TensorList average, TensorList square, TensorList moving,
                                     const void* x_0, int bytes, int64_t rows, float scale, float shift,
-                                    const int64_t* keys, int64_t batch, float t_min, float beta_min, float beta_max,
-                                    int prediction_code, int weighting_code, double beta1, double beta2, double epsilon,
-                                    int64_t first, int64_t count, int64_t taken, const float* rates, float* losses,
-                                    int threads) {
+                                    const int64_t* keys, int64_t batch, const float* table, double beta1,
+                                    double beta2, double epsilon, int64_t first, int64_t count, int64_t taken,
+                                    const float* rates, float* losses, int threads) {
     const int64_t dim = widths[layers];
     const int64_t blocks = ceil_div(batch, BLOCK_SAMPLES), blocks_each = ceil_div(blocks, MAX_SLOTS);
     const int64_t slots = ceil_div(blocks, blocks_each);
     threads = (int)std::min<int64_t>(threads, slots);
     return with_status([&] {
         const Data data{x_0, bytes != 0, nullptr, rows, dim, scale, shift};
-        const Prediction prediction = known<Prediction>(prediction_code);
-        const Weighting weighting = known<Weighting>(weighting_code);
-        const Objective objective{data, Schedule{beta_min, beta_max}, prediction, weighting, keys, batch, dim, t_min};
+        const Task task{data, (const Coefficients*)table, keys, batch, dim};
         const std::vector<Activation> kinds = known_activations(activations, layers - 1);
         Parameters parameters(layers, widths, slots);
         std::vector<double> sums(blocks);
-        PerThread<GradientsOfBlock> gradients(threads, objective, parameters, kinds);
+        PerThread<GradientsOfBlock> gradients(threads, task, parameters, kinds);
         parameters.read(weights, average, square, moving);
         Barrier barrier;
         const auto take = [&](int64_t i) {
 #pragma omp for schedule(static) nowait
             for (int64_t slot = 0; slot < slots; slot++)
                 for (int64_t b = slot * blocks_each; b < std::min(blocks, (slot + 1) * blocks_each); b++)
-                    sums[b] = gradients.mine().run(b, first + i, parameters.gradients + slot * parameters.size,
+                    sums[b] = gradients.mine().run(b, i, first + i, parameters.gradients + slot * parameters.size,
                                                    b > slot * blocks_each);
             barrier.wait();
             const AdamStep step(beta1, beta2, epsilon, taken + i + 1, rates[2 * i], rates[2 * i + 1]);
@@ -203,7 +192,7 @@ extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const
                 if (b == 0) {
                     double sum = 0;
                     for (const double of_block : sums) sum += of_block;
-                    losses[i] = (float)(sum / objective.elements());
+                    losses[i] = (float)(sum / task.elements());
                 }
             }
             barrier.wait();

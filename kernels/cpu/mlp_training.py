@@ -12,10 +12,9 @@ from torch import Tensor
 from .library import call, code, has_code, pointers
 
 
-def takes(activations: Sequence[str], prediction: str, weighting: str) -> bool:
-    """Whether the kernel has all of these."""
-    known = all(has_code("activation", name) for name in activations)
-    return known and has_code("prediction", prediction) and has_code("weighting", weighting)
+def takes(activations: Sequence[str]) -> bool:
+    """Returns whether the kernel has all of these."""
+    return all(has_code("activation", name) for name in activations)
 
 
 class Parameters(NamedTuple):
@@ -35,14 +34,10 @@ def mlp_training(
     activations: Sequence[str],
     x_0: Tensor,
     keys: Tensor,
-    beta_min: float,
-    beta_max: float,
+    table: Tensor,
     *,
     scale: float,
     shift: float,
-    t_min: float,
-    prediction: str,
-    weighting: str,
     betas: tuple[float, float],
     epsilon: float,
     first: int,
@@ -55,6 +50,7 @@ def mlp_training(
         activations: the one after each layer but the last.
         x_0: the data, contiguous uint8 or fp32 ``[N, d]``, N at least 1.
         keys: int64 ``[B, 2]``, of the places in the batch.
+        table: the coefficients of the steps, contiguous fp32 ``[count, B, 6]``.
         betas, epsilon: Adam's.
         first: the number of the first step, which its random numbers depend on.
         taken: how many steps Adam has taken before.
@@ -77,11 +73,7 @@ def mlp_training(
         shift,
         keys,
         len(keys),
-        t_min,
-        beta_min,
-        beta_max,
-        code("prediction", prediction),
-        code("weighting", weighting),
+        table,
         *betas,
         epsilon,
         first,

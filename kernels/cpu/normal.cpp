@@ -1,4 +1,4 @@
-// Draws of the noise contract (the twins of fastsde.noise.normal and fastsde.noise.bits).
+// Draws of the noise contract (the twins of fastsde.noise.normal, bits and uniform).
 
 #include "parts.h"
 
@@ -29,6 +29,20 @@ extern "C" void fastsde_bits(const int64_t* keys, int64_t step, int64_t stream, 
                     for (int64_t j = 0; j < std::min<int64_t>(4, size - element); j++)
                         out[(first + i) * size + element + j] = words[j][i];
             }
+        }
+    });
+}
+
+// The uniform of element 0, of each key in each of ``steps`` steps from ``first_step`` on: [steps, n] to ``out``.
+extern "C" void fastsde_uniform(const int64_t* keys, int64_t first_step, int64_t stream, int64_t steps, int64_t n,
+                                float* out, int threads) {
+    run_team(steps * n > 64 * LANES ? threads : 1, [&] {
+#pragma omp for schedule(static) nowait
+        for (int64_t first = 0; first < n; first += LANES) {
+            const Keys lanes = Keys::load(keys, first, n);
+            const int64_t here = std::min<int64_t>(LANES, n - first);
+            for (int64_t i = 0; i < steps; i++)
+                store(out + i * n + first, uniforms_across(lanes, draw_offset(first_step + i, (Stream)stream)), here);
         }
     });
 }

@@ -1,4 +1,4 @@
-"""Draws of the noise contract (the twins of ``fastsde.noise.normal`` and ``fastsde.noise.bits``)."""
+"""Draws of the noise contract (the twins of ``fastsde.noise.normal``, ``bits`` and ``uniform``)."""
 
 from __future__ import annotations
 

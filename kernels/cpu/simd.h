@@ -97,6 +97,12 @@ static inline float sum_of(Floats v) {
 #endif
 }
 
+// Keeps the compiler from fusing a product with what is added to it, where two roundings are the contract.
+static inline Floats rounded(Floats x) {
+    asm volatile("" : "+m"(x));
+    return x;
+}
+
 static inline Floats all(float x) { return x - Floats{}; }
 
 // Both return NaN for a NaN in x.
@@ -208,13 +214,6 @@ static inline Floats log(Floats x) {
 static inline Floats log1p(Floats x) {
     return x * polynomial(x, 0.999999328f, -0.499970943f, 0.332896681f, -0.246726879f, 0.185698189f, -0.126908895f,
                           0.0680847117f, -0.0238554681f, 0.00393046022f);
-}
-
-// 1 - exp(-x) for x >= 0 to a relative 1e-7: without the cancellation of the difference where x is small.
-static inline Floats one_minus_exp(Floats x) {
-    const Floats small = x * polynomial(x, 1.0f, -0.499999971f, 0.166666012f, -0.041661121f, 0.00831071845f,
-                                        -0.00134084117f, 0.000146212646f);
-    return x < 0.7f ? small : 1.0f - exp(-x);
 }
 
 // sin and cos of 2 pi turns, for turns in [0, 1], to 1e-7.

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fastsde import VPSDE, noise, ops, solvers
+from fastsde.objective import Objective
 
 pytest.importorskip("triton")
 
 SDE = VPSDE()
 TABLE = solvers.euler_maruyama(SDE, [1.0, 0.5])
+K = Objective(SDE, "v").table(torch.tensor([0.1, 0.5, 0.9]))
 
 
 def _step(x: Tensor, keys: Tensor, f: Tensor | None = None, **options: Any) -> Tensor:
@@ -23,12 +25,11 @@ def _step(x: Tensor, keys: Tensor, f: Tensor | None = None, **options: Any) -> T
 
 
 def _perturb(x: Tensor, keys: Tensor, **options: Any) -> Tensor:
-    return ops.perturb(x, keys, 1, SDE, **options)[0]
+    return ops.perturb(x, keys, 1, K.to(x.device), **options).x_in
 
 
-def _loss(x: Tensor, keys: Tensor, f: Tensor | None = None, t: Tensor | None = None, **options: Any) -> Tensor:
-    t = torch.full((len(x),), 0.5, device=x.device) if t is None else t
-    return ops.dsm_loss(x if f is None else f, x, t, keys, 1, SDE, **options)
+def _loss(x: Tensor, keys: Tensor, f: Tensor | None = None, k: Tensor | None = None, **options: Any) -> Tensor:
+    return ops.dsm_loss(x if f is None else f, x, keys, 1, (K if k is None else k).to(x.device), **options)
 
 
 def _wants_grad(x: Tensor) -> Tensor:
@@ -57,20 +58,28 @@ def _wants_grad(x: Tensor) -> Tensor:
         ("dsm_loss", lambda x, keys: _loss(x, keys, _wants_grad(x)).backward(), 2),
         ("dsm_loss", lambda x, keys: _loss(x, keys, _wants_grad(x).double()), 0),
         ("dsm_loss", lambda x, keys: _loss(x, keys, z=_wants_grad(x)), 0),
-        ("dsm_loss", lambda x, keys: _loss(x, keys, t=torch.ones(len(x), dtype=torch.float64, device=x.device)), 0),
+        ("dsm_loss", lambda x, keys: _loss(x, keys, k=K.double()), 0),
+        ("dsm_loss", lambda x, keys: torch.no_grad()(_loss)(x, keys, k=_wants_grad(K)), 1),
+        ("dsm_loss", lambda x, keys: _loss(x, keys, k=_wants_grad(K)), 0),
     ],
 )
 def test_calls_go_to_the_kernel_that_takes_them(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[..., Any], launches: int
 ) -> None:
     module = ops.dispatch.kernel(name, device)
-    launcher, launched = getattr(module, name), []
+    launched: list[str] = []
 
-    def spy(*args: Any, **options: Any) -> None:
-        launched.append(name)
-        launcher(*args, **options)
+    def spy(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            launched.append(name)
+            return launcher(*args, **options)
 
-    monkeypatch.setattr(module, name, spy)
+        return launch
+
+    monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    if launches == 2 and hasattr(module, "loss_and_gradient"):  # in one pass
+        monkeypatch.setattr(module, "loss_and_gradient", spy(module.loss_and_gradient))
+        launches = 1
     call(torch.randn(3, 5, device=device), noise.sample_keys(0, 3, device=device))
     assert len(launched) == launches
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsde import VPSDE, checkpoints, noise, reference
-from fastsde.engines.training import NativeSteps
+from fastsde import checkpoints, noise, ops, reference
 from fastsde.models import MLP
 from fastsde.models.activations import ACTIVATIONS, Activation
 from fastsde.models.mlp import linear_layers
-from fastsde.reference import WEIGHTINGS
-from fastsde.solvers import PREDICTIONS
+from fastsde.objective import Objective
 from fastsde.training import TrainConfig, Trainer, default_config
+from fastsde.training.steps import NativeSteps
 
 pytestmark = pytest.mark.usefixtures("native")
 
-SDE = VPSDE()
 EPS = 2.0**-24
+SCORE = Objective()
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,7 @@ def threads() -> Iterator[None]:
 
 
 def _native_gradients(
-    model: nn.Module, data: Tensor, keys: Tensor, step: int, **given: Any
+    model: nn.Module, data: Tensor, keys: Tensor, step: int, objective: Objective, **given: Any
 ) -> tuple[Tensor, list[Any]]:
     """The loss and the gradients of a step: ten times Adam's average after its first."""
     from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
@@ -44,26 +42,33 @@ def _native_gradients(
     linears, activations = linear_layers(model) or ([], [])
     weights = [None if each is None else each.detach() for linear in linears for each in (linear.weight, linear.bias)]
     average, square = ([None if each is None else torch.zeros_like(each) for each in weights] for _ in range(2))
-    options = {"scale": 1.0, "shift": 0.0, "t_min": 1e-4, "prediction": "score", "weighting": "sigma2"} | given
+    options = {"scale": 1.0, "shift": 0.0} | given
     options |= {"betas": (0.9, 0.999), "epsilon": 1e-8, "first": step, "taken": 0, "rates": torch.zeros(1, 2)}
     parameters = Parameters(weights, average, square, None)
-    losses = mlp_training(parameters, activations, data, keys, SDE.beta_min, SDE.beta_max, **options)
+    table = ops.step_coefficients(objective, keys, step)
+    losses = mlp_training(parameters, activations, data, keys, table, **options)
     return losses[0], [10 * each for each in average if each is not None]
 
 
-def _assert_gradients(model: MLP, data: Tensor, batch: int, t_min: float = 1e-4, **given: Any) -> None:
+def _assert_gradients(
+    model: MLP,
+    data: Tensor,
+    batch: int,
+    objective: Objective = SCORE,
+    **given: Any,
+) -> None:
     """As near to float64 as PyTorch's own fp32 is, which is measured, with the error of the noise beside it."""
     keys, step = noise.sample_keys(3, batch), 5
-    draws = reference.training_draws(keys, step, len(data), data.shape[1:], t_min)
+    draws = reference.training_draws(keys, step, len(data), data.shape[1:], objective)
+    (t,) = ops.training_times(objective, keys, step)
     results = []
     for dtype in (torch.float64, torch.float32):
         network = copy.deepcopy(model).to(dtype)
-        cast = reference.Draws(draws.data_index, draws.t.to(dtype), draws.z.to(dtype))
+        cast = reference.Draws(draws.data_index, objective.table(t, dtype), draws.z.to(dtype))
         sgd = torch.optim.SGD(network.parameters(), lr=0.0)
-        kinds = {name: given[name] for name in ("prediction", "weighting", "scale", "shift") if name in given}
-        loss = reference.train_step(network, sgd, data.to(dtype), None, step, SDE, draws=cast, **kinds)
+        loss = reference.train_step(network, sgd, data.to(dtype), None, step, objective, draws=cast, **given)
         results.append([loss, *(each.grad for each in network.parameters())])
-    ours = _native_gradients(model, data, keys, step, t_min=t_min, **given)
+    ours = _native_gradients(model, data, keys, step, objective, **given)
     for mine, exact, theirs in zip([ours[0], *ours[1]], *results, strict=True):
         scale = float(exact.abs().max())
         error = float((mine.double() - exact).abs().max())
@@ -71,10 +76,18 @@ def _assert_gradients(model: MLP, data: Tensor, batch: int, t_min: float = 1e-4,
         assert error <= allowed, f"{error / scale:.3g} of the largest, beyond {allowed / scale:.3g}"
 
 
-@pytest.mark.parametrize(("prediction", "weighting"), list(product(PREDICTIONS, WEIGHTINGS)))
-def test_every_objective(prediction: str, weighting: str) -> None:
-    data = torch.randn(50, 2)
-    _assert_gradients(MLP(2, (20, 16)), data, 77, t_min=0.01, prediction=prediction, weighting=weighting)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(prediction="x0", weighting="likelihood", t_min=0.01),
+        Objective(prediction="v", weighting="target"),
+        Objective(prediction="flow", weighting="target", t_max=0.7),
+        Objective(prediction="x0", weighting="target", preconditioning="edm", times="lognormal"),
+    ],
+    ids=["x0", "v", "flow", "edm"],
+)
+def test_any_objective(objective: Objective) -> None:
+    _assert_gradients(MLP(2, (20, 16)), torch.randn(50, 2), 77, objective)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -120,7 +133,7 @@ def _trained(config: TrainConfig, directory: Path, natively: bool = True, **opti
     taken: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         if not natively:
-            patch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+            patch.setattr("fastsde.training.trainer.can_run_natively", lambda *args: False)
         take = NativeSteps.take
         patch.setattr(NativeSteps, "take", lambda self, first, n: taken.append(n) or take(self, first, n))
         Trainer(config, directory, **options).train(progress=False)
@@ -147,7 +160,7 @@ def test_it_resumes_to_the_very_weights_and_threads_and_chunks_do_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _trained(CONFIG, tmp_path / "whole")
-    monkeypatch.setattr("fastsde.engines.training._NATIVE_STEPS", 3)
+    monkeypatch.setattr("fastsde.training.steps._NATIVE_STEPS", 3)
     torch.set_num_threads(1)
     assert _equal(_trained(CONFIG, tmp_path / "chunks"), whole)
     torch.set_num_threads(3)
@@ -160,7 +173,7 @@ def test_it_resumes_to_the_very_weights_and_threads_and_chunks_do_not_matter(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastsde.run_folder.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("fastsde.training.run_folder.CHECKPOINT_SECONDS", 0.0)
         patch.setattr(Trainer, "_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Trainer(CONFIG, tmp_path / "cut").train(progress=False)

@@ -22,8 +22,10 @@ import fastsde
 from fastsde import VPSDE, noise, ops, reference, solvers
 from fastsde.models import MLP, ConcatTime
 from fastsde.models.activations import ACTIVATIONS
+from fastsde.objective import Objective
 
 SDE = VPSDE()
+OBJECTIVE = Objective(SDE, "v")
 TABLE = solvers.build("ddpm", SDE, 6, prediction="eps", clip=2.0)
 
 
@@ -62,6 +64,7 @@ def _results(batch: int, size: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(batch * size)
     x, f, z = torch.randn(3, batch, size, generator=generator)
     keys, t = noise.sample_keys(1, batch), torch.rand(batch, generator=generator)
+    coefficients = ops.coefficients(OBJECTIVE, t)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = MLP(size, (20,)) if size <= 100 else None
@@ -71,9 +74,10 @@ def _results(batch: int, size: int) -> list[Tensor]:
         *ops.solver_step([x], f, TABLE, 1, keys=keys),
         *ops.solver_step([x, f, z], f, random_table(3, seed=1, clip=1.0), 1, keys=keys),
     ]
-    results += ops.perturb(x, keys, 4, SDE)
+    results += [ops.training_times(OBJECTIVE, keys, 7, 3), coefficients]
+    results += ops.perturb(x, keys, 4, coefficients, keep_noise=True)
     f.requires_grad_()
-    loss = ops.dsm_loss(f, x, t, keys, 5, SDE, prediction="v")
+    loss = ops.dsm_loss(f, x, keys, 5, coefficients)
     results += [loss.detach(), *torch.autograd.grad(loss, f)]
     if model is not None:
         results += trajectory(model, TABLE, keys, every=2)
@@ -307,19 +311,19 @@ def test_draws_are_checked() -> None:
         with pytest.raises(ValueError, match="step must be"):
             ops.normal(keys, step, (2,))
     unsigned = keys.view(torch.uint64)
-    assert torch.equal(
-        ops.perturb(torch.ones(3, 2), unsigned, 1, SDE)[0], ops.perturb(torch.ones(3, 2), keys, 1, SDE)[0]
-    )
+    given = (1, OBJECTIVE.table(torch.rand(3)))
+    signed, unsigned = (ops.perturb(torch.ones(3, 2), each, *given) for each in (keys, unsigned))
+    assert torch.equal(signed.x_in, unsigned.x_in)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # by PyTorch's own
 @pytest.mark.usefixtures("native")
 def test_forward_derivatives_are_those_of_the_reference() -> None:
-    x, keys, t = torch.randn(3, 2), noise.sample_keys(0, 3), torch.rand(3)
+    x, keys, coefficients = torch.randn(3, 2), noise.sample_keys(0, 3), OBJECTIVE.table(torch.rand(3))
     for run in (
         lambda x: ops.solver_step([x], x, TABLE, 0, keys=keys)[0],
-        lambda x: ops.perturb(x, keys, 1, SDE)[0],
-        lambda x: ops.dsm_loss(x, torch.ones(3, 2), t, keys, 1, SDE),
+        lambda x: ops.perturb(x, keys, 1, coefficients).x_in,
+        lambda x: ops.dsm_loss(x, torch.ones(3, 2), keys, 1, coefficients),
     ):
         derivative = torch.func.jvp(run, (x,), (torch.ones_like(x),))[1]
         step = 1e-2
@@ -365,7 +369,7 @@ print(bool((small * 1.0 != 0).all()))  # nothing flushes subnormals now
 # A run of every kernel on odd sizes, of tensors that end where their memory does.
 _EVERYTHING = """
 import torch
-from fastsde import VPSDE, StepTable, noise, ops, solvers
+from fastsde import noise, ops, solvers
 from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
@@ -374,7 +378,10 @@ from fastsde.models.mlp import linear_layers
 from tables import random_table
 
 torch.set_num_threads(2)
-sde, table = VPSDE(), solvers.build("ddpm", VPSDE(), 3, prediction="eps", clip=1.0)
+from fastsde.objective import Objective
+from fastsde.sde import VPSDE
+
+objective, table = Objective(prediction="v"), solvers.build("ddpm", VPSDE(), 3, prediction="eps", clip=1.0)
 tables = [random_table(slots, 3, clip=1.0) for slots in (1, 2, 3, 5, 8)]
 for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 17), (0, 5), (3, 0), (17, 31), (5, 33)):
     keys, x = noise.sample_keys(0, batch), torch.randn(batch, size)
@@ -385,10 +392,14 @@ for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 
         ops.solver_step([x], x, table, row, keys=keys, f_uncond=x, guidance=2.0)
         for each in tables:
             ops.solver_step([x.clone() for _ in range(each.slots)], x.half(), each, row, z=x)
-    ops.perturb(x, keys, 2, sde)
-    _, t = ops.perturb(pixels, keys, 2, sde, index=index, dtype=torch.bfloat16)
+    coefficients = ops.coefficients(objective, ops.training_times(objective, keys, 2, 3)[1])
+    ops.perturb(x, keys, 2, coefficients)
+    z = ops.perturb(pixels, keys, 2, coefficients, index=index, dtype=torch.bfloat16, keep_noise=True).z
     f = x.clone().requires_grad_()
-    ops.dsm_loss(f, pixels, t, keys, 2, sde, index=index, prediction="v").backward()
+    for given in (None, z):
+        ops.dsm_loss(f, pixels, keys, 2, coefficients, index=index, z=given).backward()
+    with torch.no_grad():
+        ops.dsm_loss(f, pixels, keys, 2, coefficients, index=index, scale=0.5)
 mlps = [(1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (20,), 1), (3, (700, 701), 5)]
 for dim, hidden, batch in mlps:
     for activation in ACTIVATIONS:
@@ -399,9 +410,10 @@ for dim, hidden, batch in mlps:
         ops.launch_mlp_sampler(packed, tables[2], keys)
         weights = [each.detach() for linear in linears for each in (linear.weight, linear.bias)]
         zeros = [[torch.zeros_like(each) for each in weights] for _ in range(3)]
-        options = dict(scale=1.0, shift=0.0, t_min=1e-4, prediction="eps", weighting="sigma2", betas=(0.9, 0.999))
+        options = dict(scale=1.0, shift=0.0, betas=(0.9, 0.999))
         options |= dict(epsilon=1e-8, first=0, taken=0, rates=torch.full((3, 2), 1e-3))
-        mlp_training(Parameters(weights, *zeros), activations, torch.randn(9, dim), keys, 0.1, 20.0, **options)
+        drawn = (keys, ops.step_coefficients(objective, keys, 0, 3))
+        mlp_training(Parameters(weights, *zeros), activations, torch.randn(9, dim), *drawn, **options)
 for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13), ((1, 1, (16, 16)), 1)):
     model = UNet(*options)
     for dtype in (torch.float32, torch.bfloat16):

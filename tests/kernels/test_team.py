@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from trajectories import trajectory
 
-from fastsde import VPSDE, StepTable, noise, ops
+from fastsde import StepTable, noise, ops
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
+from fastsde.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("native")
 
-SUBNORMAL = 71_362  # the bits of 1e-40, which no conversion flushes
+SUBNORMAL = 71_362  # the bits of 1e-40, which no conversion flushesfrom fastsde.objective import Objective
+
 BATCH, SIZE = 300, 50  # which several threads share
 KEYS = noise.sample_keys(0, BATCH)
 
@@ -49,13 +51,13 @@ def _solver_step() -> Tensor:
 
 def _perturb() -> Tensor:
     x_0, none = _small(BATCH, SIZE), torch.zeros(BATCH, SIZE)
-    return ops.perturb(x_0, None, 0, VPSDE(), t=torch.zeros(BATCH), z=none)[0]
+    return ops.perturb(x_0, None, 0, torch.ones(BATCH, 6), z=none).x_in
 
 
 def _dsm_loss() -> Tensor:
     f = torch.full((BATCH, SIZE), 1e-37).requires_grad_()  # whose gradient is 2 f / n
-    given = {"z": torch.zeros(BATCH, SIZE), "prediction": "eps", "weighting": "target"}
-    loss = ops.dsm_loss(f, torch.zeros(BATCH, SIZE), torch.ones(BATCH), None, 0, VPSDE(), **given)
+    zeros = torch.zeros(BATCH, SIZE)
+    loss = ops.dsm_loss(f, zeros, None, 0, torch.ones(BATCH, 6), z=zeros)
     return torch.autograd.grad(loss, f)[0]
 
 
@@ -70,9 +72,10 @@ def _mlp_training() -> Tensor:
 
     weights = [_small(8, 3), _small(8), _small(2, 8), _small(2)]
     zeros = [[torch.zeros_like(each) for each in weights] for _ in range(2)]
-    options = {"scale": 1.0, "shift": 0.0, "t_min": 1e-4, "prediction": "eps", "weighting": "sigma2"}
-    options |= {"betas": (0.9, 0.999), "epsilon": 1e-8, "first": 0, "taken": 0, "rates": torch.zeros(1, 2)}
-    mlp_training(Parameters(weights, *zeros, None), ["SiLU"], torch.zeros(9, 2), KEYS, 0.1, 20.0, **options)
+    options = {"scale": 1.0, "shift": 0.0, "betas": (0.9, 0.999), "epsilon": 1e-8}
+    options |= {"first": 0, "taken": 0, "rates": torch.zeros(1, 2)}
+    table = Objective(prediction="eps").table(torch.rand(1, BATCH))
+    mlp_training(Parameters(weights, *zeros, None), ["SiLU"], torch.zeros(9, 2), KEYS, table, **options)
     return torch.cat([each.flatten() for each in weights])
 
 
@@ -97,12 +100,12 @@ def _unknown_code() -> Tensor:
 
     model = MLP(2, (8,))
     packed = mlp_sampler.Packed([(model.net[i].weight, model.net[i].bias) for i in (0, 2)], ["SiLU"], torch.float32)
-    packed.activations = (99,)
+    packed.activations, packed._arguments = (99,), None
     given = {"terms": _table().trajectory_terms, "out": torch.zeros(BATCH, 2)}
     with pytest.raises(ValueError, match="mlp_sampler was given a code that it does not know"):
         mlp_sampler.mlp_sampler(packed, torch.zeros(1, 8), KEYS, **given)
-    with pytest.raises(ValueError, match="weighting must be one that the native kernels have, got 'sigma3'"):
-        library.code("weighting", "sigma3")
+    with pytest.raises(ValueError, match="activation must be one that the native kernels have, got 'Sine'"):
+        library.code("activation", "Sine")
     return torch.zeros(1)
 
 

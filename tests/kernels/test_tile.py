@@ -50,11 +50,11 @@ def _results(device: torch.device, batch: int, size: int) -> Iterator[Tensor]:
     x, f, z = (ops.normal(keys, step, (size,)) for step in range(3))
     yield from (x, *ops.solver_step([x], f, TABLE, 1, keys=keys))
     yield from ops.solver_step([x, f, z], f, random_table(3, seed=1, clip=1.0), 1, keys=keys)
-    x_t, t = ops.perturb(x, keys, 4, SDE)
-    yield from (x_t, t)
+    coefficients = torch.linspace(-1, 1, 6 * batch, device=device).reshape(batch, 6)
+    yield from ops.perturb(x, keys, 4, coefficients, keep_noise=True)
     f.requires_grad_()
-    loss = ops.dsm_loss(f, x, t, keys, 4, SDE, prediction="v")
-    torch.testing.assert_close(loss, reference.dsm_loss(f, x, t, keys, 4, SDE, prediction="v"), rtol=1e-5, atol=0)
+    loss = ops.dsm_loss(f, x, keys, 4, coefficients)
+    torch.testing.assert_close(loss, reference.dsm_loss(f, x, keys, 4, coefficients), rtol=1e-5, atol=0)
     yield torch.autograd.grad(loss, f)[0]
 
 

@@ -21,16 +21,16 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     """Name, kernel and launches that must share its variant, or two of them."""
     from fastsde import ops, solvers
-    from fastsde.kernels import dsm_loss, mlp_sampler, normal, perturb, solver_step
+    from fastsde.kernels import coefficients, dsm_loss, mlp_sampler, normal, perturb, solver_step, uniform
     from fastsde.sde import VPSDE
 
     multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
     width = multistep.packed.shape[1]
 
-    def loss(n: int, shape: tuple[int, ...], step: int, prediction: str, backward: bool) -> None:
-        f, keys, t = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n)
+    def loss(n: int, shape: tuple[int, ...], step: int, backward: bool) -> None:
+        f, keys, k = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n, 6)
         grad, out = (torch.empty(()), torch.empty_like(f)) if backward else (None, torch.empty(()))
-        dsm_loss.dsm_loss(f, f, t, keys, step, 0.1, 20.0 / n, prediction=prediction, grad=grad, out=out)
+        dsm_loss.dsm_loss(f, f, keys, step, k, grad=grad, out=out)
 
     def step_of(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
         x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, width)
@@ -44,8 +44,16 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
 
     def noising(n: int, shape: tuple[int, ...], step: int, shift: float) -> None:
         x_0, keys = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64)
-        out, t_out, numbers = torch.empty_like(x_0), torch.empty(n), {"scale": shift + 1.0, "shift": shift}
-        perturb.perturb(x_0, keys, step, 0.1, 20.0, **numbers, t_min=1 / (n + 1), out=out, t_out=t_out)
+        numbers = {"scale": shift + 1.0, "shift": shift}
+        perturb.perturb(x_0, keys, step, torch.empty(n, 6), **numbers, out=torch.empty_like(x_0), tau=torch.empty(n))
+
+    def timing(n: int, step: int) -> None:
+        u, first = torch.empty(1, n), torch.empty(1, dtype=torch.int64)
+        uniform.uniform(torch.empty(n, 2, dtype=torch.int64), step, 2, u, counter=first)
+
+    def interpolating(n: int, segments: int) -> None:
+        rows = torch.empty(segments % 1000 + 1, 4, 8)
+        coefficients.coefficients(torch.empty(n), rows, segments, 17, torch.empty(n, 6))
 
     def guided(guidance: float, clip: float) -> None:
         table = solvers.build("ddim", VPSDE(), 4, clip=clip)
@@ -62,10 +70,13 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         launches = [partial(noising, n, shape, step, float(i)) for i, (n, step) in enumerate(sizes)]
         yield f"perturb {shape}", perturb.perturb_kernel, launches
         for backward in (False, True):
-            launches = [partial(loss, n, shape, step, "v", backward) for n, step in sizes]
+            launches = [partial(loss, n, shape, step, backward) for n, step in sizes]
             yield f"dsm_loss {shape} backward={backward}", dsm_loss.dsm_loss_kernel, launches
-    launches = [partial(loss, n, (5,), 0, "x0", False) for n in BATCHES]
+    launches = [partial(loss, n, (5,), 0, False) for n in BATCHES]
     yield "mean", dsm_loss.mean_kernel, launches
+    yield "uniform", uniform.uniform_kernel, [partial(timing, *each) for each in sizes]
+    launches = [partial(interpolating, n, step + 1) for n, step in sizes]
+    yield "coefficients", coefficients.coefficients_kernel, launches
     launches = [partial(guided, guidance, clip) for guidance in (2.5, 1, 2, 16) for clip in (1.5, 1, 2)]
     yield INTS, solver_step.solver_step_kernel, launches
     layers = [(torch.zeros(16, 3), torch.zeros(16)), (torch.zeros(2, 16), torch.zeros(2))]
@@ -134,7 +145,7 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
-    assert len(runs) == 15
+    assert len(runs) == 17
     # Of tiles two: small ones for few samples, large ones for many (fastsde.kernels.tile).
     assert runs == {name: 2 if "(" in name else 1 for name in runs}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastsde import run_folder
-from fastsde.run_folder import RunLog
+from fastsde.training import run_folder
+from fastsde.training.run_folder import RunLog
 
 
 @pytest.fixture

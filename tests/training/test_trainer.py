@@ -17,10 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from fastsde import NonFiniteError, checkpoints, noise, reference, run_folder
+from fastsde import NonFiniteError, checkpoints, noise, reference
 from fastsde.data import Dataset, swiss_roll
-from fastsde.engines import training as steps
-from fastsde.training import TrainConfig, Trainer, _Line, default_config, saved_config, tutorial_config
+from fastsde.training import TrainConfig, Trainer, default_config, run_folder, saved_config, tutorial_config
+from fastsde.training.steps import EagerSteps
+from fastsde.training.trainer import _Line
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint")
 
@@ -77,7 +78,7 @@ def test_training_leaves_the_generator_of_torch_alone(tmp_path: Path) -> None:
 @pytest.fixture
 def eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an MLP too: tests/kernels/test_mlp_training.py has the native ones."""
-    monkeypatch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+    monkeypatch.setattr("fastsde.training.trainer.can_run_natively", lambda *args: False)
 
 
 @pytest.mark.usefixtures("eager_steps")
@@ -89,7 +90,7 @@ def test_the_trainer_takes_the_steps_of_the_reference(tmp_path: Path) -> None:
     start = Trainer(config, tmp_path / "fresh")
     keys = noise.sample_keys(config.seed, config.batch_size)
     for step in range(config.steps):
-        reference.train_step(start.model, start.optimizer, start.dataset.x, keys, step, config.sde, prediction="eps")
+        reference.train_step(start.model, start.optimizer, start.dataset.x, keys, step, config.objective)
     for ours, theirs in zip(trainer.model.parameters(), start.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -125,7 +126,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: Tra
 
 EVERY_CHECKPOINT = """
 import runpy
-from fastsde import run_folder
+from fastsde.training import run_folder
 run_folder.CHECKPOINT_SECONDS = 0.0
 runpy.run_module("fastsde", run_name="__main__")
 """
@@ -264,16 +265,16 @@ def test_a_run_that_an_error_ends_has_all_its_lines(
     monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", math.inf)
     trainer = Trainer(TINY, tmp_path)
     trainer._captures = True  # a line is then read when the next one has been begun
-    trainer._steps = lambda work: steps.EagerSteps(work, trainer._here)  # type: ignore[method-assign]
-    take, on_disk = steps.EagerSteps.take, []
+    trainer._steps = lambda work: EagerSteps(work, trainer._here)  # type: ignore[method-assign]
+    take, on_disk = EagerSteps.take, []
 
-    def cut(self: steps.EagerSteps, first: int, count: int) -> torch.Tensor:
+    def cut(self: EagerSteps, first: int, count: int) -> torch.Tensor:
         if first == 45:
             on_disk.append(len(log_of(tmp_path)))
             raise error("here")
         return take(self, first, count)
 
-    monkeypatch.setattr(steps.EagerSteps, "take", cut)
+    monkeypatch.setattr(EagerSteps, "take", cut)
     with pytest.raises(error, match="here"):
         trainer.train(progress=False)
     assert on_disk == [1]  # the first is written at once, and the others wait
@@ -324,7 +325,7 @@ def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.M
 
     target, name = {
         "optimizer": (trainer.optimizer, "step"),
-        "average": (steps, "ema_update"),
+        "average": (sys.modules["fastsde.training.steps"], "ema_update"),
         "log": (trainer, "_log"),
     }[when]
     monkeypatch.setattr(target, name, interrupting(getattr(target, name)))
@@ -363,7 +364,7 @@ def test_a_diverging_run_is_reported_and_keeps_its_last_checkpoint(
     trainer = Trainer(TINY, tmp_path / "a")
     trainer.model.net[0].bias.register_hook(lambda grad: grad * float("nan"))
     with monkeypatch.context() as patch:
-        patch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+        patch.setattr("fastsde.training.trainer.can_run_natively", lambda *args: False)
         with pytest.raises(NonFiniteError, match="loss became nan before step 10"):
             trainer.train(progress=False)
     assert saved_step(tmp_path / "a") == 0
@@ -490,7 +491,7 @@ def test_the_default_dtype_does_not_enter(
 ) -> None:
     config = replace(TINY, steps=20, lr_warmup=5)
     if not natively:
-        monkeypatch.setattr("fastsde.training.can_run_natively", lambda *args: False)
+        monkeypatch.setattr("fastsde.training.trainer.can_run_natively", lambda *args: False)
     Trainer(config, tmp_path / "plain").train(progress=False)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -614,7 +615,7 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
     assert Trainer(third, tmp_path / "third").earlier_steps == 2 * TINY.steps
     checkpoints.save(tmp_path / "own.safetensors", replace(checkpoints.load(tmp_path / "second"), record={}))
     assert Trainer(replace(TINY, init=str(tmp_path / "own.safetensors")), tmp_path / "fifth").earlier_steps == 0
-    with pytest.raises(ValueError, match="init must have the model and prediction of the run"):
+    with pytest.raises(ValueError, match="init must have the model, prediction and sigma_data of the run"):
         Trainer(replace(TINY, init="swiss-roll"), tmp_path / "fourth")
 
 

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsde import checkpoints
 from fastsde.data import Dataset
-from fastsde.engines import training as steps
 from fastsde.engines.chunks import FIXED_LENGTHS
 from fastsde.models import MLP
 from fastsde.training import TrainConfig, Trainer, default_config
+from fastsde.training.captured import _WARM_UPS, CapturedSteps
+from fastsde.training.steps import Work, rates_of
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint")
 
@@ -49,7 +50,7 @@ Weights = dict[str, torch.Tensor]
 def trained(config: TrainConfig, directory: Path, eagerly: bool, **options: Any) -> Weights:
     with pytest.MonkeyPatch.context() as patch:
         if eagerly:
-            patch.setattr("fastsde.training.can_capture", lambda *args: False)
+            patch.setattr("fastsde.training.trainer.can_capture", lambda *args: False)
         Trainer(config, directory, device=torch.get_default_device(), **options).train(progress=False)
     return checkpoints.read(directory / "checkpoint.safetensors")[0]
 
@@ -101,7 +102,7 @@ def test_the_weights_are_those_of_the_eager_trainer(
 def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path) -> None:
     whole = trained(POINTS, tmp_path / "whole", eagerly=False)
     with pytest.MonkeyPatch.context() as patch:
-        take, taken = steps.CapturedSteps.take, []
+        take, taken = CapturedSteps.take, []
 
         def cut(self: Any, first: int, count: int) -> torch.Tensor:
             if first > 24:
@@ -109,7 +110,7 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
             taken.append(count)
             return take(self, first, count)
 
-        patch.setattr(steps.CapturedSteps, "take", cut)
+        patch.setattr(CapturedSteps, "take", cut)
         with pytest.raises(KeyboardInterrupt):
             trained(POINTS, tmp_path / "cut", eagerly=False)
     assert taken == [1, 1, 1, 5, 1, 1, 5, 5, 5]
@@ -130,11 +131,11 @@ def test_images_train_in_channels_last(
     contiguous, share = {}, 0.2 if precision == "bf16" else 1e-2
     for steps_done in (4, 6):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastsde.training.prefers_channels_last", lambda model, device: False)
+            patch.setattr("fastsde.training.trainer.prefers_channels_last", lambda model, device: False)
             contiguous = trained(
                 replace(config, steps=steps_done), tmp_path / f"contiguous {steps_done}", eagerly=False
             )
-    monkeypatch.setattr("fastsde.training.prefers_channels_last", lambda model, device: True)  # as on a GPU
+    monkeypatch.setattr("fastsde.training.trainer.prefers_channels_last", lambda model, device: True)  # as on a GPU
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     device = torch.get_default_device()
     trainer = Trainer(config, tmp_path / "whole", device=device)
@@ -174,18 +175,18 @@ def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 23, 99, 100, 1000])
 def test_any_number_of_steps_is_made_of_few_lengths(graphs: Any, tmp_path: Path, count: int) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = steps.Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
-    lengths = steps.CapturedSteps(work).chunks(count)
+    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    lengths = CapturedSteps(work).chunks(count)
     assert sum(lengths) == count
-    assert lengths[: steps._WARM_UPS] == [1] * min(count, steps._WARM_UPS)
+    assert lengths[:_WARM_UPS] == [1] * min(count, _WARM_UPS)
     assert set(lengths) <= set(FIXED_LENGTHS)
-    assert len(lengths) <= steps._WARM_UPS + count // 50 + 9
+    assert len(lengths) <= _WARM_UPS + count // 50 + 9
 
 
 def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = steps.Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
-    captured = steps.CapturedSteps(work)
+    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured = CapturedSteps(work)
     for step in range(3):
         captured.take(step, 1)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
@@ -202,8 +203,8 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
 def test_a_step_of_another_thread_warms_it_up(graphs: Any, tmp_path: Path) -> None:
     config = replace(POINTS, steps=6)
     trainer = Trainer(config, tmp_path / "run", device=torch.get_default_device())
-    work = steps.Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
-    captured, errors = steps.CapturedSteps(work), []
+    work = Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured, errors = CapturedSteps(work), []
 
     def take(firsts: range) -> None:
         try:
@@ -239,15 +240,15 @@ class _Operations(TorchDispatchMode):
 @pytest.mark.usefixtures("graphs")
 def test_a_replay_takes_a_handful_of_operations_beside_its_graph(tmp_path: Path) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = steps.Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
-    captured = steps.CapturedSteps(work)
-    captured._warm_ups = steps._WARM_UPS
+    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured = CapturedSteps(work)
+    captured._warm_ups = _WARM_UPS
     captured._graphs[50] = lambda: None
     with _Operations() as operations:
         captured.take(100, 50)
     assert 3 <= operations.count <= 10  # the step number, the rates and the losses, with views and host memory
     assert captured._first.item() == 100
-    torch.testing.assert_close(captured._rates, steps._rates(POINTS, 100, 50).to(trainer.device), rtol=0, atol=0)
+    torch.testing.assert_close(captured._rates, rates_of(POINTS, 100, 50).to(trainer.device), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("graphs")

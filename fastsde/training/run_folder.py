@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints
-from .checkpoints import RUN_CHECKPOINT
-from .files import atomic_path
+from .. import checkpoints
+from ..checkpoints import RUN_CHECKPOINT
+from ..files import atomic_path
 
 __all__ = ["CHECKPOINT_SECONDS", "LOG_SECONDS", "RunLog", "is_before_first_step", "locked"]
 

@@ -1,11 +1,11 @@
-"""Ways to take training steps: one after the other, or dozens of them at once, by a native kernel or as CUDA graphs."""
+"""Ways to take training steps: one after the other, or dozens of them at once by a native kernel."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,19 @@ from .. import distributed, ops
 from ..data import Dataset
 from ..distributed import Ranks
 from ..models.mlp import linear_layers
+from ..objective import Coefficients
 from ..reference import Draws, ema_update, train_step, training_draws
-from . import capture
-from .chunks import MAX_CHUNK, chunks_of_fixed_lengths
-from .mixed_precision import LowPrecisionCopy
+from .config import TrainConfig
 
-if TYPE_CHECKING:
-    from ..training import TrainConfig
-
-__all__ = ["CapturedSteps", "EagerSteps", "NativeSteps", "Steps", "Work", "can_capture", "can_run_natively"]
+__all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "rates_of"]
 
 # Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
 _DRAW_ELEMENTS = 1 << 17
-_WARM_UPS = 3
 _ADAM_KINDS = ("exp_avg", "exp_avg_sq")
 # A native call takes at most so many steps, and about so many products of weights and samples: between two calls,
-# within about a second, Ctrl-C is heard. Beyond the width the weights leave the cache, and PyTorch is faster.
-_NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_WIDTH = 500, 1e10, 1024
+# within about a second, Ctrl-C is heard. Their coefficients are made before it. Beyond the width the weights leave the
+# cache, and PyTorch is faster.
+_NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_ROWS, _NATIVE_WIDTH = 500, 1e10, 1 << 22, 1024
 
 
 @dataclass
@@ -68,11 +64,6 @@ class Steps(Protocol):
         """Takes the steps ``first`` to ``first + count - 1`` and returns their losses, fp32 ``[count]``."""
 
 
-def can_capture(device: torch.device, here: Ranks) -> bool:
-    """Whether steps can be captured: on one GPU."""
-    return here.world == 1 and capture.can_record(device) and ops.has_triton(device)
-
-
 def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device, here: Ranks) -> bool:
     """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
     layers = linear_layers(model)
@@ -82,9 +73,7 @@ def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
     if not (fit and plain and ops.has_native(device, "mlp_training")):
         return False
-    from ..kernels.cpu import mlp_training as native
-
-    return bool(native.takes(layers[1], config.prediction, config.weighting))
+    return bool(ops.kernel("mlp_training", device).takes(layers[1]))
 
 
 class EagerSteps:
@@ -122,10 +111,8 @@ class EagerSteps:
             work.dataset.x,
             None,
             step,
-            config.sde,
+            config.objective,
             **work.scaling,
-            prediction=config.prediction,
-            weighting=config.weighting,
             autocast=work.autocast,
             draws=next(self._draws),
             loss_weight=self._weight,
@@ -142,7 +129,7 @@ class EagerSteps:
         # Blocks start at multiples of their length, so that a resumed run draws in the same blocks.
         for start in range(first // ahead * ahead, config.steps, ahead):
             steps = torch.arange(start, min(start + ahead, config.steps), device=self._work.device)
-            block = training_draws(keys, steps, len(dataset), dataset.shape, config.t_min)
+            block = training_draws(keys, steps, len(dataset), dataset.shape, config.objective)
             for k in range(max(0, first - start), len(steps)):
                 yield Draws(*(values[k] for values in block))
 
@@ -153,39 +140,41 @@ class NativeSteps:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._keys = ops.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
+        size = (self._most, work.config.batch_size, len(Coefficients._fields))
+        self._table = torch.empty(size, dtype=torch.float32, device="cpu")
+
+    @property
+    def _most(self) -> int:
+        """How many steps a call takes."""
+        batch_size = self._work.config.batch_size
+        products = batch_size * sum(each.numel() for each in self._work.model.parameters())
+        return max(1, min(_NATIVE_STEPS, int(_NATIVE_PRODUCTS / products), _NATIVE_ROWS // batch_size))
 
     def chunks(self, count: int) -> list[int]:
-        products = self._work.config.batch_size * sum(each.numel() for each in self._work.model.parameters())
-        most = max(1, min(_NATIVE_STEPS, int(_NATIVE_PRODUCTS / products)))
+        most = self._most
         return [min(most, count - first) for first in range(0, count, most)]
 
     def take(self, first: int, count: int) -> Tensor:
         """As `Steps.take`."""
-        from ..kernels.cpu.mlp_training import Parameters, mlp_training
-
-        work, config = self._work, self._work.config
+        work, config, native = self._work, self._work.config, ops.kernel("mlp_training", self._keys.device)
         weights, activations = _parameters(work.model)
         states = [None if each is None else self._state(each) for each in weights]
         average, square = ([None if state is None else state[kind] for state in states] for kind in _ADAM_KINDS)
         moving = None if work.ema is None else _parameters(work.ema)[0]
         adam = work.optimizer.param_groups[0]
         with torch.no_grad():
-            losses: Tensor = mlp_training(
-                Parameters(weights, average, square, moving),
+            losses: Tensor = native.mlp_training(
+                native.Parameters(weights, average, square, moving),
                 activations,
                 work.dataset.x,
                 self._keys,
-                config.sde.beta_min,
-                config.sde.beta_max,
+                ops.step_coefficients(config.objective, self._keys, first, count, out=self._table[:count]),
                 **work.scaling,
-                t_min=config.t_min,
-                prediction=config.prediction,
-                weighting=config.weighting,
                 betas=adam["betas"],
                 epsilon=adam["eps"],
                 first=first,
                 taken=int(next(state["step"] for state in states if state is not None)),
-                rates=_rates(config, first, count),
+                rates=rates_of(config, first, count),
             )
         for state in states:
             if state is not None:
@@ -207,107 +196,8 @@ def _parameters(model: nn.Module) -> tuple[list[Any], list[str]]:
     return [each for linear in linears for each in (linear.weight, linear.bias)], activations
 
 
-def _rates(config: TrainConfig, first: int, count: int) -> Tensor:
+def rates_of(config: TrainConfig, first: int, count: int) -> Tensor:
     """Of each step the learning rate, and 1 - the decay of the moving average: fp32 ``[count, 2]`` on the host."""
     steps = range(first, first + count)
     rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in steps]
     return torch.tensor(rates, dtype=torch.float32, device="cpu")
-
-
-class CapturedSteps:
-    """Whole steps as CUDA graphs: gather, noising, network, loss, backward, Adam and the moving average.
-
-    The first steps are taken as they are, which warms up what is then captured, as is one of each other thread that
-    comes to capture some. The number of the first step, the learning rates and the decays lie in device memory, and are
-    written there before each replay; a graph begins with the data order of its steps.
-    """
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._copy = None if work.autocast is None else LowPrecisionCopy(work.model, work.autocast)
-        self._network = work.as_called(work.model if self._copy is None else self._copy.network)
-        config, device = work.config, work.device
-        self._keys = ops.sample_keys(config.seed, config.batch_size, device=device)
-        self._first = torch.zeros(1, dtype=torch.int64, device=device)
-        # Rows of 16 bytes or a multiple: a kernel would be compiled anew, while it is captured, for one that is not.
-        width = config.batch_size + config.batch_size % 2
-        self._index = torch.zeros((MAX_CHUNK, width), dtype=torch.int64, device=device)
-        self._rates = torch.zeros((MAX_CHUNK, 2), dtype=torch.float32, device=device)
-        self._losses = torch.zeros(MAX_CHUNK, dtype=torch.float32, device=device)
-        self._one = torch.ones((), dtype=torch.float32, device=device)  # the gradient of a loss
-        for group in work.optimizer.param_groups:
-            group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
-        self._recording = capture.Recording(device)
-        self._graphs: dict[int, Callable[[], None]] = {}
-        self._warm_ups = 0
-
-    def chunks(self, count: int) -> list[int]:
-        first = min(count, _WARM_UPS - self._warm_ups)
-        return [1] * first + chunks_of_fixed_lengths(count - first)
-
-    def take(self, first: int, count: int) -> Tensor:
-        """As `Steps.take`.
-
-        Raises:
-            CaptureError: where the steps cannot be captured; none of them has then been taken.
-        """
-        if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
-            self._write(first, count)
-            self._recording.warm_up(lambda: self._steps(count))
-            self._warm_ups += 1
-        else:
-            if count not in self._graphs:
-                self._graphs[count] = self._recording.record(lambda: self._steps(count))
-            self._write(first, count)
-            self._graphs[count]()
-        return self._losses[:count].clone()
-
-    def _write(self, first: int, count: int) -> None:
-        """What is different in each replay, into device memory, without waiting for the device."""
-        rates = _rates(self._work.config, first, count)
-        if self._work.device.type == "cuda":
-            rates = rates.pin_memory()  # PyTorch does not give this memory away before the copy has run
-        self._rates[:count].copy_(rates, non_blocking=True)
-        self._first.fill_(first)
-
-    def _steps(self, count: int) -> None:
-        config = self._work.config
-        ops.data_order(self._keys, self._first, len(self._work.dataset), self._index[:count, : config.batch_size])
-        for i in range(count):
-            self._losses[i] = self._step(i)
-
-    def _step(self, i: int) -> Tensor:
-        work, config = self._work, self._work.config
-        given: dict[str, Any] = {"index": self._index[i, : config.batch_size], "counter": self._first}
-        given |= work.scaling
-        self._clear_gradients()
-        noising: dict[str, Any] = {"t_min": config.t_min, "dtype": work.autocast}
-        x_t, t = ops.perturb(work.dataset.x, self._keys, i, config.sde, **noising, **given)
-        with torch.autocast(x_t.device.type, dtype=work.autocast, enabled=work.autocast is not None):
-            f = self._network(x_t, t)
-        kinds: dict[str, Any] = {"prediction": config.prediction, "weighting": config.weighting}
-        loss = ops.dsm_loss(f, work.dataset.x, t, self._keys, i, config.sde, **kinds, **given)
-        torch.autograd.backward(loss, self._one)
-        if self._copy is not None:
-            self._copy.hand_over()
-        for group in work.optimizer.param_groups:
-            group["lr"].copy_(self._rates[i, 0])
-        work.optimizer.step()
-        if work.ema is not None:
-            _move(work.ema, work.model, self._rates[i, 1])
-        return loss.detach()
-
-    def _clear_gradients(self) -> None:
-        if self._copy is None:
-            self._work.optimizer.zero_grad(set_to_none=True)
-        else:
-            self._copy.refresh()
-
-
-def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
-    """`fastsde.reference.ema_update` with 1 - decay on the device."""
-    with torch.no_grad():
-        averages: list[Tensor] = list(ema.parameters())
-        steps: list[Tensor] = list(torch._foreach_sub([each.detach() for each in model.parameters()], averages))
-        torch._foreach_mul_(steps, weight)
-        torch._foreach_add_(averages, steps)

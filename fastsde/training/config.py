@@ -1,0 +1,131 @@
+"""What a training run is a function of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .. import models
+from ..objective import Objective
+from ..sde import VPSDE, Process, from_dict, to_dict
+from ..validation import check_bool, check_instance, check_int, check_number, check_range
+from ..vocabulary import LR_SCHEDULES, PRECISIONS
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that a run is a function of, beside the library versions and the device.
+
+    Args:
+        data: the data set: "swiss-roll", "digits" or "mnist" (or a name of your own, with a `Dataset` of your own).
+        data_size: how many points or images, or None for the usual (`fastsde.data.load`).
+        pixel_range: what black and white become, of images in uint8 (floats are trained on as they are).
+        model: the architecture, as `fastsde.models.from_config` takes it.
+        prediction, weighting, preconditioning, sigma_data: what the network learns
+            (`fastsde.objective.Objective`); with ``preconditioning="edm"`` the prediction is "x0".
+        steps, batch_size: how many steps, below 2^28, on how many samples each.
+        lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps and then stays, or falls to zero along
+            a half cosine at the last step (``lr_schedule`` "constant" or "cosine").
+        ema_decay: decay of the average of the weights that is sampled from; 0 keeps none. It starts lower, at
+            (1 + step) / (10 + step), so that the first weights are forgotten.
+        times, t_min, t_max, time_mean, time_std: how training times are drawn (`fastsde.objective.Objective`).
+        precision: "fp32" (on a GPU, PyTorch's convolutions take TF32 for it), or "bf16" for the network under autocast.
+        compile: whether the network runs through ``torch.compile``.
+        seed: in [0, 2^63), of the weights, the data order, the times and the noise.
+        init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
+        checkpoint_every, log_every: steps between checkpoints and between log lines. Where that is less than ten
+            seconds after a checkpoint, the next is left out, but for that of the last step or of an interrupted one;
+            lines are written together every two seconds (`fastsde.training.run_folder`).
+        sde: the process, one of `fastsde.sde.PROCESSES`, whose name a checkpoint holds.
+
+    Raises:
+        TypeError, ValueError: for a field of another type, or out of its range.
+    """
+
+    data: str
+    model: dict[str, Any]
+    data_size: int | None = None
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    prediction: str = "eps"
+    weighting: str = "sigma2"
+    steps: int = 100_000
+    batch_size: int = 256
+    lr: float = 1e-3
+    lr_schedule: str = "cosine"
+    lr_warmup: int = 0
+    ema_decay: float = 0.999
+    preconditioning: str = "none"
+    sigma_data: float = 0.5
+    times: str = "uniform"
+    t_min: float = 1e-4
+    t_max: float | None = None
+    time_mean: float = -1.2
+    time_std: float = 1.2
+    precision: str = "fp32"
+    compile: bool = False
+    seed: int = 0
+    init: str = ""
+    checkpoint_every: int = 1000
+    log_every: int = 100
+    sde: Process = field(default_factory=VPSDE)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("data", str), ("model", dict), ("init", str)):
+            check_instance(name, getattr(self, name), kind)
+        with torch.device("meta"):  # nothing is allocated, and nothing drawn
+            models.from_config(self.model)
+        for name, choices in (("lr_schedule", LR_SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_int("steps", self.steps, 1, 2**28)  # what the noise contract has bits for
+        for name, low in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("lr_warmup", 0)):
+            check_int(name, getattr(self, name), low)
+        if self.data_size is not None:
+            check_int("data_size", self.data_size, 1)
+        check_int("seed", self.seed, 0, 2**63)
+        check_range("pixel_range", self.pixel_range)
+        check_bool("compile", self.compile)
+        check_number("lr", self.lr, "positive and finite", lambda lr: 0 < lr < math.inf)
+        check_number("ema_decay", self.ema_decay, "in [0, 1)", lambda decay: 0 <= decay < 1)
+        to_dict(self.sde)  # refuses what a checkpoint cannot name
+        check_instance("objective", self.objective, Objective)  # which checks its own fields
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the network learns, and at which times."""
+        return Objective(**{each.name: getattr(self, each.name) for each in fields(Objective)})
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        if step < self.lr_warmup:
+            return self.lr * (step + 1) / self.lr_warmup
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = (step - self.lr_warmup) / max(1, self.steps - self.lr_warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def ema_decay_at(self, step: int) -> float:
+        """The decay of the moving average in a step."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of ``dataclasses.asdict``, also after a way through JSON. Fields with a default may be left out.
+
+        Raises:
+            TypeError, ValueError: for fields that are missing, unknown, of another type or out of their range.
+        """
+        check_instance("values", values, dict)
+        known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(cls)}
+        missing = [name for name, required in known.items() if required and name not in values]
+        unknown = [name for name in values if name not in known]
+        if missing or unknown:
+            raise ValueError(f"values must have the fields of a TrainConfig: missing {missing}, unknown {unknown}")
+        sde, pixel_range = from_dict(values.get("sde", {})), values.get("pixel_range", cls.pixel_range)
+        return cls(**{**values, "sde": sde, "pixel_range": check_range("pixel_range", pixel_range)})

@@ -1,0 +1,310 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import checkpoints, distributed
+from ..checkpoints import RUN_CHECKPOINT, Checkpoint
+from ..data import DEFAULT_ROOT, Dataset, load
+from ..distributed import Ranks
+from ..engines.capture import CaptureError
+from ..engines.fetch import Fetch
+from ..engines.inspection import prefers_channels_last
+from ..models import Preconditioned
+from ..notices import warn
+from ..reference import NonFiniteError
+from ..validation import check_device, check_instance
+from . import run_folder
+from .captured import CapturedSteps, can_capture
+from .config import TrainConfig
+from .interrupt import deferred_interrupt
+from .run_folder import RunLog
+from .state import check_same_run, config_of, initial_model, restore, steps_of, tensors_of
+from .steps import EagerSteps, NativeSteps, Steps, Work, can_run_natively
+
+__all__ = ["Trainer"]
+
+
+class _Line(NamedTuple):
+    """What a log line will tell, once its loss has come from the device."""
+
+    step: int
+    steps: int  # that the loss is the mean of
+    loss: Fetch
+
+
+class Trainer:
+    """Trains a score network and keeps the run in a folder.
+
+    The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
+    a run resumes from, written whole or not at all, from before the first step on; and ``log.jsonl``, from which a
+    resumed run drops the lines of steps that it takes again. A run that ends or is interrupted, by Ctrl-C or an error,
+    has all its lines there, one that is killed those up to its checkpoint; the first line of a resumed run is the mean
+    of the steps since then. On the CPU a resumed run comes to the very weights of one that was not interrupted.
+
+    On one GPU the steps are captured as CUDA graphs (`fastsde.training.captured.CapturedSteps`); on the CPU those of an
+    MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
+    takes its part of every batch, and the first one writes the folder. On a GPU the weights of a network with
+    convolutions are in channels_last; those of a checkpoint are contiguous.
+
+    Args:
+        config: the run.
+        directory: its folder. Nothing is written there before `train`.
+        device: where to train.
+        dataset: the training data; by default loaded by ``config.data``. Where the model takes images ``[C, H, W]``,
+            they may also come as ``[N, H, W, C]``, and those of one channel as ``[N, H, W]``.
+        data_root: the folder of MNIST.
+        resume: go on from the folder's checkpoint, or start where there is none. Otherwise a folder that has a
+            checkpoint is refused, unless it is from before the first step: that run is started again.
+
+    Raises:
+        FileExistsError: for a folder with a checkpoint and no ``resume``.
+        TypeError: for an argument of another type.
+        ValueError: for a checkpoint of another config, or one that is not whole, a device that cannot be used, or data
+            of another shape than the model's.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        directory: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dataset: Dataset | None = None,
+        data_root: str | Path = DEFAULT_ROOT,
+        resume: bool = False,
+    ) -> None:
+        check_instance("config", config, TrainConfig)
+        self.config, self.directory, self.device = config, Path(directory), check_device(device)
+        checkpoint = self.directory / RUN_CHECKPOINT
+        if not resume and checkpoint.exists() and not run_folder.is_before_first_step(checkpoint):
+            raise FileExistsError(
+                f"{self.directory} already holds a run: go on with it (resume=True, or --resume), delete it, or choose "
+                "another folder"
+            )
+        self._here = distributed.ranks() or Ranks()
+        distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
+        if self._here.world > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where NCCL looks
+        dataset = self._load(data_root) if dataset is None else dataset
+        check_instance("dataset", dataset, Dataset)
+        resuming = resume and checkpoint.exists()
+        start = checkpoints.load(config.init) if config.init and not resuming else None
+        self.model = initial_model(config, start).to(self.device)
+        if prefers_channels_last(self.model, self.device):
+            self.model.to(memory_format=torch.channels_last)  # and with it the average, gradients and Adam's state
+        self.earlier_steps = 0 if start is None else steps_of(start)
+        self.dataset = dataset.with_shape(self.model.shape).with_pixel_range(config.pixel_range).to(self.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
+        self._captures = can_capture(self.device, self._here)
+        options: dict[str, Any] = {"lr": config.lr, "fused": True, "capturable": self._captures}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **options)
+        self.step = 0
+        self.loss: float | None = None
+        self._lines = RunLog(self.directory)
+        if resuming:
+            self._restore(*checkpoints.read(checkpoint))
+
+    def _load(self, root: str | Path) -> Dataset:
+        """The data set of the config, on each machine by one rank before the others: it may have to be downloaded."""
+        config, waits = self.config, self._here.local_rank != 0
+        if waits:
+            distributed.mean_over_ranks(0)
+        dataset = load(config.data, size=config.data_size, root=root, pixel_range=config.pixel_range, seed=config.seed)
+        if not waits:
+            distributed.mean_over_ranks(0)
+        return dataset
+
+    @property
+    def sampling_model(self) -> nn.Module:
+        """The network to sample from: the moving average, where there is one."""
+        model: nn.Module = self.model if self.ema is None else self.ema
+        return model
+
+    def checkpoint(self) -> Checkpoint:
+        """What the run has come to, to sample from: with EDM's preconditioning a network that predicts x_0."""
+        model = self.sampling_model
+        if self.config.preconditioning == "edm":
+            model = Preconditioned(model, self.config.sde, self.config.sigma_data)
+        return Checkpoint(
+            model=model,
+            sde=self.config.sde,
+            prediction=self.config.prediction,
+            data=self.config.data,
+            value_range=self.dataset.seen_range,
+            record={
+                "config": asdict(self.config),
+                "step": self.step,
+                "earlier_steps": self.earlier_steps,
+                "loss": self.loss,
+                "torch": torch.__version__,
+                "device": self.device.type,
+            },
+        )
+
+    def train(self, progress: bool = True) -> Checkpoint:
+        """Runs to ``config.steps`` and returns the result; the folder's checkpoint is then that of the last step.
+
+        Interrupted by Ctrl-C it ends the step, saves a checkpoint, and raises KeyboardInterrupt.
+
+        Raises:
+            NonFiniteError: where the loss or the weights become NaN or infinity; the last checkpoint stays.
+            RuntimeError: where another process trains, or has trained, in the folder.
+        """
+        # All have looked at the folder before the first one writes there.
+        differs = distributed.mean_over_ranks(self.step) != self.step
+        if distributed.any_rank(differs):  # a rank that is at the mean does not see it by itself
+            raise RuntimeError(
+                f"the ranks are not at the same step: {self.directory} must be one folder for all of them"
+            )
+        first = self._here.rank == 0
+        progress = progress and first
+        with run_folder.locked(self.directory) if first else nullcontext(), deferred_interrupt() as interrupted:
+            if first:
+                self._begin()
+            bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
+            with bar:
+                self._run(bar, interrupted)
+        distributed.mean_over_ranks(0)  # the first one has written the last checkpoint
+        return self.checkpoint()
+
+    def _begin(self) -> None:
+        """Makes the folder fit this trainer, once it is locked."""
+        path = self.directory / RUN_CHECKPOINT
+        step = checkpoints.read(path)[1]["record"]["step"] if path.exists() else None
+        if step not in (None, self.step):
+            raise RuntimeError(
+                f"the run in {self.directory} has come to step {step} since this trainer was made at step "
+                f"{self.step}: make it anew with resume=True"
+            )
+        if not step:
+            self._save()  # so that the config is there to resume from, whenever the run is killed
+        self._lines.drop_after(self.step)
+
+    def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
+        lines: deque[_Line] = deque()
+        try:
+            self._take_steps(bar, lines, interrupted)
+        except BaseException:
+            if self._here.world == 1:  # of several ranks none leaves a line open, and the others might not answer
+                with suppress(Exception):  # what went wrong first is what counts
+                    self._report(bar, lines)
+            raise
+        finally:
+            self._lines.flush()
+
+    def _take_steps(self, bar: tqdm[Any], lines: deque[_Line], interrupted: Callable[[], bool]) -> None:
+        config = self.config
+        work = Work(config, self.model, self.ema, self.optimizer, self.dataset, self.device)
+        steps = self._steps(work)
+        losses: list[Tensor] = []
+        since, stop = self.step, False
+        self._reported = saved = time.monotonic()
+        while self.step < config.steps and not stop:
+            for count in steps.chunks(self._steps_to_next_stop()):
+                try:
+                    losses.append(steps.take(self.step, count))
+                except CaptureError as error:
+                    warn(f"the steps are taken one by one: {error}")
+                    steps = EagerSteps(work, self._here)
+                    break
+                self.step += count
+                self._report(bar, lines, leave=len(lines))
+                stop = self._here.world == 1 and interrupted()
+                if stop:
+                    break
+            last = self.step == config.steps
+            if (self.step % config.log_every == 0 or last) and losses:
+                lines.append(_Line(self.step, self.step - since, Fetch(torch.cat(losses).double().mean())))
+                losses, since = [], self.step
+                # While the device goes on with the steps of this line, the one before is waited for.
+                self._report(bar, lines, leave=int(isinstance(steps, CapturedSteps)))
+                # All ranks stop at the same step, or they would wait for each other.
+                stop = stop or distributed.any_rank(interrupted())
+            if last or stop or self._is_checkpoint_due(saved):
+                self._report(bar, lines)
+                self._save()
+                saved = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
+
+    def _is_checkpoint_due(self, saved: float) -> bool:
+        """Whether all ranks save at this step, as soon as the clock of one of them says so."""
+        if self.step % self.config.checkpoint_every:
+            return False
+        return distributed.any_rank(time.monotonic() - saved >= run_folder.CHECKPOINT_SECONDS)
+
+    def _steps(self, work: Work) -> Steps:
+        """The fastest way to take steps that there is."""
+        if self._captures:
+            return CapturedSteps(work)
+        if can_run_natively(self.config, self.model, self.device, self._here):
+            return NativeSteps(work)
+        return EagerSteps(work, self._here)
+
+    def _steps_to_next_stop(self) -> int:
+        """How many steps there are until something is logged or saved."""
+        every = (self.config.log_every, self.config.checkpoint_every)
+        return min(self.config.steps - self.step, *(each - self.step % each for each in every))
+
+    @property
+    def _way_out(self) -> str:
+        return f"try a lower lr, after deleting {self.directory} or in another folder"
+
+    def _report(self, bar: tqdm[Any], lines: deque[_Line], leave: int = 0) -> None:
+        """Logs the lines whose losses are there, waiting for those of all but the last ``leave``.
+
+        Lines that come together share their rate.
+        """
+        due: list[tuple[_Line, float]] = []
+        while lines and (len(lines) > leave or lines[0].loss.is_ready()):
+            line = lines.popleft()
+            due.append((line, distributed.mean_over_ranks(float(line.loss.wait()))))
+        if due:
+            seconds, self._reported = time.monotonic() - self._reported, time.monotonic()
+            rate = sum(line.steps for line, _ in due) / max(seconds, 1e-9)
+            for line, loss in due:
+                self._log(bar, line, loss, rate)
+
+    def _log(self, bar: tqdm[Any], line: _Line, loss: float, steps_per_second: float) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the loss became {loss} before step {line.step}: {self._way_out}")
+        self.loss = loss
+        if self._here.rank != 0:
+            return
+        lr = self.config.learning_rate(line.step - 1)
+        self._lines.append({"step": line.step, "loss": loss, "lr": lr, "steps_per_s": round(steps_per_second, 3)})
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)  # shown by the next update, ten times a second at most
+        bar.update(line.step - bar.n)
+
+    def _save(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise NonFiniteError(f"the weights became NaN or infinity before step {self.step}: {self._way_out}")
+        if self._here.rank != 0:
+            return
+        self._lines.flush()  # a run that is killed and resumed from here must find them
+        tensors = tensors_of(self.model, self.ema, self.optimizer)
+        metadata = self.checkpoint().describe()
+        checkpoints.write(self.directory / RUN_CHECKPOINT, tensors, {**metadata, "resumable": True})
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        path, record = self.directory / RUN_CHECKPOINT, metadata["record"]
+        check_same_run(self.config, config_of(metadata, path), record["step"], self.directory)
+        self.step, self.loss, self.earlier_steps = record["step"], record["loss"], record.get("earlier_steps", 0)
+        try:
+            restore(tensors, self.model, self.ema, self.optimizer, self.step > 0)
+        except KeyError as error:
+            raise ValueError(f"{path} is not a whole training checkpoint: it lacks {error}") from error

@@ -1,0 +1,103 @@
+// What noising, the loss and training share: the coefficients of an objective, and the data of a training step.
+
+#pragma once
+
+#include "parts.h"
+
+namespace fastsde {
+
+// Of one sample, a row of fastsde.objective.Objective.table.
+struct Coefficients {
+    float tau, u_x, u_z, w_f, w_x, w_z;
+};
+constexpr int64_t COLUMNS_OF_TABLE = sizeof(Coefficients) / sizeof(float);
+
+// Coefficients as piecewise cubics of the time (fastsde.interpolation): a segment is a run of 2^shift fp32 numbers from
+// that of the bits ``first`` on (the last has the number behind it, too), and its row holds the coefficients of the
+// powers of t - its middle, each padded to WIDTH numbers.
+struct Interpolation {
+    static constexpr int64_t POWERS = 4, WIDTH = 8;
+    const float* rows;
+    int64_t segments;
+    int32_t first, shift;
+
+    // False for a time outside of all segments, and NaN.
+    bool at(float t, Coefficients* to) const {
+        const int64_t bits = (int64_t)bits_of<int32_t>(t) - first;
+        if (bits < 0 || bits > segments << shift) return false;
+        const int32_t segment = (int32_t)std::min(bits >> shift, segments - 1);
+        const float x = t - bits_of<float>(first + (segment << shift) + (1 << (shift - 1)));
+        const float* row = rows + segment * POWERS * WIDTH;
+        float sums[WIDTH];
+        for (int i = 0; i < WIDTH; i++)
+            sums[i] = row[i] + x * (row[WIDTH + i] + x * (row[2 * WIDTH + i] + x * row[3 * WIDTH + i]));
+        std::memcpy(to, sums, sizeof(Coefficients));
+        return true;
+    }
+};
+
+// scale x + shift of the rows ``index`` of the data [rows, size], uint8 or fp32. A row that is not there is NaN.
+struct Data {
+    const void* x;
+    bool bytes;
+    const int64_t* index;
+    int64_t rows, size;
+    float scale, shift;
+
+    void read_row(int64_t row, int64_t first_element, int64_t count, float* to) const {
+        if (row < 0 || row >= rows) return std::fill(to, to + count, std::numeric_limits<float>::quiet_NaN());
+        const int64_t start = row * size + first_element;
+        if (bytes)
+            for (int64_t i = 0; i < count; i++) to[i] = scale * (float)((const uint8_t*)x)[start + i] + shift;
+        else
+            for (int64_t i = 0; i < count; i++) to[i] = scale * ((const float*)x)[start + i] + shift;
+    }
+
+    // Part of a sample, where it lies or in the buffer.
+    const float* of_sample(int64_t sample, int64_t first_element, int64_t count, float* buffer) const {
+        const int64_t row = index ? index[sample] : sample;
+        if (!bytes && scale == 1.0f && shift == 0.0f && row >= 0 && row < rows)
+            return (const float*)x + row * size + first_element;
+        read_row(row, first_element, count, buffer);
+        return buffer;
+    }
+};
+
+// In the place of what a zero coefficient multiplies, which is not read.
+alignas(64) static const float NOTHING[PART] = {};
+
+// Keeps a loop of few elements, as the tails below are, from becoming a vector loop, whose set-up takes longer.
+static inline void stay_scalar() { asm volatile(""); }
+
+// x_in of one sample.
+static inline void noise_sample(const Coefficients& k, const float* x, const float* z, int64_t count, float* x_in) {
+    int64_t e = 0;
+    for (; e + LANES <= count; e += LANES) store(x_in + e, k.u_x * load(x + e) + k.u_z * load(z + e));
+    for (; e < count; e++) {
+        stay_scalar();
+        x_in[e] = k.u_x * x[e] + k.u_z * z[e];
+    }
+}
+
+// The sum of one sample's squared residuals; outer times each residual goes to ``gradient`` where that is asked for.
+template <bool GRADIENT>
+static inline double squared_residuals(const Coefficients& k, const float* f, const float* x, const float* z,
+                                       int64_t count, float outer, float* gradient) {
+    Floats sums[2] = {};
+    int64_t e = 0;
+    for (; e + LANES <= count; e += LANES) {
+        const Floats residual = k.w_f * load(f + e) + (k.w_x * load(x + e) + k.w_z * load(z + e));
+        if (GRADIENT) store(gradient + e, outer * residual);
+        sums[e / LANES % 2] += residual * residual;
+    }
+    float sum = count >= LANES ? sum_of(sums[0] + sums[1]) : 0.0f;
+    for (; e < count; e++) {
+        stay_scalar();
+        const float residual = k.w_f * f[e] + (k.w_x * x[e] + k.w_z * z[e]);
+        if (GRADIENT) gradient[e] = outer * residual;
+        sum += residual * residual;
+    }
+    return sum;
+}
+
+}  // namespace fastsde
