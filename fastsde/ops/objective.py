@@ -14,7 +14,7 @@ from .. import noise, reference
 from ..objective import Objective
 from ..reference import Noised
 from ..validation import check_bool, check_instance, check_int, check_keys, check_number, check_tensor
-from . import library
+from . import operators
 from .dispatch import find_kernel, has_kernels, is_plain, kernel, needs_grad
 
 __all__ = ["coefficients", "data_order", "dsm_loss", "perturb", "step_coefficients", "training_times"]
@@ -176,7 +176,7 @@ def _route(name: str, x_0: Tensor, table: Tensor, z: Tensor | None, *others: Ten
     if needs_grad(x_0, table, z):
         return None
     if torch.compiler.is_compiling():  # what is compiled calls operations of torch.library
-        return _Route(library, False) if has_kernels(x_0.device) else None
+        return _Route(operators, False) if has_kernels(x_0.device) else None
     launcher = find_kernel(name, x_0.device)
     return None if launcher is None else _Route(launcher, x_0.is_cpu and is_plain(x_0, table, z, *others))
 
@@ -221,7 +221,7 @@ def perturb(
     dtype, keeps = torch.float32 if dtype is None else dtype, keep_noise and z is None
     tensors, numbers = (x_0, keys, coefficients, index, z, counter), (step, float(scale), float(shift))
     if route.is_direct:
-        x_in, tau, kept = library.launch_perturb(route.launcher, *tensors, *numbers, dtype, keeps)
+        x_in, tau, kept = operators.launch_perturb(route.launcher, *tensors, *numbers, dtype, keeps)
     else:
         x_in, tau, kept = torch.ops.fastsde.perturb(*tensors, *numbers, dtype, keeps)
     return Noised(x_in, tau, kept if keeps else z)
@@ -258,7 +258,7 @@ def dsm_loss(
     elif torch.is_grad_enabled() and f.requires_grad:
         loss = _Loss.apply(f, partial(launcher.loss_and_gradient, *tensors, *numbers))
     else:
-        loss = library.launch_dsm_loss(launcher, None, f.new_empty((), dtype=torch.float32), *tensors, *numbers)
+        loss = operators.launch_dsm_loss(launcher, None, f.new_empty((), dtype=torch.float32), *tensors, *numbers)
     return loss
 
 

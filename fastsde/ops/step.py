@@ -13,7 +13,7 @@ from ..kernels.status import FINITE, STATUS_KINDS
 from ..reference import non_finite
 from ..solvers import StepTable, Terms
 from ..validation import check_instance, check_int, check_keys, check_number, check_shape, check_tensor
-from . import library
+from . import operators
 from .dispatch import contiguous, has_kernels, has_native, is_plain, kernel, needs_grad
 
 __all__ = [
@@ -204,7 +204,7 @@ def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.devic
         return noise.sample_keys(seed, n, first_sample, device=device)
     given = (noise.int64_bits("seed", seed), check_int("n", n, 0), noise.int64_bits("first_sample", first_sample))
     if is_plain():  # past torch.library, whose first call imports the compiler
-        return library.launch_sample_keys(*given, device)
+        return operators.launch_sample_keys(*given, device)
     keys: Tensor = torch.ops.fastsde.sample_keys(*given, device)
     return keys
 
@@ -220,7 +220,7 @@ def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.ST
     if not has_kernels(keys.device):
         return noise.normal(keys, step, shape, stream)
     if is_plain(keys):  # past torch.library, whose first call imports the compiler
-        return library.launch_normal(keys, step, stream, shape)
+        return operators.launch_normal(keys, step, stream, shape)
     drawn: Tensor = torch.ops.fastsde.normal(keys, step, stream, list(shape))
     return drawn
 
