@@ -142,6 +142,7 @@ class NativeSteps:
         self._keys = ops.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
         size = (self._most, work.config.batch_size, len(Coefficients._fields))
         self._table = torch.empty(size, dtype=torch.float32, device="cpu")
+        self._drawn = range(0)  # the steps whose coefficients the table has
 
     @property
     def _most(self) -> int:
@@ -168,7 +169,7 @@ class NativeSteps:
                 activations,
                 work.dataset.x,
                 self._keys,
-                ops.step_coefficients(config.objective, self._keys, first, count, out=self._table[:count]),
+                self._coefficients(first, count),
                 **work.scaling,
                 betas=adam["betas"],
                 epsilon=adam["eps"],
@@ -180,6 +181,17 @@ class NativeSteps:
             if state is not None:
                 state["step"] += count
         return losses
+
+    def _coefficients(self, first: int, count: int) -> Tensor:
+        """Those of some steps ``[count, B, 6]``, drawn with those of later ones: to wake the threads takes longest."""
+        if not (first in self._drawn and first + count - 1 in self._drawn):
+            self._drawn = range(first, first + len(self._table))
+            drawn = ops.step_coefficients(
+                self._work.config.objective, self._keys, first, len(self._table), out=self._table
+            )
+            self._table = drawn
+        start = first - self._drawn.start
+        return self._table[start : start + count]
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """What Adam keeps of a parameter, as PyTorch makes it before the first step."""
