@@ -15,7 +15,7 @@ from .checkpoints import Checkpoint
 from .engines.inspection import device_of
 from .models import unwrap
 from .reference import Model, NoiseFunction, RowHook
-from .sde import VPSDE, Process, check_process
+from .sde import PROCESSES, VPSDE, Process, check_process
 from .solvers import StepTable
 from .validation import check_device, check_int, check_shape
 
@@ -164,8 +164,10 @@ def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any
     if isinstance(solver, str):
         if isinstance(own := options["solver_options"], Mapping):
             options["solver_options"] = own = _Options(own)
-        values = (sde, *options.values(), *(own.values() if isinstance(own, _Options) else ()))
-        make = _named_table if all(isinstance(value, Hashable) for value in values) else solvers.build
+        values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
+        # A process of the user's own may have changed, or equal another one: its fields are not known to be all of it.
+        is_known = type(sde) in PROCESSES.values() and all(isinstance(value, Hashable) for value in values)
+        make = _named_table if is_known else solvers.build
         return make(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
         raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")

@@ -159,6 +159,16 @@ def test_options_reach_the_builder() -> None:
             ValueError,
             "variant must be midpoint or heun, got 'taylor'",
         ),
+        (
+            ("dpm_solver_pp_2m", {"solver_options": {"stochastic": 1}}),
+            TypeError,
+            "stochastic must be True or False, got 1",
+        ),
+        (
+            ("dpm_solver_pp_2m", {"solver_options": {"lower_order_final": "no"}}),
+            TypeError,
+            "lower_order_final must be True or False, got 'no'",
+        ),
         (("edm_stochastic", {"solver_options": {"s_churn": -1}}), ValueError, "s_churn must be at least 0 .*, got -1"),
         (("edm_stochastic", {"solver_options": {"s_min": math.nan}}), ValueError, "s_min must be at least 0, got nan"),
         (
@@ -205,6 +215,22 @@ def test_sample_builds_the_table_of_its_options() -> None:
         sampled(solver="unipc", solver_options={"order": 2})
     eta = sampled(solver="ddim", eta=1.0, t_end=0.1)
     torch.testing.assert_close(eta, sampled(solver="ddpm", t_end=0.1), rtol=1e-10, atol=1e-10)
+
+
+def test_two_processes_of_the_users_own_are_told_apart() -> None:
+    class Scaled(fastsde.VPSDE):  # no dataclass: two of them are equal, and hash alike
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            object.__setattr__(self, "factor", factor)
+
+        def integral_beta(self, t: torch.Tensor | float) -> torch.Tensor:
+            return self.factor * super().integral_beta(t)
+
+    once, twice = Scaled(1.0), Scaled(2.0)
+    assert once == twice
+    ours = [sampled(solver="ddim", sde=sde) for sde in (once, twice, fastsde.VPSDE())]
+    assert torch.equal(ours[0], ours[2])
+    assert not torch.equal(ours[0], ours[1])
 
 
 @pytest.mark.parametrize(

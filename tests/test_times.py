@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -84,7 +86,8 @@ def test_discrete_spacings_are_those_of_table_2() -> None:
     [
         (("cosine", VPSDE(), 4, 1.0, 0.0), "spacing must be one of uniform, karras, .*, got 'cosine'"),
         (("uniform", VPSDE(), 4, 1.0, 0.0, 7.0), "rho is an option of spacing='karras', got rho=7.0 with .*'uniform'"),
-        (("karras", VPSDE(), 4, 1.0, 0.0, 0.0), "rho must be positive, got 0.0"),
+        (("karras", VPSDE(), 4, 1.0, 0.0, 0.0), "rho must be positive and finite, got 0.0"),
+        (("karras", VPSDE(), 4, 1.0, 0.0, math.inf), "rho must be positive and finite, got inf"),
         (("trailing", VPSDE(), 1001, 1.0, 0.0), "'trailing' has 1000 discrete steps to take, got 1001 intervals"),
         (("leading", VPSDE(), 300, 0.5, 0.25), "'leading' has 250 discrete steps to take, got 300 intervals"),
     ],

@@ -26,7 +26,7 @@ def deis(
     lower_order_final: bool = True,
     clip: float | None = None,
 ) -> StepTable:
-    """DEIS, Adams-Bashforth form (Zhang & Chen 2022, arXiv:2204.13902), of polynomials in log rho, rho = sigma / alpha.
+    """DEIS, Adams-Bashforth form (Zhang & Chen 2023, arXiv:2204.13902), of polynomials in log rho, rho = sigma / alpha.
 
     eps is interpolated in log(rho) through the last ``order`` points and integrated over rho, as diffusers does. The
     state takes ``order`` slots.

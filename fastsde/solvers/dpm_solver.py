@@ -34,6 +34,7 @@ def dpm_solver_pp_2m(
             second-order row does not exist there.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
     half_log_snr = torch.log(alpha / sigma)  # -inf at zero terminal SNR, where h is infinite, and a row from pure noise
     h = half_log_snr.diff()
     decay = torch.exp(-h)

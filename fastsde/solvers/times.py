@@ -47,7 +47,7 @@ def spaced(
     if spacing == "quadratic":
         return _between(t_start, t_end, intervals, lambda t: t.sqrt(), lambda root: root**2)
     if spacing == "karras":
-        power = 7.0 if rho is None else check_number("rho", rho, "positive", lambda rho: rho > 0)
+        power = 7.0 if rho is None else check_number("rho", rho, "positive and finite", lambda rho: 0 < rho < math.inf)
         return _in_noise(sde, t_start, t_end, intervals, lambda s: s ** (1 / power), lambda root: root**power)
     return _in_noise(sde, t_start, t_end, intervals, torch.log, torch.exp)
 

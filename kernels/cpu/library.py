@@ -155,10 +155,13 @@ def address(tensor: Tensor, dtype: torch.dtype | None) -> int:
         dtype: what it must be, or None where the launcher checks it.
 
     Raises:
-        TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype.
+        TypeError: for a tensor that is not contiguous and on the CPU, of another dtype, or without memory.
     """
     if not (tensor.is_cpu and tensor.is_contiguous() and (dtype is None or tensor.dtype is dtype)):
         wanted = f"contiguous{'' if dtype is None else f' {dtype}'} on the CPU"
         came = f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
         raise TypeError(f"a native kernel takes tensors that are {wanted}, got {came}")
-    return tensor.data_ptr()
+    place = tensor.data_ptr()
+    if not place and tensor.numel():  # as of a tensor subclass that wraps others, or of a storage that was freed
+        raise TypeError(f"a native kernel takes tensors that have memory, got a {type(tensor).__name__} without")
+    return place

@@ -58,7 +58,7 @@ class Steps:
         self._slots, self._out = self._call.slots, self._call.out
         self._first, self._stride = address(table, torch.float32), 4 * table.shape[1]
         self._keys = None if keys is None else address(keys, torch.int64)
-        self._is_empty = not math.prod(shape)
+        self._count = math.prod(shape)
         self._reference = ctypes.byref(self._call)
         self._run = function("solver_step")
 
@@ -74,27 +74,60 @@ class Steps:
         out: Sequence[Tensor | None],
         network_input: Tensor | None = None,
     ) -> int:
-        """As `solver_step`. Slots, z and what is written to are contiguous fp32: they are not looked at again."""
-        if self._is_empty:
+        """As `solver_step`. What is written to is trusted.
+
+        Raises:
+            TypeError: for a slot or f that the network or a callback has changed in place, or for what has no memory.
+        """
+        if not self._count:
             return _FINITE
-        if f.dtype is not torch.float32 or not f.is_contiguous():
-            f = f.float().contiguous()
-        if f_uncond is not None and (f_uncond.dtype is not torch.float32 or not f_uncond.is_contiguous()):
-            f_uncond = f_uncond.float().contiguous()
-        call, given, made = self._call, self._slots, self._out
+        call, given, made, count = self._call, self._slots, self._out, self._count
         for slot, is_read in enumerate(terms.read):
-            new = out[slot]
-            given[slot] = slots[slot].data_ptr() if is_read else None
+            new, old = out[slot], slots[slot]
+            if old.dtype is not torch.float32 or old.numel() != count or not old.is_contiguous():
+                raise _changed(f"slot {slot}", old, count)
+            given[slot] = old.data_ptr() if is_read else None
             made[slot] = None if new is None else new.data_ptr()
-        call.f = f.data_ptr()
-        call.f_uncond = None if f_uncond is None else f_uncond.data_ptr()
-        call.z = None if z is None else z.data_ptr()
+        if f.numel() != count:  # as its input has now, which the network has changed
+            raise _changed("the network's output", f, count)
+        if f.dtype is not torch.float32 or not f.is_contiguous() or f.is_neg():
+            f = _plain(f)
+        call.f = f.data_ptr() or _without_memory(f)
+        if f_uncond is None:
+            call.f_uncond = None
+        else:
+            f_uncond = _plain(f_uncond)
+            call.f_uncond = f_uncond.data_ptr() or _without_memory(f_uncond)
+        if z is None:
+            call.z = None
+        else:
+            z = _plain(z)
+            call.z = z.data_ptr() or _without_memory(z)
         call.keys = self._keys if z is None and terms.has_noise else None
         call.k = self._first + row * self._stride
         call.input = None if network_input is None else network_input.data_ptr()
         call.row = row
         found: int = self._run(self._reference, torch.get_num_threads())
         return found
+
+
+def _plain(value: Tensor) -> Tensor:
+    """In contiguous fp32, and without the mark by which the imaginary part of a conjugate is negated."""
+    return value.float().contiguous().resolve_neg()
+
+
+def _changed(what: str, value: Tensor, count: int) -> TypeError:
+    return TypeError(
+        f"{what} must have {count} elements, and a slot must be contiguous torch.float32; got {value.dtype} "
+        f"{list(value.shape)} of strides {value.stride()}: the network or a callback has changed its x in place"
+    )
+
+
+def _without_memory(value: Tensor) -> int:
+    raise TypeError(
+        f"a network's output, and noise, must be plain tensors with memory of their own, got a {type(value).__name__} "
+        f"without"
+    )
 
 
 def solver_step(
@@ -119,14 +152,14 @@ def solver_step(
         f, f_uncond: fp32, bf16 or fp16.
         table: fp32 ``[K, 2 + 5 m + m^2]``.
         terms: which coefficients are zero, or one, in that row (`fastsde.solvers.Terms`).
-        z: fp32.
+        z: as f.
         keys: int64 ``[B, 2]``, or None where the row has no noise or ``z`` is given.
         network_input: fp32, where the next row's n.s goes.
 
     Returns:
         What is not finite (`fastsde.kernels.status`): 0 for f, 1 for x'; 2 where all is.
     """
-    for each in (*slots, *out, z, network_input):
+    for each in (*slots, *out, network_input):
         if each is not None:
             address(each, torch.float32)
     steps = Steps(table, slots[0].shape, keys=keys, guidance=guidance, clip=clip)

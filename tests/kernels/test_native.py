@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tables import random_table
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from trajectories import trajectory
 
 import fastsde
-from fastsde import VPSDE, noise, ops, reference, solvers
+from fastsde import VPSDE, StepTable, noise, ops, reference, solvers
 from fastsde.models import MLP, ConcatTime
 from fastsde.models.activations import ACTIVATIONS
 from fastsde.objective import Objective
@@ -338,6 +340,67 @@ def test_a_tensor_of_another_dtype_is_refused_before_it_is_read() -> None:
     for out in (torch.empty(3, 2, dtype=torch.float64), torch.empty(2, 3).T):
         with pytest.raises(TypeError, match="takes tensors that are contiguous"):
             kernel.normal(keys, 0, 0, out)
+
+
+def _halve(x: Tensor) -> None:
+    x.data = x.data.half()
+
+
+def _cut(x: Tensor) -> None:
+    x.data = x.data[:1]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("change", [_halve, _cut])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_state_whose_memory_is_changed_is_refused_before_it_is_read(
+    change: Callable[[Tensor], None], slots: int
+) -> None:
+    mixed = torch.full((4, slots), 0.5, dtype=torch.float64)  # the network's input is memory of its own
+    A = torch.eye(slots, dtype=torch.float64).expand(4, slots, slots)
+    table = StepTable(torch.ones(4, dtype=torch.float64), A=A, b=mixed, n=mixed if slots > 1 else None)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        change(x)
+        return torch.zeros_like(x)
+
+    def draw(model: Callable[[Tensor, Tensor], Tensor], callback: Any = None) -> Tensor:
+        return fastsde.sample(model, (300, 2), solver=table, backend="eager", callback=callback)
+
+    changed = r"must have 600 elements.*the network or a callback has changed its x in place"
+    if slots > 1 and change is _halve:
+        draw(network)  # whose x is nobody else's
+    else:
+        with pytest.raises(TypeError, match=changed):
+            draw(network)
+    with pytest.raises(TypeError, match=f"slot 0 {changed}"):
+        draw(lambda x, t: torch.zeros_like(x), lambda row, t, x: change(x))
+
+
+@pytest.mark.usefixtures("native")
+def test_tensors_without_memory_are_refused() -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return TwoTensor(x, x)
+
+    with pytest.raises(TypeError, match="plain tensors with memory of their own, got a TwoTensor without"):
+        fastsde.sample(network, (3, 2), steps=2, backend="eager")
+    model = MLP(2, hidden=(4,))
+    sampler = fastsde.Sampler(model, (2,), steps=2, backend="persistent")
+    sampler(1)
+    model.net[0].weight.untyped_storage().resize_(0)  # as FSDP does between calls
+    with pytest.raises(TypeError, match="takes tensors that have memory, got a Tensor without"):
+        sampler(1)
+
+
+@pytest.mark.usefixtures("native")
+def test_an_output_that_is_marked_as_negated_is_read_as_such() -> None:
+    def conjugate(x: Tensor, t: Tensor) -> Tensor:
+        f = torch.complex(x, x).conj().imag  # contiguous, as all is that has one element
+        assert f.is_neg()
+        return f
+
+    ours, expected = (fastsde.sample(conjugate, (1, 1), steps=3, backend=name) for name in ("eager", "reference"))
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.slow
