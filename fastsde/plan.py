@@ -116,7 +116,7 @@ class Planner:
         """Whether another backend may take over from one that fails."""
         return self._backend == "auto"
 
-    def backend(self, options: Collection[str]) -> str:
+    def backend(self, options: Collection[str] = ()) -> str:
         """The backend that runs: the one asked for, or for "auto" the fastest that can.
 
         Args:

@@ -39,15 +39,15 @@ class Recorder:
         if self.states is not None:
             self.states[0] = x
 
-    def __call__(self, row: int, time: float, x: Tensor) -> Tensor:
-        """Calls the callback, then keeps and returns the state that it leaves."""
+    def __call__(self, row: int, time: float, x: Tensor) -> Tensor | None:
+        """Calls the callback, then keeps the state that it leaves, and returns it where there is a callback."""
         replaced = None if self.callback is None else self.callback(row, time, x)
         if replaced is not None:
             name = f"the result of callback in row {row}"
             check_tensor(name, replaced, shape=x.shape, device=x.device, floating=True, finite=True)
             x = replaced.to(x.dtype, copy=True)  # the caller may go on writing to its own
         self.advance(row + 1, 1, x)
-        return x
+        return None if self.callback is None else x
 
     def advance(self, rows: int, count: int, x: Tensor) -> None:
         """Keeps the state after ``rows`` rows, of which ``count`` are new, for an engine that has no callback."""

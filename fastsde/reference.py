@@ -1,4 +1,4 @@
-"""The truth: training and sampling of the VP-SDE in plain PyTorch. Read this file first.
+"""The truth: training and sampling in plain PyTorch. Read this file first.
 
 Every fast path of the package is checked against these functions. They draw their noise from the contract in
 `fastsde.noise`, take any solver as a table (`fastsde.solvers`), and run on any device in fp32 or float64. Arguments are

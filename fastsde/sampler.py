@@ -56,7 +56,7 @@ class Sampler:
         t_start: the time to start at, in (t_end, t_max], from an ``x_init`` that is the state there; by default t_max.
         t_end: the time that the trajectory ends at, in [0, t_start).
         spacing: where the times between the two lie: "uniform", "karras", "log_snr", "quadratic", "trailing" or
-            "leading" (see `fastsde.solvers.times.spaced`).
+            "leading" (see `fastsde.solvers.times.spaced`); by default uniform, for EDM karras.
         rho: of "karras" spacing, by default 7.
         prediction: what the network predicts: "score" (the default), "eps", "x0", "v" or "flow"; a checkpoint has its
             own.
@@ -97,7 +97,7 @@ class Sampler:
         steps: int = 999,
         t_start: float | None = None,
         t_end: float = 0.0,
-        spacing: str = "uniform",
+        spacing: str | None = None,
         rho: float | None = None,
         prediction: str | None = None,
         clip: float | None = None,
@@ -149,7 +149,16 @@ class Sampler:
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
         self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile)
-        self.backend = self._planner.backend(() if self.guidance is None else ("guidance",))
+        self._planner.backend(self._options)  # or there is none
+
+    @property
+    def _options(self) -> tuple[str, ...]:
+        return () if self.guidance is None else ("guidance",)
+
+    @property
+    def backend(self) -> str:
+        """The backend of a call without further options, as the network was when it was last looked at."""
+        return self._planner.backend(self._options)
 
     def __repr__(self) -> str:
         name = type(self._network.model).__name__
@@ -289,7 +298,6 @@ class Sampler:
         if not self._planner.is_free:
             raise CaptureError(f"backend {plan.backend!r}: {error}; use 'eager' or 'auto'") from error
         other = self._planner.without(plan, request)
-        self.backend = self._planner.backend(() if self.guidance is None else ("guidance",))
         warn(f"the network does not run by backend {plan.backend!r}, so {other.backend!r} takes over: {error}")
         return other
 
@@ -322,7 +330,7 @@ def sample(
     steps: int = 999,
     t_start: float | None = None,
     t_end: float = 0.0,
-    spacing: str = "uniform",
+    spacing: str | None = None,
     rho: float | None = None,
     prediction: str | None = None,
     seed: int = 0,

@@ -36,7 +36,7 @@ ModelLike = Model | Checkpoint | str | Path
 TABLE_DEFAULTS = {
     "t_start": None,
     "t_end": 0.0,
-    "spacing": "uniform",
+    "spacing": None,
     "rho": None,
     "prediction": None,
     "clip": None,
@@ -65,7 +65,7 @@ class TableOptions(TypedDict, total=False):
 
     t_start: float | None
     t_end: float
-    spacing: str
+    spacing: str | None
     rho: float | None
     clip: float | None
     eta: float | None

@@ -320,7 +320,7 @@ TABLES = [
     (lambda: table(e=column(0, 0, NAN)), ValueError, "StepTable.e must be finite", "nan in row 2"),
     (lambda: table(q=column(0, -INF, 0)), ValueError, "StepTable.q must be finite", "-inf in row 1"),
     (lambda: slots(A=column(1, 1, 1)), ValueError, "StepTable.A must be a float64 tensor [K, m, m]", "[3]"),
-    (lambda: slots(A=[[1.0]]), ValueError, "StepTable.A must be a float64 tensor [K, m, m]", "list"),
+    (lambda: slots(A=[[1.0]]), TypeError, "StepTable.A must be a float64 tensor [K, m, m]", "list"),
     (lambda: slots(9), ValueError, "StepTable.A must be [K, m, m] with m from 1 to 8 slots", "[3, 9, 9]"),
     (lambda: slots(2, b=column(1, 2, 3)), ValueError, "StepTable.b must have shape [3, 2] beside time [3]", "[3]"),
     (lambda: slots(2, q=column(1, 2)), ValueError, "StepTable.q must have shape [3] beside time [3]", "[2]"),

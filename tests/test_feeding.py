@@ -174,7 +174,7 @@ def test_the_packages_networks_take_times_of_any_dtype(model: nn.Module, shape: 
     f = network(x, t)
     assert f.dtype == LOW
     exact = Network(model)(x, t)
-    assert float((f - exact).abs().max()) < 0.05 * float(exact.abs().max())
+    assert float((f - exact).abs().max()) < 0.15 * float(exact.abs().max())
     if optimize and isinstance(model, UNet) and network.is_native and ops.multiplies_bf16():
         assert not torch.equal(f, network(x, t.to(LOW).float()))  # the native kernel has the time in fp32
 

@@ -53,10 +53,11 @@ def sampled(**options: Any) -> Tensor:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_rows_of_a_table_are_the_calls_and_have_the_times_of_its_spacing(name: str, spacing: str) -> None:
     kind = REGISTRY[name]
+    start = 1.0 if spacing == "leading" else 0.8
     for steps in (1, 5, 9):
-        table = solvers.build(name, SDE, steps, spacing=spacing, prediction="v", t_start=0.8)
+        table = solvers.build(name, SDE, steps, spacing=spacing, prediction="v", t_start=start)
         intervals = steps if kind.corrects_at is None else (steps + 1) // 2
-        expected = spaced(spacing, SDE, intervals, 0.8, 0.0)[:-1]
+        expected = spaced(spacing, SDE, intervals, start, 0.0)[:-1]
         assert len(table) == steps
         own = table.time if kind.corrects_at is None else table.time[::2]
         torch.testing.assert_close(own, expected, rtol=0, atol=0)
@@ -150,10 +151,10 @@ def test_options_reach_the_builder() -> None:
             r"solver_options\['euler_final'\] is no option of heun: it has none; got True",
         ),
         (("unipc", {"solver_options": ["order"]}), TypeError, "solver_options must be a mapping .*, got list"),
-        (("unipc", {"solver_options": {"order": 4}}), ValueError, r"order must be in \[1, 4\), got 4"),
+        (("unipc", {"solver_options": {"order": 4}}), ValueError, "order must be 1, 2 or 3, got 4"),
         (("unipc", {"solver_options": {"variant": "bh3"}}), ValueError, "variant must be one of bh1, bh2, got 'bh3'"),
         (("deis", {"solver_options": {"order": 2.0}}), TypeError, "order must be an int, got float"),
-        (("adams_bashforth", {"solver_options": {"order": 5}}), ValueError, r"order must be in \[1, 5\), got 5"),
+        (("adams_bashforth", {"solver_options": {"order": 5}}), ValueError, "order must be 1, 2, 3 or 4, got 5"),
         (
             ("dpm_solver_pp_3m", {"solver_options": {"variant": "taylor"}}),
             ValueError,
@@ -181,7 +182,7 @@ def test_options_reach_the_builder() -> None:
         (("ddim", {"t_start": 0.5, "t_end": 0.5}), ValueError, r"t_end must be in \[0, 0.5\), got 0.5"),
         (("ddim", {"t_start": "late"}), TypeError, "t_start must be a number, got str"),
         (("ddim", {"spacing": "cosine"}), ValueError, "spacing must be one of uniform, .*, got 'cosine'"),
-        (("ddim", {"spacing": None}), ValueError, "spacing must be one of uniform, .*, got None"),
+        (("ddim", {"spacing": 7}), ValueError, "spacing must be one of uniform, .*, got 7"),
         (("ddim", {"rho": 5.0}), ValueError, "rho is an option of spacing='karras', got rho=5.0"),
         (("edm_stochastic", {"steps": 6}), ValueError, "takes an odd number of steps.*got steps=6, take 5 or 7"),
     ],

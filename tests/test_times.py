@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,8 @@ def noise(sde: Process, times: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sde", CASES, ids=str)
 def test_times_decrease_between_their_ends(sde: Process, spacing: str) -> None:
-    for start, end in ((1.0, 0.0), (1.0, 0.2), (0.6, 0.0), (0.6, 0.1)):
+    starts = (1.0,) if spacing == "leading" else (1.0, 0.6)
+    for start, end in itertools.product(starts, (0.0, 0.1, 0.2)):
         for intervals in (1, 2, 3, 9, 30):
             times = spaced(spacing, sde, intervals, start * sde.t_max, end * sde.t_max)
             assert (times.shape, times.dtype) == ((intervals + 1,), torch.float64)
@@ -89,7 +91,12 @@ def test_discrete_spacings_are_those_of_table_2() -> None:
         (("karras", VPSDE(), 4, 1.0, 0.0, 0.0), "rho must be positive and finite, got 0.0"),
         (("karras", VPSDE(), 4, 1.0, 0.0, math.inf), "rho must be positive and finite, got inf"),
         (("trailing", VPSDE(), 1001, 1.0, 0.0), "'trailing' has 1000 discrete steps to take, got 1001 intervals"),
-        (("leading", VPSDE(), 300, 0.5, 0.25), "'leading' has 250 discrete steps to take, got 300 intervals"),
+        (("leading", VPSDE(), 900, 1.0, 0.25), "'leading' has 750 discrete steps to take, got 900 intervals"),
+        (
+            ("leading", VPSDE(), 300, 0.5, 0.25),
+            "'leading' starts below t_start, where the state is not: .* t_start=0.5",
+        ),
+        (("trailing", VPSDE(), 30, 0.6006, 0.0), "t_start must be one of the 1000 discrete times .* got 0.6006"),
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple[object, ...], message: str) -> None:

@@ -60,9 +60,7 @@ class Files:
 @click.option("-n", type=click.IntRange(0), help="How many samples.  [default: 1000 points, 20 images]")
 @click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
-@click.option(
-    "--spacing", type=click.Choice(SPACINGS), default="uniform", show_default=True, help="Where the times lie."
-)
+@click.option("--spacing", type=click.Choice(SPACINGS), help="Where the times lie.  [default: the process's own]")
 @click.option("--t-end", type=float, default=0.0, show_default=True, help="Time that the trajectory ends at.")
 @click.option("--clip", type=float, help="Bound of the predicted data, for solvers that use it, such as ddpm.")
 @click.option("--eta", type=float, help="Share of DDPM's noise in [0, 1]; for ddim and euler_ancestral.")

@@ -17,9 +17,7 @@ from .info import version
 @click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 256 points, 4 images]")
 @click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
-@click.option(
-    "--spacing", type=click.Choice(SPACINGS), default="uniform", show_default=True, help="Where the times lie."
-)
+@click.option("--spacing", type=click.Choice(SPACINGS), help="Where the times lie.  [default: the process's own]")
 @click.option("--denoise", is_flag=True, help="Let the last step give the predicted data.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")

@@ -52,7 +52,8 @@ class Kept:
     Args:
         feeds: by the network's dtype and whether its times are integers, how it is fed, by the dtypes of its arguments.
         derived, frozen: what is run instead of it, by form, dtype and (of the first) device.
-        packed: by dtype, its parameters as the persistent kernel reads them, and which these were.
+        packed: by dtype and whether for a native kernel, its parameters as the persistent kernel reads them, and which
+            these were.
         trajectories: what is captured of it (`fastsde.engines.graph`), the latest last.
         batches: the fastest batch, by what is run.
         compiling: by what is run, seconds a row, and whether the compiled network is faster, None before that is known.
@@ -63,7 +64,7 @@ class Kept:
     feeds: dict[tuple[torch.dtype, bool], dict[Any, Feed]] = field(default_factory=dict)
     derived: dict[Any, Derived] = field(default_factory=dict)
     frozen: dict[tuple[str, torch.dtype], Frozen] = field(default_factory=dict)
-    packed: dict[torch.dtype, tuple[Any, Any]] = field(default_factory=dict)
+    packed: dict[tuple[torch.dtype, bool], tuple[Any, Any]] = field(default_factory=dict)
     trajectories: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     batches: dict[Any, int] = field(default_factory=dict)
     compiling: dict[Any, tuple[float, bool | None]] = field(default_factory=dict)
@@ -202,6 +203,7 @@ class Network:
         return fingerprint(self._run)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        shape = x.shape  # which a network may change in place
         f: Any = self._fed(x, t, kwargs)
         if not isinstance(f, Tensor):
             hint = ", such as lambda x, t: model(x, t).sample" if hasattr(f, "sample") else ""
@@ -210,8 +212,8 @@ class Network:
             raise TypeError(f"model must return a floating-point tensor, got {f.dtype}")
         if f.device != x.device:
             raise ValueError(f"model must return a tensor on {x.device}, got {f.device}")
-        if f.shape != x.shape:
-            raise ValueError(f"model must return the shape of x, {list(x.shape)}, got {list(f.shape)}")
+        if f.shape != shape:
+            raise ValueError(f"model must return the shape of x, {list(shape)}, got {list(f.shape)}")
         if self._compiled is not None:
             _made.add(self._compiled)
         result: Tensor = f

@@ -62,10 +62,11 @@ def _packed(network: Network) -> Any:
     linears, activations = network.layers or ([], [])
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
-    known, packed = network.kept.packed.get(network.dtype, (None, None))
+    key = (network.dtype, ops.has_native(network.device))
+    known, packed = network.kept.packed.get(key, (None, None))
     if known != identity:
         packed = ops.pack_mlp(linears, activations, network.dtype)
-        network.kept.packed[network.dtype] = (identity, packed)
+        network.kept.packed[key] = (identity, packed)
     return packed
 
 

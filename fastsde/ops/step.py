@@ -54,7 +54,7 @@ class Stepper:
         self._at_once = x.device.type == "cpu"
         module = kernel("solver_step", x.device)
         if self._status is None:
-            self._native = module.Steps(self._rows, x.shape, keys=keys, guidance=guidance, clip=table.clip)
+            self._native = module.Steps(self._rows, table.slots, x.shape, keys=keys, guidance=guidance, clip=table.clip)
         else:
             self._launch = module.solver_step
 

@@ -54,6 +54,11 @@ class EDM(Process):
     def prior_std(self) -> float:
         return self.sigma_max
 
+    @property
+    def spacing(self) -> str:
+        """Steps of one size in t, up to 80, would all but leave out the data."""
+        return "karras"
+
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.ones_like(as_time(t))
 

@@ -66,6 +66,11 @@ class Process(ABC):
         return 1e-4
 
     @property
+    def spacing(self) -> str:
+        """How the times of a trajectory are spaced where nothing is said (`fastsde.solvers.times.spaced`)."""
+        return "uniform"
+
+    @property
     def prior_std(self) -> float:
         """The standard deviation of the prior N(0, prior_std^2 I), which samples start from."""
         return 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from ..vocabulary import PREDICTIONS
 from .adams_bashforth import adams_bashforth
 from .ancestral import ddim, ddpm, euler_ancestral
@@ -49,4 +51,7 @@ __all__ = [
 ]
 
 # The imports above are for type checkers; a builder in a new file is found by itself.
-globals().update({name: kind.builder for name, kind in REGISTRY.items()})
+for _name, _kind in REGISTRY.items():
+    if not isinstance(_known := globals().get(_name, _kind.builder), ModuleType) and _known is not _kind.builder:
+        raise ImportError(f"the solver {_name} has the name of something else in fastsde.solvers")
+    globals()[_name] = _kind.builder

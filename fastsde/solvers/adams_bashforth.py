@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..validation import check_int
 from .forms import schedule
-from .multistep import eps_multistep, lagrange_integrals, row_orders
+from .multistep import check_order, eps_multistep, lagrange_integrals, row_orders
 from .registry import Variant, solver
 from .table import StepTable
 
@@ -37,6 +36,6 @@ def adams_bashforth(
         order: from 1, which is `ddim`, to 4.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
-    check_int("order", order, 1, 5)
+    check_order(order, 4)
     orders = row_orders(len(time), order, from_noise=bool(alpha[0] == 0))
     return eps_multistep(alpha, sigma, time, prediction, orders, lagrange_integrals, clip)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..validation import check_bool, check_int
+from ..validation import check_bool
 from .forms import schedule
-from .multistep import eps_multistep, lagrange_integrals, row_orders
+from .multistep import check_order, eps_multistep, lagrange_integrals, row_orders
 from .registry import Variant, solver
 from .table import StepTable
 
@@ -38,7 +38,8 @@ def deis(
             log(rho) is infinite, is of first order in any case.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
-    check_int("order", order, 1, 4), check_bool("lower_order_final", lower_order_final)
+    check_order(order, 3)
+    check_bool("lower_order_final", lower_order_final)
     orders = row_orders(len(time), order, lower_order_final, from_noise=bool(alpha[0] == 0))
     if sigma[-1] == 0:
         orders[-1] = 1

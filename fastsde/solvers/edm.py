@@ -61,7 +61,7 @@ def edm_stochastic(
     times = continuous_times(sde, times, prediction)
     check_number("s_churn", s_churn, "at least 0 and finite", lambda s: 0 <= s < math.inf)
     check_number("s_min", s_min, "at least 0", lambda s: s >= 0)
-    check_number("s_max", s_max, "at least 0", lambda s: s >= 0)
+    check_number("s_max", s_max, f"at least s_min, {s_min:g}", lambda s: s >= s_min)
     check_number("s_noise", s_noise, "at least 0 and finite", lambda s: 0 <= s < math.inf)
     rho = sde.sigma(times) / sde.alpha(times)
     if not torch.isfinite(rho).all():

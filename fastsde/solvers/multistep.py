@@ -11,9 +11,17 @@ from ..quadrature import gauss_legendre
 from .forms import data_form, eps_form, table
 from .table import StepTable
 
-__all__ = ["by_order", "eps_multistep", "lagrange_integrals", "multistep", "row_orders"]
+__all__ = ["by_order", "check_order", "eps_multistep", "lagrange_integrals", "multistep", "row_orders"]
 
 Weight = Callable[[Tensor], Tensor]
+
+
+def check_order(order: int, most: int) -> None:
+    """An order from 1 to ``most``."""
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an int, got {type(order).__name__}")
+    if not 1 <= order <= most:
+        raise ValueError(f"order must be {', '.join(map(str, range(1, most)))} or {most}, got {order}")
 
 
 def row_orders(rows: int, order: int, lower_order_final: bool = False, from_noise: bool = False) -> list[int]:

@@ -43,7 +43,7 @@ def build(
     *,
     t_start: float | None = None,
     t_end: float = 0.0,
-    spacing: str = "uniform",
+    spacing: str | None = None,
     rho: float | None = None,
     prediction: str = "score",
     clip: float | None = None,
@@ -55,7 +55,8 @@ def build(
 
     Args:
         t_start: by default the time of the prior.
-        spacing, rho: where the times lie between the two (`fastsde.solvers.times.spaced`).
+        spacing, rho: where the times lie between the two (`fastsde.solvers.times.spaced`); by default as the process
+            has them.
         clip, eta: options of the builder, where it has them.
         solver_options: any options of the builder, by their names.
         denoise: the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
@@ -84,7 +85,7 @@ def build(
                 f"above {t_end:g}"
             )
         options["euler_final"] = is_lone
-    times = spaced(spacing, sde, intervals, last, t_end, rho)
+    times = spaced(sde.spacing if spacing is None else spacing, sde, intervals, last, t_end, rho)
     if entry.is_on_schedule:
         table = entry.builder(sde.alpha(times), sde.sigma(times), times[:-1], prediction, **options)
     else:

@@ -113,6 +113,8 @@ class StepTable:
     ) -> None:
         rows = _check_time(time)
         if A is None:
+            if a is None:
+                raise TypeError("StepTable takes a, or A, got neither")
             if n is not None:
                 raise TypeError("StepTable.n goes with A: the form of a and c calls the network with x")
             given = {"a": a, "b": b, "c": c, "d": d, "e": e, "p": p, "q": q}
@@ -132,8 +134,9 @@ class StepTable:
             _check_inputs(columns["n"])
         if clip is not None:
             check_number("clip", clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
-        for name, value in {"time": time, **columns, "clip": clip}.items():
-            object.__setattr__(self, name, value)
+        for name, value in {"time": time, **columns}.items():
+            object.__setattr__(self, name, value.clone())  # what the caller does to its tensors later is its own
+        object.__setattr__(self, "clip", clip)
 
     def __len__(self) -> int:
         return len(self.time)
@@ -226,9 +229,11 @@ def _check_time(time: Tensor) -> int:
 
 
 def _check_slots(A: Tensor, rows: int) -> int:
-    shape = list(A.shape) if isinstance(A, Tensor) else type(A).__name__
-    if not isinstance(A, Tensor) or A.ndim != 3:
-        raise ValueError(f"StepTable.A must be a float64 tensor [K, m, m], got {shape}")
+    if not isinstance(A, Tensor):
+        raise TypeError(f"StepTable.A must be a float64 tensor [K, m, m], got {type(A).__name__}")
+    shape = list(A.shape)
+    if A.ndim != 3:
+        raise ValueError(f"StepTable.A must be a float64 tensor [K, m, m], got shape {shape}")
     if not 1 <= A.shape[1] <= MAX_SLOTS:
         raise ValueError(f"StepTable.A must be [K, m, m] with m from 1 to {MAX_SLOTS} slots, got {shape}")
     return A.shape[1]

@@ -41,6 +41,8 @@ def spaced(
     if rho is not None and spacing != "karras":
         raise ValueError(f"rho is an option of spacing='karras', got rho={rho} with spacing={spacing!r}")
     if spacing in ("trailing", "leading"):
+        if spacing == "leading" and t_start != sde.t_max:
+            raise ValueError(f"spacing='leading' starts below t_start, where the state is not: got t_start={t_start:g}")
         return _integers(spacing, intervals, t_start / sde.t_max, t_end / sde.t_max) * sde.t_max
     if spacing == "uniform":
         return torch.linspace(t_start, t_end, intervals + 1, dtype=torch.float64, device="cpu")
@@ -59,6 +61,8 @@ def _between(
     ends = torch.tensor([first, last], dtype=torch.float64, device="cpu")
     low, high = map(ends).tolist()
     points = inverse(torch.linspace(low, high, intervals + 1, dtype=torch.float64, device="cpu"))
+    if not torch.isfinite(points).all():
+        raise ValueError(f"rho is too small: levels of noise between {last:g} and {first:g} are not finite")
     points[0], points[-1] = first, last
     return points
 
@@ -91,6 +95,10 @@ def _in_noise(
 def _integers(spacing: str, intervals: int, start: float, end: float) -> Tensor:
     """The integers of "trailing" or "leading" in (end, start], over 1000, and the end."""
     high, low = round(start * _DISCRETE), int(end * _DISCRETE)
+    if not math.isclose(start * _DISCRETE, high):
+        raise ValueError(
+            f"t_start must be one of the {_DISCRETE} discrete times with spacing={spacing!r}, got {start:g}"
+        )
     if intervals > high - low:
         raise ValueError(f"spacing={spacing!r} has {high - low} discrete steps to take, got {intervals} intervals")
     index = torch.arange(intervals, dtype=torch.float64, device="cpu")

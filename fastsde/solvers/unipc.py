@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..validation import check_bool, check_int
+from ..validation import check_bool
 from .forms import data_form, schedule
-from .multistep import by_order, lagrange_integrals, row_orders
+from .multistep import by_order, check_order, lagrange_integrals, row_orders
 from .registry import Variant, solver
 from .table import StepTable
 
@@ -43,7 +43,8 @@ def unipc(
             order in any case.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
-    check_int("order", order, 1, 4), check_bool("lower_order_final", lower_order_final)
+    check_order(order, 3)
+    check_bool("lower_order_final", lower_order_final)
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     orders = row_orders(len(time), order, lower_order_final, from_noise=bool(alpha[0] == 0))

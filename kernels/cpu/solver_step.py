@@ -33,6 +33,7 @@ class Steps:
 
     Args:
         table: contiguous fp32 ``[K, 2 + 5 m + m^2]``.
+        slots: m.
         shape: of a slot, ``(B, *shape)``.
         keys: contiguous int64 ``[B, 2]``, or None where every row's noise is given or zero.
         guidance, clip: numbers, or None.
@@ -41,6 +42,7 @@ class Steps:
     def __init__(
         self,
         table: Tensor,
+        slots: int,
         shape: Sequence[int],
         *,
         keys: Tensor | None = None,
@@ -49,7 +51,7 @@ class Steps:
     ) -> None:
         self._given = table, keys  # kept alive
         self._call = _Call(
-            m=(math.isqrt(25 + 4 * (table.shape[1] - 2)) - 5) // 2,
+            m=slots,
             n=shape[0],
             size=math.prod(shape[1:]),
             guidance=0.0 if guidance is None else guidance,
@@ -162,5 +164,5 @@ def solver_step(
     for each in (*slots, *out, network_input):
         if each is not None:
             address(each, torch.float32)
-    steps = Steps(table, slots[0].shape, keys=keys, guidance=guidance, clip=clip)
+    steps = Steps(table, len(slots), slots[0].shape, keys=keys, guidance=guidance, clip=clip)
     return steps(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
