@@ -4,6 +4,7 @@ python -m benchmarks.report RESULT.json ...                      the tables, as 
 python -m benchmarks.report RESULT.json ... --readme README.md   writes them between the README's marks
 python -m benchmarks.report RESULT.json ... --plots FOLDER       a roofline and the speed over the batch size of each
 python -m benchmarks.report OLD.json NEW.json --compare          what became faster or slower from one commit to another
+python -m benchmarks.report OLD.json NEW.json --merge ALL.json   cases of the new one, and of the old what that lacks
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import click
 from fastsde.files import atomic_path
 
 from .suite.measure import Figures
+from .suite.run import SUBJECTS, write_json
 from .suite.table import TITLES, duration, has_replays, headlines, is_ours, noise, ratio, timed, without_time
 
 _MARK = re.compile(r"(?P<begin><!-- benchmarks:(?P<files>[^>]*)-->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
@@ -66,6 +68,12 @@ def markdown(result: Figures) -> str:
     rows = [row.cells for record in result["cases"] for row in headlines(record)]
     lines = [about(result) + ".", "", _row(TITLES), _row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(_row, rows)]
     lines += _of_the_host(result["cases"])
+    earlier: dict[str, list[str]] = {}
+    for record in result["cases"]:
+        if "commit" in record:
+            earlier.setdefault(record["commit"], []).append(record["what"])
+    for commit, names in earlier.items():
+        lines += ["", f"Measured at commit {commit}: {'; '.join(names)}."]
     left = [f"{record['what']}: {reason}" for record in result["cases"] for reason in without_time(record)]
     if left:
         lines += ["", f"Without a time: {'; '.join(left)}."]
@@ -110,6 +118,8 @@ def with_tables(readme: str, folder: Path) -> str:
     return _MARK.sub(lambda found: f"{found['begin']}\n{made}\n\n{found['end']}", readme)
 
 
+_SETTINGS = ("device", "threads", "threads_wait", "torch", "quick")  # without which figures say little of one another
+
 # Two commits --------------------------------------------------------------------------------------------------------
 
 
@@ -131,8 +141,7 @@ def compare(before: Figures, after: Figures) -> list[str]:
                 rows.append((record["name"], name, "", "", "", "NO TIME any more"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     titles = [f"before  {about(before)}", f"after   {about(after)}"]
-    same = ("device", "threads", "threads_wait", "torch", "quick")
-    other = [key for key in same if before.get(key) != after.get(key)]
+    other = [key for key in _SETTINGS if before.get(key) != after.get(key)]
     titles.append(f"of another {', '.join(other)}: ratios say little" if other else "")
     return titles + [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -165,6 +174,24 @@ def _doubt(record: Figures, name: str) -> float:
     return max(noise(record) or 0.0, *spreads)
 
 
+# Cases measured later ------------------------------------------------------------------------------------------------
+
+
+def merge(before: Figures, after: Figures) -> Figures:
+    """The newer result with the cases that only the older one has, each with the commit that it was measured at.
+
+    Raises:
+        ValueError: for results of different machines, PyTorch versions or settings.
+    """
+    other = [key for key in _SETTINGS if before.get(key) != after.get(key)]
+    if other:
+        raise ValueError(f"results must have the same {', '.join(_SETTINGS)} to be merged, {', '.join(other)} differ")
+    new = {record["name"] for record in after["cases"]}
+    kept = [{"commit": before["commit"], **record} for record in before["cases"] if record["name"] not in new]
+    cases = sorted([*kept, *after["cases"]], key=lambda record: SUBJECTS.index(record["subject"]))
+    return {**after, "cases": cases}
+
+
 # The command --------------------------------------------------------------------------------------------------------
 
 
@@ -177,13 +204,24 @@ def _doubt(record: Figures, name: str) -> float:
 )
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
 @click.option("--compare", "compares", is_flag=True, help="Compare two files, the older one first.")
-def main(results: tuple[Path, ...], readme: Path | None, plots: Path | None, compares: bool) -> None:
+@click.option(
+    "--merge",
+    "merged",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the second of two files with the cases that only the first has.",
+)
+def main(
+    results: tuple[Path, ...], readme: Path | None, plots: Path | None, compares: bool, merged: Path | None
+) -> None:
     """Turn result files of `fastsde bench` into tables, pictures and comparisons; tables as Markdown by default."""
     try:
         loaded = [load(path) for path in results]
+        for option, given in (("--compare", compares), ("--merge", merged)):
+            if given and len(loaded) != 2:
+                raise ValueError(f"{option} takes two result files, got {len(loaded)}")
+        if merged is not None:
+            write_json(merged, merge(*loaded))
         if compares:
-            if len(loaded) != 2:
-                raise ValueError(f"--compare takes two result files, got {len(loaded)}")
             click.echo("\n".join(compare(*loaded)))
         if readme is not None:
             _write_readme(readme, results)
@@ -193,7 +231,7 @@ def main(results: tuple[Path, ...], readme: Path | None, plots: Path | None, com
             for path, result in zip(results, loaded, strict=True):
                 for written in pictures.draw(result, plots, path.stem):
                     click.echo(written)
-        if not (compares or readme or plots):
+        if not (compares or readme or plots or merged):
             click.echo("\n\n".join(map(markdown, loaded)))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

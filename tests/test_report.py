@@ -54,6 +54,30 @@ def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets(resul
             assert each.get("of_limit", 0) <= 1, (record["name"], name)  # or the limit is none
 
 
+# Cases measured later -----------------------------------------------------------------------------------------------
+
+
+def test_cases_that_were_measured_again_replace_the_old_ones(tmp_path: Path, result: dict[str, Any]) -> None:
+    newer = copy.deepcopy(result) | {"commit": "abcdef1"}
+    newer["cases"] = [copy.deepcopy(record) for record in result["cases"] if record["subject"] == "perturb"]
+    for record in newer["cases"]:
+        record.pop("commit", None)
+        record["seconds"] = 0.25
+    paths = [tmp_path / name for name in ("old.json", "new.json", "all.json")]
+    paths[0].write_text(json.dumps(result)), paths[1].write_text(json.dumps(newer))
+    done = CliRunner().invoke(report.main, [str(paths[0]), str(paths[1]), "--merge", str(paths[2])])
+    assert done.exit_code == 0, done.output
+    merged = report.load(paths[2])
+    assert [record["name"] for record in merged["cases"]] == [record["name"] for record in result["cases"]]
+    own = {record["name"]: record.get("commit") for record in merged["cases"]}
+    before = {record["name"]: record.get("commit", result["commit"]) for record in result["cases"]}
+    assert {name for name, commit in own.items() if commit is None} == {record["name"] for record in newer["cases"]}
+    assert all(commit in (None, before[name]) for name, commit in own.items())
+    assert f"Measured at commit {result['commit']}: " in report.markdown(merged)
+    with pytest.raises(ValueError, match=r"results must have the same .* threads differ"):
+        report.merge(result | {"threads": 64}, newer)
+
+
 # The report ---------------------------------------------------------------------------------------------------------
 
 
