@@ -38,6 +38,7 @@ def small_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_sample_draws_the_shipped_swiss_roll(tmp_path: Path) -> None:
     names = ("roll.png", "roll.npz", "roll.gif")
     result = run(

@@ -88,6 +88,7 @@ def test_seeds_give_the_samples_that_they_gave(network: str, solver: str, device
     check(network, solver, device, "eager", "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("solver", [solver for network, solver in DIGESTS if network == "swiss-roll"])
 def test_graphs_do_as_well(solver: str) -> None:

@@ -141,7 +141,7 @@ def test_trajectories_keep_the_same_states(every: int) -> None:
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("every", [4, 13])
-@pytest.mark.parametrize("slots", [3, pytest.param(5, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("slots", [3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (5, 8))])
 def test_slots_are_found_again_after_each_replay(slots: int, every: int) -> None:
     """Slots that exchange their places are elsewhere after a graph, whose rows are no multiple of the rotation."""
     for table in (history_table(slots, 13), random_table(slots, 13, seed=2, clip=1.5)):

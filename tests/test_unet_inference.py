@@ -195,6 +195,7 @@ def test_the_tutorials_unet(path: str) -> None:
         torch.testing.assert_close(UNetInference(unet)(x, t), unet(x, t), atol=2 * 11 * 68 * 2.0**-24, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["of one channel", "of three channels", "narrow"])
 def test_any_layout_of_x_and_t_is_taken_and_left_alone(path: str, name: str) -> None:
     unet = build(name)

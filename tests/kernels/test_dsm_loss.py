@@ -53,7 +53,7 @@ def _every_shape_of_every_case() -> Iterator[Any]:
     """On CUDA, which compiles two kernels for each, all shapes in fp32 and images in the other cases."""
     for name, case in CASES.items():
         for shape in SHAPES:
-            marks = [] if name == "fp32" or shape == IMAGES else [pytest.mark.not_on_cuda]
+            marks = [] if name == "fp32" or shape == IMAGES else [pytest.mark.not_on_cuda, pytest.mark.slow]
             yield pytest.param(case, *shape, marks=marks, id=f"{name}-{shape}")
 
 

@@ -120,7 +120,7 @@ def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int
     _assert_close(guarded[1 : n + 1].cpu(), _expected(model, n))
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", [pytest.param("eps", marks=pytest.mark.slow), "v"])
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_every_solver(device: torch.device, solver: str, prediction: str) -> None:
     table = solvers.build(solver, SDE, 5, prediction=prediction)
@@ -149,7 +149,7 @@ def _assert_as_exact(ours: list[Tensor], model: MLP, n: int, table: StepTable, e
         torch.testing.assert_close(mine.double(), right, rtol=0, atol=allowed + 2 * error)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("slots", [1, 3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (2, 5, 8))])
 def test_tables_of_every_kind_of_coefficient(device: torch.device, slots: int) -> None:
     """Each of ``slots`` is zero, one, moved, or anything, as noise, D and the network's input are."""
     generator = torch.Generator().manual_seed(slots)
