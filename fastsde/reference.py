@@ -166,7 +166,8 @@ def sample(
         keys: int64 ``[B, 2]``, one key a sample.
         x_init: the initial state, instead of the draw of step 0.
         noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
-        guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022).
+        guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022,
+            arXiv:2207.12598).
         dtype: of the state.
         after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
             replaces the state.

@@ -69,7 +69,7 @@ class Sampler:
             where the network takes it. The state is fp32, and state and t are float64 where ``dtype`` is. On a GPU,
             PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
         device: by default the network's own, or PyTorch's default device for a function.
-        guidance: w of classifier-free guidance: f = f_uncond + w (f_cond - f_uncond).
+        guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of an MLP in one
             launch); "auto" takes the fastest that can run. A network that is captured must depend on its arguments,

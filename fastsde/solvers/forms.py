@@ -57,7 +57,7 @@ def continuous_times(sde: Process, times: Tensor | Sequence[float], prediction: 
 def schedule(
     alpha: Tensor | Sequence[float], sigma: Tensor | Sequence[float], time: Tensor | Sequence[float], prediction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0, as Lin et al. (2024) want it."""
+    """Checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0 (arXiv:2305.08891)."""
     check_prediction(prediction)
     alpha, sigma, time = float64("alpha", alpha, 2), float64("sigma", sigma, 2), float64("time", time)
     if not len(alpha) == len(sigma) == len(time) + 1:

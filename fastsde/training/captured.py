@@ -21,7 +21,7 @@ _WARM_UPS = 3
 
 
 def can_capture(device: torch.device, here: Ranks) -> bool:
-    """Whether steps can be captured: on one GPU."""
+    """Returns whether steps can be captured: on one GPU."""
     return here.world == 1 and capture.can_record(device) and ops.has_triton(device)
 
 

@@ -65,7 +65,7 @@ class Steps(Protocol):
 
 
 def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device, here: Ranks) -> bool:
-    """Whether the native kernel takes the steps: those of an MLP in fp32 on the CPU, in one process."""
+    """Returns whether the native kernel takes the steps: of an MLP in fp32 on the CPU, in one process."""
     layers = linear_layers(model)
     if layers is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False

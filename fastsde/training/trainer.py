@@ -242,7 +242,7 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _is_checkpoint_due(self, saved: float) -> bool:
-        """Whether all ranks save at this step, as soon as the clock of one of them says so."""
+        """Returns whether all ranks save at this step, as soon as the clock of one of them says so."""
         if self.step % self.config.checkpoint_every:
             return False
         return distributed.any_rank(time.monotonic() - saved >= run_folder.CHECKPOINT_SECONDS)
