@@ -167,6 +167,7 @@ def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any
         values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
         # A process of the user's own may have changed, or equal another one: its fields are not known to be all of it.
         is_known = type(sde) in PROCESSES.values() and all(isinstance(value, Hashable) for value in values)
+        is_known = is_known and not torch.compiler.is_compiling()  # which looks past the cache, and warns
         make = _named_table if is_known else solvers.build
         return make(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):

@@ -147,6 +147,7 @@ def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
         "print(*names)"
     )
     modules = "checkpoints compat data distributed models noise ops plotting reference sde solvers training verify"
-    names = ["NonFiniteError", "Sampler", "StepTable", "VPSDE", "__version__", "sample", *modules.split()]
+    names = ["NonFiniteError", "Sampler", "StepTable", "__version__", "sample", *modules.split()]
+    names += ["CosineVPSDE", "EDM", "RectifiedFlow", "SubVPSDE", "VESDE", "VPSDE"]
     assert python(code, tmp_path).split() == sorted(names)
     assert set(fastsde.__all__) <= set(names)

@@ -78,7 +78,7 @@ def test_without_a_compiler_one_warning_says_so_and_pytorch_takes_over(
 def test_they_can_be_turned_off_without_a_warning(tmp_path: Path) -> None:
     run = _run(tmp_path, FASTSDE_NATIVE="0")
     assert (run.returncode, run.stdout, run.stderr) == (0, "eager True\n", "")
-    reason = "from fastsde.engines import unavailable_reason as reason; import torch\n"
+    reason = "from fastsde.plan import unavailable_reason as reason; import torch\n"
     run = _run(tmp_path, reason + "print(reason('persistent', torch.device('cpu')))", FASTSDE_NATIVE="0")
     assert "got device cpu (no: FASTSDE_NATIVE is 0; unset it); use 'eager' or 'reference'" in run.stdout
 
