@@ -93,6 +93,8 @@ def test_any_objective(objective: Objective) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [(), (1,), (64, 64, 64), (33, 5)])
 def test_every_activation_and_depth(activation: str, hidden: tuple[int, ...]) -> None:
+    if activation == "ReLU":  # whose derivative jumps: of fresh numbers, one in some millions rounds to its other side
+        torch.manual_seed(0)
     _assert_gradients(MLP(3, hidden, activation), torch.randn(50, 3), 40)
 
 
