@@ -89,13 +89,13 @@ class Objective:
             check_number(name, getattr(self, name), "positive and finite", lambda value: 0 < value < math.inf)
         check_number("time_mean", self.time_mean)
         top = self.last_time
-        check_number("t_max", top, "positive and finite", lambda t: 0 < t < math.inf)
+        check_number("t_max", top, f"in (0, {self.sde.t_max:g}]", lambda t: 0 < t <= self.sde.t_max)
         check_number("t_min", self.t_min, f"in (0, {top:g})", lambda t: 0 < t < top)
         for name, t in (("t_min", self.t_min), ("t_max", top)):
             if not torch.isfinite(self.table(torch.tensor(t, dtype=torch.float64, device="cpu"))).all():
                 raise ValueError(
                     f"{name} is {t:g}, where the weighting {self.weighting!r} of {self.prediction} is not finite for "
-                    f"{self.sde!r}: take another weighting, or times between"
+                    f"{self.sde!r}: take another weighting, or t_min and t_max (in Python) further inside"
                 )
 
     @property

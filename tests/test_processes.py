@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import pickle
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -297,3 +297,30 @@ def test_a_process_of_ones_own_samples_but_is_not_saved(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(make: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Trigonometric(Process):
+    """alpha = cos(pi t / 2), which rounding keeps from 0 at t = 1."""
+
+    name: str = field(default="trigonometric", init=False)
+
+    def alpha(self, t):
+        return torch.cos(as_time(t) * math.pi / 2)
+
+    def alpha_dot(self, t):
+        return -math.pi / 2 * torch.sin(as_time(t) * math.pi / 2)
+
+    def sigma(self, t):
+        return torch.sin(as_time(t) * math.pi / 2)
+
+    def sigma_dot(self, t):
+        return math.pi / 2 * torch.cos(as_time(t) * math.pi / 2)
+
+
+def test_an_alpha_that_only_rounding_keeps_from_zero_is_zero() -> None:
+    for solver, prediction in (("euler_maruyama", "v"), ("exponential_euler_maruyama", "v"), ("ddim", "eps")):
+        with pytest.raises(ValueError, match="alpha is"):
+            solvers.build(solver, Trigonometric(), 51, prediction=prediction)
+    table = solvers.build("ddim", Trigonometric(), 51, prediction="v")
+    assert repr(table) == "StepTable(rows=51, slots=1, time=1 .. 0.0196078)"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..models import Preconditioned
 from ..models.mlp import MLP, unknown_layer
 from ..reference import NonFiniteError
 from ..request import Request
@@ -29,6 +30,8 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
     layers = network.layers
     if layers is None:
         reason = "it runs MLPs alone: Sequentials of Linear layers and activations between them"
+        if isinstance(network.model, Preconditioned):
+            return f"{reason}, not EDM's preconditioning of them"
         strange = unknown_layer(network.model)
         return reason if strange is None else f"{reason}, got {strange}"
     dtypes = (torch.float32,) if ops.has_native(device) else (torch.float32, torch.bfloat16)

@@ -19,6 +19,7 @@ __all__ = [
     "launch_normal",
     "launch_perturb",
     "launch_sample_keys",
+    "launch_solver_step",
 ]
 
 
@@ -50,8 +51,7 @@ def _sample_keys_output(seed: int, n: int, first_sample: int, device: torch.devi
 torch.library.custom_op("fastsde::sample_keys", launch_sample_keys, mutates_args=()).register_fake(_sample_keys_output)
 
 
-@torch.library.custom_op("fastsde::solver_step", mutates_args=())
-def _solver_step(
+def launch_solver_step(
     slots: Sequence[Tensor],
     f: Tensor,
     table: Tensor,
@@ -63,7 +63,12 @@ def _solver_step(
     guidance: float | None,
     clip: float | None,
 ) -> list[Tensor]:
-    """The new slots that do not just take over an old one. ``kinds`` are `StepTable.kinds` of the row."""
+    """The new slots of a row that do not just take over an old one, by their kernel. Arguments are trusted.
+
+    Args:
+        table: a `fastsde.ops.device_table`.
+        kinds: `StepTable.kinds` of the row.
+    """
     terms = _step_terms(kinds, slots)
     f, z, keys, f_uncond, *slots = contiguous(f, z, keys, f_uncond, *slots)
     out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]
@@ -76,14 +81,18 @@ def _step_terms(kinds: Sequence[int], slots: Sequence[Tensor]) -> Terms:
     return named_terms(tuple(kinds), len(slots))
 
 
-@_solver_step.register_fake
-def _(slots: Sequence[Tensor], f: Tensor, table: Tensor, row: int, kinds: Sequence[int], *rest: Any) -> list[Tensor]:
+def _solver_step_outputs(
+    slots: Sequence[Tensor], f: Tensor, table: Tensor, row: int, kinds: Sequence[int], *rest: Any
+) -> list[Tensor]:
     x = slots[0]
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for source in _step_terms(kinds, slots).sources
         if source is None
     ]
+
+
+torch.library.custom_op("fastsde::solver_step", launch_solver_step, mutates_args=()).register_fake(_solver_step_outputs)
 
 
 def launch_perturb(

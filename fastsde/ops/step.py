@@ -283,5 +283,8 @@ def _by_kernel(
 ) -> tuple[Tensor, ...]:
     rows, kinds = device_table(table, f.device), table.kinds(row)
     drawn = (z, keys if z is None else None) if any(table.row(row).d) else (None, None)
-    made = iter(torch.ops.fastsde.solver_step(slots, f, rows, row, kinds, *drawn, f_uncond, guidance, table.clip))
+    given = (slots, f, rows, row, kinds, *drawn, f_uncond, guidance, table.clip)
+    # Past torch.library, an operation of which takes some ten microseconds, where nothing looks at the tensors.
+    is_direct = is_plain(*slots, f, *drawn, f_uncond)
+    made = iter(operators.launch_solver_step(*given) if is_direct else torch.ops.fastsde.solver_step(*given))
     return tuple(next(made) if source is None else slots[source] for source in table.sources(row))

@@ -17,6 +17,7 @@ __all__ = [
     "data_form",
     "eps_form",
     "float64",
+    "has_signal",
     "schedule",
     "score_form",
     "table",
@@ -66,7 +67,7 @@ def schedule(
         )
     if not (alpha[1:] > 0).all() or alpha[0] < 0:
         raise ValueError(f"alpha must be positive but for a first point of zero, got {alpha.min().item():g}")
-    if prediction in ("score", "eps") and not torch.isfinite(1 / alpha[:-1].float()).all():
+    if prediction in ("score", "eps") and not has_signal(alpha[:-1], sigma[:-1]).all():
         raise ValueError(
             f"prediction={prediction!r} tells nothing of x_0 where alpha is {alpha[:-1].min().item():g}: for zero "
             f"terminal SNR, train and sample with prediction='v', 'x0' or 'flow'"
@@ -76,6 +77,11 @@ def schedule(
     if not (alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]).all():
         raise ValueError("sigma / alpha must decrease strictly from point to point")
     return alpha, sigma, time
+
+
+def has_signal(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Where x_t tells something of x_0, in fp32."""
+    return alpha > 2.0**-24 * sigma
 
 
 def data_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,9 @@ def build(
         table = entry.builder(sde.alpha(times), sde.sigma(times), times[:-1], prediction, **options)
     else:
         table = entry.builder(sde, times, prediction, **options)
+    if not isinstance(table, StepTable) or len(table) < steps - denoise:
+        came = f"{len(table)} rows" if isinstance(table, StepTable) else type(table).__name__
+        raise TypeError(f"the solver {solver} must return a StepTable of {steps} rows, got {came}")
     return _denoised(table, sde, prediction, steps - 1) if denoise else table
 
 

@@ -77,7 +77,13 @@ def solver(
 ) -> Callable[[Builder], Builder]:
     """A decorator that registers a builder under its own name; the first variant is the one of no options."""
 
+    if not variants or not all(isinstance(variant, Variant) for variant in variants):
+        raise TypeError(f"solver takes one Variant or more, as in @solver(Variant(order)), got {variants}")
+
     def register(builder: Builder) -> Builder:
+        known = REGISTRY.get(builder.__name__)
+        if known is not None and known.builder.__module__ != builder.__module__:
+            raise ValueError(f"a solver {builder.__name__} is already registered, by {known.builder.__module__}")
         REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at, needs_alpha)
         return builder
 

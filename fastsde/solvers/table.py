@@ -138,6 +138,11 @@ class StepTable:
             object.__setattr__(self, name, value.clone())  # what the caller does to its tensors later is its own
         object.__setattr__(self, "clip", clip)
 
+    def __repr__(self) -> str:
+        clip = "" if self.clip is None else f", clip={self.clip:g}"
+        first, last = float(self.time[0]), float(self.time[-1])
+        return f"StepTable(rows={len(self)}, slots={self.slots}, time={first:g} .. {last:g}{clip})"
+
     def __len__(self) -> int:
         return len(self.time)
 

@@ -94,6 +94,11 @@ class TrainConfig:
         check_number("lr", self.lr, "positive and finite", lambda lr: 0 < lr < math.inf)
         check_number("ema_decay", self.ema_decay, "in [0, 1)", lambda decay: 0 <= decay < 1)
         to_dict(self.sde)  # refuses what a checkpoint cannot name
+        if float(self.sde.alpha(self.sde.t_max)) == 0 and self.prediction in ("score", "eps"):
+            raise ValueError(
+                f"prediction must be 'flow', 'v' or 'x0' for {self.sde!r}, got {self.prediction!r}: samples start "
+                f"where alpha is 0, and there it tells nothing of x_0"
+            )
         check_instance("objective", self.objective, Objective)  # which checks its own fields
 
     @cached_property

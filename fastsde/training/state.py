@@ -53,10 +53,15 @@ def initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
         torch.default_generator.manual_seed(config.seed)  # of the CPU alone, where the weights are made
         model: Any = models.from_config(config.model)
     if start is not None:
-        theirs = (start.network.config, start.prediction, start.sigma_data)
-        ours = (model.config, config.prediction, config.sigma_data if config.preconditioning == "edm" else None)
-        if ours != theirs:
-            raise ValueError(f"init must have the model, prediction and sigma_data of the run, {ours}, got {theirs}")
+        sigma_data = config.sigma_data if config.preconditioning == "edm" else None
+        for name, theirs, ours in (
+            ("model", start.network.config, model.config),
+            ("prediction", start.prediction, config.prediction),
+            ("sigma_data", start.sigma_data, sigma_data),
+            ("sde", start.sde, config.sde),
+        ):
+            if theirs != ours:
+                raise ValueError(f"init must have the {name} of the run, {ours}, got {theirs}: give that, too")
         model.load_state_dict(start.network.state_dict())
     return model
 

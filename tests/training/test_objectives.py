@@ -116,7 +116,7 @@ def test_a_run_with_edms_preconditioning_samples_and_resumes(tmp_path: Path) -> 
     init = replace(CONFIGS["edm"], init=str(tmp_path))
     weights = Trainer(init, tmp_path / "further").model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in loaded.network.state_dict().items())
-    with pytest.raises(ValueError, match="init must have the model, prediction and sigma_data of the run"):
+    with pytest.raises(ValueError, match=r"init must have the sigma_data of the run, 0\.5, got 0\.6"):
         Trainer(replace(init, sigma_data=0.5), tmp_path / "other")
 
 
@@ -125,3 +125,14 @@ def test_the_objective_is_made_of_the_config() -> None:
     assert config.objective == Objective(EDM(), "x0", "target", "edm", 0.6, "lognormal", time_mean=-1.5, time_std=0.8)
     assert config.objective is config.objective
     assert TrainConfig.from_dict({"data": "swiss-roll", "model": POINTS.model}).objective == Objective(prediction="eps")
+
+
+def test_what_could_not_be_sampled_is_not_trained(tmp_path: Path) -> None:
+    for prediction in ("score", "eps"):
+        with pytest.raises(ValueError, match=rf"prediction must be 'flow', 'v' or 'x0' for Rect.*got '{prediction}'"):
+            replace(POINTS, sde=RectifiedFlow(), prediction=prediction)
+    with pytest.raises(ValueError, match=r"t_max must be in \(0, 1\], got 2"):
+        replace(POINTS, t_max=2.0)
+    Trainer(replace(POINTS, steps=2, sde=EDM()), tmp_path / "edm").train(progress=False)
+    with pytest.raises(ValueError, match=r"init must have the sde of the run, VPSDE.*, got EDM"):
+        Trainer(replace(POINTS, init=str(tmp_path / "edm")), tmp_path / "vp")
