@@ -6,7 +6,8 @@
 
 using namespace fastsde;
 
-// Those of ``times`` [n] to ``table`` [n, 6]; returns how many times lie outside of the segments. Theirs are left out.
+// Those of ``times`` [n] to ``table`` [n, 6]; returns how many times lie outside of the segments. Theirs mean
+// nothing.
 extern "C" int64_t fastsde_coefficients(const float* times, int64_t n, const float* rows, int64_t segments,
                                         int64_t first, int64_t shift, float* table, int threads) {
     const Interpolation interpolation{rows, segments, (int32_t)first, (int32_t)shift};
@@ -14,7 +15,10 @@ extern "C" int64_t fastsde_coefficients(const float* times, int64_t n, const flo
     run_team(n > PART ? threads : 1, [&] {
         int64_t mine = 0;
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < n; i++) mine += !interpolation.at(times[i], (Coefficients*)table + i);
+        for (int64_t i = 0; i < n; i += LANES) {
+            const int64_t here = std::min<int64_t>(LANES, n - i);
+            mine += interpolation.at(load(times + i, here), here, (Coefficients*)table + i);
+        }
         outside += mine;
     });
     return outside;
@@ -35,10 +39,7 @@ extern "C" int64_t fastsde_step_coefficients(const int64_t* keys, int64_t step, 
             const int64_t here = std::min<int64_t>(LANES, n - sample);
             for (int64_t k = 0; k < steps; k++) {
                 const Floats u = uniforms_across(lanes, draw_offset(step + k, TRAINING_TIME));
-                float times[LANES];
-                store(times, low + rounded(span * u));
-                Coefficients* to = (Coefficients*)table + k * n + sample;
-                for (int64_t i = 0; i < here; i++) mine += !interpolation.at(times[i], to + i);
+                mine += interpolation.at(low + rounded(span * u), here, (Coefficients*)table + k * n + sample);
             }
         }
         outside += mine;

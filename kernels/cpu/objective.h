@@ -17,22 +17,28 @@ constexpr int64_t COLUMNS_OF_TABLE = sizeof(Coefficients) / sizeof(float);
 // powers of t - its middle, each padded to WIDTH numbers.
 struct Interpolation {
     static constexpr int64_t POWERS = 4, WIDTH = 8;
+    typedef float Row __attribute__((vector_size(4 * WIDTH)));
+
     const float* rows;
     int64_t segments;
     int32_t first, shift;
 
-    // False for a time outside of all segments, and NaN.
-    bool at(float t, Coefficients* to) const {
-        const int64_t bits = (int64_t)bits_of<int32_t>(t) - first;
-        if (bits < 0 || bits > segments << shift) return false;
-        const int32_t segment = (int32_t)std::min(bits >> shift, segments - 1);
-        const float x = t - bits_of<float>(first + (segment << shift) + (1 << (shift - 1)));
-        const float* row = rows + segment * POWERS * WIDTH;
-        float sums[WIDTH];
-        for (int i = 0; i < WIDTH; i++)
-            sums[i] = row[i] + x * (row[WIDTH + i] + x * (row[2 * WIDTH + i] + x * row[3 * WIDTH + i]));
-        std::memcpy(to, sums, sizeof(Coefficients));
-        return true;
+    // Those of LANES times, of which the first ``here`` exist; returns how many lie outside of all segments, or are NaN.
+    // Theirs mean nothing.
+    int64_t at(Floats t, int64_t here, Coefficients* to) const {
+        const Words place = bits_of<Words>(t) - (uint32_t)first;  // beyond the last for negative times, too
+        const Words beyond = place > (uint32_t)segments << shift, last = (uint32_t)(segments - 1) - Words{};
+        const Words found = place >> shift, segment = found < last ? found : last;
+        const Floats x = t - bits_of<Floats>((segment << shift) + (uint32_t)(first + (1 << (shift - 1))));
+        int64_t outside = 0;
+        for (int64_t i = 0; i < here; i++) {
+            Row row[POWERS];
+            std::memcpy(row, rows + segment[i] * POWERS * WIDTH, sizeof(row));
+            const Row sum = row[0] + x[i] * (row[1] + x[i] * (row[2] + x[i] * row[3]));
+            std::memcpy(to + i, &sum, i + 1 < here ? sizeof(sum) : sizeof(Coefficients));  // the next covers the rest
+            outside -= (int32_t)beyond[i];
+        }
+        return outside;
     }
 };
 

@@ -8,31 +8,42 @@
 using namespace fastsde;
 
 // What a call is about; Call in solver_step.py has the same fields. ``slots`` and ``out`` are of m pointers; null are
-// slots that the row does not read, or that nobody wants. k is the row, of a table that goes on with the next row where
-// there is an ``input``, which the next row's n.s goes to. Nullable: f_uncond, z, keys, input. Without z and keys there
-// is no noise. clip is infinite where there is none.
+// slots that the row does not read, or that nobody wants. The next row's n.s goes to ``input``. Nullable: f_uncond, z
+// (else noise is drawn, where the row has any), keys (of no use then), input. clip is infinite where there is none.
 struct Step {
     const float* slots[MAX_SLOTS];
     float* out[MAX_SLOTS];
     const float *f, *f_uncond, *z;
-    const int64_t* keys;
-    const float* k;
     float* input;
+    const int64_t* keys;
+    const float* table;
     int64_t m, row, n, size;
     float guidance, clip;
 };
 
 namespace {
 
+// What a row computes.
+template <int M>
+struct Work {
+    Row<M> row, next_row;
+    bool formed[MAX_SLOTS] = {}, has_data = false, has_noise = false;
+
+    explicit Work(const Step& at) : row{at.table + at.row * row_width(at.m), (int)at.m}, next_row{row} {
+        if (at.input) next_row.k += row_width(at.m);
+        for (int j = 0; j < row.slots(); j++) {
+            formed[j] = j == 0 || at.out[j] || (at.input && next_row.n(j) != 0.0f);
+            has_data |= formed[j] && row.e(j) != 0.0f;
+            has_noise |= formed[j] && row.d(j) != 0.0f;
+        }
+    }
+};
+
 // ``count`` elements from ``start`` on; ``noise`` is theirs alone. Returns what is not finite: 0 f, 1 x', 2 nothing.
 template <int M>
-int step(const Step& at, int64_t start, int64_t count, const float* noise, const Row<M> row, const Row<M> next_row) {
+int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, const float* noise) {
+    const Row<M> row = work.row;
     const int m = row.slots();
-    bool has_data = false, formed[MAX_SLOTS];
-    for (int j = 0; j < m; j++) {
-        formed[j] = j == 0 || at.out[j] || (at.input && next_row.n(j) != 0.0f);
-        has_data |= formed[j] && row.e(j) != 0.0f;
-    }
     Floats f_sum{}, x_sum{};  // 0, or NaN where a value was not finite
     for_lanes(count, [&](int64_t first, int64_t here) {
         const int64_t i = start + first;
@@ -46,13 +57,13 @@ int step(const Step& at, int64_t start, int64_t count, const float* noise, const
         }
         f_sum += 0.0f * f;
         const Floats z = noise ? load(noise + first, here) : Floats{};
-        const Floats data = has_data ? row.data(s, f, at.clip) : Floats{};
+        const Floats data = work.has_data ? row.data(s, f, at.clip) : Floats{};
         for (int j = 0; j < m; j++) {
-            next[j] = formed[j] ? row.slot(j, s, f, data, z) : Floats{};
+            next[j] = work.formed[j] ? row.slot(j, s, f, data, z) : Floats{};
             if (at.out[j]) store(at.out[j] + i, next[j], here);
         }
         x_sum += 0.0f * next[0];
-        if (at.input) store(at.input + i, next_row.input(next), here);
+        if (at.input) store(at.input + i, work.next_row.input(next), here);
     });
     return any_nan(f_sum) ? 0 : any_nan(x_sum) ? 1 : 2;
 }
@@ -66,13 +77,13 @@ extern "C" int fastsde_solver_step(const Step* given, int threads) {
     const Parts parts(at.n, at.size);
     int found = 2;
     with_slots((int)at.m, [&](auto known) {
-        const Row<known> row{at.k, (int)at.m}, next_row{at.k + row_width(at.m), (int)at.m};
+        const Work<known> work(at);
         for_parts(parts, threads, [&](int64_t, const Part& part) {
             const int64_t start = part.start(at.size);
             float drawn[PART];
-            const float* noise = at.z ? at.z + start : at.keys ? drawn : nullptr;
+            const float* noise = !work.has_noise ? nullptr : at.z ? at.z + start : drawn;
             if (noise == drawn) draw_normals(at.keys, draw, part, at.n, drawn);
-            const int kind = step(at, start, part.count(), noise, row, next_row);
+            const int kind = step(at, work, start, part.count(), noise);
             if (kind < 2) {
 #pragma omp critical
                 found = std::min(found, kind);

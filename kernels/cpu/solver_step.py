@@ -22,7 +22,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         ("slots", ctypes.c_void_p * _MAX_SLOTS),
         ("out", ctypes.c_void_p * _MAX_SLOTS),
-        *((name, ctypes.c_void_p) for name in ("f", "f_uncond", "z", "keys", "k", "input")),
+        *((name, ctypes.c_void_p) for name in ("f", "f_uncond", "z", "input", "keys", "table")),
         *((name, ctypes.c_int64) for name in ("m", "row", "n", "size")),
         *((name, ctypes.c_float) for name in ("guidance", "clip")),
     ]
@@ -51,6 +51,8 @@ class Steps:
     ) -> None:
         self._given = table, keys  # kept alive
         self._call = _Call(
+            keys=None if keys is None else address(keys, torch.int64),
+            table=address(table, torch.float32),
             m=slots,
             n=shape[0],
             size=math.prod(shape[1:]),
@@ -58,8 +60,7 @@ class Steps:
             clip=math.inf if clip is None else clip,
         )
         self._slots, self._out = self._call.slots, self._call.out
-        self._first, self._stride = address(table, torch.float32), 4 * table.shape[1]
-        self._keys = None if keys is None else address(keys, torch.int64)
+        self._has_optional = False
         self._count = math.prod(shape)
         self._reference = ctypes.byref(self._call)
         self._run = function("solver_step")
@@ -93,29 +94,25 @@ class Steps:
         if f.numel() != count:  # as its input has now, which the network has changed
             raise _changed("the network's output", f, count)
         if f.dtype is not torch.float32 or not f.is_contiguous() or f.is_neg():
-            f = _plain(f)
+            f = f.float().contiguous().resolve_neg()
         call.f = f.data_ptr() or _without_memory(f)
-        if f_uncond is None:
-            call.f_uncond = None
-        else:
-            f_uncond = _plain(f_uncond)
-            call.f_uncond = f_uncond.data_ptr() or _without_memory(f_uncond)
-        if z is None:
-            call.z = None
-        else:
-            z = _plain(z)
-            call.z = z.data_ptr() or _without_memory(z)
-        call.keys = self._keys if z is None and terms.has_noise else None
-        call.k = self._first + row * self._stride
-        call.input = None if network_input is None else network_input.data_ptr()
+        # Fields are set where they may differ from the last row's: ctypes takes a tenth of a microsecond for each.
+        if self._has_optional or f_uncond is not None or z is not None or network_input is not None:
+            self._has_optional = True
+            f_uncond, z = _plain(f_uncond), _plain(z)
+            call.f_uncond, call.z, call.input = _pointer(f_uncond), _pointer(z), _pointer(network_input)
         call.row = row
         found: int = self._run(self._reference, torch.get_num_threads())
         return found
 
 
-def _plain(value: Tensor) -> Tensor:
+def _plain(value: Tensor | None) -> Tensor | None:
     """In contiguous fp32, and without the mark by which the imaginary part of a conjugate is negated."""
-    return value.float().contiguous().resolve_neg()
+    return None if value is None else value.float().contiguous().resolve_neg()
+
+
+def _pointer(value: Tensor | None) -> int | None:
+    return None if value is None else value.data_ptr() or _without_memory(value)
 
 
 def _changed(what: str, value: Tensor, count: int) -> TypeError:
