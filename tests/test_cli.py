@@ -21,7 +21,7 @@ import fastsde
 from fastsde import EDM, VPSDE, RectifiedFlow, Sampler, checkpoints, cli, ops, training
 from fastsde.checkpoints import Checkpoint
 from fastsde.cli.sample import default_picture
-from fastsde.models import MLP, UNet
+from fastsde.models import MLP, Preconditioned, UNet
 from fastsde.training import TrainConfig, saved_config
 
 
@@ -74,6 +74,13 @@ def test_sample_options_reach_the_sampler(tmp_path: Path, small_unet: Path) -> N
     whole, last = (load_file(tmp_path / f"{name}.safetensors")["samples"] for name in ("all", "last"))
     torch.testing.assert_close(whole[3:], last, rtol=0, atol=1e-5)  # convolutions round differently by batch size
     assert whole.abs().max() <= 1  # the clip
+    options = ["--solver", "unipc", "--solver-option", "order=1", "--solver-option", "variant=bh1", "--steps", 4]
+    result = run("sample", "swiss-roll", *options, "--rho", 3, "--spacing", "karras", "--save", "s.npz", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    checkpoint = checkpoints.load("swiss-roll")
+    chosen = {"solver_options": {"order": 1, "variant": "bh1"}, "spacing": "karras", "rho": 3.0}
+    expected = fastsde.sample(checkpoint, (1000, 2), solver="unipc", steps=4, **chosen)
+    assert np.array_equal(np.load(tmp_path / "s.npz")["samples"], expected.numpy())
 
 
 @pytest.mark.slow
@@ -114,10 +121,12 @@ def test_the_tutorial_recipe_trains_its_objective(tmp_path: Path) -> None:
 
 
 def test_info_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path / "a.safetensors", Checkpoint(MLP(2, (4,)), EDM(0.01, 30.0), "x0", "roll"))
+    sde = EDM(0.01, 30.0)
+    checkpoints.save(tmp_path / "a.safetensors", Checkpoint(Preconditioned(MLP(2, (4,)), sde, 0.6), sde, "x0", "roll"))
     result = CliRunner().invoke(cli.main, ["info", str(tmp_path / "a.safetensors")])
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines())
     assert lines["sde"] == "EDM(sigma_min=0.01, sigma_max=30.0)"
+    assert lines["preconditioning"] == "edm, sigma_data 0.6"
     assert (lines["prediction"], lines["sample shape"], lines["parameters"]) == ("x0", "[2]", "26")
     assert "trained" not in lines
     assert re.search(r"sde +VPSDE\(.*\)\n.*\ntrained +[\d,]+ steps", _info("swiss-roll"), re.S)
@@ -175,6 +184,10 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "--device", "gpu"], 1, "device 'gpu' cannot be used"),
         (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' needs Triton and a CUDA GPU"),
         (["sample", "swiss-roll", "--t-end", "2"], 1, "t_end must be in [0, 1), got 2.0"),
+        (["sample", "swiss-roll", "--solver-option", "order"], 2, "'order' must be NAME=VALUE, such as order=3"),
+        (["sample", "swiss-roll", "--solver-option", "order=3"], 1, "solver_options['order'] is no option of euler"),
+        (["verify", "--solver", "unipc", "--solver-option", "order=4"], 1, "order must be 1, 2 or 3, got 4"),
+        (["verify", "--solver", "unipc", "--solver-option", "order=x"], 1, "order must be an int, got str"),
         (["train", "cifar"], 2, "'cifar' is not one of"),
         (["train", "swiss-roll", "--data", "x"], 2, "--data is the folder of MNIST, and swiss-roll comes from no"),
         (["train", "digits", "--data", "x"], 2, "--data is the folder of MNIST, and digits comes from no folder"),

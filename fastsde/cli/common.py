@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+from ..vocabulary import SOLVERS, SPACINGS
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -37,6 +40,10 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, OSError, RuntimeError) as error:
+            raise click.ClickException(str(error)) from error
+        except TypeError as error:
+            if not kwargs.get("solver_options"):  # the only values whose type the command line does not check
+                raise
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as interrupt:
             raise Interrupted(str(interrupt) or "interrupted") from None
@@ -89,3 +96,52 @@ def load_checkpoint(model: str, device: Any = "cpu") -> Checkpoint:
     from .. import checkpoints
 
     return checkpoints.load(check_model(model), device=device)
+
+
+def _named_values(
+    context: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]
+) -> dict[str, bool | int | float | str] | None:
+    """Turns pairs such as order=3 into a dictionary."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise click.BadParameter(f"{pair!r} must be NAME=VALUE, such as order=3")
+        options[name] = _parsed(value)
+    return options or None
+
+
+def _parsed(value: str) -> bool | int | float | str:
+    if value in ("true", "false"):
+        return value == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+_SOLVER = (
+    click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True),
+    click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network."),
+    click.option("--spacing", type=click.Choice(SPACINGS), help="Where the times lie.  [default: the process's own]"),
+    click.option("--rho", type=float, help="Exponent of karras spacing.  [default: 7]"),
+    click.option("--t-end", type=float, default=0.0, show_default=True, help="Time that the trajectory ends at."),
+    click.option("--clip", type=float, help="Bound of the predicted data, for solvers that use it, such as ddpm."),
+    click.option("--eta", type=float, help="Share of DDPM's noise in [0, 1]; for ddim and euler_ancestral."),
+    click.option(
+        "--solver-option",
+        "solver_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_named_values,
+        help="Option of the solver, such as order=3 for unipc; may be given several times.",
+    ),
+    click.option("--denoise", is_flag=True, help="Let the last step give the predicted data."),
+)
+
+
+def takes_solver(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that make a solver's table, by their names in `fastsde.Sampler`."""
+    for option in reversed(_SOLVER):
+        command = option(command)
+    return command

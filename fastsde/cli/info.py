@@ -48,6 +48,8 @@ def _checkpoint(name: str) -> Iterator[tuple[str, str]]:
     yield "sample shape", str(list(checkpoint.shape))
     yield "sde", repr(checkpoint.sde)
     yield "prediction", checkpoint.prediction
+    if checkpoint.sigma_data is not None:
+        yield "preconditioning", f"edm, sigma_data {checkpoint.sigma_data:g}"
     if checkpoint.data:
         yield "data", checkpoint.data
     if checkpoint.value_range is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..vocabulary import BACKENDS, DTYPES, SOLVERS, SPACINGS
-from .common import PATH, job, load_checkpoint, reports_errors, suffix
+from ..vocabulary import BACKENDS, DTYPES
+from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_solver
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -58,13 +58,7 @@ class Files:
 @click.command()
 @click.argument("model")
 @click.option("-n", type=click.IntRange(0), help="How many samples.  [default: 1000 points, 20 images]")
-@click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
-@click.option("--spacing", type=click.Choice(SPACINGS), help="Where the times lie.  [default: the process's own]")
-@click.option("--t-end", type=float, default=0.0, show_default=True, help="Time that the trajectory ends at.")
-@click.option("--clip", type=float, help="Bound of the predicted data, for solvers that use it, such as ddpm.")
-@click.option("--eta", type=float, help="Share of DDPM's noise in [0, 1]; for ddim and euler_ancestral.")
-@click.option("--denoise", is_flag=True, help="Let the last step give the predicted data.")
+@takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")

@@ -7,18 +7,15 @@ from typing import Any
 
 import click
 
-from ..vocabulary import SOLVERS, SPACINGS, VERIFIED_DTYPES
-from .common import PATH, load_checkpoint, reports_errors
+from ..vocabulary import VERIFIED_DTYPES
+from .common import PATH, load_checkpoint, reports_errors, takes_solver
 from .info import version
 
 
 @click.command()
 @click.argument("model", default="swiss-roll")
 @click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 256 points, 4 images]")
-@click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network.")
-@click.option("--spacing", type=click.Choice(SPACINGS), help="Where the times lie.  [default: the process's own]")
-@click.option("--denoise", is_flag=True, help="Let the last step give the predicted data.")
+@takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
 @click.option(
