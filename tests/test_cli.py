@@ -191,6 +191,7 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["train", "cifar"], 2, "'cifar' is not one of"),
         (["train", "swiss-roll", "--data", "x"], 2, "--data is the folder of MNIST, and swiss-roll comes from no"),
         (["train", "digits", "--data", "x"], 2, "--data is the folder of MNIST, and digits comes from no folder"),
+        (["train", "swiss-roll", "--sigma-data", "1"], 2, "--sigma-data is what --preconditioning edm scales by"),
         (["train", "mnist", "--dtype", "float16"], 2, "'float16' is not one of"),
         (["train", "digits", "--init", "."], 1, "holds no training run: expected checkpoint.safetensors in it"),
         (["train", "swiss-roll", "--sde", "ou"], 2, "'ou' is not one of 'vp', "),

@@ -130,7 +130,10 @@ def _config(
         config = (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
         if device.type == "cuda" and config.model["architecture"] == "UNet" and recipe != "tutorial":
             config = replace(config, precision="bf16")
-    return replace(config, **{name: value for name, value in options.items() if value is not None})
+    config = replace(config, **{name: value for name, value in options.items() if value is not None})
+    if options["sigma_data"] is not None and config.preconditioning != "edm":
+        raise click.UsageError("--sigma-data is what --preconditioning edm scales by: give both, or neither")
+    return config
 
 
 def _in_words(config: TrainConfig, world: int) -> str:
