@@ -1,4 +1,4 @@
-"""What the commands share: paths that are checked before any work, errors, and networks by name."""
+"""Helpers shared by the commands: paths that are checked before any work, errors, and networks by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH = click.Path(path_type=Path, dir_okay=False)
 
 
 class Interrupted(click.ClickException):
-    """Ctrl-C. Of several processes the first one says so."""
+    """Ctrl-C. Of several processes, only the first one prints the message."""
 
     exit_code = 130
 
@@ -27,9 +27,9 @@ class Interrupted(click.ClickException):
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors that a user can mend into one line on stderr and exit code 1, and Ctrl-C into 130.
+    """Turns errors that a user can fix into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
 
-    A KeyboardInterrupt may have a message: what became of the work.
+    A KeyboardInterrupt may carry a message that says what became of the work.
     """
 
     @functools.wraps(command)
@@ -45,7 +45,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def job(command: Callable[..., None]) -> Callable[..., None]:
-    """`fastsde.distributed.job`, imported when the command runs."""
+    """Applies `fastsde.distributed.job`, imported only when the command runs."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ def job(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def suffix(*allowed: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
-    """A callback that refuses paths of other suffixes before any work is done."""
+    """Returns a callback that refuses paths with any other suffix before any work is done."""
 
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
         if path is not None and path.suffix.lower() not in allowed:
@@ -68,7 +68,7 @@ def suffix(*allowed: str) -> Callable[[click.Context, click.Parameter, Path | No
 
 
 def check_model(model: str) -> str:
-    """A shipped model, a file, or the folder of a run.
+    """Returns ``model``, the name of a shipped model, a file, or the folder of a run.
 
     Raises:
         FileNotFoundError: for a folder without a checkpoint.
@@ -85,7 +85,7 @@ def check_model(model: str) -> str:
 
 
 def load_checkpoint(model: str, device: Any = "cpu") -> Checkpoint:
-    """The checkpoint of a shipped model, a file, or the folder of a run."""
+    """Loads the checkpoint of a shipped model, a file, or the folder of a run."""
     from .. import checkpoints
 
     return checkpoints.load(check_model(model), device=device)
