@@ -134,7 +134,7 @@ def main(
 ) -> None:
     """Judge the samples of a model; prints the figures as JSON."""
     if root is not None and subject != "mnist":
-        raise click.UsageError(f"--data is the folder of MNIST, and {subject} comes from no folder: leave it out")
+        raise click.UsageError(f"--data is the folder of MNIST, and {subject} does not use one: leave it out")
     started = time.time()
     checkpoint = checkpoints.load(model or subject)
     result: dict[str, Any]

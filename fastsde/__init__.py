@@ -25,7 +25,7 @@ __all__ = [
     "solvers",
 ]
 
-# In a source checkout `fastsde.kernels` and `fastsde.benchmarks` are the folders beside this package.
+# In a source checkout, `fastsde.kernels` and `fastsde.benchmarks` are the folders next to this package.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .sde import EDM, VESDE, VPSDE, CosineVPSDE, RectifiedFlow, SubVPSDE
     from .solvers import StepTable
 else:
-    # Imported when first asked for: torch takes seconds, and the command line sets how its threads wait before that.
+    # Imported on first access: torch takes seconds to import, and the command line sets how its threads wait first.
     _MODULES = (
         "checkpoints",
         "compat",

@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors files that hold a network and all that sampling from it needs.
+"""Checkpoints: safetensors files that hold a network and everything needed to sample from it.
 
-The tensors are named ``model.*`` (what to sample from: the EMA where there is one). The header's metadata has one
-entry, ``fastsde``: JSON with the format version, the architecture, the process by name, the prediction kind, the
-training record and whatever a `fastsde.training.Trainer` needs to resume.
+The tensors are named ``model.*`` (the weights to sample from: the EMA weights if there are any). The header's metadata
+has one entry, ``fastsde``: JSON with the format version, the architecture, the process by name, the prediction kind,
+the training record and whatever a `fastsde.training.Trainer` needs to resume.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Checkpoint:
     """A network and how to sample from it.
 
     Args:
-        model: called as ``model(x, t)``. One that is to be saved is a `fastsde.models.MLP` or `UNet`, also inside of
-            ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel, or of
-            `fastsde.models.Preconditioned`, which also the loaded one then is.
-        sde: the process that it was trained on.
+        model: called as ``model(x, t)``. To be saved, it must be a `fastsde.models.MLP` or `UNet`, possibly wrapped in
+            ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel, or in
+            `fastsde.models.Preconditioned`, which is restored on loading.
+        sde: the process that the network was trained on.
         prediction: "score", "eps", "x0", "v" or "flow".
         data: the name of the data set, or "".
         value_range: the range of the data's values (black and white of an image), or None.
-        record: how the network was trained: free-form, for people.
+        record: how the network was trained; free-form, for human readers.
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ class Checkpoint:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample. Raises TypeError for a network that does not tell it."""
+        """The shape of one sample. Raises TypeError for a network without a ``shape``."""
         shape: Any = getattr(models.unwrap(self.model), "shape", None)
         if shape is None:
             raise _not_ours(self.model)
@@ -67,22 +67,22 @@ class Checkpoint:
 
     @property
     def network(self) -> models.MLP | models.UNet:
-        """The model without wrappers and preconditioning. Raises TypeError where it is not one of this package."""
+        """The model without wrappers and preconditioning. Raises TypeError if it is not one of this package."""
         network = models.unwrap(self.model)
         if isinstance(network, models.Preconditioned):
             network = models.unwrap(network.network)
-        if type(network) is models.MLP or type(network) is models.UNet:  # a subclass would come back as what it is not
+        if type(network) is models.MLP or type(network) is models.UNet:  # a subclass would be loaded as its base class
             return network
         raise _not_ours(self.model)
 
     @property
     def sigma_data(self) -> float | None:
-        """That of EDM's preconditioning, where the model has it around its network."""
+        """The ``sigma_data`` of EDM's preconditioning, or None for a model without it."""
         model = models.unwrap(self.model)
         return model.sigma_data if isinstance(model, models.Preconditioned) else None
 
     def describe(self) -> dict[str, Any]:
-        """All but the weights, as JSON takes it.
+        """Returns everything except the weights, ready for JSON.
 
         Raises:
             TypeError: for a network or a process that is not one of this package.
@@ -101,24 +101,24 @@ class Checkpoint:
 def _not_ours(model: object) -> TypeError:
     return TypeError(
         f"model must be a fastsde.models.MLP or UNet, got {type(model).__name__}: a checkpoint holds weights and the "
-        f"name of their architecture. Save those of another network with torch.save or safetensors, and give the "
-        f"network itself to fastsde.sample"
+        f"name of their architecture. Save the weights of any other network with torch.save or safetensors, and pass "
+        f"the network itself to fastsde.sample"
     )
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON metadata as one safetensors file, whole or not at all."""
+    """Writes tensors and JSON metadata atomically to one safetensors file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, {_METADATA_KEY: json.dumps({"format": FORMAT, **metadata})})
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata that `write` wrote.
+    """Returns the tensors and metadata that `write` wrote.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file that is not a fastsde checkpoint, is damaged, or is of a later format.
+        FileNotFoundError: if the file does not exist.
+        ValueError: for a file that is not a fastsde checkpoint, is damaged, or has a later format.
     """
     path = Path(path)
     if not path.is_file():
@@ -130,13 +130,13 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         if _is_pickled(path):
             raise ValueError(
-                f"{path} is a file of torch.save, which is not read since a pickle can run any code: "
+                f"{path} was written by torch.save, and is not read because a pickle can run any code: "
                 f"{_load_yourself('torch.load')}"
             ) from None
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"{path} is a safetensors file, but not a checkpoint of fastsde, since it does not name its architecture: "
+            f"{path} is a safetensors file, but not a fastsde checkpoint, as it does not name its architecture: "
             f"{_load_yourself('safetensors.torch.load_file')}"
         )
     if metadata.get("format") != FORMAT:
@@ -145,7 +145,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _is_pickled(path: Path) -> bool:
-    """Returns whether ``torch.save`` wrote a file: a zip file with a pickle in it or, in its old format, a pickle."""
+    """Returns whether ``torch.save`` wrote the file: a zip file that holds a pickle or, in the old format, a pickle."""
     with suppress(zipfile.BadZipFile):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -156,17 +156,18 @@ def _is_pickled(path: Path) -> bool:
 
 def _load_yourself(function: str) -> str:
     return (
-        f"load its weights into the network with {function}, and give that to fastsde.sample, or to "
-        f"fastsde.checkpoints.save where it is a fastsde.models.MLP or UNet"
+        f"load its weights into the network with {function}, and pass the network to fastsde.sample, or to "
+        f"fastsde.checkpoints.save if it is a fastsde.models.MLP or UNet"
     )
 
 
 def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a checkpoint to sample from, with its weights in ``dtype``, a floating-point one.
+    """Writes a checkpoint to sample from, with its weights in the floating-point ``dtype``.
 
     Raises:
-        TypeError: for what is not a `Checkpoint`, for a network that is not one of this package, or for another dtype.
-        ValueError: for weights that are not those of the network's architecture.
+        TypeError: if ``checkpoint`` is not a `Checkpoint`, its network is not one of this package, or ``dtype`` is not
+            floating-point.
+        ValueError: if the weights are not those of the network's architecture.
     """
     check_instance("checkpoint", checkpoint, Checkpoint)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -177,17 +178,17 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.fl
     ours, theirs = ({name: tuple(each.shape) for name, each in state.items()} for state in (weights, expected))
     if ours != theirs:
         odd = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
-        raise ValueError(f"model must have the weights of its architecture {description['model']}, which differ: {odd}")
+        raise ValueError(f"model must have the weights of its architecture {description['model']}, these differ: {odd}")
     write(path, {f"model.{name}": tensor.to(dtype) for name, tensor in weights.items()}, description)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """A checkpoint from a file or the folder of a training run, or a shipped one by name; weights become fp32.
+    """Loads a checkpoint from a file or the folder of a training run, or a shipped one by name; weights become fp32.
 
-    The names are "swiss-roll" and "mnist"; a file of such a name is reached as "./mnist".
+    The shipped names are "swiss-roll" and "mnist"; to load a file with such a name, write "./mnist".
 
     Raises:
-        FileNotFoundError, ValueError: as `read` does, or for a device that cannot be used.
+        FileNotFoundError, ValueError: as for `read`, or for a device that cannot be used.
     """
     device = check_device(device)
     shipped = SHIPPED.get(str(path))
@@ -221,7 +222,7 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
             record=metadata["record"],
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of fastsde: {error!r}") from error
+        raise ValueError(f"{path} is not a complete fastsde checkpoint: {error!r}") from error
     if checkpoint.prediction not in PREDICTIONS:
         raise ValueError(f"{path} has an unknown prediction {checkpoint.prediction!r}")
     checkpoint.model.to(device)

@@ -1,8 +1,7 @@
-"""Training data: the swiss roll, MNIST, and scikit-learn's digits for use offline.
+"""Training data: the swiss roll, MNIST, and scikit-learn's digits for offline use.
 
-Images are kept as uint8 and mapped to floats batch by batch, x_0 = scale * pixel + shift. This package's range is
-[-1, 1]; the tutorial's is [0, 1] (``pixel_range=(0, 1)``). Images given as floats are numbers like any other, and are
-trained on as they are.
+Images are kept as uint8 and mapped to floats batch by batch, x_0 = scale * pixel + shift. By default pixels are mapped
+to [-1, 1]; the tutorial uses [0, 1] (``pixel_range=(0, 1)``). Images given as floats are trained on as they are.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ DEFAULT_ROOT = Path("data")
 
 
 def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
-    """The tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)``, divided by 10. fp32 ``[n, 2]``."""
+    """Draws the tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)`` over 10. fp32 ``[n, 2]``."""
     check_int("n", n, 1), check_number("noise", noise, "at least 0 and finite", lambda std: 0 <= std < math.inf)
     seed = check_int("seed", seed, 0, 2**64)
     from sklearn.datasets import make_swiss_roll
 
-    # Seeds of more than 32 bits, which NumPy's legacy generator refuses as an int, are given to it as two words.
+    # NumPy's legacy generator refuses seeds of more than 32 bits as an int, so they are passed as two words.
     state = np.random.RandomState(seed if seed < 2**32 else [seed & 0xFFFFFFFF, seed >> 32])
     points, _ = make_swiss_roll(n, noise=noise, random_state=state)
     return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32, device="cpu"))
 
 
 def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8, scaled bilinearly to 28x28. uint8 ``[1797, 1, 28, 28]``.
+    """Loads scikit-learn's 1,797 handwritten 8x8 digits as 28x28 images. uint8 ``[1797, 1, 28, 28]``.
 
-    The 20x20 digit stands in a margin of 4 pixels, as MNIST's do.
+    They are scaled bilinearly to 20x20 and padded by 4 pixels, as in MNIST.
     """
     from sklearn.datasets import load_digits
 
@@ -55,35 +54,35 @@ def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
 def mnist(
     root: str | Path = DEFAULT_ROOT, train: bool = True, pixel_range: tuple[float, float] = (-1.0, 1.0)
 ) -> Dataset:
-    """MNIST through torchvision, downloaded to ``root`` where it is not there. uint8 ``[N, 1, 28, 28]``.
+    """Loads MNIST through torchvision, downloading it to ``root`` if it is missing. uint8 ``[N, 1, 28, 28]``.
 
     Raises:
-        FileNotFoundError: naming the folder, where the files are neither there nor to be downloaded.
+        FileNotFoundError: if the files are missing and cannot be downloaded; the message names the folder.
     """
     return Dataset("mnist", mnist_files(root, train)[0]).with_pixel_range(pixel_range)
 
 
 def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST's pixels uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]``. Raises as `mnist` does."""
+    """Returns MNIST's pixels uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]``. Raises as `mnist` does."""
     from torchvision.datasets import MNIST
 
     folder = Path(root) / "MNIST" / "raw"
     made = [path for path in (folder, folder.parent, Path(root)) if not path.exists()]
     try:
-        # Asking for a download checks for files of the full set and writes the folder, so try without first.
+        # download=True checks for the files of the full set and creates the folder, so try without it first.
         files = MNIST(str(root), train=train)
     except RuntimeError:
         try:
             files = MNIST(str(root), train=train, download=True)
         except (RuntimeError, OSError) as error:
             for path in made:
-                with suppress(OSError):  # torchvision makes it before it knows that there is nothing to put there
+                with suppress(OSError):  # torchvision creates it even if the download then fails
                     path.rmdir()
             raise FileNotFoundError(
                 f"MNIST is not in {folder} and could not be downloaded. Put train-images-idx3-ubyte, "
                 f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (or their .gz) there, "
-                f"name another folder (--data, in Python root), or train on the data set 'digits', which needs no "
-                f"network"
+                f"name another folder (--data, or root in Python), or train on the data set 'digits', which needs no "
+                f"download"
             ) from error
     return files.data[:, None], files.targets
 
@@ -96,19 +95,19 @@ def load(
     pixel_range: tuple[float, float] = (-1.0, 1.0),
     seed: int = 0,
 ) -> Dataset:
-    """A training set by name: "swiss-roll", "digits" or "mnist".
+    """Loads a training set by name: "swiss-roll", "digits" or "mnist".
 
     Args:
         size: how many points of the swiss roll (by default 1000), or how many images from the start of the set.
-        root: the folder of MNIST.
-        pixel_range: what black and white become.
-        seed: in [0, 2^64), of the swiss roll's points.
+        root: the folder that holds MNIST.
+        pixel_range: the values that black and white are mapped to.
+        seed: in [0, 2^64), for the points of the swiss roll.
 
     Raises:
-        TypeError: for an argument of another type.
-        ValueError: for an unknown name, a size that is not positive or larger than the set, or another value that is
+        TypeError: for an argument of the wrong type.
+        ValueError: for an unknown name, a size that is not positive or larger than the set, or any other value that is
             out of range.
-        FileNotFoundError: for MNIST that is not to be had.
+        FileNotFoundError: if MNIST is missing and cannot be downloaded.
     """
     if size is not None:
         check_int("size", size, 1)

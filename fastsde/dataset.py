@@ -1,4 +1,4 @@
-"""Training data, checked when they are given and kept in a dtype and layout that every kernel takes."""
+"""Training data, validated on construction and kept in a dtype and layout that every kernel accepts."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["Dataset"]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training data ``x``, of which a network sees scale * x + shift.
+    """Training data ``x``; the network sees scale * x + shift.
 
     Args:
-        name: what the data are called.
+        name: the name of the data set.
         x: a tensor or NumPy array ``[N, *shape]`` of finite numbers. uint8 is kept, bool becomes 0 and 255 in uint8,
             and every floating-point dtype becomes fp32.
-        scale, shift: finite numbers, the scale not 0. By default floats are seen as they are, and for uint8 both are
-            None until a `fastsde.training.Trainer` maps black and white to its config's ``pixel_range``.
+        scale, shift: finite numbers, the scale not 0. By default floats are not changed, and for uint8 both are None
+            until a `fastsde.training.Trainer` maps black and white to its config's ``pixel_range``.
         value_range: black and white as stored in ``x``. By default (0, 255) for uint8; for float images
-            ``[N, C, H, W]`` of one or three channels (0, 1) or (-1, 1) where all values lie in it, else the smallest
-            and the largest value; None for other data.
+            ``[N, C, H, W]`` of one or three channels (0, 1) or (-1, 1) if all values lie in it, else the smallest and
+            the largest value; None for other data.
 
     Raises:
-        TypeError: for an ``x`` of another type or dtype, and for another argument of the wrong type.
-        ValueError: for an ``x`` that is empty, a single number, or not finite (in fp32, and after scaling), and for
-            another argument that is out of range.
+        TypeError: for an ``x`` of the wrong type or dtype, or any other argument of the wrong type.
+        ValueError: for an ``x`` that is empty, a single number, or not finite (in fp32, and after scaling), or any
+            other argument that is out of range.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Dataset:
 
     @property
     def seen_range(self) -> tuple[float, float] | None:
-        """What black and white are to the network, the lower one first; None for other data, or before it is known."""
+        """Black and white as the network sees them, the lower first; None for other data, or before they are known."""
         if self.value_range is None or self.scale is None or self.shift is None:
             return None
         low, high = sorted(self.scale * value + self.shift for value in self.value_range)
@@ -78,11 +78,11 @@ class Dataset:
         return len(self.x)
 
     def to(self, device: torch.device | str) -> Dataset:
-        """The same data on a device."""
+        """Returns the same data on a device."""
         return replace(self, x=self.x.to(device))
 
     def with_pixel_range(self, pixel_range: tuple[float, float]) -> Dataset:
-        """The same data, with pixels that have no scale and shift of their own mapped to ``pixel_range``."""
+        """Returns the same data, with pixels that have no scale and shift of their own mapped to ``pixel_range``."""
         low, high = check_range("pixel_range", pixel_range)
         if self.scale is not None or self.value_range is None:
             return self
@@ -91,7 +91,7 @@ class Dataset:
         return replace(self, scale=scale, shift=low - scale * black)
 
     def with_shape(self, shape: Sequence[int]) -> Dataset:
-        """The same data as samples of ``shape``. Images ``[C, H, W]`` may be stored as ``[H, W, C]``, or ``[H, W]``.
+        """Returns the data as samples of ``shape``. Images ``[C, H, W]`` may be stored as ``[H, W, C]`` or ``[H, W]``.
 
         Raises:
             ValueError: for samples of any other shape.
@@ -107,7 +107,7 @@ class Dataset:
 
 
 def _numbers(given: object) -> Tensor:
-    """The data as a `Dataset` keeps them: uint8 or fp32, contiguous."""
+    """Returns the data as a `Dataset` keeps them: uint8 or fp32, contiguous."""
     if isinstance(given, np.ndarray):
         given = _from_numpy(given)
     if not isinstance(given, Tensor):
@@ -130,7 +130,7 @@ def _numbers(given: object) -> Tensor:
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    """A copy of an array, which may have any strides and byte order."""
+    """Returns a copy of an array, which may have any strides and byte order."""
     if array.dtype.kind not in "biuf":
         raise TypeError(f"x must hold real numbers, got an array of {array.dtype}")
     wide = array.dtype.kind == "f" and array.dtype.itemsize > 8  # PyTorch has no long double
@@ -143,7 +143,7 @@ def _is_scale(value: float) -> bool:
 
 
 def _extremes(x: Tensor) -> tuple[float, float]:
-    """The least and the greatest element of fp32 data, which must be finite."""
+    """Returns the smallest and largest element of fp32 data, which must be finite."""
     low, high = (float(each) for each in x.aminmax())  # NaN passes through
     if not (math.isfinite(low) and math.isfinite(high)):
         check_tensor("x (as fp32)", x, finite=True)
@@ -151,7 +151,7 @@ def _extremes(x: Tensor) -> tuple[float, float]:
 
 
 def _black_and_white(x: Tensor, extremes: tuple[float, float]) -> tuple[float, float] | None:
-    """The usual range of images that holds all of ``x``, or their own; None where they are all of one value."""
+    """Returns the usual image range that contains all of ``x``, or else its own range; None if all values are equal."""
     if x.dtype == torch.uint8:
         return extremes
     low, high = extremes

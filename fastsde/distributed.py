@@ -1,10 +1,10 @@
-"""Several GPUs and machines under ``torchrun``: sampling sharded by index, and what data-parallel training needs.
+"""Several GPUs and machines under ``torchrun``: sampling sharded by index, and helpers for data-parallel training.
 
     torchrun --nproc-per-node 4 -m fastsde sample mnist -n 10000 --save digits.npz
 
-A sample is a function of its global index, so that the ranks need not talk while they draw. The network's rounding may
-depend on how many samples it is called with: the work is cut into parts whose size does not depend on how many ranks
-there are, and so neither does a bit of the result.
+A sample is a function of its global index, so the ranks need not communicate while they draw. The network's rounding
+may depend on its batch size, so the work is split into parts whose size does not depend on the number of ranks; the
+result is then the same to the bit for any number of ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
     "shard",
 ]
 
-# How long rank 0 waits for the samples of the slowest rank. Work may take any time, and a rank that dies is seen at
-# once, by its closed connection and by torchrun, which ends the others: no limit that work could run into is wanted.
+# How long rank 0 waits for the samples of the slowest rank. Sampling may take any length of time, and a dead rank is
+# noticed at once, by its closed connection and by torchrun, which ends the others: so there is no practical limit.
 _WORK = timedelta(days=365)
 _PARTS, _SMALLEST_PART = 24, 4
 
@@ -60,30 +60,30 @@ def sample(
 ) -> Any:
     """Draws ``n`` samples on all ranks together; every rank must call it, with the same arguments.
 
-    Outside of a group it draws the same samples alone, to the bit where device and number of threads are the same.
+    Without a process group it draws the same samples by itself, to the bit for the same device and number of threads.
 
     Args:
-        sampler: this rank's, on its own device.
-        model_kwargs, uncond_kwargs: as for `fastsde.sample`, with all ``n`` of the batch on every rank.
-        progress: show rank 0's work as a bar on stderr.
-        part: how many samples a rank runs at once. By default the sampler's ``max_batch`` where that is a number, else
-            a 24th of ``n`` but at least 4, so that more than 24 ranks want a smaller one. Another may round otherwise.
+        sampler: the sampler of this rank, on its own device.
+        model_kwargs, uncond_kwargs: as for `fastsde.sample`, for the whole batch of ``n`` on every rank.
+        progress: show rank 0's progress as a bar on stderr.
+        part: how many samples a rank runs at once. By default the sampler's ``max_batch`` if that is a number, else a
+            24th of ``n`` but at least 4; set a smaller one for more than 24 ranks. Another size may round differently.
         seed, first_sample, trajectory: as for `fastsde.sample`.
 
     Returns:
-        On rank 0 the samples ``[n, *shape]`` on the CPU, with ``trajectory`` a pair of them and the states ``[steps //
-        trajectory + 1, n, *shape]``; None on the other ranks.
+        On rank 0 the samples ``[n, *shape]`` on the CPU, with ``trajectory`` a pair of the samples and the states
+        ``[steps // trajectory + 1, n, *shape]``; None on the other ranks.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        NonFiniteError: on every rank, where samples, which the message names, became NaN or infinity.
-        RuntimeError: where another rank has had an error, or has ended.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
+        NonFiniteError: on every rank, if samples became NaN or infinity; the message names the rank and its samples.
+        RuntimeError: if another rank has failed or ended.
     """
     check_instance("sampler", sampler, Sampler)
     check_int("n", n, 0)
     check_int("first_sample", first_sample, 0, 2**64)
     usual = sampler.max_batch if isinstance(sampler.max_batch, int) else max(_SMALLEST_PART, -(-n // _PARTS))
-    own = copy.copy(sampler)  # it splits a rank's run of samples into the parts
+    own = copy.copy(sampler)  # its max_batch splits a rank's samples into parts
     own.max_batch = size = usual if part is None else check_int("part", part, 1)
     here = ranks() or Ranks()
     bounds = [min(n, size * _first(-(-n // size), rank, here.world)) for rank in range(here.world + 1)]
@@ -109,7 +109,7 @@ def sample(
 
 
 def _first(items: int, rank: int, world: int) -> int:
-    """The first of a rank's items, where all are dealt out in runs that differ by at most one: the long ones first."""
+    """Returns the index of a rank's first item; the ranks get consecutive runs whose lengths differ by at most one."""
     return -(-items * rank // world)
 
 
@@ -119,24 +119,24 @@ def _rows(kwargs: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 @contextmanager
 def _working_group(here: Ranks) -> Iterator[Any]:
-    """A Gloo group to collect samples in, with the patience that takes; None for one rank.
+    """Yields a Gloo group with a long timeout to collect samples in; None for one rank.
 
-    After an error it is not closed, so that the others do not have an error of it before this rank has told its own.
+    After an error the group is not closed, so that other ranks do not fail of that before this rank's error is known.
     """
     if here.world == 1:
         yield None
         return
     from torch import distributed as dist
 
-    mean_over_ranks(0.0)  # all are here, or this fails in the time that their group allows: only then be patient
+    mean_over_ranks(0.0)  # fails within the timeout of the ranks' own group unless all are here; only then wait longer
     group: Any = dist.new_group(backend="gloo", timeout=_WORK)
     yield group
-    dist.barrier(group)  # all is received: to leave before could cut it off
+    dist.barrier(group)  # leaving before everything is received could cut it off
     dist.destroy_process_group(group)
 
 
 def _raise_together(error: Exception | None, who: str, here: Ranks, group: Any) -> None:
-    """Raises on all ranks where one has had an error, so that none waits for the samples of that one."""
+    """Raises on all ranks if one of them has failed, so that none waits for its samples."""
     if here.world == 1:
         if error is not None:
             raise error
@@ -149,7 +149,7 @@ def _raise_together(error: Exception | None, who: str, here: Ranks, group: Any) 
         dist.all_gather_object(told, mine, group=group)
     except RuntimeError as lost:
         if error is None:
-            raise RuntimeError(f"a rank ended before its samples had come ({lost})") from lost
+            raise RuntimeError(f"a rank ended before its samples arrived ({lost})") from lost
     if error is not None and not isinstance(error, NonFiniteError):
         raise error
     for not_finite, message in filter(None, [mine, *told]):
@@ -157,7 +157,7 @@ def _raise_together(error: Exception | None, who: str, here: Ranks, group: Any) 
 
 
 def _gather(own: Tensor, axis: int, bounds: list[int], here: Ranks, group: Any) -> Tensor | None:
-    """On rank 0 the tensors of all ranks joined along an axis, on the CPU: rank r has bounds[r] to bounds[r + 1]."""
+    """Joins the ranks' tensors along an axis, on rank 0 and the CPU: rank r has bounds[r] to bounds[r + 1]."""
     from torch import distributed as dist
 
     own = own.cpu().contiguous()
@@ -175,7 +175,7 @@ def _gather(own: Tensor, axis: int, bounds: list[int], here: Ranks, group: Any) 
             try:
                 dist.recv(received, source, group=group)
             except RuntimeError as error:
-                raise RuntimeError(f"rank {source} ended before its samples had come ({error})") from error
+                raise RuntimeError(f"rank {source} ended before its samples arrived ({error})") from error
         place.copy_(received)
     return whole
 
@@ -184,13 +184,13 @@ def _gather(own: Tensor, axis: int, bounds: list[int], here: Ranks, group: Any) 
 
 
 def shard(batch_size: int, rank: int, world: int) -> slice:
-    """The positions of the global batch that are a rank's own: runs in order that differ by at most one in length.
+    """Returns a rank's positions in the global batch: consecutive runs whose lengths differ by at most one.
 
-    Position i of the global batch has key i wherever it is computed: a rank takes ``sample_keys(seed,
+    Position i of the global batch has key i wherever it is computed: a rank uses ``sample_keys(seed,
     batch_size)[shard(batch_size, rank, world)]``.
 
     Raises:
-        ValueError: where the batch has fewer samples than there are ranks.
+        ValueError: if the batch has fewer samples than there are ranks.
     """
     check_int("world", world, 1)
     check_int("rank", rank, 0, world)
@@ -200,7 +200,7 @@ def shard(batch_size: int, rank: int, world: int) -> slice:
 
 
 def loss_weight(batch_size: int, rank: int, world: int) -> float:
-    """What a rank multiplies the mean loss over its `shard` with, before the backward pass.
+    """Returns the factor that a rank multiplies the mean loss over its `shard` by, before the backward pass.
 
     DistributedDataParallel averages gradients over the ranks: (1 / world) sum_r w_r grad(mean over shard r) is the
     gradient of the mean over the whole batch for w_r = world |shard r| / batch_size, whatever the shards' lengths.
@@ -211,12 +211,12 @@ def loss_weight(batch_size: int, rank: int, world: int) -> float:
 
 
 def any_rank(flag: bool) -> bool:
-    """Returns whether a flag is set on any rank, the same on all."""
+    """Returns whether a flag is set on any rank; the result is the same on all ranks."""
     return mean_over_ranks(float(flag)) > 0
 
 
 def mean_over_ranks(value: float) -> float:
-    """The mean of a number of every rank, the same on all; NaN where one is. Of weighted losses, the global loss."""
+    """Returns the mean over ranks, the same on all; NaN if one is. For weighted losses, this is the global loss."""
     here = ranks()
     if here is None or here.world == 1:
         return float(value)

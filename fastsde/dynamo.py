@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of functions, told without importing the compiler, and Triton with it."""
+"""Markers for ``torch.compile`` that do not import the compiler, which would import Triton too."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result``: the function is called while its caller is compiled, and its result
-    kept. Arguments must be constants as well; another object can be the ``self`` of a method alone, and whoever calls
-    that must `guard_identity`.
+    """Marks a function like ``torch.compiler.assume_constant_result``: it is called while its caller is compiled, and
+    its result is kept. Its arguments must be constants too, except the ``self`` of a method; the caller of such a
+    method must call `guard_identity` on it.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def guard_identity(value: object) -> None:
-    """Makes a compiled caller compile again for another object, of which `constant` methods give another result."""
+    """Makes a compiled caller recompile for another object, whose `constant` methods may give another result."""
     id(value)
 
 
 def untraced(function: Function) -> Function:
-    """``torch.compiler.disable``: compiled callers call the function as it is, between two parts that are compiled."""
+    """Marks a function like ``torch.compiler.disable``: compiled callers call it uncompiled, at a graph break."""
     disabled: Function | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
-        if disabled is None and "torch._dynamo" in sys.modules:  # or nobody compiles
+        if disabled is None and "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
             disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
         return (disabled or function)(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["atomic_path", "check_writable"]
 
 
 def _temporary(path: Path) -> Path:
-    """A new file beside ``path``, whose folder is made where it is not there."""
+    """Creates a temporary file next to ``path``, and its folder if that does not exist."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".tmp{path.suffix}", dir=path.parent)
@@ -23,16 +23,16 @@ def _temporary(path: Path) -> Path:
 
 
 def check_writable(path: str | Path) -> None:
-    """For a path that is written at the end of long work: raises OSError now where it cannot be."""
+    """Raises OSError now if ``path``, which is written only at the end of long work, is not writable."""
     _temporary(Path(path)).unlink()
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it replaces ``path`` at once when the block ends without an error.
+    """Yields a temporary path next to ``path``, which replaces it atomically if the block ends without an error.
 
-    The temporary name keeps the suffix of ``path``, which many writers choose their format by. What a killed process
-    leaves behind starts with a dot and ends in that suffix; it never has the name of a real file.
+    The temporary name keeps the suffix of ``path``, from which many writers choose the format. A file that a killed
+    process leaves behind starts with a dot and ends in that suffix; it never has the name of a real file.
     """
     path = Path(path)
     temporary = _temporary(path)

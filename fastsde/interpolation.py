@@ -1,6 +1,6 @@
-"""Functions of time as piecewise cubics in fp32, exact to rounding: what a native kernel evaluates in nanoseconds.
+"""Functions of time as piecewise cubics in fp32, exact to rounding, which a native kernel evaluates in nanoseconds.
 
-The segments are runs of neighbouring fp32 numbers, so that they lie dense where t is small, as sigma(t) needs it. The
+The segments are runs of neighbouring fp32 numbers, so they are dense where t is small, as sigma(t) requires. The
 leading bits of a time are the number of its segment, and t - middle is exact.
 """
 
@@ -17,18 +17,18 @@ __all__ = ["Interpolation", "interpolate"]
 
 _POWERS, _WIDTH = 4, 8  # as in kernels/cpu/objective.h
 _MANTISSA_BITS = 23
-_SEGMENT_BITS = range(4, 10)  # segments in an octave, as a power of two
+_SEGMENT_BITS = range(4, 10)  # log2 of the number of segments per octave
 _MOST_SEGMENTS = 1 << 14
-_TOLERANCE = 1.25 * 2.0**-23  # two roundings, and what the cubic is off by
+_TOLERANCE = 1.25 * 2.0**-23  # two roundings, and the error of the cubic
 
 
 class Interpolation(NamedTuple):
     """Piecewise cubics of up to 8 functions.
 
     Args:
-        rows: fp32 ``[segments, 4, 8]``: of each segment the coefficients of 1, x, x^2 and x^3, x = t - middle.
+        rows: fp32 ``[segments, 4, 8]``: for each segment the coefficients of 1, x, x^2 and x^3, with x = t - middle.
         first: the bits of the first fp32 number.
-        shift: a segment has 2^shift of them; the last one has the number behind it as well.
+        shift: a segment has 2^shift fp32 numbers; the last one also includes the number after it.
     """
 
     rows: Tensor
@@ -36,7 +36,7 @@ class Interpolation(NamedTuple):
     shift: int
 
     def at(self, t: Tensor) -> Tensor:
-        """The values fp32 ``[*t.shape, 8]`` at fp32 times that lie in the segments."""
+        """Returns the values, fp32 ``[*t.shape, 8]``, at fp32 times that lie in the segments."""
         segment = ((t.view(torch.int32) - self.first) >> self.shift).clamp_(max=len(self.rows) - 1)
         row, x = self.rows[segment], (t - self._middle(segment))[..., None]
         return row[..., 0, :] + x * (row[..., 1, :] + x * (row[..., 2, :] + x * row[..., 3, :]))
@@ -47,13 +47,13 @@ class Interpolation(NamedTuple):
 
 
 def interpolate(table: Callable[[Tensor], Tensor], low: float, high: float) -> Interpolation | None:
-    """Cubics through the values of a ``table`` at four points of each segment between two positive times.
+    """Fits cubics through the values of a ``table`` at four points of each segment between two positive times.
 
     Args:
-        table: from float64 times ``[n]`` to float64 ``[n, at most 8]``.
+        table: maps float64 times ``[n]`` to float64 ``[n, at most 8]``.
 
     Returns:
-        The interpolation with the fewest segments that is right to rounding, or None where there is none.
+        The interpolation with the fewest segments that is exact to rounding, or None if there is none.
     """
     bounds = torch.tensor([low, high], dtype=torch.float32, device="cpu").view(torch.int32).tolist()
     for bits in _SEGMENT_BITS:
@@ -83,7 +83,7 @@ def _fit(table: Callable[[Tensor], Tensor], first: int, shift: int, segments: in
 
 
 def _is_exact(found: Interpolation, table: Callable[[Tensor], Tensor], middle: Tensor, half: Tensor) -> bool:
-    """Compares between the nodes, at the middle and at the ends, with the largest value of each segment."""
+    """Returns whether errors between the nodes and at the ends are small relative to each segment's largest value."""
     places = torch.tensor([-1.0, -0.7, 0.0, 0.7, 0.99], dtype=torch.float64, device="cpu")
     times = (middle[:, None] + half[:, None] * places).float()
     exact = table(times.double().flatten()).reshape(*times.shape, -1)

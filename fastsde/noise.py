@@ -51,16 +51,16 @@ _STEP_BITS, _STREAM_BITS = 28, 4
 
 
 def int64_bits(name: str, value: object) -> int:
-    """The int64 with the bits of a uint64, which is checked to be one."""
+    """Returns the int64 with the bits of a value, which must be a uint64."""
     bits = check_int(name, value, 0, 2**64)
-    return bits - 2**64 if bits >= 2**63 else bits  # a remainder is more than torch.compile can do with a symbolic int
+    return bits - 2**64 if bits >= 2**63 else bits  # torch.compile cannot take the remainder of a symbolic int
 
 
 def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: the four words, int64 tensors in [0, 2^32), of each 64-bit ``counter`` under ``seed``.
+    """Returns the four Philox4x32-10 words, int64 tensors in [0, 2^32), of each 64-bit ``counter`` under ``seed``.
 
     ``seed`` and ``counter`` are int64 tensors that broadcast. Products of two 32-bit words wrap at 2^64 in int64 just
-    as they do in uint64, so that only the shift down needs a mask.
+    as they do in uint64, so only the right shift needs a mask.
     """
     key_0, key_1 = seed & _MASK32, seed >> 32 & _MASK32
     word_0, word_1 = counter & _MASK32, counter >> 32 & _MASK32
@@ -75,7 +75,7 @@ def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def fold_in(key: Tensor | tuple[int, int], data: Tensor | int) -> Tensor:
-    """A new key: the words of block ``data`` of ``key``, as ``(w0 | w1 << 32, w2 | w3 << 32)``.
+    """Derives a new key: the words of block ``data`` of ``key``, as ``(w0 | w1 << 32, w2 | w3 << 32)``.
 
     Args:
         key: int64 ``[..., 2]``, or a pair of ints (seed, offset) in [0, 2^64).
@@ -101,13 +101,13 @@ def fold_in(key: Tensor | tuple[int, int], data: Tensor | int) -> Tensor:
 
 
 def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
-    """The keys of samples ``first_sample`` to ``first_sample + n - 1``: int64 ``[n, 2]``.
+    """Returns the keys of samples ``first_sample`` to ``first_sample + n - 1``: int64 ``[n, 2]``.
 
     Args:
         seed: an int in [0, 2^64).
-        n: how many, at least 0.
-        first_sample: the global index of the first, in [0, 2^64).
-        device: where the keys are made.
+        n: the number of samples, at least 0.
+        first_sample: the global index of the first sample, in [0, 2^64).
+        device: where the keys are created.
     """
     indices = torch.arange(check_int("n", n, 0), device=device) + int64_bits("first_sample", first_sample)
     return fold_in((seed, 0), indices)
@@ -123,7 +123,7 @@ def _check_keys(keys: Tensor) -> None:
 
 
 def _draw_offset(step: int | Tensor, stream: int, device: torch.device) -> int | Tensor:
-    """What a draw adds to the offset of its key: an int, or ``[R, 1, 1]`` for a tensor of R steps."""
+    """Returns what a draw adds to the offset of its key: an int, or ``[R, 1, 1]`` for a tensor of R steps."""
     check_int("stream", stream, 0, 2**_STREAM_BITS)
     if isinstance(step, Tensor):
         if step.ndim != 1 or step.dtype != torch.int64:
@@ -134,7 +134,7 @@ def _draw_offset(step: int | Tensor, stream: int, device: torch.device) -> int |
 
 
 def _blocks(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int) -> tuple[Tensor, ...]:
-    """The four words of every block of a draw, each ``[n, blocks]``, or ``[R, n, blocks]`` for R steps."""
+    """Returns the four words of every block of a draw, each ``[n, blocks]``, or ``[R, n, blocks]`` for R steps."""
     _check_keys(keys)
     check_shape("shape", shape)
     block = torch.arange(-(-math.prod(shape) // 4), device=keys.device)
@@ -143,27 +143,27 @@ def _blocks(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int)
 
 
 def _elements(lanes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """The elements of a draw from its four lanes ``[..., blocks]``: ``[..., *shape]``."""
+    """Returns the elements of a draw from its four lanes ``[..., blocks]``: ``[..., *shape]``."""
     flat = torch.stack(tuple(lanes), dim=-1).flatten(-2)
     return flat[..., : math.prod(shape)].reshape(*flat.shape[:-1], *shape)
 
 
 def bits(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
-    """The raw 32-bit words of a draw, as int64 values in [0, 2^32). Arguments and shape as for `normal`."""
+    """Draws raw 32-bit words, as int64 values in [0, 2^32). Arguments and shape as for `normal`."""
     return _elements(_blocks(keys, step, shape, stream), shape)
 
 
 def uniform(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
-    """fp32 uniforms on [0, 1), multiples of 2^-24. Arguments and shape as for `normal`."""
+    """Draws fp32 uniforms on [0, 1), multiples of 2^-24. Arguments and shape as for `normal`."""
     return (bits(keys, step, shape, stream) & 0xFFFFFF).float() * 2.0**-24
 
 
 def normal(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
-    """fp32 standard normals, by the Box-Muller transform.
+    """Draws fp32 standard normals by the Box-Muller transform.
 
     Args:
-        keys: int64 ``[n, 2]``, one key a sample.
-        step: the step in [0, 2^28), or an int64 tensor of R of them (not range-checked, to spare a synchronisation).
+        keys: int64 ``[n, 2]``, one key per sample.
+        step: the step in [0, 2^28), or an int64 tensor of R steps (not range-checked, to avoid a synchronisation).
         shape: the shape of one sample.
         stream: in [0, 16); 0 sampling, 1 training noise, 2 training time, 3 data order.
 
@@ -173,10 +173,10 @@ def normal(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int =
     words = _blocks(keys, step, shape, stream)
     lanes: list[Tensor] = []
     for radius_word, angle_word in (words[:2], words[2:]):
-        # u and v are fp32 by contract: rounding them otherwise moves a normal near r = 0 by more than 4e-6.
+        # u and v are fp32 by contract: rounding them differently moves a normal near r = 0 by more than 4e-6.
         u = radius_word.float().mul_(2.0**-32).add_(2.0**-33)
         v = angle_word.float().mul_(2.0**-32).add_(2.0**-33)
-        # The transform itself is rounded once, from float64, so that this is the value others are compared with.
+        # The transform itself is rounded once, from float64: other implementations are compared with this value.
         radius = u.double().log_().mul_(-2.0).sqrt_()
         angle = v.double().mul_(2.0 * math.pi)
         lanes += [(radius * torch.cos(angle)).float(), (radius * torch.sin(angle)).float()]

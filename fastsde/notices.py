@@ -10,13 +10,13 @@ from typing import Any
 
 __all__ = ["warn", "warn_once"]
 
-# What lies between the user's line and the warning: this package, and the compiler's wrapper of what it does not trace.
+# The code between the user's line and the warning: this package, and the compiler's wrapper of untraced functions.
 _OURS = (str(Path(__file__).parent), str(Path("torch", "_dynamo")))
 _told: dict[str, Any] = {}
 
 
 def warn(message: str) -> None:
-    """Warns at the last line outside of this package."""
+    """Issues a RuntimeWarning at the innermost line outside of this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and any(path in frame.f_code.co_filename for path in _OURS):
         level, frame = level + 1, frame.f_back
@@ -24,10 +24,10 @@ def warn(message: str) -> None:
 
 
 def warn_once(message: str, told: MutableMapping[str, Any] | None = None) -> None:
-    """The same, unless it has been told before.
+    """Warns as `warn` does, unless the same message has been given before.
 
     Args:
-        told: where it is noted; by default, once for the whole process.
+        told: where messages are recorded; by default, once for the whole process.
     """
     told = _told if told is None else told
     if message not in told:

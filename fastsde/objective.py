@@ -1,11 +1,11 @@
-"""What a network is trained on, as a table: six numbers a sample, whatever the process, prediction and weighting.
+"""The training objective as a table: six numbers per sample, whatever the process, prediction and weighting.
 
 A training step on data x_0, noise z and time t is
 
     x_in = u_x x_0 + u_z z,    f = model(x_in, tau),    loss = mean (w_f f + w_x x_0 + w_z z)^2
 
-with ``tau, u_x, u_z, w_f, w_x, w_z`` functions of t alone. An `Objective` computes them in float64; the kernels that
-noise, compare and train read nothing else.
+with ``tau, u_x, u_z, w_f, w_x, w_z`` functions of t only. An `Objective` computes them in float64; the kernels for
+noising, the loss and training read nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Coefficients", "Objective"]
 
 
 class Coefficients(NamedTuple):
-    """The six numbers of each sample, in the order of a table's columns; all of one shape."""
+    """The six numbers of each sample, in the order of a table's columns; all have the same shape."""
 
     tau: Tensor
     u_x: Tensor
@@ -44,22 +44,22 @@ class Objective:
 
     Args:
         sde: the process.
-        prediction: what the network's output is: "score", "eps" (arXiv:2006.11239), "x0", "v" = alpha eps - sigma x_0
+        prediction: what the network outputs: "score", "eps" (arXiv:2006.11239), "x0", "v" = alpha eps - sigma x_0
             (arXiv:2202.00512) or "flow" = eps - x_0, the velocity of flow matching (arXiv:2210.02747, 2209.03003).
-        weighting: of the squared error of the score: "sigma2", lambda = sigma^2, whatever the prediction;
+        weighting: the weight of the score's squared error: "sigma2", lambda = sigma^2, whatever the prediction;
             "likelihood", lambda = g^2 (arXiv:2101.09258, eq. 7); or "target", the plain squared error of the network's
-            output on its own target.
+            output against its own target.
         preconditioning: "none", or "edm" for D = c_skip x + c_out f(c_in x, c_noise), which predicts x_0 (Karras et
-            al. 2022, arXiv:2206.00364, table 1; of x_t / alpha and sigma / alpha where alpha is not 1). The
-            weight of that paper, 1 / c_out^2, is the weighting "target".
+            al. 2022, arXiv:2206.00364, table 1; applied to x_t / alpha and sigma / alpha where alpha is not 1). That
+            paper's loss weight, 1 / c_out^2, is the weighting "target".
         sigma_data: the standard deviation of the data that "edm" scales by.
         times: how training times are drawn: "uniform" on [t_min, t_max], or "lognormal", ln t ~ N(time_mean,
-            time_std^2) held within these bounds, which for the process of EDM is its distribution of sigma.
+            time_std^2) clamped to these bounds, which for the process of EDM is its distribution of sigma.
         t_min, t_max: the bounds; ``t_max`` is by default that of the process.
-        time_mean, time_std: of ln t, where it is normal.
+        time_mean, time_std: the mean and standard deviation of ln t for "lognormal" times.
 
     Raises:
-        TypeError, ValueError: for an argument of another type, an unknown name, or one out of its range.
+        TypeError, ValueError: for an argument of the wrong type, an unknown name, or a value out of range.
     """
 
     sde: Process = field(default_factory=VPSDE)
@@ -95,7 +95,7 @@ class Objective:
             if not torch.isfinite(self.table(torch.tensor(t, dtype=torch.float64, device="cpu"))).all():
                 raise ValueError(
                     f"{name} is {t:g}, where the weighting {self.weighting!r} of {self.prediction} is not finite for "
-                    f"{self.sde!r}: take another weighting, or t_min and t_max (in Python) further inside"
+                    f"{self.sde!r}: choose another weighting, or t_min and t_max further inside (in Python)"
                 )
 
     @property
@@ -104,9 +104,9 @@ class Objective:
         return self.sde.t_max if self.t_max is None else self.t_max
 
     def draw(self, u: Tensor) -> Tensor:
-        """Training times, fp32, of uniforms fp32 on [0, 1): increasing in u, so that a step draws one number a sample.
+        """Maps fp32 uniforms on [0, 1) to fp32 training times, increasing in u: a step draws one number per sample.
 
-        "lognormal" takes the inverse of the normal distribution at u + 2^-25, in float64.
+        "lognormal" applies the inverse of the normal distribution to u + 2^-25, in float64.
         """
         if self.times == "uniform":
             return u.mul(self.last_time - self.t_min).add_(self.t_min)
@@ -114,7 +114,7 @@ class Objective:
         return torch.exp(self.time_mean + self.time_std * normal).clamp(self.t_min, self.last_time).float()
 
     def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Coefficients:
-        """The coefficients at times of any shape and floating-point dtype, computed in float64, each like ``t``."""
+        """Computes the coefficients in float64, each shaped like ``t``, of any shape and floating-point dtype."""
         t = t.double()
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         if self.preconditioning == "edm":
@@ -127,12 +127,12 @@ class Objective:
         return Coefficients(*(column.to(dtype) for column in columns))
 
     def table(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`coefficients` as the kernels take them: contiguous ``[*t.shape, 6]``, a row a time."""
+        """Returns `coefficients` as the kernels expect them: contiguous ``[*t.shape, 6]``, one row per time."""
         return torch.stack(self.coefficients(t, torch.float64), dim=-1).to(dtype)
 
     @cached_property
     def interpolation(self) -> Interpolation | None:
-        """`table` for kernels, between the bounds of the times; None where it would not be exact to rounding."""
+        """`table` interpolated between the time bounds, for kernels; None if it would not be exact to rounding."""
         return interpolate(lambda t: self.table(t, torch.float64), self.t_min, self.last_time)
 
     def _weighted(self, residual: _Residual, t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,13 +140,13 @@ class Objective:
             factor = residual.as_noise
         elif self.weighting == "likelihood":
             factor = residual.as_noise * (self.sde.diffusion(t) / sigma)
-        else:  # of the score alone the form is not that of the network's own error
+        else:  # only for "score" the residual is not the error of the network's own output, but sigma times that
             factor = 1 / sigma if self.prediction == "score" else torch.ones_like(sigma)
         return factor * residual.w_f, factor * residual.w_x, factor * residual.w_z
 
 
 class _Residual(NamedTuple):
-    """An error of the network's output, and the factor that makes it one of the noise, sigma (score - true score)."""
+    """The error of a network's output, and the factor that makes it the noise's error, sigma (score - true score)."""
 
     w_f: Tensor
     w_x: Tensor
@@ -182,9 +182,10 @@ _RESIDUALS = {"score": _score, "eps": _eps, "x0": _x0, "v": _v, "flow": _flow}
 
 
 def _edm(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[list[Tensor], _Residual]:
-    """c_noise, c_in alpha and c_in sigma of x_t / alpha, and the error of f on (x_0 - c_skip x_t / alpha) / c_out.
+    """Returns [c_noise, c_in alpha, c_in sigma] for x_t / alpha, and the error of f against its target.
 
-    With n = sqrt(sigma^2 + alpha^2 sigma_data^2) that target is x_0 sigma / (sigma_data n) - z alpha sigma_data / n.
+    The target is (x_0 - c_skip x_t / alpha) / c_out = x_0 sigma / (sigma_data n) - z alpha sigma_data / n, with
+    n = sqrt(sigma^2 + alpha^2 sigma_data^2).
     """
     norm = torch.hypot(sigma, alpha * sigma_data)
     share = alpha * sigma_data / norm

@@ -1,4 +1,4 @@
-"""How a request is run, chosen once: by which backend, how many samples at once, and whether it is compiled."""
+"""Chooses how a request is run: by which backend, with how many samples at once, and whether compiled."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .vocabulary import BACKENDS
 __all__ = ["Plan", "Planner", "unavailable_reason"]
 
 _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
-# What a backend is, where it runs rows together, and the options of a call that need the host or another network call.
-_TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "is one launch for a whole trajectory"}
+# How some backends run rows together, and the options that they do not support, which need the host between rows or
+# another network call.
+_TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "runs a whole trajectory in one launch"}
 _WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "guidance", "noise", "callback", "model_kwargs")}
-# With compile="auto": where the network may be compiled, and from how many seconds of work on. Compiling takes some 10
-# to 60 s, and what it gains is hardly more than half of the work.
+# With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify it.
+# Compiling takes about 10 to 60 s, and saves hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
 
 
@@ -33,15 +34,15 @@ def unavailable_reason(
     sample_shape: Sequence[int] = (),
     options: Collection[str] = (),
 ) -> str | None:
-    """Why a backend cannot run, and what to do; None where it can.
+    """Returns why a backend cannot run and what to do instead, or None if it can.
 
     Args:
-        dtype: of the state.
-        network, sample_shape: what is to be run on samples of which shape, where that is known.
-        options: the names of a call's options that are in use, as far as not every backend has them.
+        dtype: the dtype of the state.
+        network, sample_shape: the network and the shape of its samples, if known.
+        options: the names of the options in use that not every backend supports.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
-        return f"device {device} is not there (torch.cuda.is_available() is False); use device='cpu'"
+        return f"device {device} is unavailable (torch.cuda.is_available() is False); use device='cpu'"
     if compile and dtype == torch.float64:
         return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
     if backend == "reference":
@@ -60,7 +61,7 @@ def unavailable_reason(
     used = [*options, "compile"] if compile else options
     missing = next((name for name in _WITHOUT[backend] if name in used), None)
     if missing is not None:
-        return f"backend {backend!r} {_TOGETHER[backend]}, without {missing}; use 'eager' or 'reference'"
+        return f"backend {backend!r} {_TOGETHER[backend]} and does not support {missing}; use 'eager' or 'reference'"
     if backend == "persistent" and network is not None:
         reason = persistent.unavailable_reason(network, sample_shape, device)
         others = "'graph' or 'eager'" if device.type == "cuda" else "'eager' or 'reference'"
@@ -73,9 +74,9 @@ class Plan(NamedTuple):
 
     Args:
         backend: the engine's name.
-        network: as it is, or compiled.
+        network: the network, possibly compiled.
         batch: how many samples run at once.
-        may_shrink: whether they may be fewer where memory runs out.
+        may_shrink: whether the batch may be reduced when memory runs out.
     """
 
     backend: str
@@ -84,7 +85,7 @@ class Plan(NamedTuple):
     may_shrink: bool
 
     def halved(self, left: int) -> Plan:
-        """The plan of half as many samples at once, of so many that are left."""
+        """Returns the plan with half as many samples at once, when ``left`` samples remain."""
         return self._replace(batch=(min(self.batch, left) + 1) // 2)
 
 
@@ -92,7 +93,8 @@ class Planner:
     """Makes the plans of a sampler.
 
     Args:
-        network: what is sampled from, in the dtype of the state that requests have.
+        network: the network to sample from.
+        state_dtype: the dtype of the state in all requests.
         backend, compile: as for `fastsde.Sampler`.
     """
 
@@ -109,7 +111,7 @@ class Planner:
         self._network, self._sample_shape, self._state_dtype = network, tuple(sample_shape), state_dtype
         self._backend, self._compile = backend, compile
         self._compiled: Network | None = None  # for compile="auto"
-        self._known: tuple[tuple[object, ...], str] | None = None  # what was chosen last, and by what
+        self._known: tuple[tuple[object, ...], str] | None = None  # the last choice, and what it depended on
 
     @property
     def is_free(self) -> bool:
@@ -117,13 +119,13 @@ class Planner:
         return self._backend == "auto"
 
     def backend(self, options: Collection[str] = ()) -> str:
-        """The backend that runs: the one asked for, or for "auto" the fastest that can.
+        """Returns the backend that runs: the requested one, or for "auto" the fastest that can run.
 
         Args:
-            options: the names of a call's options that are in use, as far as not every backend has them.
+            options: the names of the options in use that not every backend supports.
 
         Raises:
-            ValueError: where it cannot run.
+            ValueError: if it cannot run.
         """
         network, reason = self._network, None
         key = (tuple(options), network.layers, len(network.kept.failed))
@@ -147,7 +149,7 @@ class Planner:
         raise ValueError(reason)
 
     def plan(self, request: Request, max_batch: int | str | None, tell: Callable[[Network], object]) -> Plan:
-        """How to run a request.
+        """Returns the plan of a request.
 
         Args:
             max_batch: as for `fastsde.Sampler`.
@@ -160,7 +162,7 @@ class Planner:
         return Plan(backend, network, batch, max_batch == "auto")
 
     def without(self, plan: Plan, request: Request) -> Plan:
-        """The plan of a request whose backend has failed."""
+        """Returns a new plan for a request whose backend has failed."""
         self._network.kept.failed.add(plan.backend)
         return plan._replace(backend=self.backend(request.options))
 
@@ -170,7 +172,7 @@ class Planner:
             return max(n, 1)
         if isinstance(max_batch, int):
             return max_batch
-        if backend == "persistent":  # whose programs take a few samples each in any case
+        if backend == "persistent":  # its programs process a few samples each in any case
             return n
         key, known = self._key(n, request), self._network.kept.batches
         if key not in known:
@@ -180,7 +182,7 @@ class Planner:
         return known[key]
 
     def _faster(self, backend: str, request: Request, batch: int, tell: Callable[[Network], object]) -> Network:
-        """The network as it is or, with compile="auto", compiled: whichever is faster, where the work repays that."""
+        """Returns the network as it is or, with compile="auto", compiled if that is faster and repays its cost."""
         plain, n = self._network, request.shape[0]
         if self._compile != "auto" or backend not in _MAY_COMPILE or plain.is_native or not n:
             return plain
@@ -203,12 +205,12 @@ class Planner:
         return self._compiled if is_faster else plain
 
     def _key(self, n: int, request: Request) -> tuple[object, ...]:
-        """What the time of a row depends on."""
+        """Returns what the time of a row depends on."""
         return n, self._sample_shape, self._network.dtype, request.guidance is not None
 
 
 def _timed(network: Network, request: Request) -> Callable[[int], float]:
-    """How long the first row of some samples takes."""
+    """Returns a function from a number of samples to the seconds that their first row takes."""
     row = request.probe()
 
     def probe(count: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: samples beside data, a grid of images, and the reverse process from noise to data as an animation."""
+"""Pictures: samples next to data, a grid of images, and the reverse process from noise to data as an animation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DATA_COLOUR, _SAMPLE_COLOUR, _FIELD_COLOUR = "#8a8f98", "#2458c5", "#d2691e"
 
 
 def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
-    """Samples ``[n, 2]``, beside data ``[m, 2]`` on the same axes limits where given.
+    """Draws samples ``[n, 2]``, next to data ``[m, 2]`` with the same axis limits if given.
 
     Raises:
         ValueError: for other shapes.
@@ -45,14 +45,14 @@ def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
 def image_grid(
     images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0), columns: int | None = None, scale: int = 2
 ) -> Image.Image:
-    """A grid of images ``[n, C, H, W]``, C 1 or 3, with values clamped to ``value_range``.
+    """Draws a grid of images ``[n, C, H, W]``, C 1 or 3, with values clamped to ``value_range``.
 
     Args:
-        columns: images in a row, by default as many as make the grid about square.
-        scale: pixels of the picture for each pixel of an image.
+        columns: images per row; by default as many as make the grid about square.
+        scale: pixels of the picture per pixel of an image.
 
     Raises:
-        ValueError: for other shapes, or no images.
+        ValueError: for other shapes, or if there are no images.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images must have shape [n, 1 or 3, H, W] with n >= 1, got {list(images.shape)}")
@@ -72,11 +72,11 @@ def image_grid(
 
 
 def animate_points(states: Tensor, times: Sequence[float], score: ScoreFunction | None = None) -> list[Image.Image]:
-    """Frames of points ``[frames, n, 2]`` on their way from noise to data, with the score field behind them.
+    """Draws frames of points ``[frames, n, 2]`` on their way from noise to data, with the score field behind them.
 
     Args:
         times: the time of each frame.
-        score: ``(x [B, 2], t) -> score [B, 2]``, drawn as arrows of its direction, longer where it is larger.
+        score: ``(x [B, 2], t) -> score [B, 2]``, drawn as arrows in its direction, longer where it is larger.
     """
     for state in states:
         _points("states", state)
@@ -87,7 +87,7 @@ def animate_points(states: Tensor, times: Sequence[float], score: ScoreFunction 
 def animate_images(
     states: Tensor, value_range: tuple[float, float] = (-1.0, 1.0), columns: int | None = None
 ) -> list[Image.Image]:
-    """Frames of grids of images ``[frames, n, C, H, W]`` on their way from noise to data.
+    """Draws frames of image grids ``[frames, n, C, H, W]`` on their way from noise to data.
 
     Each frame is scaled by the wider of its own spread and ``value_range``, so that noise shows as noise.
     """
@@ -101,13 +101,13 @@ def animate_images(
 
 
 def save_image(picture: Image.Image, path: str | Path) -> None:
-    """Writes a picture in the format of the path's suffix, whole or not at all."""
+    """Writes a picture atomically, in the format of the path's suffix."""
     with atomic_path(path) as temporary:
         picture.save(temporary)
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0) -> None:
-    """Writes frames as an animated GIF that plays for ``seconds``, rests a second on the last frame, and repeats."""
+    """Writes frames as an animated GIF that plays for ``seconds``, pauses a second on the last frame, and repeats."""
     if not frames:
         raise ValueError("frames must have at least one picture, got none")
     each = max(20, round(1000 * seconds / len(frames)))
@@ -124,7 +124,7 @@ def _points(name: str, points: Tensor) -> np.ndarray:
 
 
 def _limits(points: np.ndarray) -> tuple[float, float]:
-    """Equal limits of both axes, with a margin; one coordinate in a thousand may lie outside."""
+    """Returns equal limits for both axes, with a margin; one coordinate in a thousand may lie outside."""
     bound = 1.15 * float(np.quantile(np.abs(points), 0.999)) if points.size else 1.0
     return -max(bound, 1e-3), max(bound, 1e-3)
 

@@ -12,8 +12,8 @@ __all__ = ["gauss_legendre"]
 
 @functools.cache
 def gauss_legendre(points: int) -> tuple[Tensor, Tensor]:
-    """The nodes in [-1, 1] and their weights, float64 ``[points]``."""
-    from numpy.polynomial.legendre import leggauss  # which takes as long to import as all of this package
+    """Returns the nodes in [-1, 1] and their weights, float64 ``[points]``."""
+    from numpy.polynomial.legendre import leggauss  # takes as long to import as this whole package
 
     nodes, weights = leggauss(points)
     return torch.from_numpy(nodes), torch.from_numpy(weights)

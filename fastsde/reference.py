@@ -1,8 +1,8 @@
-"""The truth: training and sampling in plain PyTorch. Read this file first.
+"""The reference: training and sampling in plain PyTorch. Read this file first.
 
 Every fast path of the package is checked against these functions. They draw their noise from the contract in
-`fastsde.noise`, take any solver as a table (`fastsde.solvers`), and run on any device in fp32 or float64. Arguments are
-trusted here; `fastsde.ops` and `fastsde.sample` check them.
+`fastsde.noise`, take any solver as a table (`fastsde.solvers`), and run on any device in fp32 or float64. They do not
+check their arguments; `fastsde.ops` and `fastsde.sample` do.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ RowHook = Callable[[int, float, Tensor], "Tensor | None"]
 
 
 class NonFiniteError(RuntimeError):
-    """The network returned NaN or infinity, or the state became so: in sampling, the message tells row and time."""
+    """The network's output or the state is NaN or infinite; in sampling, the message gives the row and the time."""
 
 
 def check_finite(what: str, value: Tensor, row: int, time: float) -> None:
-    """Raises `NonFiniteError` where ``value`` is not finite; ``what``, such as "the network returned", is to blame."""
+    """Raises `NonFiniteError` if ``value`` is not finite; the message starts with ``what`` (see `non_finite`)."""
     if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():  # NaN passes through aminmax
         raise non_finite(what, row, time)
 
 
 def non_finite(what: str, row: int, time: float) -> NonFiniteError:
-    """The error for a row in which, say, ``what`` "the network returned" was not finite."""
+    """Returns the error for a row; ``what``, such as "the network returned", is the start of its message."""
     return NonFiniteError(f"{what} NaN or infinity in row {row}, at time {time:g}")
 
 
@@ -73,24 +73,24 @@ def solver_step(
     f_uncond: Tensor | None = None,
     guidance: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """One row of a table: s' = A s + b f + e D + d z, with D = clamp(p.s + q f).
+    """Computes one row of a table: s' = A s + b f + e D + d z, with D = clamp(p.s + q f).
 
     Args:
         slots: the state, m tensors ``[B, *shape]``.
         f: the network's output at ``table.time[row]``, shaped like a slot, of any floating-point dtype.
-        z: this row's noise; drawn from ``keys`` where it is not given, needed where d is not zero.
+        z: this row's noise, needed where d is not zero; drawn from ``keys`` if not given.
         keys: int64 ``[B, 2]``.
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
 
     Returns:
-        The new slots, each in its own memory. One that takes over an old slot as it is, is that very tensor.
+        The new slots, each in its own memory. A slot that takes over an old one unchanged is that same tensor.
     """
     f = f.to(slots[0].dtype)
     if f_uncond is not None and guidance is not None:
         f_uncond = f_uncond.to(f.dtype)
         f = f_uncond + guidance * (f - f_uncond)
     k = table.row(row)
-    data = z_row = f  # where no slot takes any
+    data = z_row = f  # placeholders, if no slot uses them
     if any(k.e):
         data = _sum((*k.p, k.q), (*slots, f))
         if table.clip is not None:
@@ -105,13 +105,13 @@ def solver_step(
 
 
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
-    """n.s, what the network is called with in a row."""
+    """Returns n.s, the network's input in a row."""
     k = table.row(row)
     return slots[0] if k.reads_slot_0 else _sum(k.n, slots)
 
 
 def _sum(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    """The sum of the terms, less those of a coefficient of zero, which may be infinite."""
+    """Returns the sum of the terms, without those whose coefficient is zero, which may be infinite."""
     used = [coefficient * term for coefficient, term in zip(coefficients, terms, strict=True) if coefficient != 0]
     return sum(used[1:], used[0]) if used else torch.zeros_like(terms[0])
 
@@ -119,10 +119,10 @@ def _sum(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
 def evaluate(
     model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The network's output and, where there are ``uncond_kwargs``, the unconditional one.
+    """Returns the network's output and, if there are ``uncond_kwargs``, the unconditional output.
 
     Raises:
-        IndexError: naming the arguments, where one of them is out of the network's range.
+        IndexError: if an argument is out of the network's range; the message names the arguments.
     """
     f = _call(model, x, t, "model_kwargs", model_kwargs)
     if uncond_kwargs is None:
@@ -158,22 +158,22 @@ def sample(
     dtype: torch.dtype = torch.float32,
     after_row: RowHook | None = None,
 ) -> Tensor:
-    """A whole trajectory: one network call and one `solver_step` a row, from the prior to the sample.
+    """Computes a whole trajectory: one network call and one `solver_step` per row, from the prior to the sample.
 
     Args:
         model: called as ``model(x, t, **model_kwargs)`` with t ``[B]``.
         shape: ``(B, *shape)``.
-        keys: int64 ``[B, 2]``, one key a sample.
+        keys: int64 ``[B, 2]``, one key per sample.
         x_init: the initial state, instead of the draw of step 0.
         noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022,
             arXiv:2207.12598).
-        dtype: of the state.
+        dtype: the dtype of the state.
         after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
             replaces the state.
 
     Raises:
-        NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
+        NonFiniteError: if the network's output or the state becomes NaN or infinite.
     """
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
     slots = (x, *(torch.zeros_like(x) for _ in range(1, table.slots)))
@@ -207,7 +207,7 @@ class Draws(NamedTuple):
 
 
 def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int], objective: Objective) -> Draws:
-    """Draws of one step, or with a leading axis of R for an int64 tensor of R steps.
+    """Draws the random part of one step, or of R steps with a leading axis of R for an int64 tensor of R steps.
 
     Position i of the global batch has key ``keys[i]``. Positions in a data set of ``n`` come from stream 3, with
     replacement; times from the uniforms of stream 2 (`Objective.draw`); noise from stream 1.
@@ -218,21 +218,19 @@ def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int
 
 
 def data_order(keys: Tensor, step: int | Tensor, n: int) -> Tensor:
-    """Positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps."""
+    """Draws positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps."""
     return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
 
 
 def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-    """scale x_0 + shift in floating point, of the rows ``index`` where given."""
+    """Returns scale x_0 + shift in floating point, for the rows ``index`` if given."""
     x_0 = x_0 if index is None else x_0[index]
     x_0 = x_0 if x_0.is_floating_point() else x_0.float()
     return x_0 if (scale, shift) == (1.0, 0.0) else scale * x_0 + shift
 
 
 class Noised(NamedTuple):
-    """What a network is called with, x_in ``[B, *shape]`` and tau ``[B]``, and the noise, or None where it was not
-    kept.
-    """
+    """The network's inputs, x_in ``[B, *shape]`` and tau ``[B]``, and the noise, or None if it was not kept."""
 
     x_in: Tensor
     tau: Tensor
@@ -240,7 +238,7 @@ class Noised(NamedTuple):
 
 
 def _term(coefficient: Tensor, x: Tensor) -> Tensor:
-    """coefficient ``[B]`` times x ``[B, *shape]``; zero where the coefficient is, even if x is not finite there."""
+    """Returns coefficient ``[B]`` times x ``[B, *shape]``; zero where the coefficient is, even if x is not finite."""
     coefficient = match_dims(coefficient, x).to(x.dtype)
     return torch.where(coefficient == 0, coefficient, coefficient * x)
 
@@ -257,17 +255,17 @@ def perturb(
     z: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Noised:
-    """Noising: x_in = u_x x_0 + u_z z.
+    """Adds noise to data: x_in = u_x x_0 + u_z z.
 
     Args:
         x_0: the data, uint8 or float ``[B, *shape]``, or ``[N, *shape]`` where an index is given.
-        keys: int64 ``[B, 2]``; may be None where ``z`` is given.
+        keys: int64 ``[B, 2]``; may be None if ``z`` is given.
         step: the training iteration.
         coefficients: floating-point ``[B, 6]`` (`fastsde.objective.Objective.table`).
-        index: int64 ``[B]``, which rows of ``x_0`` to take.
+        index: int64 ``[B]``, the rows of ``x_0`` to use.
         scale, shift: x_0 is replaced by scale x_0 + shift.
-        z: noise ``[B, *shape]``; drawn where not given.
-        dtype: of x_in; by default that of the computation, fp32 for uint8 data.
+        z: noise ``[B, *shape]``; drawn if not given.
+        dtype: the dtype of x_in; by default that of the computation, fp32 for uint8 data.
     """
     x_0 = load_batch(x_0, index, scale, shift)
     if z is None:
@@ -289,7 +287,7 @@ def dsm_loss(
     shift: float = 0.0,
     z: Tensor | None = None,
 ) -> Tensor:
-    """The loss, mean (w_f f + w_x x_0 + w_z z)^2: denoising score matching of an objective (`fastsde.objective`).
+    """Computes the loss mean (w_f f + w_x x_0 + w_z z)^2: denoising score matching (`fastsde.objective`).
 
     Args:
         f: the network's output at the x_in and tau of `perturb`, ``[B, *shape]``.
@@ -325,13 +323,13 @@ def train_step(
     draws: Draws | None = None,
     loss_weight: float = 1.0,
 ) -> Tensor:
-    """One step of training on a batch drawn from ``data`` ``[N, *shape]``.
+    """Takes one training step on a batch drawn from ``data`` ``[N, *shape]``.
 
     Args:
-        objective: what the network learns, and at which times; not asked where there are ``draws``.
-        autocast: the dtype that the network runs in, by ``torch.autocast``, or None.
-        draws: the `training_draws` of this step, where they were made ahead.
-        loss_weight: what the loss is multiplied with (`fastsde.distributed.loss_weight`).
+        objective: what the network learns, and at which times; unused if ``draws`` are given.
+        autocast: the dtype that the network runs in under ``torch.autocast``, or None.
+        draws: the `training_draws` of this step, if they were drawn ahead.
+        loss_weight: the factor that the loss is multiplied by (`fastsde.distributed.loss_weight`).
         data, keys, step, scale, shift: as for `perturb` and `dsm_loss`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is to be sampled: all that an engine is given beside the network."""
+"""The request for a batch of samples: everything that an engine is given besides the network."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Request:
     Args:
         shape: ``(B, *shape)``.
         table: the solver.
-        keys: int64 ``[B, 2]``, one key a sample.
+        keys: int64 ``[B, 2]``, one key per sample.
         x_init: the initial state, which an engine may write to; by default the draw of step 0 times ``prior_std``.
         noise: ``(row, x) -> z`` instead of the draw of step ``row + 1``, or None.
-        model_kwargs: more arguments of the network.
+        model_kwargs: further arguments of the network.
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
-        dtype: of the state.
+        dtype: the dtype of the state.
         callback: called as ``callback(row, time, x)`` after each row, or None.
-        recorder: what keeps states, moves the progress and calls back, as the sampler has made it of these.
+        recorder: keeps states, updates the progress bar and runs the callback; made by the sampler.
     """
 
     shape: tuple[int, ...]
@@ -53,17 +53,17 @@ class Request:
 
     @property
     def conditions(self) -> Conditions:
-        """The arguments of the network's call, and of the unconditional one, or None."""
+        """The arguments of the network's call, and those of the unconditional call or None."""
         return self.model_kwargs, None if self.guidance is None else self.uncond_kwargs or {}
 
     @property
     def after_row(self) -> RowHook | None:
-        """The recorder, where it has anything to do between rows."""
+        """The recorder, if it has anything to do between rows."""
         return self.recorder if self.recorder is not None and self.recorder.is_busy else None
 
     @property
     def options(self) -> list[str]:
-        """The names of what is asked for that not every backend has."""
+        """The names of the options in use that not every backend supports."""
         used = {
             "noise": self.noise is not None,
             "callback": self.callback is not None,
@@ -73,14 +73,14 @@ class Request:
         return [name for name, is_used in used.items() if is_used]
 
     def probe(self) -> Request:
-        """The same of the first row alone, to be timed."""
+        """Returns a request for the first row only, to be timed."""
         return replace(self, table=self.table.head(1), x_init=None, noise=None, recorder=None)
 
     def start(self, normal: Callable[..., Tensor] = ops.normal) -> Tensor:
-        """The initial state, which the recorder keeps.
+        """Returns the initial state, after the recorder has stored it.
 
         Args:
-            normal: what draws it: `fastsde.ops.normal`, or the reference's.
+            normal: the function that draws it: `fastsde.ops.normal`, or the reference's.
         """
         x = self.x_init
         if x is None:
@@ -91,7 +91,7 @@ class Request:
         return x
 
     def part(self, part: slice, **changes: Any) -> Request:
-        """The request of some of the samples."""
+        """Returns the request for some of the samples."""
         uncond = self.uncond_kwargs
         return replace(
             self,
@@ -112,7 +112,7 @@ def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:
 def make_keys(
     keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device, backend: str
 ) -> Tensor:
-    """The keys of ``n`` samples, int64 ``[n, 2]``: those of a seed, or the ones that are given as keys or seeds."""
+    """Returns the keys of ``n`` samples, int64 ``[n, 2]``: from one seed, or from ``keys``, given as keys or seeds."""
     if keys is None:
         make = noise.sample_keys if backend == "reference" else ops.sample_keys
         return make(seed, n, first_sample, device=device)

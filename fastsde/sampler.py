@@ -45,46 +45,45 @@ class Sampler:
 
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``; an
-            ``nn.Sequential`` is called with ``cat((x, t), -1)`` instead. It stays as it is, in training or evaluation
-            mode. Or a `fastsde.checkpoints.Checkpoint`, its file, the folder of a training run, or the name of a
+            ``nn.Sequential`` is called with ``cat((x, t), -1)`` instead. It stays in its training or evaluation mode.
+            Or a `fastsde.checkpoints.Checkpoint`, a checkpoint file, the folder of a training run, or the name of a
             shipped model.
         sample_shape: the shape of one sample; a checkpoint has its own.
-        sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, also where the
+        sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, even if the
             solver is a `StepTable`.
         solver: one of `fastsde.solvers.SOLVERS`, such as "euler_maruyama", "ddim" or "unipc", or a `StepTable`.
-        steps: rows of the solver's table: calls of the network. 999 are the tutorial's.
-        t_start: the time to start at, in (t_end, t_max], from an ``x_init`` that is the state there; by default t_max.
+        steps: the rows of the solver's table, that is, calls of the network. The tutorial uses 999.
+        t_start: the time to start at, in (t_end, t_max], where ``x_init`` is the state; by default t_max.
         t_end: the time that the trajectory ends at, in [0, t_start).
-        spacing: where the times between the two lie: "uniform", "karras", "log_snr", "quadratic", "trailing" or
-            "leading" (see `fastsde.solvers.times.spaced`); by default uniform, for EDM karras.
-        rho: of "karras" spacing, by default 7.
+        spacing: how the times in between are spaced: "uniform", "karras", "log_snr", "quadratic", "trailing" or
+            "leading" (see `fastsde.solvers.times.spaced`); by default "karras" for EDM, else "uniform".
+        rho: the rho of "karras" spacing, by default 7.
         prediction: what the network predicts: "score" (the default), "eps", "x0", "v" or "flow"; a checkpoint has its
             own.
-        clip: bound of the predicted x_0, for the solvers that use it, such as ddpm and dpm_solver_pp_2m.
-        eta: share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
+        clip: the bound of the predicted x_0, for solvers that use it, such as ddpm and dpm_solver_pp_2m.
+        eta: the share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
         solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
         denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``.
-        dtype: what the network runs in, by default the dtype of its weights. x is cast to it; t is fp32, an integer
-            where the network takes no other and all times are integers, and floating-point arguments keep their dtype
-            where the network takes it. The state is fp32, and state and t are float64 where ``dtype`` is. On a GPU,
+        dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
+            integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
+            dtype if the network accepts it. The state is fp32; state and t are float64 if ``dtype`` is. On a GPU,
             PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
-        device: by default the network's own, or PyTorch's default device for a function.
+        device: by default the network's own device, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of an MLP in one
-            launch); "auto" takes the fastest that can run. A network that is captured must depend on its arguments,
-            weights and attributes alone: what it does on the host happens once.
-        compile: run the network through ``torch.compile``. Where that fails, it runs without, with a warning. "auto"
-            does so in calls whose work is worth the time that it takes, and only where it has then made the network
-            faster.
-        max_batch: the most samples that run at once; more are split, with the same result up to the rounding of the
-            network. "auto" measures which batch is fastest, and halves it where memory runs out.
+            launch); "auto" picks the fastest that can run. A captured network must depend only on its arguments,
+            weights and attributes: its host code runs only once.
+        compile: run the network through ``torch.compile``. If that fails, it runs uncompiled, with a warning. "auto"
+            compiles for calls with enough work to be worth the time, and keeps the result only if it is faster.
+        max_batch: the most samples that run at once; larger batches are split, with the same result up to the rounding
+            of the network. "auto" measures which batch is fastest, and halves it if memory runs out.
 
-    A `StepTable` fixes times, prediction and options of the solver itself: they must then be left at their defaults.
+    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        FileNotFoundError: for a checkpoint that is not there.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
+        FileNotFoundError: if the checkpoint does not exist.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class Sampler:
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
         self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile)
-        self._planner.backend(self._options)  # or there is none
+        self._planner.backend(self._options)  # raises if none can run
 
     @property
     def _options(self) -> tuple[str, ...]:
@@ -157,7 +156,7 @@ class Sampler:
 
     @property
     def backend(self) -> str:
-        """The backend of a call without further options, as the network was when it was last looked at."""
+        """The backend of a call without further options, for the network as it was at the last call."""
         return self._planner.backend(self._options)
 
     def __repr__(self) -> str:
@@ -210,7 +209,7 @@ class Sampler:
         except TypeError:
             for name, conditions in (("model_kwargs", request.model_kwargs), ("uncond_kwargs", request.uncond_kwargs)):
                 if conditions is not None:
-                    check_call(self._network.model, name, conditions)  # says which argument, where it is the call's
+                    check_call(self._network.model, name, conditions)  # names the argument, if that is the cause
             raise
         return x if saved is None else (x, saved)
 
@@ -226,7 +225,7 @@ class Sampler:
         uncond_kwargs: Mapping[str, Any] | None,
         callback: RowHook | None,
     ) -> Request:
-        """The arguments of a call, checked."""
+        """Checks the arguments of a call and returns its request."""
         check_int("n", n, 0)
         for name, function in (("noise", noise), ("callback", callback)):
             if function is not None and not callable(function):
@@ -260,13 +259,13 @@ class Sampler:
         layers = random_layers(network.model)
         if layers:
             warn_once(
-                f"the network has {', '.join(layers)} in training mode: the same seed gives other samples in each "
+                f"the network has {', '.join(layers)} in training mode: the same seed gives different samples in each "
                 f"call, or in another batch; call model.eval() first",
                 network.kept.told if isinstance(network.model, nn.Module) else None,
             )
 
     def _run(self, request: Request, plan: Plan, saved: Tensor | None, every: int, progress: bool) -> Tensor:
-        """Runs all parts, in smaller ones where memory runs out, and by another backend where one fails."""
+        """Runs all parts, smaller ones if memory runs out, and with another backend if one fails."""
         n, rows, first = request.shape[0], len(self.table), 0
         x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
         with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit="row") as bar:
@@ -281,7 +280,7 @@ class Sampler:
                 except RuntimeError as error:
                     if not batches.is_out_of_memory(error):
                         raise
-                    engines.release(self._network)  # whoever tries again with less wants the memory
+                    engines.release(self._network)  # a retry with fewer samples needs the memory
                     if not plan.may_shrink or plan.batch == 1:
                         raise
                     plan, bar.n = plan.halved(n - first), done
@@ -298,7 +297,7 @@ class Sampler:
         if not self._planner.is_free:
             raise CaptureError(f"backend {plan.backend!r}: {error}; use 'eager' or 'auto'") from error
         other = self._planner.without(plan, request)
-        warn(f"the network does not run by backend {plan.backend!r}, so {other.backend!r} takes over: {error}")
+        warn(f"the network does not run with backend {plan.backend!r}, so {other.backend!r} takes over: {error}")
         return other
 
 
@@ -356,7 +355,7 @@ def sample(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draws samples from a score network by the reverse SDE or the probability flow of a process.
 
-    The same seed gives the same samples, however the batch is split, on any device and backend up to rounding.
+    The same seed gives the same samples up to rounding, however the batch is split, on any device and backend.
 
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``.
@@ -364,29 +363,29 @@ def sample(
         seed: in [0, 2^64).
         first_sample: the global index of the first sample: drawing 10 with first_sample = 90 gives the last ten of
             drawing 100.
-        keys: one key a sample, int64 ``[B, 2]``, or one seed a sample, ``[B]``; sample i is then the one that
+        keys: one key per sample, int64 ``[B, 2]``, or one seed per sample, ``[B]``; sample i is then the one that
             ``sample(model, (1, ...), seed=keys[i])`` draws.
         x_init: the initial state ``[B, *shape]`` instead of a draw from the prior. With ``t_start`` it is the state at
-            that time: of an image x, image to image starts from ``sde.marginal_prob(x, t_start)`` and its noise.
+            that time: to start from an image x, draw it with the mean and std of ``sde.marginal_prob(x, t_start)``.
         noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
             and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
-        model_kwargs: more arguments of the network: tensors with the batch first, or plain scalars.
+        model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
-        trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; the samples are the last
-            of them where m divides the steps.
+        trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; if m divides the steps, the
+            last of them are the samples.
         callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
-            and the state that the row led to; with ``max_batch``, for each part of the batch in turn.
+            and the state after the row; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
         sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, dtype, device,
         guidance, backend, compile, max_batch: as for `Sampler`.
 
     Returns:
-        The samples ``[B, *shape]``, fp32 (float64 where ``dtype`` is); with ``trajectory`` a pair of them and the
+        The samples ``[B, *shape]``, fp32 (float64 if ``dtype`` is); with ``trajectory`` a pair of the samples and the
         states ``[steps // m + 1, B, *shape]``.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        NonFiniteError: where the network returns NaN or infinity or the state becomes so, with the row and the time.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
+        NonFiniteError: if the network's output or the state becomes NaN or infinite; the message gives row and time.
     """
     shape = check_shape("shape", shape)
     if not shape:
@@ -432,7 +431,7 @@ def sample(
 
 def _tell_of_compiling(network: Network) -> None:
     if network.is_to_be_compiled:
-        tqdm.write("torch.compile makes code for the network first, which takes 10 to 60 s", file=sys.stderr)
+        tqdm.write("torch.compile compiles the network first, which takes 10 to 60 s", file=sys.stderr)
 
 
 def _tell_nothing(network: Network) -> None:

@@ -1,4 +1,4 @@
-"""What arguments name: a network or checkpoint, a table, a device."""
+"""Resolves what the arguments of a sampler name: a network or checkpoint, a table, a device."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TABLE_DEFAULTS = {
 
 
 class CallOptions(TypedDict, total=False):
-    """What a sampler is called with, for type checkers alone."""
+    """The options of a sampler's call, for type checkers only."""
 
     seed: int
     first_sample: int
@@ -61,7 +61,7 @@ class CallOptions(TypedDict, total=False):
 
 
 class TableOptions(TypedDict, total=False):
-    """What a table is built by, beside process, solver, steps and prediction."""
+    """The options that a table is built from, besides process, solver, steps and prediction."""
 
     t_start: float | None
     t_end: float
@@ -74,7 +74,7 @@ class TableOptions(TypedDict, total=False):
 
 
 class SampleOptions(CallOptions, TableOptions, total=False):
-    """The same for `sample`."""
+    """The options of `sample`, for type checkers only."""
 
     sde: Process | None
     solver: str | StepTable
@@ -104,16 +104,16 @@ def resolve(
     prediction: str | None,
     device: torch.device | str | None,
 ) -> Subject:
-    """The subject that the arguments of `fastsde.Sampler` name, where None is what was not given.
+    """Returns the subject that the arguments of `fastsde.Sampler` name; None stands for an argument not given.
 
     Args:
-        model: a network; a `Checkpoint`; or its file, the folder of a training run or the name of a shipped model,
-            which is loaded to ``device``, by default CUDA where there is one, else the CPU.
+        model: a network; a `Checkpoint`; or a checkpoint file, the folder of a training run or the name of a shipped
+            model, which is loaded to ``device``, by default CUDA if available, else the CPU.
 
     Raises:
         TypeError: for a model that is none of these.
-        ValueError: for a network without a sample_shape, or another shape, SDE or prediction than the checkpoint's.
-        FileNotFoundError: where there is no such file.
+        ValueError: for a network without a sample_shape, or a shape, SDE or prediction other than the checkpoint's.
+        FileNotFoundError: if the checkpoint does not exist.
     """
     if sde is not None:
         check_process("sde", sde)
@@ -139,12 +139,12 @@ def resolve(
     own = {"sample_shape": (given_shape, tuple(shape)), "sde": (sde, model.sde)}
     for name, (given, known) in {**own, "prediction": (prediction, model.prediction)}.items():
         if given is not None and given != known:
-            raise ValueError(f"{name} of the checkpoint is {known}, got {given}: give that, or leave it out")
+            raise ValueError(f"{name} of the checkpoint is {known}, got {given}: give the checkpoint's or omit it")
     return Subject(model.model, shape, model.sde, model.prediction)
 
 
 class _Options(dict[str, Any]):
-    """Options of a builder as a cache tells them apart: with their types, as an order of 2.0 is an error."""
+    """A builder's options as a cache key that distinguishes types, since an order of 2.0 is an error."""
 
     def _key(self) -> tuple[tuple[str, type, Any], ...]:
         return tuple((name, type(value), value) for name, value in self.items())
@@ -160,14 +160,14 @@ _named_table = functools.lru_cache(maxsize=32, typed=True)(solvers.build)
 
 
 def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any) -> StepTable:
-    """The table of a solver's name, or the one that is given."""
+    """Returns the table of a named solver, or the table given as ``solver``."""
     if isinstance(solver, str):
         if isinstance(own := options["solver_options"], Mapping):
             options["solver_options"] = own = _Options(own)
         values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
-        # A process of the user's own may have changed, or equal another one: its fields are not known to be all of it.
+        # A user's own process may have changed, or equal a different one: it may hold more than its fields.
         is_known = type(sde) in PROCESSES.values() and all(isinstance(value, Hashable) for value in values)
-        is_known = is_known and not torch.compiler.is_compiling()  # which looks past the cache, and warns
+        is_known = is_known and not torch.compiler.is_compiling()  # it bypasses the cache, with a warning
         make = _named_table if is_known else solvers.build
         return make(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
@@ -181,7 +181,7 @@ def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any
 
 
 def make_device(device: torch.device | str | None, model: Model) -> torch.device:
-    """The device that is asked for, the network's own, or PyTorch's default."""
+    """Returns the device given, else the network's own, else PyTorch's default."""
     own = device_of(model)
     default = own or torch.empty(0).device  # PyTorch's default
     asked = default if device is None else check_device(device)

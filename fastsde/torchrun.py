@@ -1,4 +1,4 @@
-"""Processes that torchrun starts: the group they form, the device of each, and how their errors are told."""
+"""Processes that torchrun starts: the group they form, the device of each, and how their errors are reported."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["Ranks", "device", "job", "launched", "process_group", "ranks"]
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How long ranks wait for each other to start, and for each other's gradients.
 _JOIN = timedelta(minutes=30)
-# After an error: how long to wait for another rank to tell of it, or for NCCL to leave a group that lost a member.
+# After an error: how long to wait for another rank to report it, or for NCCL to leave a group that lost a member.
 _GRACE = timedelta(seconds=10)
-# By then torchrun has noticed that a rank has failed, and names that one as the cause.
+# After this time, torchrun has noticed that a rank failed, and names that rank as the cause.
 _NOTICED = timedelta(seconds=2)
 _joined = itertools.count()
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all (``rank`` of ``world``) and among those of its machine."""
+    """The place of this process among all (``rank`` of ``world``) and among those of its machine."""
 
     rank: int = 0
     world: int = 1
@@ -43,12 +43,12 @@ class Ranks:
 
 
 def launched() -> bool:
-    """Returns whether the environment is that of a process which torchrun (or a launcher alike) has started."""
+    """Returns whether torchrun (or a similar launcher) has started this process, judging by the environment."""
     return all(name in os.environ for name in _ENVIRONMENT)
 
 
 def ranks() -> Ranks | None:
-    """This process's place in the group of torch.distributed, None outside of one."""
+    """Returns this process's place in its torch.distributed group, or None without one."""
     from torch import distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
@@ -59,13 +59,13 @@ def ranks() -> Ranks | None:
 
 @contextmanager
 def process_group() -> Iterator[Ranks | None]:
-    """Joins the group that torchrun describes, and leaves it at the end, also after an error.
+    """Joins the group that torchrun describes, and leaves it at the end, even after an error.
 
-    Gloo on the CPU, and NCCL on GPUs where there are any. Does nothing where there is a group already, which is then
-    left as it is, or where the process was started otherwise.
+    Uses Gloo on the CPU, and NCCL on GPUs if there are any. Does nothing if there is a group already, or if no launcher
+    started the process.
 
     Raises:
-        RuntimeError: where the other ranks do not come.
+        RuntimeError: if the other ranks do not join.
     """
     if ranks() is not None or not launched():
         yield ranks()
@@ -73,7 +73,7 @@ def process_group() -> Iterator[Ranks | None]:
     from torch import distributed as dist
 
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    store, rank, world = _store(f"group-{next(_joined)}")  # a group that has been left leaves its addresses behind
+    store, rank, world = _store(f"group-{next(_joined)}")  # the addresses of a group outlive it
     with _steady_threads():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=_JOIN, store=store, rank=rank, world_size=world
@@ -83,7 +83,7 @@ def process_group() -> Iterator[Ranks | None]:
 
 
 def _store(name: str) -> tuple[Any, int, int]:
-    """Keys and values that all ranks share, with this rank and how many there are."""
+    """Returns a key-value store that all ranks share, this rank, and the number of ranks."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -94,7 +94,7 @@ def _store(name: str) -> tuple[Any, int, int]:
 
 @contextmanager
 def _leaving() -> Iterator[None]:
-    """Destroys all groups at the end. After an error it waits for that no longer than a dead rank deserves."""
+    """Destroys all groups at the end. After an error it waits only briefly, since another rank may be dead."""
     from torch import distributed as dist
 
     try:
@@ -102,24 +102,24 @@ def _leaving() -> Iterator[None]:
     except BaseException:
 
         def leave() -> None:
-            with contextlib.suppress(Exception):  # the error under way is the one to tell of
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 dist.destroy_process_group()
 
         thread = threading.Thread(target=leave, daemon=True)
         thread.start()
         thread.join(_GRACE.total_seconds())
         raise
-    # A DistributedDataParallel module that is garbage, but not collected, keeps the group's threads, and one of those
-    # that wants the interpreter while it ends aborts the process: in PyTorch 2.14 one time out of twenty.
+    # A DistributedDataParallel module that is garbage, but not collected, keeps the group's threads alive, and a thread
+    # that needs the interpreter while it shuts down aborts the process: in PyTorch 2.14 one time out of twenty.
     gc.collect()
     dist.destroy_process_group()
 
 
 @contextmanager
 def _steady_threads() -> Iterator[None]:
-    """One thread, unless OMP_NUM_THREADS says otherwise: what torchrun sets for several ranks, but not for one.
+    """Uses one thread, unless OMP_NUM_THREADS is set: torchrun sets this for several ranks, but not for one.
 
-    With another number of threads sums are split, and so rounded, otherwise.
+    With another number of threads, sums are split, and so rounded, differently.
     """
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -131,10 +131,10 @@ def _steady_threads() -> Iterator[None]:
 
 
 def job(command: Callable[..., None]) -> Callable[..., None]:
-    """Makes a command run on every rank of a `process_group`, where torchrun started the process.
+    """Makes a command run on every rank of a `process_group`, if torchrun started the process.
 
-    An error that a user can mend becomes exit code 1. The first rank that has one prints it and passes it to torchrun,
-    which ends the other ranks; those say nothing.
+    An error that a user can fix becomes exit code 1. The first rank that fails prints its error and passes it to
+    torchrun, which ends the other ranks; those print nothing.
     """
 
     @functools.wraps(command)
@@ -149,7 +149,7 @@ def job(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, **kwargs)
             except (ValueError, OSError, RuntimeError) as error:
-                # Told while this rank is in the group still: once it has left, others have errors because of that.
+                # Reported while this rank is still in the group: once it has left, other ranks fail because of that.
                 if not _told_first(error, store):
                     raise SystemExit(1) from error
                 raise
@@ -164,7 +164,7 @@ def job(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _told_first(error: Exception, store: Any) -> bool:
-    """Prints an error, unless another rank had one before: then it only waits until that one is known."""
+    """Prints an error and returns True, or, if another rank failed first, waits for its report and returns False."""
     try:
         if store.add("failed", 1) > 1:
             store.wait(["told"], _GRACE)
@@ -172,16 +172,16 @@ def _told_first(error: Exception, store: Any) -> bool:
             return False
         print(f"Error: {error}", file=sys.stderr, flush=True)
         store.set("told", "")
-    except RuntimeError:  # the rank that was to print, or that kept the store, is dead
+    except RuntimeError:  # the rank that should print, or that holds the store, is dead
         print(f"Error: {error}", file=sys.stderr, flush=True)
     return True
 
 
 def device(asked: str | None = None) -> torch.device:
-    """The device of this rank: of several on a machine, each takes the GPU of its number.
+    """Returns the device of this rank: of several ranks on a machine, each uses the GPU of its local rank.
 
     Args:
-        asked: a device, or None for CUDA where there is one and else the CPU.
+        asked: a device, or None for CUDA if available, else the CPU.
 
     Raises:
         ValueError: for a device that cannot be used, or that several ranks would share.
@@ -194,10 +194,10 @@ def device(asked: str | None = None) -> torch.device:
         if asked != "cuda":
             raise ValueError(
                 f"device {asked!r} would be shared by the {here.local_world} ranks of this machine: give 'cuda', and "
-                f"each takes a GPU of its own, or start one rank"
+                f"each rank uses a GPU of its own, or start one rank"
             )
         gpus = torch.cuda.device_count()
-        # A launcher other than torchrun may show each rank a GPU of its own, and that one alone.
+        # A launcher other than torchrun may show each rank only its own GPU.
         own = gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
         if here.local_rank >= gpus and not own:
             raise ValueError(
@@ -206,5 +206,5 @@ def device(asked: str | None = None) -> torch.device:
             )
         asked = "cuda:0" if own else f"cuda:{here.local_rank}"
     chosen = check_device(asked)
-    torch.cuda.set_device(chosen)  # where NCCL and Triton look
+    torch.cuda.set_device(chosen)  # NCCL and Triton use the current device
     return chosen

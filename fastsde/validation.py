@@ -1,4 +1,4 @@
-"""Checks of arguments. Each error names the argument, what came and what was expected."""
+"""Checks of arguments. Each error names the argument, the value given and what was expected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """An int (or another integral type, as NumPy's) of at least ``low`` and below ``high``."""
+    """Returns an int, also from another integral type such as NumPy's, of at least ``low`` and below ``high``."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     value = int(value)
@@ -39,14 +39,14 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 
 
 def check_bool(name: str, value: object) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """Returns True or False; values that are merely truthy or falsy are refused."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def check_instance(name: str, value: object, kind: type) -> None:
-    """An instance of one of the package's own classes."""
+    """Raises TypeError unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
@@ -54,7 +54,7 @@ def check_instance(name: str, value: object, kind: type) -> None:
 def check_number(
     name: str, value: object, expected: str = "finite", within: Callable[[Any], bool] = math.isfinite
 ) -> float:
-    """A real number ``within`` what is ``expected``."""
+    """Returns a real number that is ``within`` its range, which ``expected`` describes."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not within(value):
@@ -63,7 +63,7 @@ def check_number(
 
 
 def check_range(name: str, value: object) -> tuple[float, float]:
-    """Two finite numbers, the lower one first."""
+    """Returns two finite numbers, the lower one first."""
     if not isinstance(value, Sequence):
         raise TypeError(f"{name} must be (low, high), got {type(value).__name__}")
     bounds = tuple(check_number(f"{name}[{i}]", bound, within=lambda _: True) for i, bound in enumerate(value))
@@ -73,7 +73,7 @@ def check_range(name: str, value: object) -> tuple[float, float]:
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """A device that tensors can be made on, with its index (so "cuda" becomes the current one)."""
+    """Returns a device that tensors can be created on, with its index (so "cuda" becomes the current one)."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -81,14 +81,14 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def check_ints(name: str, values: object, low: int = -(2**63)) -> tuple[int, ...]:
-    """A sequence of ints of at least ``low``."""
+    """Returns a sequence of ints of at least ``low``, as a tuple."""
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}")
     return tuple(check_int(f"{name}[{i}]", value, low) for i, value in enumerate(values))
 
 
 def check_shape(name: str, shape: object) -> tuple[int, ...]:
-    """A sequence of ints of at least 0."""
+    """Returns a sequence of ints of at least 0, as a tuple."""
     return check_ints(name, shape, 0)
 
 
@@ -101,7 +101,7 @@ def check_tensor(
     floating: bool = False,
     finite: bool = False,
 ) -> Tensor:
-    """A tensor of a shape, on a device, floating-point and finite, as far as these are asked for."""
+    """Returns a tensor, after the requested checks of its shape, device, dtype and finiteness."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if floating and not value.is_floating_point():
@@ -116,7 +116,7 @@ def check_tensor(
 
 
 def check_keys(keys: object, n: int, device: torch.device) -> Tensor:
-    """Keys int64 ``[n, 2]`` of n samples (uint64 is taken too)."""
+    """Returns the keys of n samples, int64 ``[n, 2]`` (uint64 is accepted too)."""
     tensor = check_tensor("keys", keys, shape=(n, 2), device=device)
     if tensor.dtype == torch.uint64:
         tensor = tensor.view(torch.int64)
@@ -126,7 +126,7 @@ def check_keys(keys: object, n: int, device: torch.device) -> Tensor:
 
 
 def check_kwargs(name: str, kwargs: object, n: int, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of a network: tensors ``[n, ...]`` on the device, and plain scalars."""
+    """Returns keyword arguments of a network: tensors ``[n, ...]`` on the device, and plain scalars."""
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"{name} must be a mapping of names to tensors, got {type(kwargs).__name__}")
     for key, value in kwargs.items():

@@ -1,22 +1,22 @@
-"""Every backend that this machine has against the reference, on one network: ``fastsde verify``.
+"""Compares every backend that this machine has with the reference, on one network: ``fastsde verify``.
 
-The truth is the reference in float64; where the network does not take that, it runs as it is between values of float64.
+The truth is the reference in float64; a network that does not accept float64 runs in its own dtype, on a float64 state.
 A backend's error in a dtype may be at most twice that of plain PyTorch in the same dtype, plus a small constant
 (flash-attention's rule); an error is the RMS over all elements of the state after the first row, and again after the
-last. Plain PyTorch is the reference, on a copy of the network that `fastsde.yardstick` calls. That never rounds times,
-and so finds a backend that does. The constant holds what plain PyTorch, whose normals are the truth's, has no share in,
-and a rounding where it happens to have none:
+last. Plain PyTorch is the reference, on a copy of the network that `fastsde.yardstick` calls; it never rounds times,
+and so exposes a backend that does. The constant covers errors that plain PyTorch lacks: those of the normals, since it
+uses the truth's, and a rounding where it happens to have none:
 
     4e-6 sqrt(prior_std^2 + sum of d^2) + 2^-24 sqrt(K) RMS(truth)    after K rows of the table
 
-4e-6 is how far the normals of two backends may lie apart (the noise contract). The initial state takes one of weight
-prior_std, each row one of weight d, and their errors are independent. On the VP-SDE the state keeps its size of about
-1, and so does a small error: all normals off by the whole 4e-6 move the end of a trajectory of the shipped models by
-3e-6 to 1.2e-5, and 999 rows of Euler-Maruyama are allowed 1.3e-5. The second term is one fp32 rounding of the state a
-row.
+The normals of two backends may differ by 4e-6 (the noise contract). The initial state uses one normal with weight
+prior_std and each row one with weight d, and their errors are independent. On the VP-SDE the state keeps its size of
+about 1, and a small error keeps its size too: if all normals are off by the whole 4e-6, the end of a trajectory of the
+shipped models moves by 3e-6 to 1.2e-5, and 999 rows of Euler-Maruyama are allowed 1.3e-5. The second term is one fp32
+rounding of the state per row.
 
-PyTorch may run fp32 products in TF32, and convolutions on a GPU do by default. The reference in float32 has the same
-setting as the backends beside it, so that it is their yardstick all the same; `machine` tells what it is.
+PyTorch may run fp32 products in TF32, and does so by default for convolutions on a GPU. The reference in float32 has
+the same setting as the backends, so it is still a valid yardstick for them; `machine` reports the setting.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _ROUNDOFF = 2.0**-24  # of fp32
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a state lies from the truth: the largest difference, the RMS, and the RMS that is allowed, if one is."""
+    """How far a state is from the truth: the largest difference, the RMS, and the allowed RMS, if there is a limit."""
 
     largest: float
     rms: float
@@ -68,12 +68,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one backend in one dtype.
+    """The result of one backend in one dtype.
 
     Args:
-        dtype: what the network ran in, such as "float32".
+        dtype: the dtype that the network ran in, such as "float32".
         verdict: "pass", "fail", "unavailable" (it cannot run here), or for the reference "truth" and "yardstick".
-        first_step, whole: the differences after one row and after all rows; None where that is not a finite number.
+        first_step, whole: the differences after one row and after all rows; None if not finite.
         reason: why it failed or cannot run.
     """
 
@@ -108,7 +108,7 @@ class _Case:
     progress: bool
 
     def truth(self) -> tuple[Tensor, Tensor]:
-        """The states of the reference in float64. A network that refuses float64 runs in its own dtype."""
+        """Returns the states of the reference in float64. A network that refuses float64 runs in its own dtype."""
         try:
             self._sampler(self.model, 1, dtype=torch.float64, backend=_REFERENCE)(self.n, **self.call)
         except NonFiniteError:
@@ -118,23 +118,23 @@ class _Case:
         return self.draw(_REFERENCE, torch.float64)
 
     def yardstick(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The states of plain PyTorch in a dtype, on a state of fp32."""
+        """Returns the states of plain PyTorch in a dtype, with the state in fp32."""
         return self.draw(_REFERENCE, torch.float32, model=in_dtype(self.model, dtype))
 
     def _sampler(self, model: Model, rows: int, **options: Any) -> Sampler:
-        """A sampler of the first rows of the table."""
+        """Returns a sampler for the first rows of the table."""
         given: dict[str, Any] = {"sde": self.sde, "guidance": self.guidance, "device": self.device}
         return Sampler(model, self.shape, solver=self.table.head(rows), **given, **options)
 
     def draw(
         self, backend: str, dtype: torch.dtype, compile: bool = False, model: Model | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The states ``[n, *shape]`` after one row and after all, each from a sampler of its own.
+        """Returns the states ``[n, *shape]`` after one row and after all rows, each from a sampler of its own.
 
-        Not every backend stops between rows, and one that keeps states need not run as it does without.
+        Not every backend can stop between rows, and a backend that keeps states may run differently.
 
         Args:
-            model: what to run instead of the network.
+            model: the network to run instead of ``self.model``.
         """
         options: dict[str, Any] = {"dtype": dtype, "backend": backend, "compile": compile}
         model = self.model if model is None else model
@@ -145,7 +145,7 @@ class _Case:
         if self.progress:
             tqdm.write(_label(backend, _name(dtype), compile), file=sys.stderr)
         with warnings.catch_warnings():
-            # The network would go on without it, and stand in the table as compiled.
+            # Otherwise the network would run uncompiled, but be listed as compiled.
             warnings.filterwarnings("error", "torch.compile failed", RuntimeWarning)
             try:
                 return first(self.n, **self.call), whole(self.n, **self.call, progress=self.progress)
@@ -154,7 +154,7 @@ class _Case:
 
 
 def default_n(shape: Sequence[int]) -> int:
-    """How many samples of a shape are drawn by default: 4 images ``[C, H, W]``, or 256 of what is cheaper."""
+    """Returns how many samples of a shape are drawn by default: 4 images ``[C, H, W]``, or 256 cheaper samples."""
     return 4 if len(shape) == 3 else 256
 
 
@@ -177,16 +177,16 @@ def verify(
     progress: bool = False,
     **table_options: Unpack[TableOptions],
 ) -> list[Result]:
-    """Runs every backend against the reference, by the rule that the module's docstring explains.
+    """Compares every backend with the reference, by the rule in the module's docstring.
 
     Args:
         model: a shipped model by name, a checkpoint file, the folder of a training run, a `Checkpoint`, or a network.
         sample_shape, sde, prediction: of a network, as for `fastsde.Sampler`; a checkpoint has its own.
         n: how many samples; by default 4 images or 256 others, or as many as there are conditions.
-        device: by default the network's own, and for what is loaded CUDA where there is one, else the CPU.
-        dtypes: what networks run in, of float32, bfloat16 and float16; by default the first two, on a GPU all three.
+        device: by default the network's own; for a model that is loaded, CUDA if available, else the CPU.
+        dtypes: the network's dtypes, of float32, bfloat16 and float16; by default the first two, on a GPU all three.
         compile: run each backend a second time through ``torch.compile``.
-        progress: show on stderr which backend runs, and how far it is.
+        progress: show on stderr which backend runs, and its progress.
         solver, steps, guidance: as for `fastsde.Sampler`.
         table_options: t_end, spacing, rho, clip, eta, solver_options and denoise, as for `fastsde.Sampler`.
         model_kwargs, uncond_kwargs, seed: as for `fastsde.sample`.
@@ -195,11 +195,11 @@ def verify(
         First the truth; then for each dtype the reference and every other backend.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-        NonFiniteError: where the reference in float64 has NaN or infinity.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
+        NonFiniteError: if the reference in float64 has NaN or infinity.
     """
     model, shape, sde, prediction = subject.resolve(model, sample_shape, sde, prediction, device)
-    # It also checks the arguments: after it, a sampler's ValueError is that of a backend.
+    # This also checks the arguments: after it, a ValueError of a sampler means that its backend cannot run.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):
         table["prediction"] = None
@@ -222,7 +222,7 @@ def verify(
 
 
 def _usual_n(shape: Sequence[int], conditions: Mapping[str, Any]) -> int:
-    """`default_n`, or the batch of the first condition that is a tensor."""
+    """Returns `default_n`, or the batch of the first condition that is a tensor."""
     for kwargs in conditions.values():
         for value in (kwargs or {}).values():
             if isinstance(value, Tensor) and value.ndim:
@@ -243,7 +243,7 @@ def _checked_dtypes(dtypes: Sequence[torch.dtype] | None, device: torch.device) 
 
 
 def _in_dtype(case: _Case, truth: tuple[Tensor, Tensor], dtype: torch.dtype, compile: bool) -> Iterator[Result]:
-    """The reference, then every other backend beside it."""
+    """Yields the result of the reference, then those of all other backends."""
     yardstick = _check(case, truth, None, _REFERENCE, dtype)
     yield yardstick
     for backend in BACKENDS:
@@ -269,8 +269,8 @@ def _check(
         return Result(*about, "unavailable", reason=str(error))
     except NonFiniteError as error:
         return Result(*about, "fail", reason=str(error))
-    except Exception as error:  # whatever it is, the other backends are still to be seen
-        # What stops plain PyTorch is a network that does not know the dtype.
+    except Exception as error:  # the other backends are still to be checked
+        # If plain PyTorch fails, the network does not support the dtype.
         return Result(*about, "unavailable" if yardstick is None else "fail", reason=_one_line(error))
     limits = (None, None) if yardstick is None else (yardstick.first_step, yardstick.whole)
     first = _difference(states[0], truth[0], limits[0], case.sde, case.table.head(1))
@@ -315,11 +315,11 @@ def _one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-# What is shown ------------------------------------------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------------------------
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """The lines of a table of what ran, and below it why something failed or cannot run here."""
+    """Returns the lines of a table of what ran, and below it why something failed or cannot run here."""
     compiles = any(result.compile for result in results)
     width = max(len(result.backend) for result in results) + 2
 
@@ -342,7 +342,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def _reasons(results: Sequence[Result]) -> list[str]:
-    """One line for each reason of a backend, with the dtypes that it holds for where that is not all of them."""
+    """Returns one line for each reason of a backend, with the dtypes that it applies to if those are not all."""
     cases: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
         if result.reason is not None:
@@ -362,9 +362,9 @@ def _numbers(difference: Difference | None) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device and versions, and what PyTorch makes of fp32 products there: "ieee", or "ieee, tf32 in convolutions"."""
+    """Returns device, versions, and how PyTorch runs fp32 products: "ieee", or "ieee, tf32 in convolutions"."""
     cuda = device.type == "cuda"
-    # The newer switches, which also tell what the older ones were set to.
+    # The newer switches, which also reflect the older ones.
     convolutions: Any = torch.backends.cudnn if cuda else torch.backends.mkldnn
     matrices: Any = torch.backends.cuda if cuda else torch.backends.mkldnn
     switches = matrices.matmul.fp32_precision, convolutions.conv.fp32_precision
@@ -379,7 +379,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def write_json(path: str | Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
-    """Writes ``about`` and the results, whole or not at all."""
+    """Writes ``about`` and the results atomically."""
     document = {**about, "results": [asdict(result) for result in results]}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

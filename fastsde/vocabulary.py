@@ -1,4 +1,4 @@
-"""The words that options take. Without torch, so that the command line can name them at once."""
+"""The names that options accept, without importing torch, so that the command line can list them at once."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ PRECONDITIONINGS = ("none", "edm")
 TIMES = ("uniform", "lognormal")  # the distributions of training times
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
-# The files of fastsde/sde: a process a file, the default first.
+# The files of fastsde/sde: one process per file, the default first.
 _FILES = [module.name for module in iter_modules([str(Path(__file__).parent / "sde")]) if module.name != "process"]
 PROCESSES = tuple(sorted(_FILES, key=lambda name: (name != "vp", name)))
 
-# What the files of fastsde/solvers decorate with @solver(...), the default first.
+# The functions that the files of fastsde/solvers decorate with @solver(...), the default first.
 _SOURCES = [path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent / "solvers").glob("*.py"))]
 _FOUND = [name for text in _SOURCES for name in re.findall(r"^@solver\((?s:.*?)^def (\w+)\(", text, re.MULTILINE)]
 SOLVERS = tuple(sorted(_FOUND, key=lambda name: name != "euler_maruyama"))

@@ -1,6 +1,6 @@
-"""Networks as `fastsde.verify` calls them for the truth and beside it: by hand, and not as the backends call theirs.
+"""Networks as `fastsde.verify` calls them for the truth and the yardstick, independently of the backends.
 
-A fault of `fastsde.engines.network`, such as times that are rounded, is then not shared by what it is measured with.
+A fault of `fastsde.engines.network`, such as rounding times, is then not shared by the results it is compared with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["in_dtype", "in_its_own_dtype"]
 
 
 def in_its_own_dtype(model: Model) -> Model:
-    """The network in its own dtype, between values of float64."""
+    """Returns the network run in its own dtype, with float64 inputs and outputs."""
     net, dtype = _called(model), dtype_of(model)
 
     def run(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -32,10 +32,10 @@ def in_its_own_dtype(model: Model) -> Model:
 
 
 def in_dtype(model: Model, dtype: torch.dtype) -> Model:
-    """A copy of the network in a dtype, called with x in that dtype and all else as it is.
+    """Returns a copy of the network in a dtype, called with x in that dtype and everything else as it is.
 
-    A network that refuses that gets integer times, its other arguments in the dtype, or what it is given under
-    ``torch.autocast``: the first that it takes.
+    A network that refuses that is called with integer times, with its other arguments in the dtype, or under
+    ``torch.autocast``: whichever it accepts first.
     """
     net = _called(model)
     if isinstance(net, nn.Module) and dtype_of(net) != dtype:
@@ -57,7 +57,7 @@ def _first_taken(call: Callable[..., Tensor], ways: list[tuple[bool, bool, bool]
     def run(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         refusals = []
         for way in list(ways):
-            if way[0] and not torch.equal(t, t.round()):  # these times are no integers
+            if way[0] and not torch.equal(t, t.round()):  # these times are not integers
                 continue
             try:
                 f = call(x, t, kwargs, *way)
@@ -72,7 +72,7 @@ def _first_taken(call: Callable[..., Tensor], ways: list[tuple[bool, bool, bool]
 
 
 def _called(model: Model) -> Model:
-    """The network as ``model(x, t)``."""
+    """Returns the network as a callable ``model(x, t)``."""
     model = unwrap(model) if isinstance(model, nn.Module) else model
     return ConcatTime(model) if isinstance(model, nn.Module) and is_sequential(model) else model
 

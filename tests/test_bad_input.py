@@ -77,7 +77,12 @@ SAMPLE = [
     ),
     ({"model": ConcatTime(nn.Sequential(nn.Linear(4, 3)))}, ValueError, "a ConcatTime is called with", "[3]", "[2]"),
     ({"model": nn.Sequential(nn.PReLU()), "shape": (1000,)}, ValueError, "samples of shape [d]", "[]"),
-    ({"model": nn.Linear(2, 2)}, TypeError, "model must take model(x, t, **model_kwargs)", "too many positional"),
+    (
+        {"model": nn.Linear(2, 2)},
+        TypeError,
+        "model must be callable as model(x, t, **model_kwargs)",
+        "too many positional",
+    ),
     ({"model": lambda x, t, y: x}, TypeError, "model_kwargs with nothing", "missing a required argument: 'y'"),
     ({"model": torch.zeros(3)}, TypeError, "model must be callable as model(x, t)", "Tensor"),
     ({"model": lambda x, t: None}, TypeError, "model must return a tensor", "NoneType"),
@@ -432,8 +437,8 @@ TUTORIAL = [
     (lambda: generate(ROLL, 4, data_dim=0), ValueError, "data_dim must be at least 1", "0"),
     (lambda: generate(ROLL, 4, data_dim=2.0), TypeError, "data_dim must be an int", "float"),
     (lambda: generate(nn.Sequential(nn.ReLU()), 4), ValueError, "data_dim must be given for a Sequential without"),
-    (lambda: generate(ROLL, 4, steps=5), ValueError, "steps is the tutorial's own", "5", "fastsde.sample"),
-    (lambda: generate(ROLL, 4, t_end=0.1), ValueError, "t_end is the tutorial's own", "0.1", "fastsde.sample"),
+    (lambda: generate(ROLL, 4, steps=5), ValueError, "steps is fixed by the tutorial", "5", "fastsde.sample"),
+    (lambda: generate(ROLL, 4, t_end=0.1), ValueError, "t_end is fixed by the tutorial", "0.1", "fastsde.sample"),
     (lambda: generate(ROLL, 4, backend="cuda"), ValueError, "backend must be one of", "'cuda'"),
     (lambda: loss(ROLL, [[0.0, 0.0]]), TypeError, "x must be a tensor", "list"),
     (lambda: loss(ROLL, torch.zeros(4, 2).long()), TypeError, "x must be floating-point", "torch.int64"),
@@ -575,7 +580,7 @@ def test_a_file_of_someone_else_is_named(checkpoint):
     weights = checkpoints.read(checkpoint)[0]
     for metadata in (None, {"format": "pt"}, {"fastsde": "null"}, {"fastsde": "[1]"}):
         save_file(weights, checkpoint, metadata)
-        check(lambda: checkpoints.load(checkpoint), ValueError, str(checkpoint), "not a checkpoint of fastsde")
+        check(lambda: checkpoints.load(checkpoint), ValueError, str(checkpoint), "not a fastsde checkpoint")
 
 
 @pytest.mark.parametrize("version", [2, 0, None, "one"])
@@ -587,7 +592,7 @@ def test_another_format_is_named_with_both_versions(checkpoint, version):
 @pytest.mark.parametrize("entry", ["model", "sde", "prediction", "data", "value_range", "record"])
 def test_an_incomplete_checkpoint_is_named_with_what_is_missing(checkpoint, entry):
     path = _rewritten(checkpoint, drop=entry)
-    check(lambda: checkpoints.load(path), ValueError, str(path), "checkpoint of fastsde", entry)
+    check(lambda: checkpoints.load(path), ValueError, str(path), "fastsde checkpoint", entry)
 
 
 @pytest.mark.parametrize(
@@ -626,6 +631,6 @@ def test_mnist_that_is_not_to_be_had_says_where_it_belongs(tmp_path, monkeypatch
         FileNotFoundError,
         f"MNIST is not in {tmp_path / 'MNIST' / 'raw'}",
         "could not be downloaded",
-        "in Python root",
+        "root in Python",
         "'digits'",
     )

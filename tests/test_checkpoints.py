@@ -126,7 +126,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path: Path, content: bytes)
 def test_a_file_of_torch_save_is_told_from_a_damaged_one(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "roll.pt"
     torch.save(MLP().state_dict(), path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"roll\.pt is a file of torch\.save, which is not read.*fastsde\.sample"):
+    with pytest.raises(ValueError, match=r"roll\.pt was written by torch\.save, and is not read.*fastsde\.sample"):
         checkpoints.load(path)
     np.savez(tmp_path / "roll.npz", samples=np.zeros(3))  # another zip file
     with pytest.raises(ValueError, match=r"roll\.npz is not a safetensors file"):
@@ -144,7 +144,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
 def test_other_safetensors_and_later_formats_are_named(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"not a checkpoint of fastsde.*torch\.load_file.*checkpoints\.save"):
+    with pytest.raises(ValueError, match=r"not a fastsde checkpoint.*torch\.load_file.*checkpoints\.save"):
         checkpoints.load(path)
     checkpoints.write(path, {}, Checkpoint(MLP()).describe() | {"format": 99})
     with pytest.raises(ValueError, match="format 99, this version reads format 1"):

@@ -246,7 +246,7 @@ def test_without_torchrun_a_dead_rank_is_seen_by_the_first(tmp_path: Path) -> No
         assert second.wait(timeout=60) == 3
         assert first.returncode == 1, stderr
         assert len(errors(stderr)) == 1
-        assert errors(stderr)[0].startswith("Error: a rank ended before its samples had come (")
+        assert errors(stderr)[0].startswith("Error: a rank ended before its samples arrived (")
 
 
 # The group ----------------------------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ def test_a_network_that_cannot_be_captured_is_refused_or_runs_eagerly_with_a_war
         fastsde.sample(model, (4, 3), steps=5, backend="graph")
     sampler = Sampler(model, (3,), steps=5)
     assert sampler.backend == "graph"
-    with pytest.warns(RuntimeWarning, match="does not run by backend 'graph', so 'eager' takes over: it cannot be"):
+    with pytest.warns(RuntimeWarning, match="does not run with backend 'graph', so 'eager' takes over: it cannot be"):
         x = sampler(4)
     assert sampler.backend == "eager"
     expected = fastsde.sample(model, (4, 3), steps=5, backend="reference")
@@ -478,7 +478,7 @@ def test_auto_takes_graphs_for_what_is_no_mlp_and_eager_where_the_host_is_needed
     assert seen == [0, 1, 2]
     for option in ("noise", "callback"):
         with pytest.raises(
-            ValueError, match=rf"backend 'graph' replays rows as CUDA graphs, without {option}; use 'eag"
+            ValueError, match=rf"backend 'graph' replays rows as CUDA graphs and does not support {option};"
         ):
             fastsde.sample(Net(), (2, 3), steps=3, backend="graph", **{option: lambda *args: args[-1]})
 

@@ -102,7 +102,7 @@ def test_compiling_is_told_of_where_there_is_progress(
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
     sampler = Sampler(MLP(), (2,), steps=2, compile=True)
     sampler(2, progress=True)
-    assert capsys.readouterr().err.count("torch.compile makes code for the network first") == 1
+    assert capsys.readouterr().err.count("torch.compile compiles the network first") == 1
     sampler(2, progress=True)
     Sampler(MLP(), (2,), steps=2, compile=True)(2)
     assert "torch.compile" not in capsys.readouterr().err

@@ -308,7 +308,9 @@ def test_a_copy_is_made_again_where_the_model_has_changed(change: Callable[[nn.M
 def test_a_model_that_cannot_be_copied_is_refused_with_the_dtype() -> None:
     model = Scaled()
     model.kept = model.linear(torch.ones(2))  # which has a gradient's history
-    with pytest.raises(ValueError, match=r"dtype is torch.bfloat16, for which the model is copied, but it cannot be:"):
+    with pytest.raises(
+        ValueError, match=r"dtype is torch.bfloat16, which needs a copy of the model, but copying failed:"
+    ):
         Sampler(model, (2,), dtype=torch.bfloat16)
     Sampler(model, (2,), steps=2)(1)
 

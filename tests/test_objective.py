@@ -187,7 +187,7 @@ def test_every_prediction_has_an_objective() -> None:
         (
             {"sde": RectifiedFlow(), "weighting": "likelihood"},
             ValueError,
-            r"t_max is 1, where the weighting 'likelihood' of score is not finite for RectifiedFlow\(\): take another",
+            r"t_max is 1, where the weighting 'likelihood' of score is not finite for RectifiedFlow\(\): choose",
         ),
     ],
 )

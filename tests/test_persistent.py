@@ -76,22 +76,22 @@ def test_auto_takes_it_for_an_mlp(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "reason"),
     [
-        (UNet(), {}, "runs MLPs alone"),
-        (lambda x, t: -x, {}, "runs MLPs alone"),
-        (_Subclass(), {}, "runs MLPs alone"),
-        (_hooked(), {}, "runs MLPs alone"),
-        (_sequential(nn.Linear(3, 8), nn.ELU(), nn.Linear(8, 2)), {}, "runs MLPs alone"),
-        (_sequential(nn.Linear(3, 8), nn.Softplus(2.0), nn.Linear(8, 2)), {}, "runs MLPs alone"),
-        (_sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), {}, "runs MLPs alone"),
-        (_sequential(nn.LogSigmoid(), nn.Linear(3, 2)), {}, "runs MLPs alone"),
-        (_sequential(nn.Linear(3, 2), nn.Tanh()), {}, "runs MLPs alone"),
-        (_sequential(), {}, "runs MLPs alone"),
+        (UNet(), {}, "only runs MLPs"),
+        (lambda x, t: -x, {}, "only runs MLPs"),
+        (_Subclass(), {}, "only runs MLPs"),
+        (_hooked(), {}, "only runs MLPs"),
+        (_sequential(nn.Linear(3, 8), nn.ELU(), nn.Linear(8, 2)), {}, "only runs MLPs"),
+        (_sequential(nn.Linear(3, 8), nn.Softplus(2.0), nn.Linear(8, 2)), {}, "only runs MLPs"),
+        (_sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), {}, "only runs MLPs"),
+        (_sequential(nn.LogSigmoid(), nn.Linear(3, 2)), {}, "only runs MLPs"),
+        (_sequential(nn.Linear(3, 2), nn.Tanh()), {}, "only runs MLPs"),
+        (_sequential(), {}, "only runs MLPs"),
         (MLP(65), {}, "up to 64 data and 256 hidden units"),
         (MLP(2, (257,)), {}, "up to 64 data and 256 hidden units"),
         (MLP(), {"dtype": torch.float16}, "in torch.float32 or torch.bfloat16, not in torch.float16"),
         (MLP(), {"dtype": torch.float64}, "keeps the state in fp32"),
-        (MLP(), {"compile": True}, "without compile; use 'eager'"),
-        (MLP(), {"guidance": 0.0}, "without guidance; use 'eager'"),
+        (MLP(), {"compile": True}, "does not support compile; use 'eager'"),
+        (MLP(), {"guidance": 0.0}, "does not support guidance; use 'eager'"),
     ],
 )
 def test_what_it_cannot_run_is_refused_and_runs_elsewhere(model, options, reason) -> None:
@@ -143,7 +143,7 @@ def test_options_of_a_call_that_it_has_not(option: str) -> None:
         "callback": lambda row, time, x: None,
         "model_kwargs": {"y": 1.0},
     }[option]
-    with pytest.raises(ValueError, match=f"without {option}; use 'eager'"):
+    with pytest.raises(ValueError, match=f"does not support {option}; use 'eager'"):
         fastsde.sample(MLP(), (2, 2), steps=2, backend="persistent", **{option: value})
     sampler = Sampler(MLP(), (2,), steps=2)
     assert sampler.backend == "persistent"

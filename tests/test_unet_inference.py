@@ -417,7 +417,7 @@ def _with_another_layer() -> UNet:
 def test_only_the_unet_itself_has_this_form(make: Any) -> None:
     unet = make()
     assert not supports(unet)
-    with pytest.raises(TypeError, match="unet must be a UNet as it is"):
+    with pytest.raises(TypeError, match="unet must be an unmodified UNet"):
         UNetInference(unet)
     form = UNetInference(build("narrow"))
     with pytest.raises(ValueError, match="unet must be a UNet of"):

@@ -262,7 +262,7 @@ def test_a_failure_ends_with_exit_code_1_and_its_name(
     options = ["-n", 8, "--steps", 5, "--quiet", "--device", "cpu", "--dtype", "bfloat16", "--json", "a.json"]
     code, out, err = _command(capsys, "swiss-roll", *options)
     assert code == 1
-    assert err == "Error: not as the reference: eager in bfloat16\n"
+    assert err == "Error: failed the check: eager in bfloat16\n"
     assert "eager fails: NaN or infinity after 1 step" in out
     failed = json.loads(Path("a.json").read_text())["results"][2]
     assert (failed["verdict"], failed["whole"]) == ("fail", None)

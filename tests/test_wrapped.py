@@ -210,7 +210,7 @@ def test_warming_up_a_capture_leaves_no_trace(told: None, graphs: Any) -> None:
 
 def test_random_layers_are_warned_of_once(told: None) -> None:
     model, normalised = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)), Normalised()
-    with pytest.warns(RuntimeWarning, match=r"the network has Dropout in training mode: the same seed gives other"):
+    with pytest.warns(RuntimeWarning, match=r"the network has Dropout in training mode: the same seed gives different"):
         first = fastsde.sample(model, (4, 2), steps=3)
     assert not torch.equal(first, fastsde.sample(model, (4, 2), steps=3))
     with pytest.warns(RuntimeWarning, match=r"BatchNorm1d"):

@@ -1,7 +1,7 @@
-"""The ``fastsde`` command, a file for each of its commands. Results go to stdout, all else to stderr.
+"""The ``fastsde`` command, with one file per subcommand. Results go to stdout, everything else to stderr.
 
 Exit codes: 0, 1 for errors, 2 for wrong usage, 130 after Ctrl-C. Nothing here imports torch before a command runs, so
-that help and wrong usage are answered at once, and so that it is known how threads wait when torch is loaded.
+that help and usage errors appear at once, and so that how threads wait is set before torch is loaded.
 """
 
 from __future__ import annotations

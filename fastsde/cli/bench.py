@@ -11,16 +11,16 @@ from .common import PATH, reports_errors, suffix
 
 
 @click.command()
-@click.option("--suite", "subjects", multiple=True, help="Only this subject; may be given several times. See --list.")
-@click.option("--list", "names_only", is_flag=True, help="List the subjects and what they time, and run nothing.")
-@click.option("--quick", is_flag=True, help="Small sizes, in three minutes, instead of half an hour on two cores.")
-@click.option("--device", help="cpu or cuda.  [default: cuda where there is one, else cpu]")
+@click.option("--suite", "subjects", multiple=True, help="Run only this subject; may be repeated. See --list.")
+@click.option("--list", "names_only", is_flag=True, help="List the subjects and what they time, and exit.")
+@click.option("--quick", is_flag=True, help="Use small sizes: three minutes instead of half an hour on two cores.")
+@click.option("--device", help="cpu or cuda.  [default: cuda if available, else cpu]")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="Time for all of it: there are fewer rounds, and what does not fit is left out.  [default: 3 with --quick]",
+    help="Time limit: runs fewer rounds, and skips cases that do not fit.  [default: 3 with --quick]",
 )
-@click.option("--out", type=PATH, callback=suffix(".json"), help="Where to keep the figures, after each case.")
+@click.option("--out", type=PATH, callback=suffix(".json"), help="File for the figures, updated after each case.")
 @reports_errors
 def bench(
     subjects: tuple[str, ...],
@@ -30,10 +30,10 @@ def bench(
     minutes: float | None,
     out: Path | None,
 ) -> None:
-    """Time fastsde beside what people use instead, on this machine.
+    """Time fastsde against its alternatives on this machine.
 
-    The tutorial's loops, lean eager PyTorch, torch.compile and, where they are installed, diffusers and torchsde do the
-    same tasks in turn. One that computes the wrong thing has no time, and the exit code is then 1.
+    The tutorial's loops, lean eager PyTorch, torch.compile and, if installed, diffusers and torchsde do the same tasks
+    in turn. An alternative that computes a wrong result gets no time, and the exit code is then 1.
     """
     for option, given in (("--minutes", minutes), ("--out", out)):
         if names_only and given is not None:
@@ -45,7 +45,7 @@ def bench(
     unknown = sorted(set(subjects) - set(suite.SUBJECTS))
     if unknown:
         raise click.BadParameter(
-            f"{', '.join(unknown)} is not one of {', '.join(suite.SUBJECTS)}; give it once for each",
+            f"{', '.join(unknown)} is not one of {', '.join(suite.SUBJECTS)}; repeat --suite for several",
             param_hint="'--suite'",
         )
     plan = suite.Plan(distributed.device(device), quick)

@@ -1,4 +1,4 @@
-"""What the commands share: paths that are checked before any work, errors, and networks by name."""
+"""Helpers shared by the commands: paths that are checked before any work, errors, and networks by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path, dir_okay=False)
 
 
 class Interrupted(click.ClickException):
-    """Ctrl-C. Of several processes the first one says so."""
+    """Ctrl-C. Of several processes, only the first one prints the message."""
 
     exit_code = 130
 
@@ -30,9 +30,9 @@ class Interrupted(click.ClickException):
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors that a user can mend into one line on stderr and exit code 1, and Ctrl-C into 130.
+    """Turns errors that a user can fix into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
 
-    A KeyboardInterrupt may have a message: what became of the work.
+    A KeyboardInterrupt may carry a message that says what became of the work.
     """
 
     @functools.wraps(command)
@@ -52,7 +52,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def job(command: Callable[..., None]) -> Callable[..., None]:
-    """`fastsde.distributed.job`, imported when the command runs."""
+    """Applies `fastsde.distributed.job`, imported only when the command runs."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ def job(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def suffix(*allowed: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
-    """A callback that refuses paths of other suffixes before any work is done."""
+    """Returns a callback that refuses paths with any other suffix before any work is done."""
 
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
         if path is not None and path.suffix.lower() not in allowed:
@@ -75,7 +75,7 @@ def suffix(*allowed: str) -> Callable[[click.Context, click.Parameter, Path | No
 
 
 def check_model(model: str) -> str:
-    """A shipped model, a file, or the folder of a run.
+    """Returns ``model``, the name of a shipped model, a file, or the folder of a run.
 
     Raises:
         FileNotFoundError: for a folder without a checkpoint.
@@ -92,7 +92,7 @@ def check_model(model: str) -> str:
 
 
 def load_checkpoint(model: str, device: Any = "cpu") -> Checkpoint:
-    """The checkpoint of a shipped model, a file, or the folder of a run."""
+    """Loads the checkpoint of a shipped model, a file, or the folder of a run."""
     from .. import checkpoints
 
     return checkpoints.load(check_model(model), device=device)
@@ -122,8 +122,8 @@ def _parsed(value: str) -> bool | int | float | str:
 
 _SOLVER = (
     click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True),
-    click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Calls of the network."),
-    click.option("--spacing", type=click.Choice(SPACINGS), help="Where the times lie.  [default: the process's own]"),
+    click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Number of network calls."),
+    click.option("--spacing", type=click.Choice(SPACINGS), help="Spacing of the times.  [default: the process's own]"),
     click.option("--rho", type=float, help="Exponent of karras spacing.  [default: 7]"),
     click.option("--t-end", type=float, default=0.0, show_default=True, help="Time that the trajectory ends at."),
     click.option("--clip", type=float, help="Bound of the predicted data, for solvers that use it, such as ddpm."),
@@ -136,7 +136,7 @@ _SOLVER = (
         callback=_named_values,
         help="Option of the solver, such as order=3 for unipc; may be given several times.",
     ),
-    click.option("--denoise", is_flag=True, help="Let the last step give the predicted data."),
+    click.option("--denoise", is_flag=True, help="Return the predicted data from the last step."),
 )
 
 

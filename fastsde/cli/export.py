@@ -15,9 +15,9 @@ from .common import PATH, load_checkpoint, reports_errors, suffix
 @click.option("--dtype", type=click.Choice(("float32", "float16", "bfloat16")), default="float32", show_default=True)
 @reports_errors
 def export(model: str, out: Path, dtype: str) -> None:
-    """Write the network of a checkpoint or a run.
+    """Write the network of a checkpoint or a run to OUT.
 
-    Without what only training needs. Prints the file's path.
+    Leaves out what only training needs. Prints the file's path.
     """
     import torch
 

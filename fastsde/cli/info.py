@@ -16,12 +16,12 @@ from .common import load_checkpoint, reports_errors
 
 
 def version(package: str) -> str:
-    """Of a package, in words where there is none."""
+    """Returns the version of a package, or words if it has none."""
     if importlib.util.find_spec(package) is None:
         return "not installed"
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a build of another name, such as pytorch-triton
+    except metadata.PackageNotFoundError:  # a build with another name, such as pytorch-triton
         return "installed, version unknown"
 
 
@@ -29,9 +29,9 @@ def version(package: str) -> str:
 @click.argument("model", required=False)
 @reports_errors
 def info(model: str | None) -> None:
-    """Show versions, devices, models and backends, or what MODEL is: a shipped model, a checkpoint or a training run.
+    """Show versions, devices, models and backends, or describe MODEL: a shipped model, a checkpoint or a training run.
 
-    Of a backend that cannot run here, the reason is said.
+    For a backend that cannot run here, the reason is shown.
     """
     rows = [*_versions(), *_devices(), *_models()] if model is None else list(_checkpoint(model))
     width = max(len(name) for name, _ in rows)

@@ -1,4 +1,4 @@
-"""What ``fastsde sample`` writes: samples, pictures and animations."""
+"""The output files of ``fastsde sample``: samples, pictures and animations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import atomic_path
 
 
 def has_picture(shape: Sequence[int]) -> bool:
-    """Returns whether samples of a shape are points of the plane, or grey or coloured images."""
+    """Returns whether samples of a shape are points in the plane, or grey or colour images."""
     return tuple(shape) == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
 
 
@@ -25,14 +25,14 @@ def save_samples(path: Path, x: Tensor) -> None:
     x = x.cpu().contiguous()
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".npz":
-            with temporary.open("wb") as file:  # given a name, NumPy would append a suffix of its own
+            with temporary.open("wb") as file:  # given a name, NumPy would append its own suffix
                 np.savez_compressed(file, samples=x.numpy())
         else:
             save_file({"samples": x}, temporary)
 
 
 def picture(checkpoint: Checkpoint, x: Tensor, path: Path) -> None:
-    """Draws samples: points beside fresh data, images in a grid."""
+    """Draws samples: points next to fresh data, images in a grid."""
     if checkpoint.shape == (2,):
         fresh = data.swiss_roll(len(x), seed=1).x if checkpoint.data == "swiss-roll" else None
         drawn = plotting.scatter(x, fresh)
@@ -45,7 +45,7 @@ def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], pa
     """Draws states ``[frames, n, *shape]`` on their way from noise to data, points with the score field."""
 
     def score(x: Tensor, t: float) -> Tensor:
-        # Near t = 0 the score grows without bound, so that the last frames show the field of a small time.
+        # Near t = 0 the score grows without bound, so the last frames show the field at t_min.
         t = max(t, checkpoint.sde.t_min)
         r, s = solvers.score_form(
             checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction

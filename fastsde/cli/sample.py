@@ -20,7 +20,7 @@ _FRAMES = 60
 
 
 def _max_batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
-    """A count, or "auto"."""
+    """Returns a count, "auto" or None."""
     if value is None or value == "auto":
         return value
     if not value.isdecimal() or int(value) < 1:
@@ -29,7 +29,7 @@ def _max_batch(context: click.Context, parameter: click.Parameter, value: str | 
 
 
 def default_picture(model: str) -> Path:
-    """mnist.png for the shipped model; runs-mnist.png for the run in runs/mnist, so that neither replaces the other."""
+    """Returns mnist.png for the shipped model and runs-mnist.png for runs/mnist, so that neither replaces the other."""
     source = Path(model)
     if source.suffix == ".safetensors":
         return Path(source.stem + ".png")
@@ -39,7 +39,7 @@ def default_picture(model: str) -> Path:
 
 @dataclass(frozen=True)
 class Files:
-    """What is to be written."""
+    """The files to write."""
 
     out: Path | None
     save: Path | None
@@ -47,7 +47,7 @@ class Files:
 
     @property
     def draws(self) -> bool:
-        """A picture of the samples, or an animation."""
+        """Whether a picture of the samples or an animation is drawn."""
         return self.out is not None or self.animate is not None
 
     @property
@@ -57,25 +57,25 @@ class Files:
 
 @click.command()
 @click.argument("model")
-@click.option("-n", type=click.IntRange(0), help="How many samples.  [default: 1000 points, 20 images]")
+@click.option("-n", type=click.IntRange(0), help="Number of samples.  [default: 1000 points, 20 images]")
 @takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="What the network runs in.  [default: float32]")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype that the network runs in.  [default: float32]")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option(
-    "--max-batch", callback=_max_batch, help="The most samples that run at once, or auto for as many as are fastest."
+    "--max-batch", callback=_max_batch, help="The most samples that run at once, or auto for the fastest number."
 )
 @click.option(
     "--out",
     type=PATH,
     callback=suffix(".png", ".jpg", ".jpeg", ".webp"),
-    help="Picture of the samples: .png, .jpg or .webp.  [default: MODEL.png, where nothing else is written]",
+    help="Picture of the samples: .png, .jpg or .webp.  [default: MODEL.png, if nothing else is written]",
 )
-@click.option("--save", type=PATH, callback=suffix(".safetensors", ".npz"), help="The samples as .safetensors or .npz.")
-@click.option("--animate", type=PATH, callback=suffix(".gif"), help="The way from noise to data as a GIF.")
+@click.option("--save", type=PATH, callback=suffix(".safetensors", ".npz"), help="Samples as .safetensors or .npz.")
+@click.option("--animate", type=PATH, callback=suffix(".gif"), help="Animate the way from noise to data as a GIF.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @reports_errors
 def sample(
@@ -89,7 +89,7 @@ def sample(
         out = default_picture(model)
     files, written = Files(out, save, animate), list[Path]()
     if n == 0 and files.draws:
-        raise click.UsageError("there is no picture of 0 samples: write them with --save alone, or draw more with -n")
+        raise click.UsageError("there is no picture of 0 samples: use only --save, or draw more with -n")
     try:
         _sample(model, n, files, written, **options)
     except KeyboardInterrupt:
@@ -111,7 +111,7 @@ def _sample(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Draws samples, and on the first process writes them; ``written`` tells how far it has come."""
+    """Draws samples, and writes them on the first process; ``written`` collects the paths written so far."""
     import torch
 
     from .. import distributed
@@ -132,7 +132,7 @@ def _sample(
 
 
 def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:
-    """Refuses what would fail after the work, and tells of a run that is not done."""
+    """Refuses files that could not be written after the work, and reports a run that is not finished."""
     from ..files import check_writable
     from .output import has_picture
 
@@ -144,7 +144,7 @@ def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> Non
         check_writable(path)
     step, steps = checkpoint.record.get("step", 0), checkpoint.record.get("config", {}).get("steps", 0)
     if step < steps:
-        click.echo(f"{model} has come to step {step:,} of {steps:,}", err=True)
+        click.echo(f"{model} is at step {step:,} of {steps:,}", err=True)
 
 
 def _write(

@@ -29,30 +29,30 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("dataset", type=click.Choice(DATASETS))
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
-@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint; start where there is none.")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, or start if there is none.")
 @click.option(
     "--recipe",
     type=click.Choice(("default", "tutorial")),
     help="The tutorial's own objective, or a better one.  [default: default]",
 )
-@click.option("--data", "data_root", type=click.Path(path_type=Path), help="Folder of MNIST.  [default: data]")
-@click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or first images of the set.")
-@click.option("--steps", type=click.IntRange(1), help="Steps of the whole run, in which a cosine lr falls to zero.")
+@click.option("--data", "data_root", type=click.Path(path_type=Path), help="Folder that holds MNIST.  [default: data]")
+@click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or images from the set's start.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the whole run, over which a cosine lr falls to zero.")
 @click.option("--batch-size", type=click.IntRange(1))
 @click.option("--lr", type=float, help="Learning rate of Adam.")
 @click.option("--lr-schedule", type=click.Choice(LR_SCHEDULES))
 @click.option("--lr-warmup", type=click.IntRange(0), help="Steps in which the learning rate rises.")
-@click.option("--ema-decay", type=float, help="Of the average of the weights that is sampled from; 0 keeps none.")
-@click.option("--sde", type=click.Choice(PROCESSES), help="The process, by its default rates.")
+@click.option("--ema-decay", type=float, help="Decay of the averaged weights that are sampled from; 0 keeps none.")
+@click.option("--sde", type=click.Choice(PROCESSES), help="The process, with its default parameters.")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network learns.")
-@click.option("--weighting", type=click.Choice(WEIGHTINGS), help="Of the loss over time.")
+@click.option("--weighting", type=click.Choice(WEIGHTINGS), help="Weighting of the loss over time.")
 @click.option("--preconditioning", type=click.Choice(PRECONDITIONINGS), help="EDM's scalings, with --prediction x0.")
 @click.option("--sigma-data", type=float, help="The standard deviation of the data that EDM scales by.")
 @click.option("--times", type=click.Choice(TIMES), help="The distribution of training times.")
 @click.option(
     "--dtype",
     type=click.Choice(tuple(TRAINING_DTYPES)),
-    help="What the network runs in.  [default: bfloat16 for images on a GPU, else float32]",
+    help="Dtype that the network runs in.  [default: bfloat16 for images on a GPU, else float32]",
 )
 @click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
 @click.option("--seed", type=click.IntRange(0))
@@ -61,17 +61,17 @@ if TYPE_CHECKING:
     "--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, at least ten seconds apart."
 )
 @click.option("--log-every", type=click.IntRange(1), help="Steps between log lines, written every two seconds.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @reports_errors
 def train(dataset: str, directory: Path | None, data_root: Path | None, **options: Any) -> None:
     """Train a score network on DATASET and keep the run in a folder.
 
-    Options that are not given come from the recipe, or on --resume from the run. A run that is done is trained further
-    by a new one: --init OLD --dir NEW. Prints the checkpoint's path.
+    Options that are not given come from the recipe, or with --resume from the run. To train a finished run further,
+    start a new one from it: --init OLD --dir NEW. Prints the checkpoint's path.
     """
     if data_root is not None and dataset != "mnist":
-        raise click.UsageError(f"--data is the folder of MNIST, and {dataset} comes from no folder: leave it out")
+        raise click.UsageError(f"--data is the folder of MNIST, and {dataset} does not use one: leave it out")
     _train(dataset, directory or Path("runs") / dataset, data_root, **options)
 
 
@@ -107,7 +107,7 @@ def _train(
     try:
         trainer.train(progress=not quiet)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped at step {trainer.step:,}, which is saved; --resume goes on") from None
+        raise KeyboardInterrupt(f"stopped at step {trainer.step:,}, which is saved; go on with --resume") from None
     if ranks.rank == 0:
         click.echo(directory / RUN_CHECKPOINT)
 
@@ -115,7 +115,7 @@ def _train(
 def _config(
     dataset: str, directory: Path, recipe: str | None, device: torch.device, resume: bool, options: dict[str, Any]
 ) -> TrainConfig:
-    """That of the run or of the recipe, with the options that are given."""
+    """Returns the config of the run or of the recipe, with the given options applied."""
     from .. import training
     from ..checkpoints import RUN_CHECKPOINT
 

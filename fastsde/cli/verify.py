@@ -14,19 +14,19 @@ from .info import version
 
 @click.command()
 @click.argument("model", default="swiss-roll")
-@click.option("-n", type=click.IntRange(1), help="How many samples.  [default: 256 points, 4 images]")
+@click.option("-n", type=click.IntRange(1), help="Number of samples.  [default: 256 points, 4 images]")
 @takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda where there is one, else cpu]")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option(
     "--dtype",
     "dtypes",
     type=click.Choice(VERIFIED_DTYPES),
     multiple=True,
-    help="What the network runs in; may be given again.  [default: float32 and bfloat16, on a GPU float16 too]",
+    help="Dtype that the network runs in; may be repeated.  [default: float32 and bfloat16, on a GPU float16 too]",
 )
 @click.option("--compile", is_flag=True, help="Run each backend through torch.compile too.")
-@click.option("--json", "out", type=PATH, help="Write the results to a file, too.")
+@click.option("--json", "out", type=PATH, help="Also write the results to a file.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @reports_errors
 def verify(
@@ -40,9 +40,9 @@ def verify(
 ) -> None:
     """Check every backend against the reference, on MODEL: a shipped model, a checkpoint or a training run.
 
-    Prints a table of the differences from the reference in float64. Exit code 1 where a backend fails: where its RMS is
-    above twice that of plain PyTorch in the same dtype and a small constant, or not finite. MODEL is swiss-roll where
-    it is not given.
+    Prints a table of the differences from the reference in float64. The exit code is 1 if a backend fails: if its RMS
+    is not finite, or above twice that of plain PyTorch in the same dtype plus a small constant. MODEL defaults to
+    swiss-roll.
     """
     from .. import distributed
     from .. import verify as verification
@@ -64,4 +64,4 @@ def verify(
     judged = [result for result in results if result.verdict in ("pass", "fail")]
     failed = ", ".join(str(result) for result in results if result.verdict == "fail")
     if failed or not judged:
-        raise click.ClickException(f"not as the reference: {failed}" if failed else "no backend could be checked")
+        raise click.ClickException(f"failed the check: {failed}" if failed else "no backend could be checked")

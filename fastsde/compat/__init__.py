@@ -1,4 +1,4 @@
-"""Drop-in stand-ins for the functions of other code bases."""
+"""Drop-in replacements for the functions of other code bases."""
 
 from . import tutorial
 

@@ -1,8 +1,8 @@
-"""The two functions of the well-known tutorial on score-based generative models, for its own networks untouched.
+"""The two functions of the well-known tutorial on score-based generative models, for its own unmodified networks.
 
-Its swiss-roll network is an ``nn.Sequential`` fed with ``cat((x, t), -1)``, x ``[B, 2]``; its MNIST network is a module
-called as ``network(x [B, 784], t [B, 1])``. With torch's own generator both functions draw in the tutorial's order and
-return its numbers.
+Its swiss-roll network is an ``nn.Sequential`` called with ``cat((x, t), -1)``, x ``[B, 2]``; its MNIST network is a
+module called as ``network(x [B, 784], t [B, 1])``. With torch's own generator both functions draw in the tutorial's
+order and return its numbers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ T_MIN = 1e-4
 TIME_POINTS = 1000
 _MNIST_DIM = 28 * 28
 _OBJECTIVE = Objective(VPSDE(), prediction="score", weighting="sigma2", t_min=T_MIN)
-# With torch's generator these would be ignored, or would change the order of the draws.
-# The tutorial's own, for which other values go to `fastsde.sample`.
+# The tutorial fixes these; use `fastsde.sample` for other values.
 _FIXED = ("sde", "solver", "steps", *TABLE_DEFAULTS)
+# With torch's generator these would be ignored, or would change the order of the draws.
 _CONTRACT_ONLY = ("seed", "first_sample", "keys", "x_init", "max_batch")
 
 
 def adapt(score_network: nn.Module | Model) -> Model:
-    """The tutorial's network as this package calls one: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``."""
+    """Adapts the tutorial's network to this package's call: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``."""
     if not callable(score_network):
         raise TypeError(f"score_network must be callable, got {type(score_network).__name__}")
     return ConcatTime(score_network) if isinstance(score_network, nn.Sequential) else _TimeColumn(score_network)
@@ -74,13 +74,13 @@ def generate_samples(
     data_dim: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """The tutorial's sampler: Euler-Maruyama over 1000 time points from 1 to 0.
+    """Draws samples as the tutorial does: Euler-Maruyama over 1000 time points from 1 to 0.
 
     Args:
         score_network: the tutorial's network.
         nsamples: how many samples.
         noise: "contract" for this package's noise, a function of ``seed``; "torch" for torch's generator in the
-            tutorial's order: ``randn((nsamples, d))``, then one ``randn_like(x)`` a step after the network's call.
+            tutorial's order: ``randn((nsamples, d))``, then one ``randn_like(x)`` per step after the network's call.
         data_dim: d; by default the width of the last Linear of a Sequential, and 784 for any other network.
         options: more arguments of `fastsde.sample`, such as seed, backend or progress; seed, first_sample, keys, x_init
             and max_batch only with noise="contract".
@@ -89,12 +89,12 @@ def generate_samples(
         The samples ``[nsamples, d]``.
 
     Raises:
-        ValueError, TypeError: as `fastsde.sample` does.
+        ValueError, TypeError: as for `fastsde.sample`.
     """
     check_int("nsamples", nsamples, 0)
     for name in _FIXED:
         if name in options:
-            raise ValueError(f"{name} is the tutorial's own, got {options[name]!r}: for another use fastsde.sample")
+            raise ValueError(f"{name} is fixed by the tutorial, got {options[name]!r}: use fastsde.sample to set it")
     if noise not in ("contract", "torch"):
         raise ValueError(f"noise must be 'contract' or 'torch', got {noise!r}")
     shape = (nsamples, _data_dim(score_network) if data_dim is None else check_int("data_dim", data_dim, 1))
@@ -113,7 +113,7 @@ def generate_samples(
 
 
 def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
-    """The tutorial's loss: denoising score matching with lambda = sigma^2 at one uniform time a sample.
+    """Computes the tutorial's loss: denoising score matching, lambda = sigma^2, at one uniform time per sample.
 
     Draws ``rand((B, 1))`` for the times, then ``randn_like(x)``, from torch's generator.
 
@@ -126,7 +126,7 @@ def calc_loss(score_network: nn.Module | Model, x: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: for an x that is not a floating-point tensor ``[B, d]`` with B at least 1, and for a
-            network that does not return its shape.
+            network that does not return the shape of x.
     """
     check_tensor("x", x, floating=True)
     if x.ndim != 2 or not x.numel():

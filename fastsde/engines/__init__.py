@@ -1,4 +1,4 @@
-"""Ways to run a trajectory. Each engine is ``run(network, request)`` and gives `fastsde.reference.sample`'s samples."""
+"""Ways to run a trajectory. An engine, ``run(network, request)``, returns `fastsde.reference.sample`'s samples."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ _ENGINES: dict[str, Callable[[Network, Request], Tensor]] = {
 
 
 def get(backend: str) -> Callable[[Network, Request], Tensor]:
-    """The engine of a backend."""
+    """Returns the engine of a backend."""
     return _ENGINES[backend]

@@ -1,4 +1,4 @@
-"""How many samples run at once: as many as are fastest, and fewer where memory runs out."""
+"""How many samples run at once: the fastest number, and fewer if memory runs out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["fastest", "is_out_of_memory", "seconds"]
 
 _SMALLEST = 16
 _REPEATS = 3
-_WORSE, _AS_GOOD = 1.2, 1.02  # a time a sample beside the best: where the search ends, and what counts as equal
+_WORSE, _AS_GOOD = 1.2, 1.02  # time per sample relative to the best: where the search ends, and what counts as equal
 
 
 def fastest(seconds: Callable[[int], float], n: int) -> int:
-    """The batch of at most ``n`` samples, in equal parts of them, that takes the least time a sample.
+    """Returns the batch size that takes the least time per sample when ``n`` samples are split into equal batches.
 
-    Doubles the batch until that is clearly worse, or memory runs out; halves it first where not even the smallest
-    fits. Of equally fast batches it is the smallest.
+    Doubles the batch until that is clearly worse, or memory runs out; first halves it if not even the smallest fits.
+    Of equally fast batches it picks the smallest.
 
     Args:
-        seconds: how long a batch takes.
+        seconds: maps a batch size to the time that the batch takes.
     """
     costs: dict[int, float] = {}
     batch = min(_SMALLEST, n)
@@ -46,7 +46,7 @@ def fastest(seconds: Callable[[int], float], n: int) -> int:
 
 
 def seconds(run: Callable[[int], None], count: int, device: torch.device) -> float:
-    """How long ``run(count)`` takes, once it has warmed up: the least of a few times."""
+    """Returns how long ``run(count)`` takes after a warm-up: the shortest of a few runs."""
     times = []
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()
@@ -57,5 +57,5 @@ def seconds(run: Callable[[int], None], count: int, device: torch.device) -> flo
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error is that of memory running out, which on the CPU has no class of its own."""
+    """Returns whether an error means that memory ran out; on the CPU such an error has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,6 +1,6 @@
-"""Where CUDA itself is called: work recorded once as a CUDA graph, and replayed.
+"""The calls to CUDA itself: work is recorded once as a CUDA graph, and replayed.
 
-What is recorded reads and writes the same device memory at every replay; nothing of the host's part runs again.
+Recorded work reads and writes the same device memory at every replay; its host code does not run again.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ import torch
 __all__ = ["CaptureError", "Recording", "can_record", "wait"]
 
 # PyTorch records one graph at a time; another thread's kernels go on meanwhile (capture_error_mode "thread_local").
-# Entered again by a network that itself samples while it warms up.
+# Reentrant, for a network that itself samples while it warms up.
 _ONE_AT_A_TIME = threading.RLock()
 _ATTEMPTS = 2
-# One stream a device to record on, since cuBLAS keeps a workspace of each stream that it has ever seen.
+# One stream per device to record on, since cuBLAS keeps a workspace for each stream that it has ever seen.
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class CaptureError(RuntimeError):
-    """What was to be recorded does what a CUDA graph cannot hold."""
+    """The work to be recorded does something that a CUDA graph cannot hold."""
 
 
 def can_record(device: torch.device) -> bool:
-    """Returns whether a device has CUDA graphs."""
+    """Returns whether a device supports CUDA graphs."""
     return device.type == "cuda"
 
 
 def wait(device: torch.device) -> None:
-    """Waits for what is under way on the current stream, which on a CPU is nothing."""
+    """Waits for the work on the current stream; on a CPU there is none."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 class Recording:
-    """Graphs that share one pool of memory, and so must be replayed one after the other.
+    """Graphs that share one memory pool, and so must be replayed one after the other.
 
-    Each thread warms up before it first records: handles of cuBLAS and cuDNN belong to a thread, and cannot be made
+    Each thread warms up before it first records: handles of cuBLAS and cuDNN belong to a thread, and cannot be created
     while a graph is recorded.
 
-    It waits for streams, and for a whole device only while no other thread records here, which that would break.
+    It waits only for streams; it waits for the whole device only while no other thread records, as that would break the
+    other recording.
 
     Args:
         device: a CUDA device.
@@ -57,16 +58,16 @@ class Recording:
                 _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream = _streams[device]
         self._pool = torch.cuda.graph_pool_handle()
-        self._thread = threading.local()  # not its number, which a later thread may be given
+        self._thread = threading.local()  # not the thread's id, which a later thread may reuse
         self._leaves_blocks = False
 
     @property
     def is_warm(self) -> bool:
-        """Whether the calling thread has warmed up, so that it may record."""
+        """Whether the calling thread has warmed up and may record."""
         return hasattr(self._thread, "is_warm")
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Runs what is to be recorded, on the stream that records: kernels compile, libraries choose and allocate."""
+        """Runs the work once on the recording stream, so that kernels compile and libraries choose and allocate."""
         with _ONE_AT_A_TIME, self._on_stream():
             run()
             self._stream.synchronize()
@@ -74,13 +75,13 @@ class Recording:
         self._thread.is_warm = True
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Records ``run``, without running it, and returns what replays it on the current stream.
+        """Records ``run`` without running it, and returns a function that replays it on the current stream.
 
         Raises:
-            CaptureError: where ``run`` waits for the device, copies from the host, or does anything else that a graph
+            CaptureError: if ``run`` waits for the device, copies from the host, or does anything else that a graph
                 cannot hold.
-            RuntimeError: where the calling thread has not warmed up.
-            torch.OutOfMemoryError: where the memory does not suffice.
+            RuntimeError: if the calling thread has not warmed up.
+            torch.OutOfMemoryError: if there is not enough memory.
         """
         if not self.is_warm:
             raise RuntimeError("warm_up must be called in a thread before it records")
@@ -91,7 +92,7 @@ class Recording:
                     self._free_blocks()
                     _record(graph, self._pool, self.device, run)
             except Exception as error:
-                self._pool, self._leaves_blocks = torch.cuda.graph_pool_handle(), True  # the other one is given up
+                self._pool, self._leaves_blocks = torch.cuda.graph_pool_handle(), True  # the old one is given up
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 if attempt + 1 < _ATTEMPTS:
@@ -103,11 +104,11 @@ class Recording:
     def _free_blocks(self) -> None:
         """Gives back to CUDA what the allocator has cached since the last recording, once for several recordings.
 
-        It keeps these blocks from a graph's own pool, and frees none while it records, so that otherwise a graph would
-        need its memory twice. This waits for the device.
+        The allocator does not use these blocks for a graph's own pool, and frees none during a recording, so a graph
+        would otherwise need its memory twice. This waits for the device.
         """
         if self._leaves_blocks:
-            with suppress(RuntimeError):  # PyTorch refuses while another library records; it then takes more memory
+            with suppress(RuntimeError):  # PyTorch refuses while another library records; more memory is then used
                 torch.cuda.empty_cache()
                 self._leaves_blocks = False
 
@@ -119,7 +120,7 @@ class Recording:
                 with torch.cuda.stream(self._stream):
                     yield
             except BaseException:
-                with suppress(Exception):  # what went wrong first is what counts
+                with suppress(Exception):  # the first error is the one to report
                     torch.cuda.current_stream().wait_stream(self._stream)
                 raise
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -132,7 +133,7 @@ def _record(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, run: C
         try:
             run()
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what counts; an empty graph warns
+            with suppress(Exception):  # the first error is the one to report; an empty graph warns
                 graph.capture_end()
                 ended = True
             raise
@@ -144,13 +145,12 @@ def _record(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, run: C
 
 
 def _clean_up(pool: Any, device: torch.device) -> None:
-    """Undoes what PyTorch leaves undone where a capture could not be ended.
+    """Cleans up what PyTorch leaves behind when a capture could not be ended.
 
-    The allocator believes that it goes on and keeps its pool, and the generator of random numbers refuses to draw
-    until a capture has been ended as it should. An error here must not hide the one that led here; a warning may be
-    an error.
+    The allocator believes that the capture goes on and keeps its pool, and the random number generator refuses to draw
+    until a capture has ended properly. An error here must not hide the original one; warnings may be raised as errors.
     """
-    with suppress(Exception):  # where the pool was not in use any more
+    with suppress(Exception):  # if the pool was no longer in use
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     with suppress(Exception):
@@ -163,7 +163,7 @@ def _clean_up(pool: Any, device: torch.device) -> None:
 
 @contextmanager
 def _own_workspace() -> Iterator[None]:
-    """Makes cuBLAS take a workspace of the graph's own pool: graphs that run at the same time must not share one."""
+    """Makes cuBLAS allocate a workspace from the graph's own pool: graphs that run concurrently must not share one."""
     clear: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
     clear()
     try:
@@ -174,7 +174,7 @@ def _own_workspace() -> Iterator[None]:
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """Keeps Python from freeing unrelated device memory while a graph is recorded, which would break it."""
+    """Keeps Python from freeing unrelated device memory during a recording, which would break the recording."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""What is run instead of the user's model: a copy in another dtype or layout, its inference form, or compiled code."""
+"""Modules run instead of the user's model: a copy in another dtype or layout, its inference form, or compiled code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .unet_inference import UNetInference, supports
 
 __all__ = ["Derived", "Frozen", "can_be_frozen", "compiled", "derived", "form_of"]
 
-_LOCK = threading.RLock()  # of what is run instead of a model
+_LOCK = threading.RLock()  # guards the derived modules
 
 
 def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -28,14 +28,14 @@ def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
 
 @dataclass
 class Derived:
-    """What is run instead of a model and, of a copy, the model as it was when that was made."""
+    """A module run instead of a model and, for a copy, the model's fingerprint when the copy was made."""
 
     module: nn.Module
     model: Fingerprint | None = None
 
 
 def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: torch.device) -> str:
-    """ "itself", or what is run instead: "optimized", "copy" or "channels_last", a copy of that layout."""
+    """Returns "itself", or the form run instead: "optimized", "copy" or "channels_last", a copy in that layout."""
     if not isinstance(model, nn.Module):
         return "itself"
     if optimize and supports(model):
@@ -48,15 +48,15 @@ def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: tor
 def derived(
     model: nn.Module, form: str, dtype: torch.dtype, device: torch.device, kept: dict[Any, Derived]
 ) -> nn.Module:
-    """What is run instead of the model, with its weights as they are now. It is made again where more has changed.
+    """Returns the module run instead of the model, with its current weights. It is rebuilt if more has changed.
 
     Args:
-        kept: where that of a form, dtype and device is kept.
+        kept: where the derived modules are kept, by form, dtype and device.
     """
     key = (form, dtype, device)
     with _LOCK, torch.inference_mode(False), torch.no_grad():  # its weights are written to in other modes too
         known = kept.get(key)
-        if form == "optimized" and isinstance(model, UNet):  # of which `supports` has seen all but config and weights
+        if form == "optimized" and isinstance(model, UNet):  # `supports` has checked all but config and weights
             if known is not None and isinstance(known.module, UNetInference) and known.module.config == model.config:
                 known.module.refresh(model)
             else:
@@ -73,11 +73,11 @@ def derived(
 
 def _copy(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
     try:
-        made: Any = copy.deepcopy(model)  # whose ``to`` takes no memory_format in the stubs of PyTorch 2.11
+        made: Any = copy.deepcopy(model)  # the stubs of PyTorch 2.11 lack ``to(memory_format=...)``
     except Exception as error:
         raise ValueError(
-            f"dtype is {dtype}, for which the model is copied, but it cannot be: {error}; convert its weights yourself "
-            f"and leave dtype out, or call it under torch.autocast in a function"
+            f"dtype is {dtype}, which needs a copy of the model, but copying failed: {error}; convert its weights "
+            f"yourself and leave dtype out, or pass a function that calls it under torch.autocast"
         ) from error
     layout = {"memory_format": torch.channels_last} if form == "channels_last" else {}
     result: nn.Module = made.to(dtype=dtype, **layout)
@@ -85,24 +85,24 @@ def _copy(model: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
 
 
 class Frozen:
-    """A network that ``torch.compile`` has made, on the CPU, with its weights as constants of the code.
+    """A network compiled by ``torch.compile`` on the CPU, with its weights as constants of the code.
 
-    What it has compiled is kept on disk by PyTorch, from which other processes take it.
+    PyTorch caches the compiled code on disk, from where other processes load it.
     """
 
     def __init__(self, run: nn.Module) -> None:
-        alive = self._run = weakref.ref(run)  # what is kept of a model must not keep it alive
+        alive = self._run = weakref.ref(run)  # this is kept with the model, and must not keep it alive
         self._weights = [each.detach().clone() for each in tensors_of(run)]
 
         def network(*args: Tensor, **kwargs: Any) -> Tensor:
             f: Tensor = alive()(*args, **kwargs)  # type: ignore[misc]
             return f
 
-        network.__code__ = network.__code__.replace()  # of its own: by it PyTorch finds what it has compiled before
+        network.__code__ = network.__code__.replace()  # a code object of its own, by which PyTorch finds compiled code
         self._compiled: Model = torch.compile(network)
 
     def is_of(self, run: Model) -> bool:
-        """Returns whether it still computes what a network does."""
+        """Returns whether the compiled code still computes what a network does."""
         if not isinstance(run, nn.Module) or run is not self._run():
             return False
         now = tensors_of(run)
@@ -114,17 +114,17 @@ class Frozen:
 
 
 def can_be_frozen(run: nn.Module) -> bool:
-    """Returns whether all tensors of a network are parameters and buffers that a call leaves as they are."""
+    """Returns whether all tensors of a network are parameters and buffers that a call does not change."""
     running = (module for module in run.modules() if getattr(module, "running_mean", None) is not None)
-    counts = any(getattr(module, "training", False) for module in running)  # a frozen script has no mode
+    counts = any(getattr(module, "training", False) for module in running)  # a frozen script has no training mode
     found = fingerprint(run)
     return not counts and found.is_whole and len(found.places) == len(tensors_of(run))
 
 
 def compiled(run: Model, device: torch.device) -> Model:
-    """``torch.compile`` for inference, without CUDA graphs of its own: the graph engine captures the rows."""
+    """Compiles a network for inference, without CUDA graphs of its own: the graph engine captures the rows."""
     if device.type != "cuda":
         return torch.compile(run)
-    # On Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's are as fast.
+    # With Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's convolutions are as fast.
     options = {**torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
     return torch.compile(run, dynamic=False, options=options)

@@ -1,8 +1,8 @@
-"""The eager engine: the reference's trajectory with as few and as cheap PyTorch calls a row as it takes.
+"""The eager engine: the reference's trajectory with as few and as cheap PyTorch calls per row as possible.
 
 Where the kernels run, a row is the network, one fused kernel, and the times. Elsewhere zero terms are skipped, D is
-computed only where a row uses it, and the noise of several rows is drawn in one go. The samples are the reference's up
-to rounding.
+computed only in rows that use it, and the noise of several rows is drawn at once. The samples are the reference's up to
+rounding.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ _NOISE_ELEMENTS = 1 << 15
 
 
 def run(network: Model, request: Request) -> Tensor:
-    """`fastsde.reference.sample`, faster. Result and errors are the same."""
+    """Runs `fastsde.reference.sample` faster, with the same result and errors."""
     x = request.start().contiguous()
     rows = _fused if x.dtype == torch.float32 and ops.has_kernels(x.device) else _plain
     return rows(network, x, request)
 
 
 def _fused(network: Model, x: Tensor, request: Request) -> Tensor:
-    """Rows by the fused kernel, which also sees what is not finite. Each state is new: a callback may keep it.
+    """Runs the rows by the fused kernel, which also detects values that are not finite.
 
-    On a GPU that is looked at once, at the end, since it waits for the device.
+    On a GPU these are reported only at the end, since reading the result waits for the device. Each state is a new
+    tensor, so a callback may keep it.
     """
     table, noise_function, after_row = request.table, request.noise, request.after_row
     step, conditions = ops.Stepper(table, x, request.keys, request.guidance), request.conditions
@@ -56,12 +57,12 @@ def _fused(network: Model, x: Tensor, request: Request) -> Tensor:
 
 
 def _next_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
-    """What the network is called with in the row after ``row``."""
+    """Returns the network's input in the row after ``row``."""
     return slots[0] if row + 1 == len(table) else reference.network_input(slots, table, row + 1)
 
 
 def _plain(network: Model, x: Tensor, request: Request) -> Tensor:
-    """Rows by PyTorch's own operations."""
+    """Runs the rows by PyTorch's own operations."""
     table, noise_function, after_row = request.table, request.noise, request.after_row
     drawn = iter(()) if noise_function is not None else _noise_rows(request.keys, table, x.shape[1:])
     finite = FiniteCheck([k.time for k in map(table.row, range(len(table)))], x.device)
@@ -87,7 +88,7 @@ def _plain(network: Model, x: Tensor, request: Request) -> Tensor:
 
 
 def _guided(f: Tensor, f_uncond: Tensor | None, guidance: float | None, dtype: torch.dtype) -> Tensor:
-    """The network's output in the dtype of the state, with classifier-free guidance where there is any."""
+    """Returns the network's output in the dtype of the state, with classifier-free guidance if there is any."""
     f = f.to(dtype)
     if f_uncond is None or guidance is None:
         return f
@@ -96,7 +97,7 @@ def _guided(f: Tensor, f_uncond: Tensor | None, guidance: float | None, dtype: t
 
 
 def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable, row: int) -> list[Tensor]:
-    """One row. New slots are new tensors, which neither the network nor a callback has seen, or old ones renamed."""
+    """Computes one row. New slots are new tensors, unseen by the network or a callback, or old slots that move."""
     k, terms = table.row(row), table.terms(row)
     data = None
     if terms.has_data:
@@ -112,7 +113,7 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
 
 
 def _sum(coefficients: Sequence[float], terms: Sequence[Tensor | None]) -> Tensor:
-    """The sum in new memory, less the terms of a coefficient of zero."""
+    """Returns the sum in new memory, without the terms whose coefficient is zero."""
     used = [(c, term) for c, term in zip(coefficients, terms, strict=True) if c != 0 and term is not None]
     if not used:
         return torch.zeros_like(terms[0])  # type: ignore[arg-type]  # a slot
@@ -123,7 +124,7 @@ def _sum(coefficients: Sequence[float], terms: Sequence[Tensor | None]) -> Tenso
 
 
 def _noise_rows(keys: Tensor, table: StepTable, shape: Sequence[int]) -> Iterator[Tensor]:
-    """The noise of each row that has any, in order, drawn for runs of such rows."""
+    """Yields the noise of each row that has any, in order, drawn for several such rows at once."""
     most = max(1, _NOISE_ELEMENTS // max(4, 4 * len(keys) * -(-math.prod(shape) // 4)))
     noisy = (table.d != 0).any(dim=1).tolist()
     row = 0
@@ -140,10 +141,10 @@ def _noise_rows(keys: Tensor, table: StepTable, shape: Sequence[int]) -> Iterato
 class FiniteCheck:
     """Raises for a value that is not finite: at once on the CPU, elsewhere at the end, without a stall.
 
-    Deferred, it costs one kernel a value: the largest magnitude, which NaN and infinity pass through.
+    If deferred, it costs one kernel per value: the largest magnitude, which is NaN or infinity if any element is.
     """
 
-    _WHAT = ("the network returned", "the state became")  # in the order of a row
+    _WHAT = ("the network returned", "the state became")  # in their order within a row
 
     def __init__(self, times: Sequence[float], device: torch.device, deferred: bool | None = None) -> None:
         self._times = times
@@ -156,13 +157,13 @@ class FiniteCheck:
             check_finite(what, value, row, self._times[row])
         elif value.numel():
             place = self._magnitudes[row, self._WHAT.index(what)]
-            if value.dtype == torch.float64:  # whose magnitude may be too large for fp32; times 0 it is 0 or NaN
+            if value.dtype == torch.float64:  # the magnitude may be too large for fp32; times 0 it is 0 or NaN
                 place.copy_(torch.linalg.vector_norm(value, math.inf).mul_(0))
             else:
                 torch.linalg.vector_norm(value, math.inf, dtype=torch.float32, out=place)
 
     def finish(self) -> None:
-        """Raises for the first value that was not finite, where the check was deferred."""
+        """Raises for the first value that was not finite, if the check was deferred."""
         if self._magnitudes is None:
             return
         for row, what in torch.isfinite(self._magnitudes).logical_not().nonzero().tolist():

@@ -1,4 +1,4 @@
-"""Results that come from a device while it works on."""
+"""Results that are copied from a device while it goes on working."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ __all__ = ["Fetch"]
 
 
 class Fetch:
-    """A copy to the host, which has been started.
+    """A copy to the host that has been started.
 
-    To wait for it is to wait for what was launched before it, and not, as in ``Tensor.item``, for all that has been
-    since.
+    Waiting for it waits only for work launched before it, not, as ``Tensor.item`` does, for work launched since.
 
     Args:
-        value: a tensor, which may be written to again at once.
+        value: a tensor, which may be overwritten at once.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -35,7 +34,7 @@ class Fetch:
         return self._copied is None or bool(self._copied.query())
 
     def wait(self) -> Tensor:
-        """The copy, once it is there."""
+        """Waits for the copy and returns it."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._value

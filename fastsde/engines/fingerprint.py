@@ -1,4 +1,4 @@
-"""What a network computes with beside its arguments, so that what was derived from it is not used when that changes."""
+"""What a network computes with besides its arguments, to detect changes that make copies and captures of it stale."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from torch import Tensor, nn
 
 __all__ = ["Fingerprint", "fingerprint", "modules_of"]
 
-# Of these types alone, not of types derived from them, which may compare as they like.
+# Exactly these types, not their subclasses, which may define their own comparison.
 _VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, types.MappingProxyType)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What else nn.Module keeps in itself: weights and children, which are looked at apart, and what no forward reads.
+# The attributes of every nn.Module: weights and children, which are read separately, and others that no forward reads.
 _OF_MODULES = frozenset(vars(nn.Module()))
-# Objects and functions of these are taken for what they are: nothing is looked for inside, but in the plain ones.
+# Objects and functions of these libraries are compared by identity and not searched, except for the plain containers.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
 _PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, collections.ChainMap)
-_DEPTH = 8  # of objects inside of objects, other than modules
-_LENGTH = 1000  # of a container or an array that is looked through
+_DEPTH = 8  # of nested objects other than modules
+_LENGTH = 1000  # of a container or an array whose contents are read
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A network at one moment. Equal parts mean that nothing has changed, as far as Python can see."""
+    """The state of a network at one moment. If two are equal, nothing has changed, as far as Python can see."""
 
     structure: tuple[Any, ...]
     """Its modules and their modes, hooks, attributes, and the shapes and dtypes of their weights."""
 
     places: tuple[Any, ...]
-    """Where its weights, and the tensors in its attributes, lie."""
+    """Where its weights and the tensors in its attributes are in memory."""
 
     versions: tuple[Any, ...]
-    """Which tensors its attributes are, and how often they have been written to. Weights are expected to be."""
+    """The tensors in its attributes, and how often each was written to. Weights are left out: they may change."""
 
     is_whole: bool = True
-    """Whether all of it could be read. One that could not is never run or copied as another, nor as itself."""
+    """Whether all of the network could be read. If not, the fingerprint matches no other one, nor itself."""
 
     def differences(self, other: Fingerprint) -> frozenset[int]:
-        """Where in the structure another one of the same length differs."""
+        """Returns the indices at which the structure of another fingerprint, of the same length, differs."""
         pairs = zip(self.structure, other.structure, strict=False)
         return frozenset(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
 
     def is_run_as(self, other: Fingerprint, besides: frozenset[int] = frozenset()) -> bool:
-        """Returns whether work recorded of the other one is work of this one: tensors are read where they are.
+        """Returns whether work recorded with the other network is valid for this one: tensors are read in place.
 
         Args:
-            besides: where the structure may differ.
+            besides: the indices at which the structure may differ.
         """
         if not (self.is_whole and other.is_whole):
             return False
@@ -68,19 +68,19 @@ class Fingerprint:
         return self.structure == other.structure or self.differences(other) <= besides
 
     def is_copied_as(self, other: Fingerprint) -> bool:
-        """Returns whether a copy of the other one is a copy of this one, but for the weights."""
+        """Returns whether a copy of the other network is a copy of this one, except for the weights."""
         if not (self.is_whole and other.is_whole):
             return False
         return (self.structure, self.versions) == (other.structure, other.versions)
 
 
 def fingerprint(model: Any) -> Fingerprint:
-    """Looks through a module or another callable, and never raises: see `Fingerprint.is_whole`.
+    """Reads a module or another callable. It never raises: see `Fingerprint.is_whole`.
 
-    Seen are attributes and slots, closures, default arguments and the globals that a function names, through
-    containers and plain objects; of TorchScript, weights, modes and the attributes that its code reads. Not seen are
-    attributes of classes, the globals that the methods of a class name, what an extension module keeps, and what is
-    in a container of more than 1,000 entries or inside of more than 8 objects.
+    It covers attributes and slots, closures, default arguments and the globals that a function names, through
+    containers and plain objects; for TorchScript, weights, modes and the attributes that its code reads. It does not
+    cover attributes of classes, the globals that the methods of a class name, the state of extension modules, and
+    what is in a container of more than 1,000 entries or nested in more than 8 objects.
     """
     look = _Look()
     look.at(model, _DEPTH)
@@ -88,7 +88,7 @@ def fingerprint(model: Any) -> Fingerprint:
 
 
 def modules_of(model: Any) -> list[nn.Module]:
-    """The module that a network is, or all that a function or an object of another kind holds."""
+    """Returns the network itself if it is a module, or else all modules that the function or object holds."""
     if isinstance(model, nn.Module):
         return [model]
     look = _Look()
@@ -97,17 +97,17 @@ def modules_of(model: Any) -> list[nn.Module]:
 
 
 class _Same:
-    """Equal for one and the same object alone, which it does not keep alive."""
+    """Equal only for the same object, which it does not keep alive."""
 
     __slots__ = ("_id", "_reference", "is_sure")
 
     def __init__(self, value: object) -> None:
         self._id = id(value)
-        self.is_sure = True  # whether it can be seen to have gone
+        self.is_sure = True  # whether the end of the object would be noticed
         try:
             self._reference: Any = weakref.ref(value)
         except TypeError:
-            self.is_sure = not gc.is_tracked(value)  # one that refers to nothing else may be kept alive
+            self.is_sure = not gc.is_tracked(value)  # an object that refers to no other may be kept alive
             self._reference = (lambda: value) if self.is_sure else (lambda: _Same)
 
     def __eq__(self, other: object) -> bool:
@@ -117,7 +117,7 @@ class _Same:
 
 
 class _Look:
-    """One look through a network, each object once."""
+    """One pass through a network, which reads each object once."""
 
     def __init__(self) -> None:
         self.structure: list[Any] = []
@@ -125,7 +125,7 @@ class _Look:
         self.versions: list[Any] = []
         self.modules: list[nn.Module] = []
         self.is_whole = True
-        self._seen: dict[int, tuple[int, object]] = {}  # which are kept, so that no other object takes their place
+        self._seen: dict[int, tuple[int, object]] = {}  # kept alive, so that no id is reused
 
     def at(self, value: Any, depth: int, is_weight: bool = False) -> None:
         try:
@@ -138,7 +138,7 @@ class _Look:
             else:
                 self._seen[id(value)] = len(self._seen), value
                 self._at_object(value, depth, is_weight)
-        except Exception:  # whatever an object's own code does when it is looked at
+        except Exception:  # an object's own code may raise anything
             self.is_whole = False
 
     def _at_object(self, value: Any, depth: int, is_weight: bool) -> None:
@@ -180,7 +180,7 @@ class _Look:
         self._at_slots(module, _DEPTH)
 
     def _at_script(self, script: Any) -> None:
-        """A scripted, traced or frozen module keeps its weights and attributes in C++, where its code reads them."""
+        """Reads a scripted, traced or frozen module, which keeps its weights and attributes in C++."""
         self.structure.append(_Same(script))
         for name, tensor in (*script.named_parameters(), *script.named_buffers()):
             self.structure.append(name)
@@ -190,7 +190,7 @@ class _Look:
             raise NotImplementedError("a module behind an interface, whose code is not known")
         read = sorted({node.s("name") for node in graph.findAllNodes("prim::GetAttr")})
         for path, module in script.named_modules():
-            self.structure += [path, getattr(module, "training", None)]  # a frozen one has no mode
+            self.structure += [path, getattr(module, "training", None)]  # a frozen script has no mode
             found = {name: getattr(module, name) for name in read if hasattr(module, name)}
             self._at_items({name: value for name, value in found.items() if not isinstance(value, nn.Module)}, _DEPTH)
         for hooks in _HOOKS:
@@ -220,7 +220,7 @@ class _Look:
             self._at_items(vars(function), depth)
 
     def _at_container(self, value: Any, depth: int) -> None:
-        """A container, by the methods of Python's own type, since one derived from it may have others."""
+        """Reads a container by the methods of Python's own type, since a subclass may override them."""
         kind: Any = next(kind for kind in (*_CONTAINERS, *_MAPPINGS) if isinstance(value, kind))
         self.structure += [_Same(type(value)), kind.__len__(value)]
         if kind.__len__(value) > _LENGTH:
@@ -242,7 +242,7 @@ class _Look:
                 self.at(part, depth)
         if not isinstance(value, (type, types.ModuleType)):
             self._at_attributes(value, depth)
-            if not same.is_sure:  # another one may have taken its place: it is read as it would be pickled
+            if not same.is_sure:  # another object may have taken its place: read it as pickle would
                 self.at(value.__reduce_ex__(2), depth)
 
     def _at_attributes(self, value: Any, depth: int) -> None:
@@ -267,7 +267,7 @@ def _is_of_library(value: Any) -> bool:
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function reads beside its arguments: its closure, its defaults, and the globals that it names."""
+    """Yields what a function reads besides its arguments: its closure, its defaults, and the globals that it names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents

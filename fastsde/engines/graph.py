@@ -1,12 +1,11 @@
 """The graph engine: rows of network and fused step, captured as a CUDA graph and replayed.
 
 A graph holds a few dozen rows. Row counter, table, keys, times and conditions are read from device memory, so that new
-seeds, new samples and new values in the table are copied there and need no new capture. Weights are read where they
-are: changed in place they are seen, and where they have moved the rows are captured again.
+seeds, new samples and new values in the table are copied there and need no new capture. Weights are read in place:
+in-place changes take effect, and if the weights have moved, the rows are captured again.
 
-What the network does on the host happens while it is captured and never again: its result must depend on its
-arguments, its weights and its attributes alone. Where those have changed, as far as a `Fingerprint` tells, it is
-captured again.
+The network's host code runs only while it is captured: its result must depend only on its arguments, weights and
+attributes. If those have changed, as far as a `Fingerprint` can detect, it is captured again.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from .network import Network
 
 __all__ = ["Form", "Trajectory", "release", "run"]
 
-_TRAJECTORIES = 4  # that are kept of a network
-_GRAPHS = 8  # lengths, that are kept of a trajectory; one run needs at most four
+_TRAJECTORIES = 4  # kept per network
+_GRAPHS = 8  # kept per trajectory, one per length; one run needs at most four
 _WARM_UPS = 3
 _LOCK = threading.Lock()
 
 
 def run(network: Network, request: Request) -> Tensor:
-    """`fastsde.reference.sample` by replays. What needs the host between rows is not there: the plan sees to that.
+    """Runs `fastsde.reference.sample` by replays. The plan excludes requests that need the host between rows.
 
     Raises:
-        CaptureError: where the network cannot be captured.
-        NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
+        CaptureError: if the network cannot be captured.
+        NonFiniteError: if the network's output or the state becomes NaN or infinite.
     """
     if not math.prod(request.shape):
         return eager.run(network, request)
@@ -53,7 +52,7 @@ def run(network: Network, request: Request) -> Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """All that a capture holds fast. Whatever else varies lies in device memory."""
+    """Everything that a capture fixes. Whatever else varies is in device memory."""
 
     device: torch.device
     shape: tuple[int, ...]
@@ -84,7 +83,7 @@ class Form:
 
 
 def _spec(kwargs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
-    """What a capture holds fast of a network's arguments: the shapes of tensors, and everything else itself."""
+    """Returns what a capture fixes of a network's arguments: the shapes of tensors, and all other values."""
     if kwargs is None:
         return None
     return tuple(
@@ -94,7 +93,7 @@ def _spec(kwargs: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
 
 
 def _settings(device_type: str) -> tuple[Any, ...]:
-    """PyTorch's global settings that choose kernels."""
+    """Returns PyTorch's global settings that affect the choice of kernels."""
     precision: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     cuda: Any = torch.backends.cuda
     attention = (
@@ -119,7 +118,7 @@ def _settings(device_type: str) -> tuple[Any, ...]:
 
 
 def _trajectory(network: Network, form: Form, conditions: Conditions) -> Trajectory:
-    """The trajectory of a form, from the few that are kept of a network, or a new one."""
+    """Returns the trajectory of a form, from the few that are kept per network, or a new one."""
     with _LOCK:
         kept: OrderedDict[Form, Trajectory] = network.kept.trajectories
         if form in kept:
@@ -133,36 +132,36 @@ def _trajectory(network: Network, form: Form, conditions: Conditions) -> Traject
 
 
 def release(network: Network) -> None:
-    """Frees the memory of all that is captured of a network."""
+    """Frees the memory of everything captured for a network."""
     with _LOCK:
         network.kept.trajectories.clear()
 
 
 class Trajectory:
-    """The device memory of a form, and graphs of rows that work on it. One run at a time uses it."""
+    """The device memory of a form, and graphs of rows that work on it. Only one run at a time uses it."""
 
     def __init__(self, form: Form, conditions: Conditions) -> None:
         self._form = form
         self._lock = threading.Lock()
         self._graphs: OrderedDict[int, Callable[[], None]] = OrderedDict()
         self._recording: capture.Recording | None = None
-        self._network: Fingerprint | None = None  # when it was recorded last
-        self._counts: frozenset[int] = frozenset()  # where that differs whenever it is called, in a count of calls
+        self._network: Fingerprint | None = None  # at the last recording
+        self._counts: frozenset[int] = frozenset()  # where that changes in every call, as in a count of calls
         batch, size = form.shape[0], math.prod(form.shape[1:])
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": form.device}
         slots = form.terms.slots
         self._slots = [torch.zeros(form.shape, **fp32) for _ in range(slots)]
-        self._input = torch.zeros(form.shape, **fp32) if form.has_input else None  # or slot 0, wherever that is
+        self._input = torch.zeros(form.shape, **fp32) if form.has_input else None  # None: slot 0, wherever that is
         self._keys = torch.zeros((batch, 2), dtype=torch.int64, device=form.device)
         self._rows = torch.zeros((form.rows, row_width(slots)), **fp32)
         self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
         self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
-        capture.wait(form.device)  # for all that was written just now: another thread's stream may use it first
+        capture.wait(form.device)  # for the writes above: another thread's stream may use the memory first
 
     def run(self, network: Network, x: Tensor, request: Request) -> Tensor:
-        """All rows, from the state ``x``. The result is new memory."""
+        """Runs all rows from the state ``x``. The result is in new memory."""
         table, recorder = request.table, request.recorder
         lengths = chunks(len(table), None if recorder is None or recorder.states is None else recorder.every)
         with self._lock:
@@ -176,14 +175,14 @@ class Trajectory:
                     if recorder is not None:
                         recorder.advance(rows, length, self._slots[0])
                 result = self._slots[0].clone()
-                ops.check_status(self._status, table)  # which waits, so that the next run finds the memory idle
+                ops.check_status(self._status, table)  # waits, so that the next run finds the memory idle
             except BaseException:
                 capture.wait(self._form.device)
                 raise
         return result
 
     def _record(self, network: Network, lengths: Sequence[int]) -> None:
-        """Captures the graphs that are missing, or all where the network has changed or its weights have moved."""
+        """Captures the missing graphs, or all if the network has changed or its weights have moved."""
         found = network.fingerprint()
         if self._network is None or not found.is_run_as(self._network, self._counts):
             self._graphs.clear()
@@ -213,7 +212,7 @@ class Trajectory:
             recording.warm_up(run)
 
     def _run_rows(self, network: Network, count: int) -> None:
-        # A cast that autocast keeps would be made outside of the graph, and freed behind its back.
+        # A cast that autocast caches would not belong to the graph, and could be freed while the graph still reads it.
         kind = self._form.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
@@ -222,10 +221,10 @@ class Trajectory:
                 slots = self._run_row(network, slots)
             moved = [(ours, slot) for ours, slot in zip(self._slots, slots, strict=True) if ours is not slot]
             for (ours, _), value in zip(moved, [slot.clone() for _, slot in moved], strict=True):
-                ours.copy_(value)  # the next replay finds each slot where this one has
+                ours.copy_(value)  # the next replay expects each slot where this one did
 
     def _run_row(self, network: Network, slots: list[Tensor]) -> list[Tensor]:
-        """One row, in place. Returns where the new slots are."""
+        """Runs one row in place. Returns where the new slots are."""
         form, terms = self._form, self._form.terms
         x = slots[0] if self._input is None else self._input
         f, f_uncond = evaluate(network, x, self._time, *self._conditions)
@@ -266,5 +265,5 @@ class Trajectory:
 
 
 def _own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with tensors of their own memory."""
+    """Returns the arguments, with tensors in their own memory."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}

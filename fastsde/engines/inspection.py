@@ -19,25 +19,25 @@ _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a module."""
+    """Returns the parameters and buffers of a module."""
     return list(_tensors(model))
 
 
 def _tensors(model: object) -> Iterator[Tensor]:
-    """The same, one by one; none of a function."""
+    """Yields the parameters and buffers of a module; none for a function."""
     if isinstance(model, nn.Module):
         yield from model.parameters()
         yield from model.buffers()
 
 
 def device_of(model: object) -> torch.device | None:
-    """The device of a network's first parameter or buffer, if it has any."""
+    """Returns the device of a network's first parameter or buffer, or None if it has none."""
     tensor = next(_tensors(model), None)
     return None if tensor is None else tensor.device
 
 
 def dtype_of(model: Model) -> torch.dtype:
-    """The dtype of a network's first floating-point parameter or buffer; fp32 where it has none."""
+    """Returns the dtype of a network's first floating-point parameter or buffer; fp32 if it has none."""
     return next((tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()), torch.float32)
 
 
@@ -47,13 +47,13 @@ def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
 
 
 def random_layers(model: Model) -> list[str]:
-    """The layers in training mode that make samples depend on more than their seed: dropout and batch norm."""
+    """Returns the layers in training mode that make samples depend on more than their seed: dropout and batch norm."""
     layers = (layer for module in modules_of(model) for layer in module.modules())
     return list(dict.fromkeys(type(layer).__name__ for layer in layers if _is_random(layer)))
 
 
 def _is_random(layer: Any) -> bool:
-    if not getattr(layer, "training", False):  # which a frozen script does not have
+    if not getattr(layer, "training", False):  # a frozen script has no such attribute
         return False
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return bool(layer.p > 0)
@@ -63,7 +63,7 @@ def _is_random(layer: Any) -> bool:
 
 
 def check_call(model: Model, name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises TypeError where a network's signature does not take ``model(x, t, **kwargs)``.
+    """Raises TypeError if a network's signature does not accept ``model(x, t, **kwargs)``.
 
     Args:
         name: the argument that ``kwargs`` came in, such as "model_kwargs".
@@ -71,13 +71,13 @@ def check_call(model: Model, name: str, kwargs: Mapping[str, Any]) -> None:
     args = (None,) if is_sequential(model) else (None, None)
     try:
         signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
-    except (TypeError, ValueError):  # it has none that Python can tell
+    except (TypeError, ValueError):  # it has none that Python can read
         return
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         call = ", ".join(["x", "t", *(f"{key}=..." for key in kwargs)])
         raise TypeError(
-            f"model must take model(x, t, **{name}), got {type(model).__name__}{signature} and {name} with "
-            f"{', '.join(map(repr, kwargs)) or 'nothing'}: model({call}) has {error}"
+            f"model must be callable as model(x, t, **{name}), got {type(model).__name__}{signature} and {name} with "
+            f"{', '.join(map(repr, kwargs)) or 'nothing'}: model({call}) fails, {error}"
         ) from error

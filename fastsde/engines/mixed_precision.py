@@ -1,4 +1,4 @@
-"""A network that trains in a low precision, from weights in full precision."""
+"""Training in a low precision, with weights in full precision."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["LowPrecisionCopy"]
 
 
 class LowPrecisionCopy:
-    """A copy of a network in a low precision, which runs in its place; the network keeps the master weights.
+    """A low-precision copy of a network, which runs in its place; the network keeps the master weights.
 
-    ``torch.autocast`` casts each weight, and each gradient, by a kernel of its own: 44 in a step of the tutorial's
-    U-Net. Here one kernel casts all weights, and one all gradients, to the same numbers. What runs under autocast
-    besides is as it was.
+    ``torch.autocast`` casts each weight, and each gradient, with a kernel of its own: 44 in a step of the tutorial's
+    U-Net. Here one kernel casts all weights, and one all gradients, to the same numbers. The rest runs under autocast
+    as before.
 
     Args:
-        model: a network whose parameters are all of layers that autocast runs in the low precision.
-        dtype: that precision.
+        model: a network whose parameters all belong to layers that autocast runs in the low precision.
+        dtype: the low precision.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -33,14 +33,14 @@ class LowPrecisionCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes over the weights of the network, and drops the gradients."""
+        """Copies the weights from the network, and drops the gradients."""
         torch._foreach_copy_(self._weights, self._masters)
         for weight in self._weights:
             weight.grad = None
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Gives its gradients to the network."""
+        """Copies the gradients to the network."""
         theirs, ours = ([_gradient(group[i]) for i in self._trained] for group in (self._masters, self._weights))
         torch._foreach_copy_(theirs, ours)
 

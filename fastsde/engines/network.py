@@ -27,17 +27,17 @@ __all__ = ["Feed", "Kept", "Network"]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _NO_REFUSALS = (NonFiniteError, CaptureError, getattr(torch, "AcceleratorError", NonFiniteError))
-_made: WeakSet[Model] = WeakSet()  # what has been run through torch.compile
+_made: WeakSet[Model] = WeakSet()  # compiled networks that have run
 _kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
 
 class Feed(NamedTuple):
-    """How a network takes what is not x.
+    """How a network is given its arguments other than x.
 
     Args:
         time: the dtype of t.
         casts: whether floating-point arguments are cast to the network's dtype.
-        autocast: whether it runs under ``torch.autocast`` in its dtype.
+        autocast: whether the network runs under ``torch.autocast`` in its dtype.
     """
 
     time: torch.dtype
@@ -47,16 +47,17 @@ class Feed(NamedTuple):
 
 @dataclass
 class Kept:
-    """What is kept of a model while it lives, whichever sampler made it.
+    """Data kept with a model while it lives, shared by all samplers of it.
 
     Args:
-        feeds: by the network's dtype and whether its times are integers, how it is fed, by the dtypes of its arguments.
-        derived, frozen: what is run instead of it, by form, dtype and (of the first) device.
-        packed: by dtype and whether for a native kernel, its parameters as the persistent kernel reads them, and which
-            these were.
-        trajectories: what is captured of it (`fastsde.engines.graph`), the latest last.
-        batches: the fastest batch, by what is run.
-        compiling: by what is run, seconds a row, and whether the compiled network is faster, None before that is known.
+        feeds: the feed by the dtypes of the arguments, for each dtype of the network and for integer times or not.
+        derived, frozen: the modules run instead of the model, by form, dtype and, for ``derived``, device.
+        packed: the identity of the parameters, and the parameters as the persistent kernel reads them, by dtype and
+            whether for a native kernel.
+        trajectories: the captured trajectories (`fastsde.engines.graph`), the latest last.
+        batches: the fastest batch, by what the time of a row depends on.
+        compiling: the seconds of a row, and whether the compiled network is faster, or None while that is unknown; by
+            what the time of a row depends on.
         failed: the backends that have failed.
         told: the warnings that have been given.
     """
@@ -75,27 +76,27 @@ class Kept:
 class Network:
     """``model(x, t, **kwargs)`` run in ``dtype``.
 
-    Without a ``dtype`` the model runs as it is, fed with the dtype of its first weight. With one that its weights do
-    not have, a copy of it is run, on a GPU in channels_last where it has convolutions. Of a `fastsde.models.UNet` its
-    inference form is run. `refresh` brings the weights of either up to date.
+    Without a ``dtype`` the model runs as it is, with x in the dtype of its first weight. With a ``dtype`` other than
+    that of its weights, a copy runs instead, on a GPU in channels_last if it has convolutions. A `fastsde.models.UNet`
+    runs in its inference form. `refresh` updates the weights of either.
 
-    x is cast to ``dtype``. t is not, since neighbouring times would become one: it is fp32 (float64 for a float64
-    network), and floating-point arguments keep their dtype. A network that refuses that gets, from the first call on,
-    what it takes of: integer times, where the times are integers; its arguments in ``dtype``; t as it is under
-    ``torch.autocast``; and last t in ``dtype``, with a warning.
+    x is cast to ``dtype``. t is not, since neighbouring times would become equal: it is fp32 (float64 for a float64
+    network), and floating-point arguments keep their dtype. A network that refuses that is fed, from the first call on,
+    in the first of these ways that it accepts: integer times, if all times are integers; its arguments in ``dtype``; t
+    as it is under ``torch.autocast``; and last t in ``dtype``, with a warning.
 
-    DistributedDataParallel, DataParallel and AveragedModel are looked into, as is what ``torch.compile`` returns where
-    something else is run in its place. An ``nn.Sequential`` is called with ``cat((x, t), -1)``.
+    DistributedDataParallel, DataParallel and AveragedModel are unwrapped, and so is the result of ``torch.compile`` if
+    another module runs in its place. An ``nn.Sequential`` is called with ``cat((x, t), -1)``.
 
     Args:
-        compile: run it through ``torch.compile``. Where that fails, the network runs without it, with a warning.
-        optimize: whether to take the inference form of a U-Net.
-        device: where it runs, for a function that has no weights to tell.
+        compile: run it through ``torch.compile``. If that fails, the network runs uncompiled, with a warning.
+        optimize: whether to use the inference form of a U-Net.
+        device: where the network runs, for a function, which has no weights.
         integer_times: whether all times that it is called with are integers.
 
     Raises:
-        TypeError: where the model does not return a floating-point tensor.
-        ValueError: where it returns a tensor of another shape or device than x.
+        TypeError: if the model does not return a floating-point tensor.
+        ValueError: if it returns a tensor with a shape or device other than that of x.
     """
 
     def __init__(
@@ -120,47 +121,47 @@ class Network:
         self.kept = _kept_of(self.model)
         self._takes_one = isinstance(model, nn.Module) and is_sequential(unwrap(model))
         self._feeds = _feeds(self.dtype, integer_times)
-        # Without the casts that change nothing where no argument is to be cast.
+        # The same without casts that make no difference, for calls in which no argument needs one.
         self._feeds_without_casts = [
             feed for feed in self._feeds if not feed.casts or feed._replace(casts=False) not in self._feeds
         ]
-        # How it is fed, by the dtypes of its arguments: learned once for all samplers of a network.
+        # The feed by the dtypes of the arguments: found once for all samplers of a network.
         self._known_feeds = self.kept.feeds.setdefault((self.dtype, integer_times), {})
         self._run: Model | None = None
         self._compiled: Model | None = None
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _make, (self._given, self._compiles, self._arguments)  # all else is made from these
+        return _make, (self._given, self._compiles, self._arguments)  # everything else is built from these
 
     def again(self, compile: bool) -> Network:
-        """The same network, with or without ``torch.compile``."""
+        """Returns the same network, with or without ``torch.compile``."""
         return Network(self._given, compile=compile, **self._arguments)
 
     @property
     def is_native(self) -> bool:
-        """Whether a native kernel runs it, which ``torch.compile`` does not make faster."""
+        """Whether a native kernel runs the network, which ``torch.compile`` does not make faster."""
         return isinstance(self._run, UNetInference) and self._run.is_native
 
     @property
     def is_to_be_compiled(self) -> bool:
-        """Returns whether the next call compiles code."""
+        """Whether the next call compiles code."""
         return self._compiled is not None and self._compiled not in _made
 
     def refresh(self) -> None:
-        """Brings what is run instead of the model up to date: its weights, and where more has changed, all of it."""
+        """Updates the module that is run instead of the model: its weights, or all of it if more has changed."""
         self.layers = linear_layers(self.model)
         self._form = form_of(self.model, self._arguments["dtype"], self._arguments["optimize"], self.device)
         run = self._given if self._form == "itself" and _is_compiled(self._given) else self.model
         if isinstance(run, nn.Module) and self._form != "itself":
             run = derived(run, self._form, self.dtype, self.device, self.kept.derived)
-        if run is not self._run or isinstance(self._compiled, Frozen):  # which may be out of date
+        if run is not self._run or isinstance(self._compiled, Frozen):  # which may be stale
             self._run = run
             self._compiled = self._through_compile(run) if self._compiles else None
         self._channels_last = self._form == "channels_last"
 
     def _through_compile(self, run: Model) -> Model:
-        """The network through ``torch.compile``; on the CPU the one that another sampler has made, if it is that."""
+        """Returns the compiled network; on the CPU the one that another sampler has compiled, if it is still valid."""
         if self.device.type == "cuda" or not isinstance(run, nn.Module) or not can_be_frozen(run):
             return compiled(run, self.device)
         key = (self._form, self.dtype)
@@ -173,10 +174,10 @@ class Network:
     def unchanged(self, unless_done: bool = False) -> Iterator[None]:
         """Restores buffers and random states at the end, for calls that only measure, warm up or try.
 
-        Batch norm in training mode moves its statistics in every call, and dropout draws from PyTorch's generator.
+        Batch norm in training mode updates its statistics in every call, and dropout draws from PyTorch's generator.
 
         Args:
-            unless_done: only where an error leaves the block.
+            unless_done: restore only if an error leaves the block.
         """
         modules = [*modules_of(self.model), *modules_of(self._run)]
         held = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
@@ -195,15 +196,15 @@ class Network:
                     torch.cuda.set_rng_state(states[1], self.device)
 
     def form(self) -> tuple[Any, ...]:
-        """How the network is run, beside what its `fingerprint` tells."""
+        """Returns how the network is run, besides what its `fingerprint` covers."""
         return self._form, self.dtype, self._compiled is not None, self._arguments["integer_times"]
 
     def fingerprint(self) -> Fingerprint:
-        """What is run, at this moment."""
+        """Returns the fingerprint of the module that is run."""
         return fingerprint(self._run)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        shape = x.shape  # which a network may change in place
+        shape = x.shape  # a network may change x in place
         f: Any = self._fed(x, t, kwargs)
         if not isinstance(f, Tensor):
             hint = ", such as lambda x, t: model(x, t).sample" if hasattr(f, "sample") else ""
@@ -219,10 +220,10 @@ class Network:
         result: Tensor = f
         return result
 
-    # How it is fed --------------------------------------------------------------------------------------------------
+    # Feeding the network --------------------------------------------------------------------------------------------
 
     def _fed(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The network's output, fed in the first way that it accepts. Later calls go that way at once."""
+        """Returns the network's output, fed in the first way that it accepts, which later calls then use at once."""
         ways = self._ways(kwargs)
         if len(ways) == 1:
             return self._evaluate(x, t, kwargs, ways[0])
@@ -240,7 +241,7 @@ class Network:
     def _fed_otherwise(
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any], ways: list[Feed], refusal: Exception
     ) -> tuple[Any, Feed]:
-        """The output of a network that refuses the first way, and the way that it accepts."""
+        """Returns the output of a network that refuses the first way, and the way that it accepts."""
         for feed in ways[1:]:
             f, error = self._tried(x, t, kwargs, feed)
             if error is None:
@@ -248,27 +249,27 @@ class Network:
         else:
             raise refusal
         again, error = self._tried(x, t, kwargs, ways[0])
-        if error is None:  # it was no refusal, but something that has passed
+        if error is None:  # it was not a refusal, but a temporary error
             return again, ways[0]
         if feed.time in _LOW_PRECISION:
             warn_once(
-                f"the network takes times in {feed.time} alone, to which t is rounded: neighbouring times become one "
+                f"the network accepts times only in {feed.time}, so t is rounded and neighbouring times become equal "
                 f"({refusal})"
             )
         return f, feed
 
     def _tried(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], feed: Feed) -> tuple[Any, Exception | None]:
-        """The network's output or its refusal. A refused call leaves buffers and random states as they were."""
+        """Returns the network's output or its refusal. A refused call leaves buffers and random states as they were."""
         try:
             with self.unchanged(unless_done=True):
                 return self._evaluate(x, t, kwargs, feed), None
-        except (RuntimeError, IndexError) as error:  # what PyTorch raises for a dtype that an operation does not take
+        except (RuntimeError, IndexError) as error:  # what PyTorch raises for a dtype that an operation refuses
             if isinstance(error, _NO_REFUSALS) or is_out_of_memory(error):
                 raise
             return None, error
 
     def _ways(self, kwargs: dict[str, Any]) -> list[Feed]:
-        """The ways to feed it."""
+        """Returns the ways to feed the network in this call."""
         if not kwargs:
             return self._feeds_without_casts
         floats = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
@@ -294,7 +295,7 @@ class Network:
             return self._through(args, kwargs)
 
     def _through(self, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the network, through ``torch.compile`` where that is asked for."""
+        """Calls the network, through ``torch.compile`` if requested."""
         run: Any = self._run
         if self._compiled is None:
             return run(*args, **kwargs)
@@ -314,7 +315,7 @@ class Network:
 
 
 def _restore(held: dict[Tensor, Tensor]) -> None:
-    """Writes back the buffers that have changed. The others may be read-only here, as tensors of inference mode are."""
+    """Writes back the buffers that have changed. The others may be read-only here, as inference-mode tensors are."""
     with torch.no_grad():
         for buffer, value in held.items():
             if not torch.equal(buffer, value):
@@ -327,7 +328,7 @@ def _make(model: Model, compile: bool, arguments: dict[str, Any]) -> Network:
 
 
 def _feeds(dtype: torch.dtype, integer_times: bool) -> list[Feed]:
-    """The ways to feed a network of a dtype, the most exact first."""
+    """Returns the ways to feed a network of a dtype, the most exact first."""
     times = [torch.float64 if dtype == torch.float64 else torch.float32]
     if integer_times:
         times.append(torch.int64)
@@ -338,7 +339,7 @@ def _feeds(dtype: torch.dtype, integer_times: bool) -> list[Feed]:
 
 
 def _inside(model: Model) -> Model:
-    """The network inside of wrappers, unless a wrapper has hooks of its own."""
+    """Returns the network inside of wrappers, unless a wrapper has hooks of its own."""
     if not isinstance(model, nn.Module):
         return model
     inner = unwrap(model)
@@ -347,7 +348,7 @@ def _inside(model: Model) -> Model:
 
 
 def _is_compiled(model: Model) -> bool:
-    """Returns whether a model is what ``torch.compile`` returns for a module."""
+    """Returns whether a model is the result of ``torch.compile`` for a module."""
     if not isinstance(model, nn.Module):
         return False
     inner = unwrap(model)
@@ -359,5 +360,5 @@ def _kept_of(model: Model) -> Kept:
         return Kept()
     try:
         return _kept.setdefault(model, Kept())
-    except TypeError:  # a class of its own __eq__ without a hash
+    except TypeError:  # a class with its own __eq__ and no hash
         return Kept()

@@ -1,6 +1,6 @@
 """The persistent engine: the whole trajectory of an MLP in one launch, by the kernel ``mlp_sampler``.
 
-On the CPU it runs MLPs in fp32 alone.
+On the CPU it runs MLPs in fp32 only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _FP32_WIDTH = 64
 
 
 def unavailable_reason(network: Network, sample_shape: Sequence[int], device: torch.device) -> str | None:
-    """Why the engine cannot run a network on samples of a shape on a device; None where it can."""
+    """Returns why the engine cannot run a network on samples of a shape on a device, or None if it can."""
     layers = network.layers
     if layers is None:
-        reason = "it runs MLPs alone: Sequentials of Linear layers and activations between them"
+        reason = "it only runs MLPs: Sequentials of Linear layers and activations between them"
         if isinstance(network.model, Preconditioned):
             return f"{reason}, not EDM's preconditioning of them"
         strange = unknown_layer(network.model)
@@ -50,9 +50,9 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
 
 
 def pays(network: Network) -> bool:
-    """Returns whether "auto" takes the engine: on a GPU not for wide layers in fp32, whose weights do not stay on the
+    """Returns whether "auto" picks the engine: on a GPU not for wide layers in fp32, whose weights do not stay on the
     chip and which take long to compile. The number of samples must not matter, or a sample would depend on its batch by
-    more than the roundings of one precision.
+    more than the rounding of one precision.
     """
     if ops.has_native(network.device):
         return True
@@ -61,7 +61,7 @@ def pays(network: Network) -> bool:
 
 
 def _packed(network: Network) -> Any:
-    """How the kernel reads the network's parameters; made anew where they are others than before."""
+    """Returns the network's parameters as the kernel reads them, packed again if they are not the same as before."""
     linears, activations = network.layers or ([], [])
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
@@ -76,20 +76,20 @@ def _packed(network: Network) -> Any:
 def _precision(network: Network, device: torch.device) -> str:
     if network.dtype == torch.bfloat16:
         return "bf16"
-    # PyTorch's newer switches, which also tell what the older ones were set to; the older fail once a newer is used.
+    # PyTorch's newer switches, which also reflect the older ones; the older ones fail once a newer one is used.
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends)
     precision = next((switch.fp32_precision for switch in switches if switch.fp32_precision != "none"), "ieee")
     return "tf32" if device.type == "cuda" and precision == "tf32" else "fp32"
 
 
 def run(network: Network, request: Request) -> Tensor:
-    """`fastsde.reference.sample` for an MLP. What needs the host between rows is not there: the plan sees to that.
+    """Runs `fastsde.reference.sample` for an MLP. The plan excludes requests that need the host between rows.
 
     Raises:
-        NonFiniteError: where the network returns NaN or infinity, or the state becomes so.
+        NonFiniteError: if the network's output or the state becomes NaN or infinite.
     """
     batch, dim = request.shape[0], math.prod(request.shape[1:])
-    recorder, draws = request.recorder, request.x_init is None and request.prior_std == 1  # which the launch does
+    recorder, draws = request.recorder, request.x_init is None and request.prior_std == 1  # drawn by the launch
     x_init = None if draws else request.start().reshape(batch, dim)
     states, every = (None, 1) if recorder is None else (recorder.states, recorder.every)
     kept = None if states is None else states.new_empty((len(states), batch, dim))
@@ -103,7 +103,7 @@ def run(network: Network, request: Request) -> Tensor:
         states=kept,
         progress=None if recorder is None or recorder.bar.disable else recorder.bar.update,
     )
-    # The largest magnitude is one kernel, and NaN and infinity pass through it; isfinite would be seven.
+    # The largest magnitude takes one kernel, and is NaN or infinity if any element is; isfinite would take seven.
     if out.numel() and not math.isfinite(torch.linalg.vector_norm(out, math.inf).item()):
         _raise(network, request, int(torch.isfinite(out).all(dim=1).logical_not().nonzero()[0]))
     if states is not None and kept is not None:
@@ -112,6 +112,6 @@ def run(network: Network, request: Request) -> Tensor:
 
 
 def _raise(network: Network, request: Request, bad: int) -> None:
-    """Runs a bad sample again, row by row, to tell the row and the time."""
+    """Runs a bad sample again, row by row, so that the error gives the row and the time."""
     eager.run(network, request.part(slice(bad, bad + 1), recorder=None))
     raise NonFiniteError(f"sample {bad} became NaN or infinity")

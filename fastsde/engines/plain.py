@@ -12,7 +12,7 @@ __all__ = ["run"]
 
 
 def run(network: Network, request: Request) -> Tensor:
-    """`fastsde.reference.sample`."""
+    """Runs `fastsde.reference.sample`."""
     return reference.sample(
         network,
         request.shape,

@@ -1,4 +1,4 @@
-"""The U-Net as it is sampled from: the same function of the same weights, in fewer and cheaper passes over memory."""
+"""The U-Net for sampling: the same function of the same weights, in fewer and cheaper passes over memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["UNetInference", "log_sigmoid_", "supports"]
 
 
 def supports(model: object) -> bool:
-    """Returns whether a network is a `UNet` and nothing but: no subclass, no other layers, no hooks."""
+    """Returns whether a network is exactly a `UNet`: no subclass, no other layers, no hooks."""
     if type(model) is not UNet:
         return False
     convolutions = all(_is_plain(layer, nn.Conv2d, stride=1) for layer in (*model.encoder, *model.head))
@@ -29,7 +29,7 @@ def supports(model: object) -> bool:
 
 
 def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
-    """Returns whether a layer is a 3x3 convolution of the stride, padded with zeros, and has a bias."""
+    """Returns whether a layer is a 3x3 convolution of the given stride, with zero padding and a bias."""
     if type(layer) is not kind or layer.bias is None:
         return False
     form = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
@@ -37,9 +37,9 @@ def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
 
 
 def log_sigmoid_(v: Tensor) -> Tensor:
-    """min(v, 0) - log1p(exp(-|v|)); ``v`` may be overwritten.
+    """Returns min(v, 0) - log1p(exp(-|v|)); ``v`` may be overwritten.
 
-    On the CPU in place and by exp2, half of what F.logsigmoid takes, in fp32 for narrower dtypes.
+    On the CPU it works in place and by exp2, in half the time of F.logsigmoid, and in fp32 for narrower dtypes.
     """
     if torch.compiler.is_compiling() or v.device.type != "cpu":
         return F.logsigmoid(v)
@@ -52,34 +52,34 @@ class UNetInference(nn.Module):
     """A `UNet` for inference, called in the same way. It has no gradients.
 
     Weights and activations are channels last. Where the Triton kernels run, one kernel follows each convolution: it
-    adds the bias, takes the log sigmoid, pools, and writes into the buffer that the decoder reads signal and skip from,
-    so that nothing is concatenated. The time's part of the first convolution, t times a fixed image, is added there.
-    The last convolution, to at most four channels, is one kernel with its bias. On the CPU the whole network is one
-    native kernel, in fp32 and, where the CPU multiplies it, bf16, for channels that are multiples of 16. Elsewhere, and
-    to torch.compile, it is the U-Net in plain PyTorch.
+    adds the bias, applies the log sigmoid, pools, and writes into the buffer from which the decoder reads signal and
+    skip, so that nothing is concatenated. For the first convolution this kernel also adds the contribution of the time,
+    t times a fixed image. The last convolution, to at most four channels, is one kernel with its bias. On the CPU the
+    whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples of
+    16. Elsewhere, and under torch.compile, it is the U-Net in plain PyTorch.
 
-    The weights are copies. `refresh` copies them again, in place. Where they are written to past PyTorch's count of
-    that, through ``.data``, the native kernel does not see it before.
+    The weights are copies, which `refresh` updates in place. If the copies are written to through ``.data``, which
+    PyTorch does not count as a write, the native kernel does not see that before the next `refresh`.
 
     Args:
-        unet: whose weights to copy, to the same device.
-        dtype: of the copies; by default that of the weights.
+        unet: the U-Net whose weights to copy, to the same device.
+        dtype: the dtype of the copies; by default that of the weights.
 
     Raises:
-        TypeError: for a network that is not `supports`-ed, or a dtype that is not floating-point.
+        TypeError: for a network that `supports` rejects, or a dtype that is not floating-point.
     """
 
     # Any, since their layers are read, not called.
     encoder: Any
     decoder: Any
     head: Any
-    image_weight: Tensor  # [C, image channels, 3, 3]: the first convolution's weights but those of the time
-    plane: Tensor  # [H, W, C], fp32 or wider: the first convolution's result at t = 1 on an image of zeros, less bias
+    image_weight: Tensor  # [C, image channels, 3, 3]: the first convolution's weights except those of t
+    plane: Tensor  # [H, W, C], fp32 or wider: the first convolution at t = 1 on an image of zeros, without bias
 
     def __init__(self, unet: UNet, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not supports(unet):
-            raise TypeError(f"unet must be a UNet as it is, without hooks and other layers, got {unet!r}")
+            raise TypeError(f"unet must be an unmodified UNet, without hooks or other layers, got {unet!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
         self.config, self.shape = unet.config, unet.shape
@@ -93,7 +93,7 @@ class UNetInference(nn.Module):
         images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
         self.register_buffer("image_weight", images)
         self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
-        self._packed: tuple[Any, Any] | None = None  # for the native kernel, and the weights that it is of
+        self._packed: tuple[Any, Any] | None = None  # the weights it was made from, and the native kernel's form
         self._fold_time()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class UNetInference(nn.Module):
 
     @torch.no_grad()
     def refresh(self, unet: UNet) -> None:
-        """Copies the weights of the U-Net again, to where they are.
+        """Copies the weights of the U-Net again, in place.
 
         Raises:
             ValueError: for a U-Net of another configuration.
@@ -111,7 +111,7 @@ class UNetInference(nn.Module):
         ours: list[Tensor] = list(self.parameters())
         theirs: list[Tensor] = list(unet.parameters())
         if self.is_native and all(torch.equal(a, b.to(a.dtype)) for a, b in zip(ours, theirs, strict=True)):
-            return  # which costs less than to pack them again
+            return  # the comparison costs less than packing them again
         torch._foreach_copy_(ours, theirs)
         self._packed = None
         self._fold_time()
@@ -120,24 +120,24 @@ class UNetInference(nn.Module):
     def _fold_time(self) -> None:
         weight = self.encoder[0].weight
         self.image_weight.copy_(weight[:, :-1])
-        # The taps that the zero padding leaves, summed one axis after the other; a convolution might do it in TF32.
+        # Sums the taps that the zero padding leaves, one axis after the other; a convolution might use TF32.
         taps = weight[:, -1].to(self.plane.dtype)
         height, width = (F.pad(taps.new_ones(size), (1, 1)).unfold(0, 3, 1) for size in self.plane.shape[:2])
         rows = (height[None, :, :, None] * taps[:, None]).sum(2)
         self.plane.copy_((width * rows[:, :, None]).sum(3).permute(1, 2, 0))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``, contiguous.
+        """Maps x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``, contiguous.
 
         Raises:
-            RuntimeError: where a gradient is wanted.
+            RuntimeError: if a gradient is needed.
             ValueError: for another shape of x or t.
         """
         if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
             raise RuntimeError("UNetInference has no gradients: use the UNet itself, or torch.no_grad()")
         check_tensor("x", x, shape=(len(x), *self.shape))
         check_tensor("t", t, shape=(len(x),))
-        # torch.compile fuses plain PyTorch itself, and could not look into the kernels.
+        # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
         if not torch.compiler.is_compiling() and x.dtype != torch.float64:
             if ops.has_triton(x.device):
                 return self._fused(x, t)
@@ -146,7 +146,7 @@ class UNetInference(nn.Module):
         return self._plain(x, t)
 
     def _plain(self, x: Tensor, t: Tensor) -> Tensor:
-        """`UNet.forward`, but for layout and log sigmoid. Neither shared buffers nor the folded time pay on a CPU."""
+        """Runs `UNet.forward` in another layout and log sigmoid. Shared buffers and folded time do not pay on a CPU."""
         plane = t.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         signal = torch.cat((x, plane), dim=1).contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []
@@ -165,7 +165,7 @@ class UNetInference(nn.Module):
 
     @property
     def is_native(self) -> bool:
-        """Whether it is one native kernel where it is."""
+        """Whether the network is one native kernel on its device."""
         if not ops.has_native(self.plane.device):
             return False
         from ..kernels.cpu import unet as native
@@ -173,7 +173,7 @@ class UNetInference(nn.Module):
         return bool(native.takes(self.config["channels"], self.image_weight.dtype))
 
     def _native(self, x: Tensor, t: Tensor) -> Tensor:
-        """By one native kernel, of weights in its own layout."""
+        """Runs one native kernel, with weights in its own layout."""
         from ..kernels.cpu import unet as native
 
         convolutions = [
@@ -185,7 +185,7 @@ class UNetInference(nn.Module):
             *((layer.weight, layer.bias, False) for layer in self.head),
         ]
         tensors = [each for weight, bias, _ in convolutions for each in (weight, bias)]
-        counted = not any(each.is_inference() for each in tensors)  # how often they have been written to
+        counted = not any(each.is_inference() for each in tensors)  # whether PyTorch counts writes to them
         of = [(each.data_ptr(), each._version) for each in tensors] if counted else None
         known, packed = self._packed or (None, None)
         if of is None or known != of:
@@ -197,7 +197,7 @@ class UNetInference(nn.Module):
         return out.to(x.dtype)
 
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:
-        """By one kernel after each convolution but the last, which is a kernel itself."""
+        """Runs one kernel after each convolution except the last, which is a kernel itself."""
         from ..kernels.bias_activation import bias_activation
         from ..kernels.head_convolution import MAX_OUT, head_convolution
 
@@ -230,8 +230,8 @@ class UNetInference(nn.Module):
 
 
 def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:
-    # Four small convolutions, one for the pixels of each parity, or one to four times the channels and a shuffle, were
-    # never faster than PyTorch's own on a CPU.
+    # Four small convolutions, one for the pixels of each parity, or one convolution to four times the channels and a
+    # shuffle, were never faster than PyTorch's own operation on a CPU.
     result: Tensor = F.conv_transpose2d(signal, layer.weight, bias, 2, 1, layer.output_padding)
     return result
 
@@ -242,5 +242,5 @@ def _empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
 
 
 def _channels_last(y: Tensor) -> Tensor:
-    """As it is, where a convolution has kept the layout of its weights."""
+    """Converts to channels last; returns y itself if the convolution has kept the layout of its weights."""
     return y.contiguous(memory_format=torch.channels_last)

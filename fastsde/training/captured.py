@@ -28,9 +28,9 @@ def can_capture(device: torch.device, here: Ranks) -> bool:
 class CapturedSteps:
     """Whole steps as CUDA graphs: gather, noising, network, loss, backward, Adam and the moving average.
 
-    The first steps are taken as they are, which warms up what is then captured, as is one of each other thread that
-    comes to capture some. The number of the first step, the learning rates and the decays lie in device memory, and are
-    written there before each replay; a graph begins with the data order of its steps.
+    The first steps are taken without a graph, which warms up what is then captured; any other thread that captures also
+    takes one such step first. The number of the first step, the learning rates and the decays are written to device
+    memory before each replay; a graph begins with the data order of its steps.
     """
 
     def __init__(self, work: Work) -> None:
@@ -38,7 +38,7 @@ class CapturedSteps:
         self._copy = None if work.autocast is None else LowPrecisionCopy(work.model, work.autocast)
         self._network = work.as_called(work.model if self._copy is None else self._copy.network)
         config, device = work.config, work.device
-        # Rows of 16 bytes or a multiple: a kernel would be compiled anew, while it is captured, for one that is not.
+        # Rows of a multiple of 16 bytes: for any other row a kernel would be compiled again, during a capture.
         width = config.batch_size + config.batch_size % 2
         self._keys = ops.sample_keys(config.seed, width, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
@@ -60,7 +60,7 @@ class CapturedSteps:
         """As `Steps.take`.
 
         Raises:
-            CaptureError: where the steps cannot be captured; none of them has then been taken.
+            CaptureError: if the steps cannot be captured; none of them has then been taken.
         """
         if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
             self._write(first, count)
@@ -74,10 +74,10 @@ class CapturedSteps:
         return self._losses[:count].clone()
 
     def _write(self, first: int, count: int) -> None:
-        """What is different in each replay, into device memory, without waiting for the device."""
+        """Writes what differs in each replay to device memory, without waiting for the device."""
         rates = rates_of(self._work.config, first, count)
         if self._work.device.type == "cuda":
-            rates = rates.pin_memory()  # PyTorch does not give this memory away before the copy has run
+            rates = rates.pin_memory()  # PyTorch does not reuse this memory before the copy has run
         self._rates[:count].copy_(rates, non_blocking=True)
         self._first.fill_(first)
 
@@ -115,7 +115,7 @@ class CapturedSteps:
 
 
 def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
-    """`fastsde.reference.ema_update` with 1 - decay on the device."""
+    """Does what `fastsde.reference.ema_update` does, with ``weight`` = 1 - decay on the device."""
     with torch.no_grad():
         averages: list[Tensor] = list(ema.parameters())
         steps: list[Tensor] = list(torch._foreach_sub([each.detach() for each in model.parameters()], averages))

@@ -1,4 +1,4 @@
-"""What a training run is a function of."""
+"""The config that determines a training run."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ __all__ = ["TrainConfig"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that a run is a function of, beside the library versions and the device.
+    """Everything that a run is a function of, besides the library versions and the device.
 
     Args:
         data: the data set: "swiss-roll", "digits" or "mnist" (or a name of your own, with a `Dataset` of your own).
-        data_size: how many points or images, or None for the usual (`fastsde.data.load`).
-        pixel_range: what black and white become, of images in uint8 (floats are trained on as they are).
+        data_size: how many points or images, or None for the default (`fastsde.data.load`).
+        pixel_range: what black and white of uint8 images are mapped to (floats are trained on as they are).
         model: the architecture, as `fastsde.models.from_config` takes it.
         prediction, weighting, preconditioning, sigma_data: what the network learns
             (`fastsde.objective.Objective`); with ``preconditioning="edm"`` the prediction is "x0".
-        steps, batch_size: how many steps, below 2^28, on how many samples each.
-        lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps and then stays, or falls to zero along
-            a half cosine at the last step (``lr_schedule`` "constant" or "cosine").
-        ema_decay: decay of the average of the weights that is sampled from; 0 keeps none. It starts lower, at
-            (1 + step) / (10 + step), so that the first weights are forgotten.
+        steps, batch_size: the number of steps, below 2^28, and of samples in each.
+        lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps, and then stays constant or falls along
+            a half cosine to zero at the last step (``lr_schedule`` "constant" or "cosine").
+        ema_decay: the decay of the moving average of the weights, which is sampled from; 0 keeps none. It starts lower,
+            at (1 + step) / (10 + step), so that the first weights are forgotten.
         times, t_min, t_max, time_mean, time_std: how training times are drawn (`fastsde.objective.Objective`).
-        precision: "fp32" (on a GPU, PyTorch's convolutions take TF32 for it), or "bf16" for the network under autocast.
+        precision: "fp32" (on a GPU, PyTorch's convolutions then use TF32), or "bf16" for the network under autocast.
         compile: whether the network runs through ``torch.compile``.
-        seed: in [0, 2^63), of the weights, the data order, the times and the noise.
+        seed: in [0, 2^63), for the weights, the data order, the times and the noise.
         init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
-        checkpoint_every, log_every: steps between checkpoints and between log lines. Where that is less than ten
-            seconds after a checkpoint, the next is left out, but for that of the last step or of an interrupted one;
-            lines are written together every two seconds (`fastsde.training.run_folder`).
-        sde: the process, one of `fastsde.sde.PROCESSES`, whose name a checkpoint holds.
+        checkpoint_every, log_every: steps between checkpoints and between log lines. A checkpoint less than ten seconds
+            after the previous one is skipped, except at the last step and on an interrupt; log lines are written
+            together every two seconds (`fastsde.training.run_folder`).
+        sde: the process, one of `fastsde.sde.PROCESSES`, so that a checkpoint can hold its name.
 
     Raises:
-        TypeError, ValueError: for a field of another type, or out of its range.
+        TypeError, ValueError: for a field of the wrong type, or out of range.
     """
 
     data: str
@@ -83,7 +83,7 @@ class TrainConfig:
         for name, choices in (("lr_schedule", LR_SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        check_int("steps", self.steps, 1, 2**28)  # what the noise contract has bits for
+        check_int("steps", self.steps, 1, 2**28)  # the noise contract has 28 bits for the step
         for name, low in (("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1), ("lr_warmup", 0)):
             check_int(name, getattr(self, name), low)
         if self.data_size is not None:
@@ -93,11 +93,11 @@ class TrainConfig:
         check_bool("compile", self.compile)
         check_number("lr", self.lr, "positive and finite", lambda lr: 0 < lr < math.inf)
         check_number("ema_decay", self.ema_decay, "in [0, 1)", lambda decay: 0 <= decay < 1)
-        to_dict(self.sde)  # refuses what a checkpoint cannot name
+        to_dict(self.sde)  # refuses a process that a checkpoint cannot name
         if float(self.sde.alpha(self.sde.t_max)) == 0 and self.prediction in ("score", "eps"):
             raise ValueError(
                 f"prediction must be 'flow', 'v' or 'x0' for {self.sde!r}, got {self.prediction!r}: samples start "
-                f"where alpha is 0, and there it tells nothing of x_0"
+                f"where alpha is 0, and there it says nothing about x_0"
             )
         check_instance("objective", self.objective, Objective)  # which checks its own fields
 
@@ -107,7 +107,7 @@ class TrainConfig:
         return Objective(**{each.name: getattr(self, each.name) for each in fields(Objective)})
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Returns the learning rate of a step."""
         if step < self.lr_warmup:
             return self.lr * (step + 1) / self.lr_warmup
         if self.lr_schedule == "constant":
@@ -116,15 +116,15 @@ class TrainConfig:
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def ema_decay_at(self, step: int) -> float:
-        """The decay of the moving average in a step."""
+        """Returns the decay of the moving average in a step."""
         return min(self.ema_decay, (1 + step) / (10 + step))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of ``dataclasses.asdict``, also after a way through JSON. Fields with a default may be left out.
+        """Inverts ``dataclasses.asdict``, also after a JSON round trip. Fields with a default may be left out.
 
         Raises:
-            TypeError, ValueError: for fields that are missing, unknown, of another type or out of their range.
+            TypeError, ValueError: for fields that are missing, unknown, of the wrong type or out of range.
         """
         check_instance("values", values, dict)
         known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(cls)}

@@ -13,11 +13,11 @@ __all__ = ["deferred_interrupt"]
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Makes the first Ctrl-C a request, which the function tells of; a second one interrupts at once.
+    """Makes the first Ctrl-C a request, which the yielded function reports; a second one interrupts at once.
 
-    Between two statements of a step, weights, optimizer and step count do not belong together.
+    In the middle of a step, weights, optimizer and step count are not consistent.
     """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as by nohup: then it is not to be caught either
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as by nohup: it must then stay ignored
     if ignored or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -13,7 +13,7 @@ _UNET = {"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "c
 
 
 def default_config(data: str) -> TrainConfig:
-    """This package's recipe for a data set, chosen for the quality of the samples.
+    """Returns this package's recipe for a data set, chosen for the quality of the samples.
 
     Raises:
         ValueError: for an unknown data set.
@@ -36,7 +36,7 @@ def default_config(data: str) -> TrainConfig:
 
 
 def tutorial_config(data: str) -> TrainConfig:
-    """The tutorial's recipe: its network, its exact objective (score, lambda = sigma^2), Adam at 3e-4, no EMA."""
+    """Returns the tutorial's recipe: its network, exact objective (score, lambda = sigma^2), Adam at 3e-4, no EMA."""
     config = replace(
         default_config(data),
         prediction="score",

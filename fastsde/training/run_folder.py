@@ -17,20 +17,20 @@ from ..files import atomic_path
 __all__ = ["CHECKPOINT_SECONDS", "LOG_SECONDS", "RunLog", "is_before_first_step", "locked"]
 
 LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
-# At most so often anything is written. A step of an MLP takes microseconds, and a checkpoint milliseconds: one every
-# 1000 steps, with a line every 100, would take about as long as the steps. So they take a hundredth at most. Who
-# follows a log does not notice 2 s, and a run that is killed loses 10 s of work, and what it takes from there to the
-# next checkpoint.
+# The shortest time between two writes. A step of an MLP takes microseconds, and a checkpoint milliseconds: one every
+# 1000 steps, with a line every 100, would take about as long as the steps. This way they take a hundredth at most. A
+# reader of the log does not notice 2 s, and a run that is killed loses 10 s of work, and the time from then to its next
+# checkpoint.
 LOG_SECONDS, CHECKPOINT_SECONDS = 2.0, 10.0
 
 
 class RunLog:
-    """``log.jsonl``, a line of JSON for each of some steps, written in groups.
+    """``log.jsonl``, with a line of JSON for each logged step, written in groups.
 
-    Lines wait for at most about `LOG_SECONDS`, where more follow, or for `flush`.
+    Lines wait until the first `append` after `LOG_SECONDS`, or until `flush`.
 
     Args:
-        directory: the folder, which need not be there yet.
+        directory: the folder, which need not exist yet.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,7 +60,7 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all lines that wait."""
+        """Writes all waiting lines."""
         if not self._lines:
             return
         with self._path.open("a") as file:
@@ -70,20 +70,20 @@ class RunLog:
 
 
 def is_before_first_step(checkpoint: Path) -> bool:
-    """Returns whether a run wrote this checkpoint before its first step, so that no work is lost with it."""
+    """Returns whether a run wrote this checkpoint before its first step, so that no work is lost without it."""
     try:
         metadata = checkpoints.read(checkpoint)[1]
         return bool(metadata["resumable"]) and metadata["record"]["step"] == 0
-    except (KeyError, TypeError, ValueError):  # not a run's: it stays
+    except (KeyError, TypeError, ValueError):  # not written by a run: it is kept
         return False
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the folder against other processes; the lock goes with the process, however it ends.
+    """Locks the folder against other processes; the lock is released with the process, however it ends.
 
     Raises:
-        RuntimeError: where another process holds it.
+        RuntimeError: if another process holds the lock.
     """
     import fcntl
 

@@ -1,4 +1,4 @@
-"""What a run starts from and keeps: its config, network, optimizer and moving average, in tensors and JSON."""
+"""The state of a run: its config, network, optimizer and moving average, as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_same_run", "config_of", "initial_model", "restore", "saved_con
 
 
 def saved_config(checkpoint: str | Path) -> TrainConfig:
-    """The config of the run that wrote a checkpoint.
+    """Returns the config of the run that wrote a checkpoint.
 
     Raises:
         ValueError: for a checkpoint that no run can resume from.
@@ -36,21 +36,21 @@ def config_of(metadata: dict[str, Any], path: str | Path) -> TrainConfig:
 
 
 def _json(config: TrainConfig) -> dict[str, Any]:
-    """A config as it comes back from a checkpoint, where a tuple is a list."""
+    """Returns a config as it is read from a checkpoint, where a tuple is a list."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return values
 
 
 def steps_of(start: Checkpoint) -> int:
-    """How many steps a checkpoint has been trained for, as far as its record, which is free-form, tells."""
+    """Returns how many steps a checkpoint was trained for, as far as its free-form record says."""
     steps = (start.record.get(name, 0) for name in ("step", "earlier_steps"))
     return sum(each for each in steps if isinstance(each, int))
 
 
 def initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
-    """The network with the weights of ``start``, or those of the seed; torch's own random state is left as it was."""
+    """Returns the network with the weights of ``start``, or of the seed; torch's random state is left unchanged."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(config.seed)  # of the CPU alone, where the weights are made
+        torch.default_generator.manual_seed(config.seed)  # only that of the CPU, where the weights are made
         model: Any = models.from_config(config.model)
     if start is not None:
         sigma_data = config.sigma_data if config.preconditioning == "edm" else None
@@ -61,13 +61,15 @@ def initial_model(config: TrainConfig, start: Checkpoint | None) -> Any:
             ("sde", start.sde, config.sde),
         ):
             if theirs != ours:
-                raise ValueError(f"init must have the {name} of the run, {ours}, got {theirs}: give that, too")
+                raise ValueError(
+                    f"init must have the {name} of the run, {ours}, got {theirs}: give the run the same one"
+                )
         model.load_state_dict(start.network.state_dict())
     return model
 
 
 def check_same_run(config: TrainConfig, saved: TrainConfig, step: int, directory: Path) -> None:
-    """Raises ValueError where a run that has come to a step cannot go on with another config."""
+    """Raises ValueError if a run that has reached ``step`` cannot go on with another config."""
     theirs, ours = _json(saved), _json(config)
     for name in (each.name for each in fields(TrainConfig)):
         had, has = theirs[name], ours[name]
@@ -75,13 +77,13 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, step: int, directory
         may_grow = name == "steps" and saved.lr_schedule == "constant" and has >= step
         if had != has and not may_grow and name not in ("checkpoint_every", "log_every"):
             raise ValueError(
-                f"the run in {directory} has {name}={had!r}, got {has!r}: resume it as it was, or "
-                f"start another from its weights (init)"
+                f"the run in {directory} has {name}={had!r}, got {has!r}: resume it with its own config, or "
+                f"start another run from its weights (init)"
             )
 
 
 def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All of a run's tensors by name; ``model.*`` is what to sample from."""
+    """Returns all of a run's tensors by name; ``model.*`` are the weights to sample from."""
     sampled = model if ema is None else ema
     tensors = {f"model.{name}": value for name, value in sampled.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -99,7 +101,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     has_steps: bool,
 ) -> None:
-    """The inverse of `tensors_of`. Raises KeyError for one that is missing.
+    """Inverts `tensors_of`. Raises KeyError if a tensor is missing.
 
     Args:
         has_steps: whether steps have been taken; before the first one Adam has no state.

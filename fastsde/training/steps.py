@@ -1,4 +1,4 @@
-"""Ways to take training steps: one after the other, or dozens of them at once by a native kernel."""
+"""Ways to take training steps: one by one, or dozens at once by a native kernel."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .config import TrainConfig
 
 __all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "rates_of"]
 
-# Random numbers are drawn ahead, for as many steps at once as keep a draw below this many elements.
+# Random numbers are drawn ahead, for as many steps at once as have at most about this many elements.
 _DRAW_ELEMENTS = 1 << 17
 _ADAM_KINDS = ("exp_avg", "exp_avg_sq")
-# A native call takes at most so many steps, and about so many products of weights and samples: between two calls,
-# within about a second, Ctrl-C is heard. Their coefficients are made before it. Beyond the width the weights leave the
-# cache, and PyTorch is faster.
+# The most steps in a native call, the approximate products of weights and samples, and the rows of coefficients, which
+# are made before it: Ctrl-C takes effect between two calls, within about a second. Beyond the width the weights leave
+# the cache, and PyTorch is faster.
 _NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_ROWS, _NATIVE_WIDTH = 500, 1e10, 1 << 22, 1024
 
 
 @dataclass
 class Work:
-    """What is trained, and on what."""
+    """What is trained, and on which data and device."""
 
     config: TrainConfig
     model: nn.Module
@@ -41,12 +41,12 @@ class Work:
     device: torch.device
 
     def as_called(self, model: nn.Module) -> Any:
-        """The model, or a copy of it, as a step calls it."""
+        """Returns the model, or a copy of it, as a step calls it."""
         return torch.compile(model) if self.config.compile else model
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """What a network sees of the data, as the functions of a step take it."""
+        """The scale and shift of the data, as arguments of the functions of a step."""
         return {"scale": self.dataset.scale, "shift": self.dataset.shift}
 
     @property
@@ -58,14 +58,14 @@ class Steps(Protocol):
     """Takes steps, some at once."""
 
     def chunks(self, count: int) -> list[int]:
-        """How many of the next ``count`` steps to take at once, in order."""
+        """Returns how many of the next ``count`` steps to take at once, in order."""
 
     def take(self, first: int, count: int) -> Tensor:
         """Takes the steps ``first`` to ``first + count - 1`` and returns their losses, fp32 ``[count]``."""
 
 
 def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device, here: Ranks) -> bool:
-    """Returns whether the native kernel takes the steps: of an MLP in fp32 on the CPU, in one process."""
+    """Returns whether the native kernel can take the steps: those of an MLP in fp32 on the CPU, in one process."""
     layers = linear_layers(model)
     if layers is None or config.compile or config.precision != "fp32" or here.world > 1:
         return False
@@ -77,7 +77,7 @@ def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device
 
 
 class EagerSteps:
-    """`fastsde.reference.train_step` for step after step, on this rank's part of each batch."""
+    """Runs `fastsde.reference.train_step` step by step, on this rank's part of each batch."""
 
     def __init__(self, work: Work, here: Ranks) -> None:
         self._work, self._network = work, work.as_called(work.model)
@@ -94,7 +94,7 @@ class EagerSteps:
         return [1] * count
 
     def take(self, first: int, count: int) -> Tensor:
-        """As `Steps.take`; of several ranks, this one's weighted losses."""
+        """As `Steps.take`; with several ranks, returns this rank's weighted losses."""
         if first != self._next:
             self._draws = self._drawn_ahead(first)
         losses = [self._step(step) for step in range(first, first + count)]
@@ -122,7 +122,7 @@ class EagerSteps:
         return loss
 
     def _drawn_ahead(self, first: int) -> Iterator[Draws]:
-        """The random numbers of each step from ``first`` on, drawn for several steps at once."""
+        """Yields the random numbers of each step from ``first`` on, drawn for several steps at once."""
         config, dataset = self._work.config, self._work.dataset
         keys = ops.sample_keys(config.seed, config.batch_size, device=self._work.device)[self._part]
         ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(dataset.shape))))
@@ -135,7 +135,7 @@ class EagerSteps:
 
 
 class NativeSteps:
-    """Whole steps of an MLP by a kernel of the CPU: draws, network, loss, backward, Adam and the moving average."""
+    """Whole steps of an MLP by a native CPU kernel: draws, network, loss, backward, Adam and the moving average."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -146,7 +146,7 @@ class NativeSteps:
 
     @property
     def _most(self) -> int:
-        """How many steps a call takes."""
+        """The most steps that a call takes."""
         batch_size = self._work.config.batch_size
         products = batch_size * sum(each.numel() for each in self._work.model.parameters())
         return max(1, min(_NATIVE_STEPS, int(_NATIVE_PRODUCTS / products), _NATIVE_ROWS // batch_size))
@@ -183,7 +183,7 @@ class NativeSteps:
         return losses
 
     def _coefficients(self, first: int, count: int) -> Tensor:
-        """Those of some steps ``[count, B, 6]``, drawn with those of later ones: to wake the threads takes longest."""
+        """Returns the coefficients ``[count, B, 6]``, drawn along with later ones: waking the threads takes longest."""
         if not (first in self._drawn and first + count - 1 in self._drawn):
             self._drawn = range(first, first + len(self._table))
             drawn = ops.step_coefficients(
@@ -194,7 +194,7 @@ class NativeSteps:
         return self._table[start : start + count]
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What Adam keeps of a parameter, as PyTorch makes it before the first step."""
+        """Returns Adam's state of a parameter, created as PyTorch does before the first step."""
         state: dict[str, Tensor] = self._work.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -203,13 +203,13 @@ class NativeSteps:
 
 
 def _parameters(model: nn.Module) -> tuple[list[Any], list[str]]:
-    """Weight and bias, or None, of each layer of an MLP, and the activations."""
+    """Returns the weight and the bias (or None) of each layer of an MLP, and the activations."""
     linears, activations = linear_layers(model) or ([], [])
     return [each for linear in linears for each in (linear.weight, linear.bias)], activations
 
 
 def rates_of(config: TrainConfig, first: int, count: int) -> Tensor:
-    """Of each step the learning rate, and 1 - the decay of the moving average: fp32 ``[count, 2]`` on the host."""
+    """Returns each step's learning rate, and 1 - the decay of the moving average: fp32 ``[count, 2]`` on the host."""
     steps = range(first, first + count)
     rates = [[config.learning_rate(step), 1 - config.ema_decay_at(step)] for step in steps]
     return torch.tensor(rates, dtype=torch.float32, device="cpu")

@@ -39,21 +39,22 @@ __all__ = ["Trainer"]
 
 
 class _Line(NamedTuple):
-    """What a log line will tell, once its loss has come from the device."""
+    """A log line that is written once its loss has arrived from the device."""
 
     step: int
-    steps: int  # that the loss is the mean of
+    steps: int  # the loss is the mean over these
     loss: Fetch
 
 
 class Trainer:
     """Trains a score network and keeps the run in a folder.
 
-    The folder holds ``checkpoint.safetensors``, which `fastsde.checkpoints.load` and ``fastsde sample`` read and which
-    a run resumes from, written whole or not at all, from before the first step on; and ``log.jsonl``, from which a
-    resumed run drops the lines of steps that it takes again. A run that ends or is interrupted, by Ctrl-C or an error,
-    has all its lines there, one that is killed those up to its checkpoint; the first line of a resumed run is the mean
-    of the steps since then. On the CPU a resumed run comes to the very weights of one that was not interrupted.
+    The folder holds ``checkpoint.safetensors`` and ``log.jsonl``. The checkpoint is read by `fastsde.checkpoints.load`
+    and ``fastsde sample``, and a run resumes from it; it is written atomically, from before the first step on. A
+    resumed run drops the log lines of steps that it takes again. The log of a run that ends or is interrupted, by
+    Ctrl-C or an error, has all its lines, that of a killed run those up to its checkpoint; the first line of a resumed
+    run is the mean of the steps since then. On the CPU a resumed run ends with exactly the weights of an uninterrupted
+    one.
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.training.captured.CapturedSteps`); on the CPU those of an
     MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
@@ -61,20 +62,20 @@ class Trainer:
     convolutions are in channels_last; those of a checkpoint are contiguous.
 
     Args:
-        config: the run.
-        directory: its folder. Nothing is written there before `train`.
+        config: the config of the run.
+        directory: the folder of the run. Nothing is written there before `train`.
         device: where to train.
-        dataset: the training data; by default loaded by ``config.data``. Where the model takes images ``[C, H, W]``,
-            they may also come as ``[N, H, W, C]``, and those of one channel as ``[N, H, W]``.
-        data_root: the folder of MNIST.
-        resume: go on from the folder's checkpoint, or start where there is none. Otherwise a folder that has a
-            checkpoint is refused, unless it is from before the first step: that run is started again.
+        dataset: the training data; by default loaded by ``config.data``. For a model of images ``[C, H, W]``, it may
+            also be stored as ``[N, H, W, C]``, and images of one channel as ``[N, H, W]``.
+        data_root: the folder that holds MNIST.
+        resume: go on from the folder's checkpoint, or start if there is none. Otherwise a folder that has a checkpoint
+            is refused, unless that is from before the first step: then the run starts again.
 
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
-        TypeError: for an argument of another type.
-        ValueError: for a checkpoint of another config, or one that is not whole, a device that cannot be used, or data
-            of another shape than the model's.
+        TypeError: for an argument of the wrong type.
+        ValueError: for a checkpoint of another config, or an incomplete one, a device that cannot be used, or data
+            whose shape is not the model's.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ class Trainer:
         self._here = distributed.ranks() or Ranks()
         distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
         if self._here.world > 1 and self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # where NCCL looks
+            torch.cuda.set_device(self.device)  # NCCL uses the current device
         dataset = self._load(data_root) if dataset is None else dataset
         check_instance("dataset", dataset, Dataset)
         resuming = resume and checkpoint.exists()
         start = checkpoints.load(config.init) if config.init and not resuming else None
         self.model = initial_model(config, start).to(self.device)
         if prefers_channels_last(self.model, self.device):
-            self.model.to(memory_format=torch.channels_last)  # and with it the average, gradients and Adam's state
+            self.model.to(memory_format=torch.channels_last)  # and so the average, gradients and Adam's state
         self.earlier_steps = 0 if start is None else steps_of(start)
         self.dataset = dataset.with_shape(self.model.shape).with_pixel_range(config.pixel_range).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
@@ -119,7 +120,7 @@ class Trainer:
             self._restore(*checkpoints.read(checkpoint))
 
     def _load(self, root: str | Path) -> Dataset:
-        """The data set of the config, on each machine by one rank before the others: it may have to be downloaded."""
+        """Loads the config's data set, on each machine first on one rank, which may have to download it."""
         config, waits = self.config, self._here.local_rank != 0
         if waits:
             distributed.mean_over_ranks(0)
@@ -130,12 +131,12 @@ class Trainer:
 
     @property
     def sampling_model(self) -> nn.Module:
-        """The network to sample from: the moving average, where there is one."""
+        """The network to sample from: the moving average, if there is one."""
         model: nn.Module = self.model if self.ema is None else self.ema
         return model
 
     def checkpoint(self) -> Checkpoint:
-        """What the run has come to, to sample from: with EDM's preconditioning a network that predicts x_0."""
+        """Returns the current network to sample from; with EDM's preconditioning, it predicts x_0."""
         model = self.sampling_model
         if self.config.preconditioning == "edm":
             model = Preconditioned(model, self.config.sde, self.config.sigma_data)
@@ -156,17 +157,17 @@ class Trainer:
         )
 
     def train(self, progress: bool = True) -> Checkpoint:
-        """Runs to ``config.steps`` and returns the result; the folder's checkpoint is then that of the last step.
+        """Trains up to ``config.steps`` and returns the result, which the folder's checkpoint then also holds.
 
-        Interrupted by Ctrl-C it ends the step, saves a checkpoint, and raises KeyboardInterrupt.
+        On Ctrl-C it finishes the step, saves a checkpoint, and raises KeyboardInterrupt.
 
         Raises:
-            NonFiniteError: where the loss or the weights become NaN or infinity; the last checkpoint stays.
-            RuntimeError: where another process trains, or has trained, in the folder.
+            NonFiniteError: if the loss or the weights become NaN or infinite; the last checkpoint is kept.
+            RuntimeError: if another process trains, or has trained, in the folder.
         """
-        # All have looked at the folder before the first one writes there.
+        # All ranks have read the folder before the first one writes there.
         differs = distributed.mean_over_ranks(self.step) != self.step
-        if distributed.any_rank(differs):  # a rank that is at the mean does not see it by itself
+        if distributed.any_rank(differs):  # a rank that is at the mean does not notice by itself
             raise RuntimeError(
                 f"the ranks are not at the same step: {self.directory} must be one folder for all of them"
             )
@@ -178,20 +179,20 @@ class Trainer:
             bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
             with bar:
                 self._run(bar, interrupted)
-        distributed.mean_over_ranks(0)  # the first one has written the last checkpoint
+        distributed.mean_over_ranks(0)  # until the first rank has written the last checkpoint
         return self.checkpoint()
 
     def _begin(self) -> None:
-        """Makes the folder fit this trainer, once it is locked."""
+        """Prepares the locked folder for this trainer."""
         path = self.directory / RUN_CHECKPOINT
         step = checkpoints.read(path)[1]["record"]["step"] if path.exists() else None
         if step not in (None, self.step):
             raise RuntimeError(
                 f"the run in {self.directory} has come to step {step} since this trainer was made at step "
-                f"{self.step}: make it anew with resume=True"
+                f"{self.step}: make a new one with resume=True"
             )
         if not step:
-            self._save()  # so that the config is there to resume from, whenever the run is killed
+            self._save()  # so that a run killed at any time has a config to resume from
         self._lines.drop_after(self.step)
 
     def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
@@ -199,8 +200,8 @@ class Trainer:
         try:
             self._take_steps(bar, lines, interrupted)
         except BaseException:
-            if self._here.world == 1:  # of several ranks none leaves a line open, and the others might not answer
-                with suppress(Exception):  # what went wrong first is what counts
+            if self._here.world == 1:  # several ranks leave no line open, and the others may not answer
+                with suppress(Exception):  # the first error is the one to report
                     self._report(bar, lines)
             raise
         finally:
@@ -230,9 +231,9 @@ class Trainer:
             if (self.step % config.log_every == 0 or last) and losses:
                 lines.append(_Line(self.step, self.step - since, Fetch(torch.cat(losses).double().mean())))
                 losses, since = [], self.step
-                # While the device goes on with the steps of this line, the one before is waited for.
+                # Wait for the line before while the device works on the steps of this one.
                 self._report(bar, lines, leave=int(isinstance(steps, CapturedSteps)))
-                # All ranks stop at the same step, or they would wait for each other.
+                # All ranks must stop at the same step, or they would wait for each other forever.
                 stop = stop or distributed.any_rank(interrupted())
             if last or stop or self._is_checkpoint_due(saved):
                 self._report(bar, lines)
@@ -242,13 +243,13 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _is_checkpoint_due(self, saved: float) -> bool:
-        """Returns whether all ranks save at this step, as soon as the clock of one of them says so."""
+        """Returns whether all ranks save at this step: if it is time by the clock of any of them."""
         if self.step % self.config.checkpoint_every:
             return False
         return distributed.any_rank(time.monotonic() - saved >= run_folder.CHECKPOINT_SECONDS)
 
     def _steps(self, work: Work) -> Steps:
-        """The fastest way to take steps that there is."""
+        """Returns the fastest available way to take steps."""
         if self._captures:
             return CapturedSteps(work)
         if can_run_natively(self.config, self.model, self.device, self._here):
@@ -256,7 +257,7 @@ class Trainer:
         return EagerSteps(work, self._here)
 
     def _steps_to_next_stop(self) -> int:
-        """How many steps there are until something is logged or saved."""
+        """Returns the number of steps until something is logged or saved."""
         every = (self.config.log_every, self.config.checkpoint_every)
         return min(self.config.steps - self.step, *(each - self.step % each for each in every))
 
@@ -265,9 +266,9 @@ class Trainer:
         return f"try a lower lr, after deleting {self.directory} or in another folder"
 
     def _report(self, bar: tqdm[Any], lines: deque[_Line], leave: int = 0) -> None:
-        """Logs the lines whose losses are there, waiting for those of all but the last ``leave``.
+        """Logs the lines whose losses have arrived, after waiting for all but the last ``leave`` lines.
 
-        Lines that come together share their rate.
+        Lines that are logged together share their rate.
         """
         due: list[tuple[_Line, float]] = []
         while lines and (len(lines) > leave or lines[0].loss.is_ready()):
@@ -307,4 +308,4 @@ class Trainer:
         try:
             restore(tensors, self.model, self.ema, self.optimizer, self.step > 0)
         except KeyError as error:
-            raise ValueError(f"{path} is not a whole training checkpoint: it lacks {error}") from error
+            raise ValueError(f"{path} is not a complete training checkpoint: it lacks {error}") from error

@@ -289,7 +289,7 @@ def test_layers_that_do_not_fit_are_no_mlp() -> None:
             fastsde.sample(ConcatTime(_linears(*shapes)), (4, 2), steps=2)
     net = _linears((3, 8), (8, 2))
     net[0].bias = nn.Parameter(torch.ones(1))  # which PyTorch broadcasts
-    with pytest.raises(ValueError, match="runs MLPs alone"):
+    with pytest.raises(ValueError, match="only runs MLPs"):
         fastsde.Sampler(ConcatTime(net), (2,), backend="persistent")
     assert fastsde.sample(ConcatTime(net), (4, 2), steps=2).isfinite().all()
 
