@@ -705,7 +705,7 @@ def test_continuous_solvers_name_bad_times(name, times, error, message):
             {"alpha": [0.0, 0.8, 0.9]},
             "prediction='eps' does not determine x_0 where alpha is 0: .* prediction='v', 'x0' or 'flow'",
         ),
-        ({"alpha": [1e-40, 0.8, 0.9], "prediction": "score"}, "prediction='score' tells nothing .* alpha is 1e-40"),
+        ({"alpha": [1e-40, 0.8, 0.9], "prediction": "score"}, "prediction='score' does not determine .*is 1e-40"),
         ({"sigma": [0.9, 0.0, 0.1]}, "sigma must be positive, or zero at the last point, got 0"),
         ({"sigma": [0.9, 0.5, -0.1]}, "sigma must be positive, or zero at the last point, got -0.1"),
         ({"sigma": [0.9, 0.5, 0.7]}, "sigma / alpha must decrease strictly"),
