@@ -39,7 +39,7 @@ class Replay:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastsde")
     group.addoption("--quick", action="store_true", help="small sizes: three minutes on two cores")
-    group.addoption("--device", default=None, help="cpu or cuda; by default cuda where there is one")
+    group.addoption("--device", default=None, help="cpu or cuda; by default cuda if available")
 
 
 def _plan(config: pytest.Config) -> Plan:

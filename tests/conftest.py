@@ -1,4 +1,4 @@
-"""Shared configuration of the suite: tests marked ``gpu`` are skipped, with the reason, where there is no GPU."""
+"""Shared configuration of the suite: tests marked ``gpu`` are skipped, with the reason, if there is no GPU."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def native_state() -> str:
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Returns whether this CPU multiplies bf16 in hardware, or True where that is unknown."""
+    """Returns whether this CPU multiplies bf16 in hardware, or True if that is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

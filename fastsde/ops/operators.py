@@ -109,7 +109,7 @@ def launch_perturb(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`fastsde.ops.perturb` by its kernel: x_in, tau, and the noise where it is kept. Arguments are trusted."""
+    """Runs the kernel of `fastsde.ops.perturb`; returns x_in, tau, and the noise if kept. Arguments are not checked."""
     x_in = _new_batch(x_0, index, dtype)
     tau, kept = table.new_empty(x_in.shape[0]), _new_batch(x_0, index, torch.float32) if keeps else None
     x_0, keys, table, index, z = contiguous(x_0, keys, table, index, z)

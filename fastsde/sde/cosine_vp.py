@@ -52,7 +52,7 @@ class CosineVPSDE(Process):
         return self._speed * self.s
 
     def _left(self, t: Tensor | float) -> Tensor:
-        """phi(t) = pi/2 - theta(t)."""
+        """Returns phi(t) = pi/2 - theta(t)."""
         return self._speed * (1 - as_time(t))
 
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -66,7 +66,7 @@ class CosineVPSDE(Process):
         return torch.sqrt(torch.sin(angle) * torch.sin(angle + 2 * self._start)) / math.cos(self._start)
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        """-alpha alpha' / sigma: infinite at t = 0, unless s is 0."""
+        """Returns -alpha alpha' / sigma: infinite at t = 0, unless s is 0."""
         t = as_time(t)
         rate = -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
         return rate if self.s else torch.where(t == 0, self._speed, rate)

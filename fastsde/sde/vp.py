@@ -78,7 +78,7 @@ class VPSDE(LinearBeta):
         return torch.sqrt(-torch.expm1(-self.integral_beta(t)))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        """beta alpha^2 / (2 sigma): infinite at t = 0, unless beta is 0 there."""
+        """Returns beta alpha^2 / (2 sigma): infinite at t = 0, unless beta is 0 there."""
         t = as_time(t)
         rate = 0.5 * self.beta(t) * torch.exp(-self.integral_beta(t)) / self.sigma(t)
         return rate if self.beta_min else torch.where(t == 0, math.sqrt(0.5 * self.beta_max), rate)

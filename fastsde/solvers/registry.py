@@ -75,7 +75,7 @@ def solver(
     corrects_at: Callable[[Process, float, str], bool] | None = None,
     needs_alpha: bool = False,
 ) -> Callable[[Builder], Builder]:
-    """Decorator that registers a builder under its own name; the first variant is the one without options."""
+    """Registers the decorated builder under its own name; the first variant is the one without options."""
 
     if not variants or not all(isinstance(variant, Variant) for variant in variants):
         raise TypeError(f"solver takes one Variant or more, as in @solver(Variant(order)), got {variants}")

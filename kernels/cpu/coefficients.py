@@ -21,9 +21,9 @@ def coefficients(times: Tensor, rows: Tensor, first: int, shift: int, out: Tenso
 def step_coefficients(
     keys: Tensor, step: int, low: float, span: float, rows: Tensor, first: int, shift: int, out: Tensor
 ) -> int:
-    """Like `coefficients`, at the times low + span u of R steps from ``step`` on, with ``out`` ``[R, n, 6]``.
+    """Writes `coefficients` at the times low + span u of R steps from ``step`` on to ``out`` ``[R, n, 6]``.
 
-    u are the uniforms of ``keys``, int64 ``[n, 2]``.
+    u are the uniforms of ``keys``, int64 ``[n, 2]``. Returns how many times lie outside.
     """
     given = (rows, len(rows), first, shift)
     outside: int = call("step_coefficients", keys, step, len(out), low, span, len(keys), *given, out)
