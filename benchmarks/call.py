@@ -1,6 +1,6 @@
-"""What a call and a row cost beside the network: one sample in one row, and rows of a small network of one's own.
+"""The overhead of a call and of a row: one sample in one row, and rows of a small custom network.
 
-Here a loop has little to do, and whatever is around it shows: checks, choices, keys, and the launch of the step.
+The network has little to do here, so that everything around it shows: checks, choices, keys, and the step's launch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WIDTH, _DIM, _N, _ROWS = 64, 5, 64, 499
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """A warm call, and the rows of a small network that nothing is known of."""
+    """Yields a warm call, and the rows of a small network that fastsde does not know."""
     load = partial(checkpoints.load, "swiss-roll")
     one = Trajectory(load, (2,), 1, 1, plan.device, *mlp_work())
     yield _case(one, "call-one", "one sample, one row", "auto", calls=50)

@@ -1,8 +1,8 @@
 """``pytest benchmarks``: every provider of every case as a test of pytest-benchmark.
 
-pytest-benchmark times one test after the other. Here the providers of a case are timed in turn, as everywhere in this
-suite: the first test of a case runs all of it, and each test hands the rounds of its provider to pytest-benchmark,
-whose tables, JSON and comparisons then work as usual.
+pytest-benchmark times one test after the other. Here the rounds of a case's providers are interleaved, as everywhere in
+this suite: the first test of a case runs the whole case, and each test passes the rounds of its provider to
+pytest-benchmark, whose tables, JSON and comparisons then work as usual.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastsde.benchmarks.suite.run import cases, new_result, outcomes  # noqa: E4
 
 
 class Replay:
-    """A timer that tells the times of rounds that have been measured before."""
+    """A timer that replays the times of rounds that have already been measured."""
 
     def __init__(self) -> None:
         self._stamps: Iterator[float] = iter(())
@@ -39,7 +39,7 @@ class Replay:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastsde")
     group.addoption("--quick", action="store_true", help="small sizes: three minutes on two cores")
-    group.addoption("--device", default=None, help="cpu or cuda; by default cuda where there is one")
+    group.addoption("--device", default=None, help="cpu or cuda; by default cuda if available")
 
 
 def _plan(config: pytest.Config) -> Plan:
@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def run(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
-    """Runs a case once, with its baseline and the providers whose tests have been selected."""
+    """Returns a function that runs a case once, with its baseline and the providers whose tests are selected."""
     chosen = {(item.callspec.params["case"].name, item.callspec.params["provider"]) for item in request.session.items}
     plan = _plan(pytestconfig)
     most = cache(lambda: new_result(plan)[1])

@@ -1,8 +1,8 @@
 """The denoising loss and its gradient, for the network's output, given x_0, t and the noise.
 
-The tutorial has x_t, its mean and its variance at hand, lean PyTorch sigma and the noise; fastsde has its coefficients,
-and on a CPU the noise, which on a GPU it draws again from its key. What no program can do without is to read the output
-and to write the gradient.
+The tutorial's code is given x_t, its mean and its variance; lean PyTorch is given sigma and the noise; fastsde is given
+its coefficients, and on a CPU the noise, which it draws again from the keys on a GPU. Every program has to read the
+output and write the gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CPU_LARGE = (1000, 3072)
 
 @dataclass(frozen=True)
 class Batch:
-    """The network's output and all that anybody computes its loss from, the same noise for all."""
+    """The network's output and everything that a provider computes its loss from, with the same noise for all."""
 
     f: Tensor
     x_0: Tensor
@@ -45,12 +45,12 @@ class Batch:
 
     @cached_property
     def table(self) -> Tensor:
-        """The coefficients, which fastsde holds from the noising to the loss."""
+        """The coefficients, which fastsde keeps from the noising to the loss."""
         return OBJECTIVE.table(self.t)
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t, its mean and its variance, which the tutorial holds from the noising to the loss."""
+        """x_t, its mean and its variance, which the tutorial keeps from the noising to the loss."""
         mean = SDE.alpha(self.t)[:, None] * self.x_0
         return mean + self.sigma * self.z, mean, self.sigma.square()
 
@@ -79,7 +79,7 @@ class Batches:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick digits alone."""
+    """Yields all batches; with --quick only the digits."""
     for name, shape in _BATCHES.items():
         if name == "large" and not plan.has_gpu:
             shape = _CPU_LARGE
@@ -121,7 +121,7 @@ def _case(batches: Batches, name: str) -> Case:
 
 
 def tutorial_loss(batch: Batch) -> Tensor:
-    """variance * (f - target)^2."""
+    """Computes the mean of variance * (f - target)^2."""
     x_t, mean, variance = batch.moments
     target = -(x_t - mean) / variance
     return (variance * (batch.f - target) ** 2).mean()
@@ -162,7 +162,7 @@ def _with_gradient(batches: Batches, make: Callable[[], Loss]) -> Rotated[Batch]
 
 
 def _prove(run: Rotated[Batch], result: tuple[Tensor, Tensor]) -> Figures:
-    """Loss and gradient beside those in float64, as shares of the loss and of the largest gradient."""
+    """Checks loss and gradient against float64, relative to the loss and to the largest gradient."""
     batch = run.last
     f = batch.f.detach().double().requires_grad_()
     value = _residual(f, batch.z.double(), SDE.sigma(batch.t.double())[:, None])

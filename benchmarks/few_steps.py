@@ -1,4 +1,4 @@
-"""Few-step sampling: digits by DPM-Solver++(2M) in 20 rows, beside that solver in eager PyTorch and in diffusers."""
+"""Few-step sampling: digits by DPM-Solver++(2M) in 20 rows, compared with the solver in eager PyTorch and diffusers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 20
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick 4 digits."""
+    """Yields two batch sizes; with --quick only 4 digits."""
     for n in (4,) if plan.quick else (20, 1000) if plan.has_gpu else (20, 256):
         load = partial(checkpoints.load, "mnist")
         sizes = (DIGITS, n, ROWS, plan.device)

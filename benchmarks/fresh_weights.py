@@ -1,5 +1,5 @@
 """The tutorial's networks before training. Their samples diverge, and their activations underflow to subnormal numbers,
-each of which costs many CPUs 150 cycles. The same networks after training are in `swiss_roll.py` and `mnist.py`.
+each of which costs 150 cycles on many CPUs. `swiss_roll.py` and `mnist.py` have the same networks after training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tasks.trajectory import Trajectory, proof
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick the MLP alone. The time of a row is the same in all rows."""
+    """Yields the MLP and the U-Net; with --quick only the MLP. All rows take the same time."""
     rows = 100 if plan.quick else 250
     points = Trajectory(partial(fresh, MLP), (2,), 1000, rows, plan.device, *mlp_work(), clocks=CLOCKS)
     yield _case(points, "fresh-mlp", "untrained MLP", mlp_samplers(points, proof(points)))

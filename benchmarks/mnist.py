@@ -1,7 +1,7 @@
 """Sampling of digits by the tutorial's U-Net, in batches of 1, 20, 256 and 1,000.
 
-A thousand digits take the tutorial's loop ten minutes on a CPU, so that there are fewer rows than 999 there. The time
-of a row is the same in all of them.
+A thousand digits take the tutorial's loop ten minutes on a CPU, which therefore runs fewer rows than 999. All rows take
+the same time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .suite.plan import Plan
 from .tasks.networks import DIGITS, UNET_KERNELS, unet_work
 from .tasks.trajectory import ImagesProof, Proof, Trajectory
 
-_CPU_ROWS = {20: 250, 1000: 5, 1: 250, 256: 20}  # where the time is short, the last are left out
+_CPU_ROWS = {20: 250, 1000: 5, 1: 250, 256: 20}  # if time is short, the last ones are left out
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick 20 digits in 10 rows."""
+    """Yields all batch sizes; with --quick only 20 digits in 10 rows."""
     for n in (20,) if plan.quick else _CPU_ROWS:
         rows = 10 if plan.quick else 999 if plan.has_gpu else _CPU_ROWS[n]
         yield _case(plan, n, rows)
@@ -42,7 +42,7 @@ def _case(plan: Plan, n: int, rows: int) -> Case:
 
 
 def unet_samplers(task: Trajectory, proof: Proof) -> list[Provider]:
-    """Every backend and precision."""
+    """Returns a provider for each backend and precision."""
     precisions = sampling.precisions(task)
     backends = ("eager", "graph") if task.device.type == "cuda" else ("eager",)
     found = [ours.sampler(task, proof, "reference", precisions[0])]

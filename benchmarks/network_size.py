@@ -1,7 +1,7 @@
-"""Where the gains end: networks whose own arithmetic leaves little else to save, and one that is not this package's.
+"""Where the gains end: networks dominated by their own arithmetic, and one that fastsde does not know.
 
 Untrained U-Nets of 1, 2 and 4 times the tutorial's width (1, 4 and 16 times its arithmetic), the first also as a
-network that nothing is known of, and an MLP 512 wide.
+network that fastsde does not know, and an MLP 512 wide.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MLP_WIDTH = 512
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick the network that nothing is known of."""
+    """Yields all networks; with --quick only the one that fastsde does not know."""
     rows = 5 if plan.quick else 100 if plan.has_gpu else 10
     for width, known in ((1, False),) if plan.quick else ((1, False), (1, True), (2, True), (4, True)):
         work = unet_work([width * channels for channels in CHANNELS])

@@ -1,4 +1,4 @@
-"""Normals of the noise contract, beside PyTorch's generator."""
+"""Normals of the noise contract, compared with PyTorch's generator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANDN = "torch.randn"
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """A million, in one sample and in many."""
+    """Yields a million normals in one sample and in many; with --quick only in one."""
     for name, shape in (("sample", (1, 1_000_000)), ("images", (1276, 784))):
         if name == "sample" or not plan.quick:
             yield _case(plan, name, shape)
@@ -67,12 +67,12 @@ def _kernel(shape: tuple[int, ...], device: torch.device) -> Run:
 
 
 def _prove_normal(run: Run, z: Tensor) -> Figures:
-    """Of two draws."""
+    """Checks the distribution of two draws."""
     first = z.clone()
     return check_normals("what is drawn", torch.stack((first, run())))
 
 
 def _prove_ours(shape: tuple[int, ...], run: Run, z: Tensor) -> Figures:
-    """As the contract allows."""
+    """Checks that normals differ by at most what the contract allows."""
     keys = keys_of(shape, z.device)
     return check("a normal", float((z - noise.normal(keys, 0, shape[1:])).abs().max()), 4e-6)

@@ -1,4 +1,4 @@
-"""Posterior noising: t and z are drawn and x_t = alpha(t) x_0 + sigma(t) z computed, for batches of data."""
+"""Noising of batches of data: draws t and z and computes x_t = alpha(t) x_0 + sigma(t) z."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OBJECTIVE = Objective(SDE)
 
 @dataclass(frozen=True)
 class Batches:
-    """Data to noise in turn, as pixels or in fp32."""
+    """Batches of data to be noised in turn, as pixels or in fp32."""
 
     shape: tuple[int, ...]
     of_pixels: bool
@@ -51,7 +51,7 @@ class Batches:
 
     @property
     def scale(self) -> float:
-        """Of what the data are given in."""
+        """The factor from the stored data to the range [0, 1]."""
         return 1 / 255 if self.of_pixels else 1.0
 
     @cached_property
@@ -66,12 +66,12 @@ class Batches:
         return keys_of(self.shape, self.plan.device)
 
     def data(self, given: Tensor) -> Tensor:
-        """In fp32."""
+        """Returns the data in fp32."""
         return given.float() * self.scale if self.of_pixels else given
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick digits alone."""
+    """Yields all batches; with --quick only the digits."""
     for name, (shape, of_pixels) in _BATCHES.items():
         if name == "large" and not plan.has_gpu:
             shape = _CPU_LARGE
@@ -109,7 +109,7 @@ def _on(batches: Batches, perturb: Callable[[Tensor], Any]) -> Rotated[Tensor]:
 
 
 def _compiled(batches: Batches) -> Rotated[Tensor]:
-    """From what the data are given in."""
+    """Compiles the noising together with the conversion of the stored data."""
     fast = compiled(lambda given: lean.perturb(batches.data(given))[:2], batches.plan.device)
     return Rotated(fast, batches.given)
 
@@ -134,14 +134,14 @@ def _kernel(batches: Batches) -> Rotated[Tensor]:
 
 
 def _prove_ours(batches: Batches, run: Rotated[Tensor], result: reference.Noised) -> Figures:
-    """x_t to what normals may differ by, and rounding; t to rounding."""
+    """Checks x_t and t against the reference, up to rounding and the allowed difference of normals."""
     expected = _reference(batches, run.last)
     errors = [float((one - other).abs().max()) for one, other in zip(result[:2], expected[:2], strict=True)]
     return check("x_t or t", max(errors), 1e-5)
 
 
 def _prove_drawn(batches: Batches, run: Rotated[Tensor], result: tuple[Tensor, ...]) -> Figures:
-    """What is left beside alpha x_0 is noise of standard deviation sigma, and t is uniform."""
+    """Checks that x_t - alpha x_0 is noise of standard deviation sigma, and that t is uniform."""
     x_t, t = result[0].double(), result[1].double()
     z = (x_t - SDE.alpha(t) * batches.data(run.last)) / SDE.sigma(t)
     uniform = [abs(float((t**k).mean()) - 1 / (k + 1)) * math.sqrt(len(t)) / 0.3 for k in (1, 2)]

@@ -1,4 +1,4 @@
-"""The report's pictures: a roofline, and the speed over the batch size."""
+"""The report's plots: a roofline, and the speed over the batch size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARKERS = "osD^vP"
 
 
 def draw(result: Figures, folder: Path, name: str) -> Iterator[Path]:
-    """Draws ``NAME-roofline.png`` and ``NAME-batch.png``, whole or not at all, and returns their paths."""
+    """Draws ``NAME-roofline.png`` and ``NAME-batch.png``, written atomically, and yields their paths."""
     for kind, figure in (("roofline", roofline(result)), ("batch", batch_sizes(result))):
         path = folder / f"{name}-{kind}.png"
         with atomic_path(path) as temporary, mpl.rc_context({"font.size": 8}):
@@ -33,15 +33,15 @@ def draw(result: Figures, folder: Path, name: str) -> Iterator[Path]:
 
 
 def _flop(work: Figures) -> float:
-    """All arithmetic of a task, a special function counted as on a CPU."""
+    """Returns the total arithmetic of a task, with special functions counted as on a CPU."""
     total: float = work["flop"] + SPECIAL_FLOP * work["specials"]
     return total
 
 
 def roofline(result: Figures) -> Figure:
-    """Arithmetic a second over arithmetic a byte, under the copy bandwidth and the rates of products.
+    """Draws FLOP per second over FLOP per byte, below the copy bandwidth and the rates of matrix products.
 
-    A task is a vertical line from the baseline to the fastest of fastsde, with a number that the legend explains.
+    Each task is a vertical line between the baseline and the fastest provider of fastsde, numbered as in the legend.
     """
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -77,7 +77,7 @@ def roofline(result: Figures) -> Figure:
 
 
 def _task(axes: Any, record: Figures, x: float, flop: float, number: int) -> None:
-    """The fastest in fp32, or the default precision, of each side."""
+    """Draws a task: the fastest provider of each side, in fp32 or the default precision."""
     row = headlines(record)[0]
     marks = [(row.ours, _OURS, _OURS), (row.other, _OTHER, "white"), (record["baseline"], _BASE, "white")]
     rates = [(flop / row.median(name), color, face) for name, color, face in marks if name in timed(record)]
@@ -91,7 +91,7 @@ def _task(axes: Any, record: Figures, x: float, flop: float, number: int) -> Non
 
 
 def batch_sizes(result: Figures) -> Figure:
-    """Samples times rows a second, over the number of samples, of each provider."""
+    """Draws samples times rows per second over the number of samples, for each provider."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, len(_SWEEPS))
     for axes, (subject, title) in zip(panels, _SWEEPS.items(), strict=True):
@@ -118,12 +118,12 @@ def batch_sizes(result: Figures) -> Figure:
 
 
 def _in_order(records: Iterable[Figures]) -> list[str]:
-    """The names of all providers, those of fastsde first."""
+    """Returns the names of all providers, with fastsde's first."""
     names = dict.fromkeys(name for record in records for name in timed(record))
     return sorted(names, key=lambda name: not is_ours(name))
 
 
 def _rank(name: str, names: list[str]) -> float:
-    """Its place among those of its kind, from 0 to 1."""
+    """Returns the position of a provider among fastsde's or among the others, from 0 to 1."""
     own = [each for each in names if is_ours(each) == is_ours(name)]
     return own.index(name) / max(1, len(own) - 1)

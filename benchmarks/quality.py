@@ -1,8 +1,8 @@
 """How good the samples of a model are: ``python -m fastsde.benchmarks.quality swiss-roll|mnist``.
 
 The swiss roll is judged by the mean sliced 1-Wasserstein distance to fresh data; MNIST by a small CNN trained here on
-the real digits: how sure it is of the samples, how they spread over the classes, and the Frechet distance between its
-features of samples and of test digits.
+the real digits: how confident it is of the samples, how they are spread over the classes, and the Frechet distance
+between its features of samples and of test digits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DIRECTIONS = 256
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = DIRECTIONS) -> float:
-    """Mean 1-Wasserstein distance of two equally large sets of points ``[n, 2]`` over evenly spread directions."""
+    """Returns the mean 1-Wasserstein distance of two sets of points ``[n, 2]`` over evenly spaced directions."""
     angles = torch.arange(directions, dtype=torch.float64) * (torch.pi / directions)
     axes = torch.stack((angles.cos(), angles.sin()))
     projected = [(points.double() @ axes).sort(dim=0).values for points in (a, b)]
@@ -42,7 +42,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = DIRECTIONS) -> fl
 
 
 def swiss_roll_distance(checkpoint: Checkpoint, n: int = 10_000, seed: int = 0, **options: Any) -> dict[str, float]:
-    """The distance of samples to fresh data, and for scale that of two fresh sets of data."""
+    """Returns the distance of samples to fresh data and, for scale, the distance of two fresh data sets."""
     options = {"sde": checkpoint.sde, "prediction": checkpoint.prediction, "seed": seed, **options}
     x = fastsde.sample(checkpoint.model, (n, 2), **options)
     fresh, other = (data.swiss_roll(n, seed=1_000_001 + 2 * seed + i).x for i in range(2))
@@ -50,7 +50,7 @@ def swiss_roll_distance(checkpoint: Checkpoint, n: int = 10_000, seed: int = 0, 
 
 
 class Classifier(nn.Module):
-    """A small CNN for 28x28 digits. Its 128 penultimate features serve the Frechet distance."""
+    """A small CNN for 28x28 digits. Its 128 penultimate features are used for the Frechet distance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(root: str | Path, epochs: int = 20, seed: int = 0) -> tuple[Classifier, float, Tensor]:
-    """The classifier, its accuracy on the test digits, and those digits ``[N, 1, 28, 28]`` in [-1, 1]."""
+    """Returns the classifier, its accuracy on the test digits, and those digits ``[N, 1, 28, 28]`` in [-1, 1]."""
     torch.manual_seed(seed)
     (train, labels), (test, test_labels) = (data.mnist_files(root, train=which) for which in (True, False))
     train, test = (x.float() / 127.5 - 1 for x in (train, test))
@@ -85,17 +85,17 @@ def train_classifier(root: str | Path, epochs: int = 20, seed: int = 0) -> tuple
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two sets of features ``[n, d]`` (Heusel et al. 2017)."""
+    """Returns |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features ``[n, d]`` (Heusel et al. 2017)."""
     (mean_a, cov_a), (mean_b, cov_b) = (
         (x.mean(0), np.cov(x, rowvar=False)) for x in (a.double().numpy(), b.double().numpy())
     )
-    # The trace of the root is the sum of the roots of the eigenvalues, real and not negative but for rounding.
+    # The trace of the root is the sum of the roots of the eigenvalues, which are real and >= 0 up to rounding.
     roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0))
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum())
 
 
 def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, Any]:
-    """What the classifier makes of samples ``[n, 1, 28, 28]`` in [-1, 1]."""
+    """Returns how the classifier rates samples ``[n, 1, 28, 28]`` in [-1, 1]."""
     with torch.no_grad():
         probability, label = classifier(x).softmax(1).max(1)
         features, test_features = classifier.body(x), classifier.body(test)

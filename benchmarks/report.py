@@ -1,10 +1,10 @@
-"""Result files as the README's tables, as pictures, and beside one another.
+"""Turns result files into the README's tables, plots and comparisons.
 
 python -m benchmarks.report RESULT.json ...                      the tables, as Markdown
 python -m benchmarks.report RESULT.json ... --readme README.md   writes them between the README's marks
 python -m benchmarks.report RESULT.json ... --plots FOLDER       a roofline and the speed over the batch size of each
 python -m benchmarks.report OLD.json NEW.json --compare          what became faster or slower from one commit to another
-python -m benchmarks.report OLD.json NEW.json --merge ALL.json   cases of the new one, and of the old what that lacks
+python -m benchmarks.report OLD.json NEW.json --merge ALL.json   all cases of NEW, and those that only OLD has
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MARK = re.compile(r"(?P<begin><!-- benchmarks:(?P<files>[^>]*)-->\n).*?(?P<end>
 
 
 def load(path: Path) -> Figures:
-    """A result file of ``fastsde bench``.
+    """Loads a result file of ``fastsde bench``.
 
     Raises:
-        ValueError: for a file that is none.
+        ValueError: for a file that is not one.
     """
     try:
         result: Figures = json.loads(path.read_text())
@@ -49,7 +49,7 @@ def load(path: Path) -> Figures:
 
 
 def about(result: Figures) -> str:
-    """The machine, the versions and the commit, in a line."""
+    """Returns the machine, the versions and the commit in one line."""
     threads = f"{result['threads']} threads"
     if "threads_wait" in result:
         threads += f", which wait: {result['threads_wait']}"
@@ -64,7 +64,7 @@ def about(result: Figures) -> str:
 
 
 def markdown(result: Figures) -> str:
-    """A paragraph on the machine and a table of all cases."""
+    """Returns a paragraph about the machine and a table of all cases."""
     rows = [row.cells for record in result["cases"] for row in headlines(record)]
     lines = [about(result) + ".", "", _row(TITLES), _row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(_row, rows)]
     lines += _of_the_host(result["cases"])
@@ -81,7 +81,7 @@ def markdown(result: Figures) -> str:
 
 
 def _of_the_host(records: Sequence[Figures]) -> list[str]:
-    """How single kernels were timed on a GPU, and what a call of each takes the host."""
+    """Returns how single kernels were timed on a GPU, and the host time for a call of each."""
     found = []
     for record in filter(has_replays, records):
         chosen = {name: each for name, each in timed(record).items() if name == record["baseline"] or is_ours(name)}
@@ -100,12 +100,12 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def block(paths: Sequence[Path]) -> str:
-    """What stands between the marks of the README."""
+    """Returns the text between the marks of the README."""
     return "\n\n".join(markdown(load(path)) for path in paths)
 
 
 def marked_files(readme: str) -> list[str]:
-    """The result files that the README's marks name, relative to its folder."""
+    """Returns the result files named by the README's marks, relative to its folder."""
     found = _MARK.search(readme)
     if found is None:
         raise ValueError("readme must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->")
@@ -113,20 +113,20 @@ def marked_files(readme: str) -> list[str]:
 
 
 def with_tables(readme: str, folder: Path) -> str:
-    """The README with the tables of the result files that its mark names."""
+    """Returns the README with the tables of the result files named by its mark."""
     made = block([folder / name for name in marked_files(readme)])
     return _MARK.sub(lambda found: f"{found['begin']}\n{made}\n\n{found['end']}", readme)
 
 
-_SETTINGS = ("device", "threads", "threads_wait", "torch", "quick")  # without which figures say little of one another
+_SETTINGS = ("device", "threads", "threads_wait", "torch", "quick")  # results with other settings are hardly comparable
 
 # Two commits --------------------------------------------------------------------------------------------------------
 
 
 def compare(before: Figures, after: Figures) -> list[str]:
-    """Every provider that both have timed, as the ratio to its baseline, and how that has changed.
+    """Returns, for every provider timed in both, the ratio to its baseline and how it has changed.
 
-    A change counts where it is beyond twice what the baseline differed from itself and what the rounds were spread by.
+    A change counts if it exceeds twice the noise: the baseline's difference from itself, or the spread of the rounds.
     """
     rows = [("case", "provider", "before", "after", "change", "")]
     old = {record["name"]: record for record in before["cases"]}
@@ -142,7 +142,7 @@ def compare(before: Figures, after: Figures) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     titles = [f"before  {about(before)}", f"after   {about(after)}"]
     other = [key for key in _SETTINGS if before.get(key) != after.get(key)]
-    titles.append(f"of another {', '.join(other)}: ratios say little" if other else "")
+    titles.append(f"with another {', '.join(other)}: ratios are hardly comparable" if other else "")
     return titles + [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
@@ -166,7 +166,7 @@ def _speed(record: Figures, name: str) -> float | None:
 
 
 def _doubt(record: Figures, name: str) -> float:
-    """The noise of the measurement, or half the spread of the rounds, as a share."""
+    """Returns the relative noise of the measurement, or half the relative spread of the rounds if that is larger."""
     spreads = [
         (each["p80_s"] - each["p20_s"]) / 2 / each["median_s"]
         for each in (record["providers"][record["baseline"]], record["providers"][name])
@@ -178,7 +178,7 @@ def _doubt(record: Figures, name: str) -> float:
 
 
 def merge(before: Figures, after: Figures) -> Figures:
-    """The newer result with the cases that only the older one has, each with the commit that it was measured at.
+    """Returns the newer result plus the cases that only the older one has, with the commit of their measurement.
 
     Raises:
         ValueError: for results of different machines, PyTorch versions or settings.
@@ -239,7 +239,7 @@ def main(
 
 def _write_readme(readme: Path, results: Sequence[Path]) -> None:
     folder, text = readme.resolve().parent, readme.read_text()
-    marked_files(text)  # raises where there are no marks
+    marked_files(text)  # raises if there are no marks
     names = " ".join(os.path.relpath(path.resolve(), folder) for path in results)
     text = _MARK.sub(lambda found: f"<!-- benchmarks: {names} -->\n{found['end']}", text)
     with atomic_path(readme) as temporary:

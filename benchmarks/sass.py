@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels, without a GPU: ``python -m fastsde.benchmarks.sass``.
 
-Each kernel is compiled for sm_80, sm_90 and sm_100 and disassembled. The table counts thread-instructions an element,
-the widest global access, and what must not be there: spills and local memory.
+Each kernel is compiled for sm_80, sm_90 and sm_100 and disassembled. The table shows thread-instructions per element,
+global accesses by width, and what should not occur: spills and local memory.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ CAPABILITIES = (80, 90, 100)
 _PROCESSORS = 132  # of an H100 or H200
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
-_UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, and the end of the program
+_UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, jumps, and the end of the program
 
 
 @dataclass(frozen=True)
 class Case:
     """A variant of a kernel: the type of each run-time argument ("*fp32", "i64", ...) and each compile-time value.
 
-    An argument may be a tuple, whose types are None where an element is None.
+    For a tuple argument the type is a tuple, with None for elements that are None.
     """
 
     name: str
     kernel: Any
     arguments: dict[str, str | tuple[str | None, ...]]
     constants: dict[str, Any]
-    elements: int  # that a program works on (of `mlp_sampler`: samples)
+    elements: int  # per program (for `mlp_sampler`: samples)
     num_warps: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one variant compiled to for one capability."""
+    """The result of compiling one variant for one capability."""
 
     name: str
     capability: int
     instructions: int
-    instructions_per_element: float  # thread-instructions, those of a loop once: of `mlp_sampler`, a sample and row
+    instructions_per_element: float  # thread-instructions, loop bodies counted once: `mlp_sampler`'s per sample and row
     registers: int
     shared_bytes: int
-    stack_bytes: int  # what spills take
+    stack_bytes: int  # used by spills
     local_accesses: int
-    loop_instructions: int  # of the longest loop, which in `mlp_sampler` is that of the rows
-    loop_special: int  # those of them that are special functions
+    loop_instructions: int  # in the longest loop, which in `mlp_sampler` is the loop over rows
+    loop_special: int  # special functions among these
     global_accesses: dict[str, int]
     matrix: dict[str, int]
 
 
-# The kernels of small tiles that are looked at.
+# The kernels that are also compiled for small tiles.
 SMALL = ("solver_step, counter, time and status", "perturb", "dsm_loss", "dsm_loss, backward")
 
 
@@ -80,7 +80,7 @@ def _cases(capability: int) -> Iterator[Case]:
 
 
 def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
-    """Each kernel on large tiles, and the two of a captured trajectory's or training's step on small ones."""
+    """Yields each kernel on large tiles, and those of a captured sampling or training step on small tiles."""
     from fastsde.kernels import dsm_loss, normal, perturb
 
     num_warps, constants = constants["num_warps"], {k: v for k, v in constants.items() if k != "num_warps"}
@@ -105,7 +105,7 @@ def _tile_cases(few: str, constants: dict[str, Any]) -> Iterator[Case]:
 
 
 def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Steps of Euler-Maruyama, and of a multistep method with all that a step may have."""
+    """Yields steps of Euler-Maruyama and DDIM, and of a multistep method with everything that a step may have."""
     from fastsde.kernels.solver_step import solver_step_kernel
 
     step = dict.fromkeys(("f_uncond_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "input_ptr"))
@@ -129,14 +129,14 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
 
 
 def _multistep(stochastic: bool) -> StepTable:
-    """A table of two slots, with a clip."""
+    """Builds a table of two slots, with a clip."""
     points = torch.linspace(1, 0.1, 5, dtype=torch.float64)
     sde = VPSDE()
     return solvers.dpm_solver_pp_2m(sde.alpha(points), sde.sigma(points), points[:-1], stochastic=stochastic, clip=1.0)
 
 
 def _integer_cases() -> Iterator[Case]:
-    """Keys, the data order and times with their coefficients; elements are samples."""
+    """Yields the kernels of keys, the data order, and times with their coefficients; elements are samples."""
     from fastsde.kernels import coefficients, data_order, sample_keys, tile, uniform
 
     arguments = {"out_ptr": "*i64", **dict.fromkeys(("seed", "first", "n"), "i64"), "BLOCK": sample_keys.BLOCK}
@@ -158,7 +158,7 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_
     return Case(name, kernel, types, values, elements, num_warps)
 
 
-# Type of the images, height and width, channels, whether the layer pools and adds the time.
+# Type of the images, size (height and width), channels, whether the layer pools, whether it adds the time.
 UNET_LAYERS = {
     "bias_activation, bf16, first": ("*bf16", 28, 32, True, True),
     "bias_activation, bf16, encoder": ("*bf16", 7, 128, True, False),
@@ -182,7 +182,7 @@ def _unet_cases() -> Iterator[Case]:
         yield _case(name, kernel.bias_activation_kernel, arguments, elements, kernel.WARPS)
 
 
-# Type of the images, their channels and those of the layer before.
+# Type of the images, their channels, and the channels of the layer before.
 UNET_HEADS = {
     "head_convolution, bf16": ("*bf16", 1, 32),
     "head_convolution, fp32": ("*fp32", 1, 32),
@@ -201,9 +201,9 @@ def _head_cases() -> Iterator[Case]:
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:
-    """MLPs of three layers and LogSigmoid for few samples and for many: the swiss roll's, 64-dimensional, and wide.
+    """Yields MLPs of three hidden layers with LogSigmoid for few and for many samples.
 
-    The swiss roll's is also sampled from by a table of two slots.
+    They are the swiss roll's, also with a table of two slots, a 64-dimensional one, and a wide one.
     """
     from fastsde.kernels import mlp_sampler
 
@@ -269,7 +269,7 @@ def compile_case(case: Case, capability: int) -> Report:
 
 
 def _specialization(case: Case) -> dict[str, Any]:
-    """The signature of a case, its constants, and that all pointers are aligned, by the path of each argument."""
+    """Returns the signature of a case, its constants, and the alignment of all pointers, by path of the argument."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(case.constants)
     aligned = {}
@@ -286,7 +286,7 @@ def _specialization(case: Case) -> dict[str, Any]:
 
 
 def _longest_loop(sass: Sequence[tuple[int, str, str]]) -> list[str]:
-    """The instructions between the target of a jump backwards and the jump."""
+    """Returns the instructions from the target of a backward jump to the jump, for the longest such loop."""
     longest: list[str] = []
     for at, op, rest in sass:
         target = _TARGET.search(rest) if op.startswith("BRA") else None
@@ -315,7 +315,7 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack, which hold spills."""
+    """Returns the registers per thread, and the bytes of stack, which hold spills."""
     usage = _run_on(cubin, "-res-usage")
     registers, stack = (re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
     if registers is None or stack is None:
@@ -324,7 +324,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def survey() -> dict[str, Any]:
-    """Every case for every capability."""
+    """Compiles every case for every capability."""
     import triton
 
     if triton.knobs.runtime.interpret:

@@ -1,4 +1,4 @@
-"""One Euler-Maruyama step, noise included: of a thousand digits, and of a state that no cache holds."""
+"""One Euler-Maruyama step including its noise, of a thousand digits and of a state larger than any cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CPU_LARGE = (4096, 3072)
 
 @dataclass(frozen=True)
 class State:
-    """States and network outputs to take the step from, in turn."""
+    """Pairs of a state and a network output from which the step is taken, in turn."""
 
     shape: tuple[int, ...]
     plan: Plan
@@ -52,7 +52,7 @@ class State:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick digits alone."""
+    """Yields both states; with --quick only the digits."""
     for name, shape in _SHAPES.items():
         if name == "large" and not plan.has_gpu:
             shape = _CPU_LARGE
@@ -101,21 +101,21 @@ def _case(state: State, name: str) -> Case:
 
 
 def work(state: State, input_bytes: int) -> Work:
-    """Of a step whose x and f have so many bytes an element."""
+    """Returns the work of a step whose x and f together have ``input_bytes`` bytes per element."""
     size = state.elements
     total = traffic(input_bytes * size, 4 * size, state.plan)
     return Work(total, flop=5 * size, specials=SPECIALS * size, launches=1)
 
 
 def tutorial_step(device: torch.device) -> Step:
-    """With its scalars on the device, as the tutorial has them."""
+    """Returns the tutorial's step, with its scalars on the device as in the tutorial."""
     t = torch.tensor(float(TABLE.time[ROW]), device=device)
     size = torch.tensor(1 / len(TABLE), device=device)
     return lambda x, f: tutorial.step(x, f, tutorial.beta_at(t), size)
 
 
 def lean_factors() -> dict[str, float]:
-    """Of x' = a x + b f + d z."""
+    """Returns the factors of x' = a x + b f + d z."""
     k = TABLE.row(ROW)
     return {"a": k.A[0][0], "b": k.b[0], "d": k.d[0]}
 
@@ -125,7 +125,7 @@ def _as_eps(score: Tensor) -> Tensor:
 
 
 def _on(state: State, make: Callable[[], Step], convert: Callable[[Tensor], Tensor] | None = None) -> Pairs:
-    """Takes the step from one state after the other; the first call is from the first."""
+    """Takes the step from one state after the other, starting with the first."""
     step = make()
     pairs = [(x, convert(f)) if convert else (x, f) for x, f in state.pairs]
     return Rotated(lambda pair: step(*pair), pairs)
@@ -149,7 +149,7 @@ def _kernel(state: State) -> Step:
 
 
 def _prove_ours(state: State, run: Pairs, result: Tensor) -> Figures:
-    """A part beside the reference."""
+    """Checks a part of the result against the reference."""
     x, f = (each[:64].float() for each in run.last)
     k = lean_factors()
     (expected,) = reference.solver_step((x,), f, TABLE, ROW, keys=state.keys[:64])
@@ -158,7 +158,7 @@ def _prove_ours(state: State, run: Pairs, result: Tensor) -> Figures:
 
 
 def _prove_any(state: State, scale: float, run: Pairs, result: Tensor) -> Figures:
-    """What is left beside a x + b f, where f is ``scale`` times what the step is given, is noise of deviation d."""
+    """Checks that x' - a x - b f is noise of deviation d, where f is ``scale`` times the step's input."""
     (x, f), k = run.last, lean_factors()
     f = scale * f
     rest = (result.double() - (k["a"] * x + k["b"] * f)) / k["d"]

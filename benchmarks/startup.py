@@ -1,4 +1,4 @@
-"""Start-up: the import, and first calls in a new process, kernels compiled and graphs captured from nothing."""
+"""Start-up: the import, and first calls in a new process, including compilation of kernels and capture of graphs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ task = Trajectory(lambda: here, tuple(here.shape), {n}, {rows}, device, 0, 0)
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick the U-Net, warm caches and what compiles for long are left out."""
+    """Yields the import and first calls; --quick leaves out the U-Net, warm caches and ``torch.compile``."""
     yield Case(
         subject="startup",
         name="startup-import",
@@ -108,7 +108,7 @@ def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
 
 
 def _import(module: str) -> Run:
-    use = "fastsde.sample" if module == "fastsde" else ""  # which loads torch and what sampling needs
+    use = "fastsde.sample" if module == "fastsde" else ""  # the attribute loads torch and what sampling needs
     return partial(_seconds, _IMPORT.format(module=module, use=use), None)
 
 
@@ -127,16 +127,16 @@ def _first_call(plan: Plan, model: str, n: int, rows: int, warm: bool, loop: str
 
 
 def _seconds(script: str, cache: str | None) -> tuple[float, list[float]]:
-    """(seconds, figures) that a script prints in a new process, with its own empty caches or a given one."""
+    """Returns the (seconds, figures) that a script prints in a new process, with empty caches or a given one."""
     with tempfile.TemporaryDirectory() as empty:
         folder = Path(cache or empty)
         names = {"FASTSDE_CACHE_DIR": "fastsde", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         environment = os.environ | {name: str(folder / each) for name, each in names.items()}
-        paths = (str(Path(fastsde.__file__).parents[1]), os.environ.get("PYTHONPATH"))  # this package, no other
+        paths = (str(Path(fastsde.__file__).parents[1]), os.environ.get("PYTHONPATH"))  # this very package
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it ended without a message"])[-1])
     seconds, figures = json.loads(done.stdout.splitlines()[-1])
     return seconds, figures
 
@@ -144,7 +144,7 @@ def _seconds(script: str, cache: str | None) -> tuple[float, list[float]]:
 def _prove(
     plan: Plan, model: str, n: int, rows: int, ours: bool, run: Run, result: tuple[float, list[float]]
 ) -> Figures:
-    """Our first numbers are those of the reference's samples, in the median; others' have their standard deviation."""
+    """Checks the first numbers of fastsde's samples, in the median, and only the standard deviation of the others'."""
     here = checkpoints.load(model, plan.device)
     options = {"prediction": here.prediction, "steps": rows, "device": plan.device}
     expected = fastsde.sample(here.model, (n, *here.shape), backend="eager", **options).cpu()

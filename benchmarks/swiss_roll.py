@@ -1,7 +1,7 @@
 """Sampling of the swiss roll by the tutorial's MLP: 1,000, 20,000 and 1,000,000 points.
 
-A million points take the tutorial's loop ten minutes on a CPU, so that large batches take fewer rows than 999 there.
-The time of a row is the same in all of them.
+A million points take the tutorial's loop ten minutes on a CPU, where large batches therefore run fewer rows than 999.
+All rows take the same time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .tasks.networks import mlp_work
 from .tasks.trajectory import PointsProof, Proof, Trajectory
 
 _CPU_ROWS = {1000: 999, 20_000: 250, 1_000_000: 5}
-CLOCKS = 940  # that the four layers of one row wait for one another
+CLOCKS = 940  # latency of one row, whose four layers depend on each other
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """In --quick a tenth of the rows, with fewer of which the distribution is not that of the roll."""
+    """Yields all batch sizes; with --quick 1,000 points in a tenth of the rows, the fewest that still give the roll."""
     if plan.quick:
         yield _case(plan, 1000, 100)
         return
@@ -49,7 +49,7 @@ def _case(plan: Plan, n: int, rows: int) -> Case:
 
 
 def mlp_samplers(task: Trajectory, proof: Proof) -> list[Provider]:
-    """Every backend and precision."""
+    """Returns a provider for each backend and precision."""
     ways = [("reference", "fp32"), ("eager", "fp32"), ("persistent", "fp32")]
     if task.device.type == "cuda":
         ways += [("graph", "fp32"), ("graph", "bf16"), ("persistent", "TF32"), ("persistent", "bf16")]

@@ -1,4 +1,4 @@
-"""The suite as tests: a provider that is wrong fails, and one that cannot run here is skipped with the reason."""
+"""The suite as tests: a wrong provider fails, and a provider that cannot run here is skipped with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fastsde.benchmarks.suite.case import Case, Outcome
 
 
-@pytest.mark.filterwarnings("default")  # of the libraries beside which fastsde is timed
+@pytest.mark.filterwarnings("default")  # from the libraries that fastsde is compared with
 def test_provider(case: Case, provider: str, replay: Any, run: Callable[[Case], Outcome], benchmark: Any) -> None:
     outcome = run(case)
     figures = outcome.record["providers"][provider]

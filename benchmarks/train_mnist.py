@@ -19,7 +19,7 @@ from .train_swiss_roll import rivals
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """On a GPU in TF32, PyTorch's default, and bf16; on a CPU in fp32, a few steps."""
+    """Yields one case: on a GPU in TF32, PyTorch's default, and bf16; on a CPU in fp32 with a few steps."""
     config = tutorial_config("mnist")
     load = partial(data.digits, config.pixel_range)
     steps = 100 if plan.has_gpu and not plan.quick else 2 if plan.quick else 5

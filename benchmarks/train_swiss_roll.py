@@ -43,7 +43,7 @@ def cases(plan: Plan) -> Iterator[Case]:
 
 
 def rivals(recipe: Recipe, precision: str) -> list[Provider]:
-    """What people use instead, each with a loss that is the tutorial's."""
+    """Returns the alternatives to fastsde, all with the tutorial's loss."""
     ways = {LOOP: tutorial.training, LEAN: lean.training, "torch.compile": compiled.training}
     return [
         Provider(f"{name}, {precision}", partial(make, recipe), prove_training, precision, name == "torch.compile")

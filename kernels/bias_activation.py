@@ -1,12 +1,12 @@
-"""What a convolution of the U-Net leaves to do, in one pass over its result y (``[B, C, H, W]``, channels last):
+"""Everything after a convolution of the U-Net, in one pass over its result y (``[B, C, H, W]``, channels last):
 
-    a = log sigmoid(y + bias + t plane)    the time plane in the first layer alone
+    a = log sigmoid(y + bias + t plane)    the time plane in the first layer only
     out[:, first : first + C] = a          where the next convolution, or a later one, reads it
     pooled = the 2x2 maximum of a          in the encoder, as F.max_pool2d(a, 2, padding=(H % 2, W % 2))
 
-y and all results are channels-last tensors of one dtype, fp32, bf16 or fp16; the arithmetic is fp32. A program has some
-windows (of one pixel, or of the four that are pooled) of a block of channels. Every size but the batch's is known when
-a variant is compiled: a network has one variant a layer, and divides by constants.
+y and all results are channels-last tensors of one dtype, fp32, bf16 or fp16; the arithmetic is fp32. A program handles
+some windows (of one pixel, or of the four pixels that are pooled) of a block of channels. Every size except the batch
+size is a compile-time constant: a network compiles one variant per layer, and divides by constants.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from .philox import LN_2, special
 from .tile import WARPS, fast_math, on_device
 
-_ELEMENTS = 1024  # of a program, for each pixel of a window: 8 a thread, 128 bits of bf16
+_ELEMENTS = 1024  # per program, for each pixel of a window: 8 per thread, 128 bits of bf16
 _MAX_CHANNELS = 256
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -28,12 +28,12 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def log_sigmoid(v, FAST: tl.constexpr):
-    """min(v, 0) - log1p(exp(-|v|)) of fp32 v; what is not a number stays so.
+    """Computes min(v, 0) - log1p(exp(-|v|)) of fp32 v; NaN stays NaN.
 
-    With the special-function unit the error is at most 4e-7 + 2^-24 |v|: in u = exp(-|v|) that of ex2 is 2^-22 u, of
-    which log1p leaves half at most, and that of its rounded argument 2^-23.4 |v| u; lg2 is off by 2^-22 on [1, 2], and
-    rounding 1 + u by 2^-24. For u below 2^-7, where those would be errors of a small result, the series, whose first
-    term left out is u^4 / 4, keeps it relative: at most 5e-7 + 2^-23.4 |v|.
+    With the special-function unit the error is at most 4e-7 + 2^-24 |v|: in u = exp(-|v|), ex2 contributes 2^-22 u, of
+    which log1p leaves half at most, and its rounded argument 2^-23.4 |v| u; lg2 is off by 2^-22 on [1, 2], and rounding
+    1 + u by 2^-24. For u below 2^-7, where these absolute errors would be large next to the small result, a series
+    (its first omitted term is u^4 / 4) bounds the relative error: at most 5e-7 + 2^-23.4 |v|.
     """
     if FAST:
         u = special(tl.abs(v) * -LOG2_E, "ex2.approx.ftz.f32 $0, $1;")
@@ -69,7 +69,7 @@ def bias_activation_kernel(
     window = tl.program_id(0).to(tl.int64) * WINDOWS + tl.arange(0, WINDOWS)
     sample = window // count
     place = (window % count).to(tl.int32)
-    # An odd size is padded in front: its first window begins at -1.
+    # An odd size is padded at the front: its first window begins at -1.
     top, left = place // columns * SIDE - HEIGHT % SIDE, place % columns * SIDE - WIDTH % SIDE
     channel = tl.program_id(1) * C + tl.arange(0, C)
     real, known = sample < batch, channel < CHANNELS
@@ -104,7 +104,7 @@ def bias_activation_kernel(
 def launch_config(
     batch: int, height: int, width: int, channels: int, side: int
 ) -> tuple[dict[str, int], tuple[int, int]]:
-    """The tile of a program, which does not depend on the batch, and the grid."""
+    """Returns the tile of a program, which does not depend on the batch, and the grid."""
     block = min(triton.next_power_of_2(channels), _MAX_CHANNELS)
     windows = _ELEMENTS // block
     count = batch * triton.cdiv(height, side) * triton.cdiv(width, side)
@@ -124,9 +124,9 @@ def bias_activation(
     """Writes the activation to channels ``first``, ``first + 1``, ... of ``out`` and, where given, its pool.
 
     Args:
-        y: ``[B, C, H, W]``, dense and channels last, as all images here.
+        y: ``[B, C, H, W]``, dense and channels last, like all images here.
         bias: ``[C]``.
-        out: ``[B, C', H, W]``; possibly ``y`` itself.
+        out: ``[B, C', H, W]``; may be ``y`` itself.
         t, plane: ``[B]`` and contiguous ``[H, W, C]``, or None.
         pooled: ``[B, C, ceil(H / 2), ceil(W / 2)]``, or None.
     """

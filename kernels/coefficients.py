@@ -1,7 +1,7 @@
 """The coefficients of an objective at given times (the twin of ``fastsde.interpolation.Interpolation.at``).
 
-The functions are piecewise cubics; a segment is a run of 2^shift fp32 numbers, so that the leading bits of a time are
-its number:
+The functions are piecewise cubics. A segment is a run of 2^shift consecutive fp32 numbers, so that the leading bits of
+a time give the number of its segment:
 
     table[i, c] = r0 + x (r1 + x (r2 + x r3)),   r = rows[segment, :, c],   x = t - the middle of the segment
 """
@@ -48,11 +48,11 @@ def coefficients_kernel(
 
 
 def coefficients(times: Tensor, rows: Tensor, first: int, shift: int, out: Tensor) -> int:
-    """Writes those of an interpolation to ``out``, contiguous fp32 ``[n, columns]``; returns 0.
+    """Writes the interpolated coefficients to ``out``, contiguous fp32 ``[n, columns]``; returns 0.
 
     Args:
-        times: contiguous fp32 ``[n]``. One outside of the segments gets NaN.
-        rows, first, shift: as of the interpolation.
+        times: contiguous fp32 ``[n]``. Times outside of the segments get NaN.
+        rows, first, shift: the attributes of the interpolation.
     """
     n, columns = out.shape
     if n:

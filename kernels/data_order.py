@@ -1,10 +1,10 @@
-"""Which rows of the data the batches of consecutive steps take (the twin of ``fastsde.reference.data_order``):
+"""Which rows of the data each batch of consecutive steps takes (the twin of ``fastsde.reference.data_order``):
 
     index[r, i] = floor(u N),  u the uniform of position i in step ``step + r``, stream 3
 
-The steps may start at a counter in device memory, so that one launch at the start of a captured graph draws the order
-of all its steps. u is a multiple of 2^-24, exact in float64; the product is rounded once, as in the reference, so the
-result is exact for data of any size.
+The first step may come from a counter in device memory, so that one launch at the start of a captured graph draws the
+order of all its steps. u is a multiple of 2^-24, exact in float64; the product is rounded once, as in the reference, so
+the result is exact for data of any size.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def data_order_kernel(
 
 
 def data_order(keys: Tensor, step: int, n: int, *, counter: Tensor | None = None, out: Tensor) -> None:
-    """Writes the rows that ``R`` steps from ``step`` on take of a data set of ``n`` rows.
+    """Writes which rows of a data set of ``n`` rows are taken by ``R`` steps from ``step`` on.
 
     Args:
         keys: contiguous int64 ``[B, 2]``.
-        counter: int64, one element on the device, that is added to the step.
+        counter: int64, one element on the device, added to the step.
         out: int64 ``[R, B]``, each row contiguous; R below 2^16.
     """
     steps, batch = out.shape

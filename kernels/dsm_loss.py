@@ -2,7 +2,7 @@
 
     loss = mean of (w_f f + w_x x_0 + w_z z)^2,   d loss / d f = 2 w_f (w_f f + w_x x_0 + w_z z) / n
 
-Both passes draw z again from the keys, so that noise is never stored; data whose coefficient is zero are not read. The
+Both passes draw z again from the keys, so the noise is never stored; data with a coefficient of zero are not read. The
 sum is taken in two stages, each in a fixed order: equal inputs give equal bits.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from .objective import W_F, W_X, W_Z, load_coefficient, load_data, load_step, training_noise
 from .tile import WARPS, fast_math, on_device, program_slot, tile, tiling
 
-_CHUNK = 1024  # partial sums that the second stage adds at once
+_CHUNK = 1024  # partial sums that the second stage adds at a time
 
 
 @triton.jit(do_not_specialize=["batch", "size", "count", "step"])
@@ -41,7 +41,7 @@ def dsm_loss_kernel(
     ROWS_FIRST: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Forward: one partial sum a program. Backward, where ``grad_ptr`` is given: the gradient of f."""
+    """Writes one partial sum per program (forward) or, if ``grad_ptr`` is given, the gradient of f (backward)."""
     step = load_step(step, step_ptr)
     sample, exists, start, element, offset, mask = tile(batch, size, S, P, ALIGNED, ROWS_FIRST)
 
@@ -62,7 +62,7 @@ def dsm_loss_kernel(
 
 @triton.jit(do_not_specialize=["count", "n"])
 def mean_kernel(partial_ptr, out_ptr, count: tl.int64, n: tl.int64, CHUNK: tl.constexpr):
-    """The second stage: ``count`` partial sums, added by one program and divided by ``n``."""
+    """Adds ``count`` partial sums in one program and divides by ``n``: the second stage."""
     total = tl.zeros([CHUNK], tl.float32)
     lane = tl.arange(0, CHUNK)
     first = tl.zeros([], tl.int64)
@@ -87,7 +87,7 @@ def dsm_loss(
     grad: Tensor | None = None,
     out: Tensor,
 ) -> None:
-    """Writes the loss, fp32 ``[]``, to ``out``; with the ``grad`` of the loss, the gradient of ``f`` instead.
+    """Writes the loss, fp32 ``[]``, to ``out``; if ``grad``, the gradient of the loss, is given, that of ``f`` instead.
 
     Args:
         f: contiguous fp32, bf16 or fp16 ``[B, *shape]``, not empty.

@@ -1,15 +1,15 @@
-"""The U-Net's last convolution, 3x3 from C channels to the 1 to 4 of an image, with its bias, in one launch:
+"""The U-Net's last convolution, 3x3 from C channels to the 1 to 4 channels of an image, with bias, in one launch:
 
     out[b, o, i, j] = bias[o] + sum over c, di, dj of weight[o, c, di, dj] y[b, c, i + di - 1, j + dj - 1]
 
 y and the weights are channels last, out is contiguous ``[B, O, H, W]``; all of one dtype, fp32, bf16 or fp16. Products
-and sums are fp32. cuDNN writes the result, reads it again to add the bias, and leaves it channels last.
+and sums are fp32. cuDNN would write the result, read it again to add the bias, and leave it channels last.
 
 For one output channel the tensor cores would multiply by seven columns of zeros. y is read once from memory; the other
-eight taps find it in the cache. On sm_90 all nine take 43 thread-instructions a channel and pixel in bf16, 35 in fp32
-(``python -m fastsde.benchmarks.sass``); an H200 issues 15 and 31 in the time that reading y takes. So for many images
-in bf16 instructions are the limit, at some 3 times the time of the memory, which is a small part of the network's; for
-few images it is the launch, of which there were two or three.
+eight taps find it in the cache. On sm_90 all nine taps take 43 thread-instructions per channel and pixel in bf16, 35 in
+fp32 (``python -m fastsde.benchmarks.sass``); an H200 issues 15 and 31 in the time that reading y takes. So for many
+images in bf16 instructions are the limit, at some 3 times the memory time, which is a small part of the network's; for
+few images the launch is the limit, and this is one launch instead of two or three.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .tile import WARPS, on_device
 
-MAX_OUT = 4  # output channels, each of which takes as many registers as the tile has elements a thread
-_ELEMENTS = 2048  # of a program: 16 a thread
-_MAX_CHANNELS = 64  # in a block; more channels take several
+MAX_OUT = 4  # output channels; each takes as many registers as the tile has elements per thread
+_ELEMENTS = 2048  # per program: 16 per thread
+_MAX_CHANNELS = 64  # per block; more channels take several blocks
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -69,7 +69,7 @@ def head_convolution_kernel(
 
 @triton.jit
 def _add_products(sums, y, weights, known, STRIDE: tl.constexpr):
-    """The sums of each output channel, whose weights are STRIDE apart, and y times its weights."""
+    """Adds y times its weights to the sums of each output channel; the channels' weights are STRIDE apart."""
     out = ()
     for o in tl.static_range(len(sums)):
         w = tl.load(weights + o * STRIDE, mask=known, other=0.0).to(tl.float32)
@@ -78,7 +78,7 @@ def _add_products(sums, y, weights, known, STRIDE: tl.constexpr):
 
 
 def launch_config(batch: int, height: int, width: int, channels: int) -> tuple[dict[str, int], tuple[int]]:
-    """The tile of a program, which does not depend on the batch, and the grid."""
+    """Returns the tile of a program, which does not depend on the batch, and the grid."""
     block = min(triton.next_power_of_2(channels), _MAX_CHANNELS)
     pixels = _ELEMENTS // block
     return {"PIXELS": pixels, "C": block}, (triton.cdiv(batch * height * width, pixels),)

@@ -3,16 +3,16 @@
 A layer is one matrix product for each block of its weights (`mlp_packing`). The tile comes in two forms:
 
 - ``[samples, units]``, for throughput: the activations of one layer are the left operand of the next product, which
-  tensor cores take from registers. In fp32 and tf32 the units of each eight are taken in the order 0 2 4 6 1 3 5 7, on
-  both sides of a product: a thread then has as an operand what it has as a result, and nothing is exchanged.
+  tensor cores take from registers. In fp32 and tf32 the units are taken in the order 0 2 4 6 1 3 5 7 within each group
+  of eight, on both sides of a product: a thread's results are then its operands of the next product, with no exchange.
 - ``TRANSPOSED``, ``[units, samples]``, for latency: the weights are the left operand, whose 64 rows fill the tensor
   cores with as few as 8 samples, and the work of a row is spread over four warps.
 
 LogSigmoid and Softplus are computed as min(x, 0) - log2(1 + 2^-|x|): the packing multiplies the layer before by log2(e)
-and the one after by ln 2. On a GPU that takes two special functions, of which a multiprocessor computes 16 a clock and
-so fewer than anything else. For throughput in tf32 and bf16 three of four logarithms are polynomials (`_log2_1p`), so
-that both kinds of work take about as long. Exponentials of two packed bf16 or fp16 numbers gain nothing: from sm_80 to
-sm_100 they compile to two instructions of that unit.
+and the layer after by ln 2. On a GPU that takes two special functions, which have the lowest throughput of all
+instructions: 16 a clock per multiprocessor. For throughput in tf32 and bf16 three of four logarithms are polynomials
+(`_log2_1p`), so that both kinds of work take about as long. Exponentials of two packed bf16 or fp16 numbers gain
+nothing: from sm_80 to sm_100 they compile to two instructions of that unit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import triton.language as tl
 
 from .philox import special
 
-# Those that `activate` has, by the names of fastsde/models/activations.py.
+# The activations that `activate` implements, by their names in fastsde/models/activations.py.
 ACTIVATIONS = ("LogSigmoid", "Softplus", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh", "Identity")
 BINARY_LOGARITHM = ("LogSigmoid", "Softplus")
 
 
 @triton.jit
 def _exp2_minus_abs(x, FAST: tl.constexpr):
-    """2^-|x|; the special-function unit applies both signs by itself."""
+    """Computes 2^-|x|; the special-function unit applies the absolute value and the sign by itself."""
     if FAST:
         return special(x, "{ .reg .f32 m; abs.f32 m, $1; neg.f32 m, m; ex2.approx.ftz.f32 $0, m; }")
     else:
@@ -38,10 +38,10 @@ def _exp2_minus_abs(x, FAST: tl.constexpr):
 
 @triton.jit
 def _log2_1p(u, PRECISION: tl.constexpr):
-    """log2(1 + u) of u in [0, 1] as u times a polynomial, minimax in the relative error.
+    """Computes log2(1 + u) for u in [0, 1] as u times a polynomial that is minimax in the relative error.
 
-    The error is 5.7e-5 for tf32 and 3.9e-4 for bf16, a ninth and a tenth of that of rounding the result for the product
-    that follows. In fp32 the three products of a layer take longer than its special functions, which stay.
+    The error is 5.7e-5 for tf32 and 3.9e-4 for bf16, a ninth and a tenth of the error of rounding the result for the
+    next product. fp32 keeps the special functions: the three products of a layer take longer than they do.
     """
     if PRECISION == "bf16":
         q = 0.3664806092435519 - 0.1072544223 * u
@@ -59,10 +59,10 @@ def _log2_1p_special(u, FAST: tl.constexpr):
 
 @triton.jit
 def _softplus2(x, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """log2(1 + 2^-|x|)."""
+    """Computes log2(1 + 2^-|x|)."""
     u = _exp2_minus_abs(x, FAST)
     if PRECISION != "fp32" and not TRANSPOSED:
-        # Of 16 units, those that one thread has: every second one, and of the others those in the second half.
+        # Of 16 units a thread has four: the odd one in the second half takes the special function, the others do not.
         M: tl.constexpr = x.shape[0]
         W: tl.constexpr = x.shape[1]
         even, odd = tl.split(tl.reshape(u, (M, W // 2, 2)))
@@ -76,7 +76,7 @@ def _softplus2(x, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.co
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # which never overflows
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # never overflows
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _tanh(x):
 
 @triton.jit
 def activate(x, NAME: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """The activation; LogSigmoid and Softplus in units of ln 2 (see above)."""
+    """Applies an activation; LogSigmoid and Softplus are in units of ln 2 (see above)."""
     if NAME == "LogSigmoid":
         return tl.minimum(x, 0.0) - _softplus2(x, TRANSPOSED, PRECISION, FAST)
     elif NAME == "Softplus":
@@ -110,12 +110,12 @@ def activate(x, NAME: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """``total + a b``, in fp32."""
+    """Returns ``total + a b``, in fp32."""
     tl.static_assert(PRECISION == "fp32" or PRECISION == "tf32" or PRECISION == "bf16", "not one of PRECISIONS")
     if PRECISION == "bf16":
         if FAST:
             return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-        else:  # the interpreter's bf16 arithmetic is wrong: round to it, and multiply in fp32
+        else:  # the interpreter's bf16 arithmetic is wrong: round to bf16, and multiply in fp32
             a, b = a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32)
             return tl.dot(a, b, total, input_precision="ieee")
     elif not FAST:
@@ -123,8 +123,8 @@ def _dot(a, b, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
     elif PRECISION == "tf32":
         return tl.dot(a, b, total, input_precision="tf32")
     else:
-        # Three products of the leading 11 bits of both and of what remains; the product of the two remainders, some
-        # 2^-22 of the whole, is left out.
+        # Three products of the leading 11 bits and the remainders; the product of both remainders, some 2^-22 of the
+        # whole, is left out.
         a_high = _leading(a)
         b_high = _leading(b)
         total = tl.dot(a - a_high, b_high, total, input_precision="tf32")
@@ -134,18 +134,18 @@ def _dot(a, b, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _leading(x):
-    # Rounded, not cut off: a remainder is half as large, and of either sign.
+    # Rounded, not truncated: the remainder is half as large, and of either sign.
     return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _product(h, w, total, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """``total + h w``, or ``total + w h`` of transposed tiles."""
+    """Returns ``total + h w``, or ``total + w h`` for transposed tiles."""
     if TRANSPOSED:
         return _dot(w, h, total, PRECISION, FAST)
     elif PRECISION == "bf16":
         return _dot(h, w, total, PRECISION, FAST)
-    else:  # the units of each eight in another order (see above)
+    else:  # reorders the units within each group of eight (see above)
         h = tl.permute(tl.reshape(h, (h.shape[0], h.shape[1] // 8, 4, 2)), (0, 1, 3, 2))
         w = tl.permute(tl.reshape(w, (w.shape[0] // 8, 4, 2, w.shape[1])), (0, 2, 1, 3))
         h = tl.reshape(h, (total.shape[0], h.shape[1] * 8))
@@ -155,13 +155,13 @@ def _product(h, w, total, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAS
 
 @triton.jit
 def per_sample(values, TRANSPOSED: tl.constexpr):
-    """Values ``[samples]`` beside a tile."""
+    """Makes values ``[samples]`` broadcast over a tile."""
     return values[None, :] if TRANSPOSED else values[:, None]
 
 
 @triton.jit
 def per_unit(values, TRANSPOSED: tl.constexpr):
-    """Values ``[units]`` beside a tile."""
+    """Makes values ``[units]`` broadcast over a tile."""
     return values[:, None] if TRANSPOSED else values[None, :]
 
 
@@ -169,7 +169,7 @@ def per_unit(values, TRANSPOSED: tl.constexpr):
 def _load_block(
     weights_ptr, OFFSET: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """``[inputs, outputs]``, or transposed."""
+    """Loads a block of weights as ``[inputs, outputs]``, or transposed."""
     inputs = per_sample(tl.arange(0, INPUTS), TRANSPOSED)
     outputs = per_unit(tl.arange(0, OUTPUTS), TRANSPOSED)
     return tl.load(weights_ptr + OFFSET + outputs * INPUTS + inputs)
@@ -177,7 +177,7 @@ def _load_block(
 
 @triton.jit
 def load_weights(weights_ptr, BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """All blocks, to be kept on the chip."""
+    """Loads all blocks, to keep them on the chip."""
     weights = ()
     for i in tl.static_range(len(BLOCKS)):
         block = _load_block(weights_ptr, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2], TRANSPOSED)
@@ -192,7 +192,7 @@ def _block(
     if RESIDENT:
         return weights[NUMBER]
     else:
-        tl.debug_barrier()  # keeps the compiler from loading many blocks at once, for which there is no room
+        tl.debug_barrier()  # keeps the compiler from loading more blocks at once than fit
         return _load_block(weights_ptr, BLOCKS[NUMBER][0], BLOCKS[NUMBER][1], BLOCKS[NUMBER][2], TRANSPOSED)
 
 
@@ -213,7 +213,7 @@ def _layer(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The blocks of ``h W + b``: COUNT of them, each WIDTH wide, of the blocks of weights from FIRST on."""
+    """Returns the COUNT blocks of ``h W + b``, each WIDTH wide, with the blocks of weights from FIRST on."""
     out = ()
     for j in tl.static_range(COUNT):
         unit = j * WIDTH + tl.arange(0, WIDTH)
@@ -258,7 +258,7 @@ def network(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The MLP's output for a tile and a time; ``weights`` are those of `load_weights` where RESIDENT."""
+    """Returns the MLP's output for a tile and a time; if RESIDENT, ``weights`` come from `load_weights`."""
     h = (x,)
     for number in tl.static_range(len(LAYERS)):
         h = _layer(

@@ -1,4 +1,4 @@
-"""An MLP as the kernel ``mlp_sampler`` reads it."""
+"""The weights of an MLP in the layout that the kernel ``mlp_sampler`` reads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MIN_WIDTH, _BLOCK = 16, 64
 
 
 class Packed:
-    """The weights and biases of an MLP, in one piece of memory each.
+    """The weights and the biases of an MLP, each in one contiguous buffer.
 
-    Widths are padded to a power of two up to 64, and to blocks of 64 from there on. The weights are kept block after
-    block, each ``[out, in]``, those of an output block one after another; the biases as w_time, b_1, ..., b_L.
+    Widths are padded to a power of two up to 64, and to multiples of 64 beyond. The weights are stored block by block,
+    each ``[out, in]``, with all blocks of the same outputs in a row; the biases as w_time, b_1, ..., b_L.
 
     Args:
         layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer; the last input of the first is the time.
-        activations: the one after each layer but the last.
+        activations: the activation after each layer except the last.
         dtype: of the packed weights.
 
     Raises:
@@ -76,7 +76,7 @@ class Packed:
         self._size += math.prod(shape)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Weights and biases as the parameters are now, in few launches, and in memory that nobody else has."""
+        """Returns the current weights and biases, in few launches and in memory that is not shared."""
         buffer = torch.zeros_like(self._factor)
         targets = [
             buffer[offset : offset + rows * columns].view(rows, columns)[: source.shape[0], : source.shape[1]]
@@ -93,6 +93,6 @@ def has_activation(name: str) -> bool:
 
 
 def blocks_of(size: int) -> tuple[int, int]:
-    """How many blocks a width is cut into, and their width."""
+    """Returns how many blocks a width is cut into, and the width of a block."""
     width = min(_BLOCK, max(MIN_WIDTH, triton.next_power_of_2(size)))
     return triton.cdiv(size, width), width

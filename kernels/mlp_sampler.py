@@ -1,15 +1,15 @@
 """A whole trajectory of an MLP score network in one launch.
 
-Each program takes M samples from the prior to the end: all slots of the state stay in registers, and the weights on
-the chip where they fit. A layer of the network is one matrix product of the tile (`mlp_network`); the time is an extra
-input, whose weights join the bias of the first layer, once a row:
+Each program takes M samples from the prior to the end: all slots of the state stay in registers, and the weights stay
+on the chip if they fit. A layer of the network is one matrix product of the tile (`mlp_network`); the time is an extra
+input, whose weights are added to the bias of the first layer once per row:
 
     x = n.s,  h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
 
-and then the row's step, as in `solver_step`. Terms that are absent from all rows are dropped at compile time, and a
-slot that takes over another one is that one's registers. The weights are packed (`mlp_packing`) in blocks whose sides
+and then comes the row's step, as in `solver_step`. Terms that are absent from all rows are dropped at compile time, and
+a slot that takes over another one reuses its registers. The weights are packed (`mlp_packing`) in blocks whose sides
 are powers of two of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products), "tf32"
-and "bf16"; the state, the bias and the activations are fp32 in each.
+and "bf16"; the state, the bias and the activations are fp32 in all of them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-_SLOT_0 = (1, *(0,) * 7)  # the kinds of n where slot 0 itself is the network's input
-_RESIDENT_BYTES = 88 * 1024  # of shared memory, which every GPU from sm_80 on has
+_SLOT_0 = (1, *(0,) * 7)  # the kinds of n if slot 0 itself is the network's input
+_RESIDENT_BYTES = 88 * 1024  # of shared memory, available on every GPU from sm_80 on
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def _noise(
     TRANSPOSED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The normals of a draw ``[M, D]``, or transposed; zero beyond ``dim``."""
+    """Draws normals ``[M, D]``, or transposed; zero beyond ``dim``."""
     counter = (offset + draw_offset(row, STREAM_SAMPLING))[:, None] + tl.arange(0, P)[None, :]
     z = normal(seed[:, None], counter, FAST)
-    if 4 * P < D:  # a tile of a product is wider than the few elements of a sample
+    if 4 * P < D:  # the tile of a product is wider than a sample of few elements
         z = tl.reshape(tl.broadcast_to(z[:, None, :], (M, D // (4 * P), 4 * P)), (M, D))
     return tl.where(unit < dim, tl.trans(z) if TRANSPOSED else z, 0.0)
 
@@ -72,7 +72,7 @@ def _store(ptr, x, sample, unit, batch, dim):
 
 @triton.jit
 def _network_input(slots, row_ptr, SLOTS: tl.constexpr, KINDS: tl.constexpr, HAS_INPUT: tl.constexpr):
-    """n.s, or slot 0 where that is it."""
+    """Returns n.s, or slot 0 if the two are the same."""
     if not HAS_INPUT:
         return slots[0]
     else:
@@ -85,8 +85,8 @@ def _network_input(slots, row_ptr, SLOTS: tl.constexpr, KINDS: tl.constexpr, HAS
 
 @triton.jit
 def _not_finite(slots, x, f, HAS_INPUT: tl.constexpr):
-    """0, or NaN where slot 0, the network's input or its output is not finite: so that slot 0 then stays so to the end,
-    whatever clips or activations make of it.
+    """Returns 0, or NaN where slot 0, the network's input or its output is not finite. Added to slot 0, it keeps the
+    sample non-finite to the end, whatever clips or activations do.
     """
     return 0.0 * (slots[0] + x + f) if HAS_INPUT else 0.0 * (x + f)
 
@@ -141,8 +141,8 @@ def mlp_sampler_kernel(
     for index in range(rows):
         row = zero + index  # the interpreter counts in plain ints
         row_ptr = table_ptr + row * WIDTH
-        # The stride is 0, which the compiler cannot know: kept from row to row, the biases would take so many registers
-        # that others spill.
+        # The stride is 0, which the compiler cannot know: it reloads the biases in each row. Kept in registers from row
+        # to row, they would make others spill.
         nothing = tl.multiple_of(row * stride, 16)
         x = _network_input(slots, row_ptr, SLOTS, KINDS, HAS_INPUT)
         f = network(
@@ -167,12 +167,12 @@ def mlp_sampler_kernel(
 
 def is_resident(packed: Packed, precision: str) -> bool:
     """Returns whether the weights stay in shared memory from row to row."""
-    copies = 2 if precision == "fp32" else 1  # the leading bits, and those that follow
+    copies = 2 if precision == "fp32" else 1  # the leading bits and the remainder
     return copies * packed.nbytes <= _RESIDENT_BYTES
 
 
 def network_constants(packed: Packed, precision: str) -> dict[str, object]:
-    """What the kernel knows of an MLP when it is compiled."""
+    """Returns the compile-time constants of an MLP."""
     return {
         "P": triton.next_power_of_2(triton.cdiv(packed.dim, 4)),
         "D": blocks_of(packed.dim)[1],
@@ -185,7 +185,7 @@ def network_constants(packed: Packed, precision: str) -> dict[str, object]:
 
 
 def table_constants(terms: Any) -> dict[str, object]:
-    """What the kernel knows of a table (`StepTable.trajectory_terms`) when it is compiled."""
+    """Returns the compile-time constants of a table, from its `StepTable.trajectory_terms`."""
     return {
         "SLOTS": terms.slots,
         "KINDS": terms.columns,
@@ -198,11 +198,11 @@ def table_constants(terms: Any) -> dict[str, object]:
 def launch_config(
     batch: int, packed: Packed, precision: str, processors: int, capability: int
 ) -> dict[str, int | bool]:
-    """How a batch is cut into tiles, of a form and a height, and the warps of each.
+    """Returns the form and the height of the tiles that a batch is cut into, and their warps.
 
-    Few samples are cut into transposed tiles of 8, for their latency; many into tiles as high as a group's product. In
-    fp32, whose operands come in two parts, many dimensions and wide layers would spill a hundred registers there: they
-    are transposed whatever the batch.
+    Few samples are cut into transposed tiles of 8, for latency; many into tiles as high as the product of a warp group.
+    In fp32, whose operands come in two parts, many dimensions and wide layers would spill a hundred registers in those:
+    they use transposed tiles for any batch.
 
     Args:
         processors: how many multiprocessors the GPU has.
@@ -212,17 +212,17 @@ def launch_config(
     blocks = max(count for _, _, count, _ in packed.layers)  # of the widest layer
     narrow = blocks == 1 and packed.dim <= MIN_WIDTH
     if few and (precision == "fp32" or is_resident(packed, precision)):
-        # A warp for each 16 units, but for the tensor memory of sm_100, which four warps would use: the way there and
-        # back takes longer than so small a product.
+        # A warp for each 16 units. Not four warps on sm_100 for narrow networks: those would use the tensor memory, and
+        # the way there and back takes longer than so small a product.
         widest = max(width for *_, width in packed.layers)
         return {"M": 8, "TRANSPOSED": True, "num_warps": min(widest // 16, 2 if narrow and capability >= 100 else 4)}
     if precision == "fp32" and not narrow:
         return {"M": 16 if blocks == 1 else 8, "TRANSPOSED": True, "num_warps": 4}
-    if blocks > 2 and capability >= 100:  # Triton 3.6 makes an empty program of what takes too much tensor memory
+    if blocks > 2 and capability >= 100:  # Triton 3.6 compiles to an empty program if there is too little tensor memory
         return {"M": 16, "TRANSPOSED": True, "num_warps": 4}
     if capability < 90 and precision == "fp32":  # in larger tiles more registers spill
         return {"M": 32, "TRANSPOSED": False, "num_warps": 2}
-    # From sm_100 on a product's accumulator is in tensor memory: more warps share the rest of a tile.
+    # From sm_100 on the accumulator of a product is in tensor memory, so that more warps can share the rest of a tile.
     warps = 8 if packed.dim > MIN_WIDTH or capability >= 100 else 4
     return {"M": 64, "TRANSPOSED": False, "num_warps": warps}
 
@@ -249,7 +249,7 @@ def mlp_sampler(
     progress: Callable[[int], object] | None = None,
     out: Tensor,
 ) -> None:
-    """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` where given.
+    """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` if given.
 
     Args:
         table: fp32 ``[K, 2 + 5 m + m^2]`` on the device, as for `solver_step`.
@@ -260,11 +260,11 @@ def mlp_sampler(
         progress: called with the number of rows, once all of them are launched.
 
     Raises:
-        ValueError: for another number of data than the network's, or an unknown precision.
+        ValueError: for an ``out`` of another width than the network's output, or an unknown precision.
     """
     batch, dim = out.shape
     if dim != packed.dim:
-        raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
+        raise ValueError(f"out must be [B, {packed.dim}], like the network's output, got {list(out.shape)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if batch:

@@ -1,6 +1,6 @@
 """Standard normals of the noise contract for a batch ``[B, *shape]`` (the twin of ``fastsde.noise.normal``).
 
-The result is contiguous fp32. What is drawn depends on a sample's key, the step and the stream alone.
+The result is contiguous fp32. The draw of a sample depends only on its key, the step and the stream.
 """
 
 from __future__ import annotations

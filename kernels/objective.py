@@ -15,7 +15,7 @@ _COLUMNS = tl.constexpr(6)
 
 @triton.jit
 def load_step(step, step_ptr):
-    """The training step: an argument, plus a counter on the device where there is one."""
+    """Returns the training step: the argument, plus a counter on the device if there is one."""
     if step_ptr is not None:
         step += tl.load(step_ptr)
     return step
@@ -23,7 +23,7 @@ def load_step(step, step_ptr):
 
 @triton.jit
 def load_coefficient(table_ptr, sample, exists, COLUMN: tl.constexpr):
-    """A column of the table, for samples ``[S]``."""
+    """Loads a column of the table, for samples ``[S]``."""
     return tl.load(table_ptr + sample * _COLUMNS + COLUMN, mask=exists, other=0.0)
 
 
@@ -31,7 +31,7 @@ def load_coefficient(table_ptr, sample, exists, COLUMN: tl.constexpr):
 def load_data(
     x_0_ptr, index_ptr, sample, exists, element, mask, coefficient, size, count, scale, shift, ALIGNED: tl.constexpr
 ):
-    """scale x_0 + shift in fp32 for uint8 or float data, rows gathered by an index where there is one.
+    """Loads scale x_0 + shift in fp32 from uint8 or float data, with the rows gathered by an index if there is one.
 
     Samples whose ``coefficient`` ``[S]`` is zero are not read. An index outside of the ``count`` rows gives NaN.
     """
@@ -51,7 +51,7 @@ def load_data(
 def training_noise(
     z_ptr, keys_ptr, step, sample, exists, start, offset, mask, coefficient, P: tl.constexpr, FAST: tl.constexpr
 ):
-    """The noise of a training step: drawn, or as given, but where its ``coefficient`` ``[S]`` is zero."""
+    """Returns the noise of a training step, drawn or loaded; not loaded where ``coefficient`` ``[S]`` is zero."""
     if z_ptr is not None:
         return tl.load(z_ptr + offset, mask=mask & (coefficient != 0.0)[:, None], other=0.0)
     else:

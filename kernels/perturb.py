@@ -1,7 +1,7 @@
 """Noising x_in = u_x x_0 + u_z z (the twin of ``fastsde.reference.perturb``).
 
-The data are contiguous uint8 or float ``[N, *shape]``, gathered by an index where there is one; the noise is drawn in
-the kernel or given. The result is contiguous fp32, bf16 or fp16 ``[B, *shape]``.
+The data are contiguous uint8 or float ``[N, *shape]``, gathered by an index if there is one; the noise is drawn in the
+kernel or given. The result is contiguous fp32, bf16 or fp16 ``[B, *shape]``.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def perturb(
     Args:
         step: the training step.
         table: the coefficients, contiguous fp32 ``[B, 6]``.
-        counter: int64, one element on the device, that is added to the step.
+        counter: int64, one element on the device, added to the step.
         z: fp32 ``[B, *shape]``, or None to draw it.
-        kept: fp32 ``[B, *shape]`` that the noise is written to, or None.
+        kept: fp32 ``[B, *shape]``, where the noise is written, or None.
     """
     batch = len(out)
     if not batch:

@@ -41,7 +41,7 @@ def _round(w0, w1, w2, w3, k0, k1):
 
 @triton.jit
 def philox(seed, counter):
-    """The four uint32 words of block ``counter`` (int64) under ``seed`` (int64); the two broadcast."""
+    """Returns the four uint32 words of block ``counter`` (int64) under ``seed`` (int64); the two broadcast."""
     k0 = seed.to(tl.uint32)
     k1 = (seed.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
     w0 = counter.to(tl.uint32)
@@ -57,7 +57,7 @@ def philox(seed, counter):
 
 @triton.jit
 def draw_offset(step, STREAM: tl.constexpr):
-    """What the draw of a step in a stream adds to the offset of a key."""
+    """Returns what the draw of a step in a stream adds to the offset of a key."""
     return (step.to(tl.int64) + (STREAM << 28)) << 32
 
 
@@ -69,11 +69,11 @@ def special(x, INSTRUCTION: tl.constexpr):
 @triton.jit
 def _pair_fast(radius_word, angle_word):
     u = radius_word.to(tl.float32) * 2.0**-32 + 2.0**-33
-    # Near u = 1 the absolute error of the hardware's logarithm exceeds -ln u: the series in m, exact there, takes over.
+    # Near u = 1 the absolute error of the hardware's logarithm exceeds -ln u; the series in m is exact there.
     m = 1.0 - u
     square = tl.where(m < 2.0**-7, m * (2.0 + m), special(u, "lg2.approx.ftz.f32 $0, $1;") * (-2.0 * LN_2))
     r = special(square, "sqrt.approx.ftz.f32 $0, $1;")
-    # The angle less pi lies in [-pi, pi], where the hardware is most accurate; both signs turn.
+    # The angle minus pi lies in [-pi, pi], where the hardware is most accurate; sine and cosine change sign.
     v = angle_word.to(tl.float32) * 2.0**-32 + 2.0**-33
     angle = (v - 0.5) * TWO_PI
     return -r * special(angle, "cos.approx.ftz.f32 $0, $1;"), -r * special(angle, "sin.approx.ftz.f32 $0, $1;")
@@ -90,7 +90,7 @@ def _pair_portable(radius_word, angle_word):
 
 @triton.jit
 def normal(seed, counter, FAST: tl.constexpr):
-    """Normals of blocks ``[S, P]``: ``[S, 4 P]``, the lanes of a block beside each other."""
+    """Draws the normals ``[S, 4 P]`` of blocks ``[S, P]``, with the lanes of a block next to each other."""
     w0, w1, w2, w3 = philox(seed, counter)
     if FAST:
         n0, n1 = _pair_fast(w0, w1)
@@ -104,21 +104,21 @@ def normal(seed, counter, FAST: tl.constexpr):
 
 @triton.jit
 def uniform(seed, counter):
-    """The first fp32 uniform of each block: multiples of 2^-24 on [0, 1)."""
+    """Draws the first fp32 uniform of each block: multiples of 2^-24 on [0, 1)."""
     w0, _, _, _ = philox(seed, counter)
     return (w0 & 0xFFFFFF).to(tl.float32) * 2.0**-24
 
 
 @triton.jit
 def load_keys(keys_ptr, sample, exists):
-    """The seeds and offsets of samples, from their keys int64 ``[B, 2]``."""
+    """Loads the seeds and offsets of samples from their keys, int64 ``[B, 2]``."""
     seed = tl.load(keys_ptr + 2 * sample, mask=exists, other=0)
     return seed, tl.load(keys_ptr + 2 * sample + 1, mask=exists, other=0)
 
 
 @triton.jit
 def tile_normal(keys_ptr, sample, exists, start, step, STREAM: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr):
-    """The normals ``[S, 4 P]`` of a draw, from block ``start`` of each sample on."""
+    """Draws the normals ``[S, 4 P]`` of a tile, from block ``start`` of each sample on."""
     seed, offset = load_keys(keys_ptr, sample, exists)
     first = offset + draw_offset(step, STREAM) + start
     return normal(seed[:, None], first[:, None] + tl.arange(0, P)[None, :], FAST)

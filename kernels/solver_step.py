@@ -1,13 +1,13 @@
 """One row of a solver's table (the twin of ``fastsde.reference.solver_step``):
 
     f  = f_uncond + w (f - f_uncond)    with guidance
-    D  = p.s + q f                      clamped to [-clip, clip] where there is a clip
+    D  = p.s + q f                      clamped to [-clip, clip] if there is a clip
     s' = A s + b f + e D + d z
 
 Slots and results are contiguous fp32 ``[B, *shape]``; the network's output is contiguous fp32, bf16 or fp16. A row of
-the table of m slots is fp32 ``[2 + 5 m + m^2]``: time, q, n, p, b, e, d, A. Terms that are absent are dropped at
-compile time, and a slot that takes over another one is the caller's to rename. With one slot and noise the kernel reads
-and writes 12 bytes an element, and nothing else limits it.
+a table of m slots is fp32 ``[2 + 5 m + m^2]``: time, q, n, p, b, e, d, A. Terms that are absent are dropped at compile
+time, and a slot that takes over another one is left to the caller to rename. With one slot and noise the kernel reads
+and writes 12 bytes per element, and only this memory traffic limits it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .tile import fast_math, on_device, program_slot, tile, tiling
 
 @triton.jit
 def plus(total, KINDS: tl.constexpr, COLUMN: tl.constexpr, row_ptr, value):
-    """total + coefficient value, of a column of the row that is not absent; total may be None."""
+    """Returns total + coefficient value, for a column of the row that is not absent; total may be None."""
     term = value if KINDS[COLUMN] == 1 else tl.load(row_ptr + COLUMN) * value
     return term if total is None else total + term
 
 
 @triton.jit
 def data_prediction(slots, f, row_ptr, clip, M: tl.constexpr, KINDS: tl.constexpr):
-    """D = p.s + q f, clamped where there is a clip."""
+    """Returns D = p.s + q f, clamped if there is a clip."""
     data = None
     for i in tl.static_range(M):
         if KINDS[2 + M + i] != 0:
@@ -48,7 +48,7 @@ def data_prediction(slots, f, row_ptr, clip, M: tl.constexpr, KINDS: tl.constexp
 
 @triton.jit
 def new_slot(new, slots, f, data, z, row_ptr, M: tl.constexpr, J: tl.constexpr, KINDS: tl.constexpr):
-    """A s + b f + e D + d z of slot J, and ``new`` where that is not None."""
+    """Returns A s + b f + e D + d z for slot J, plus ``new`` if that is not None."""
     for i in tl.static_range(M):
         if KINDS[2 + (5 + J) * M + i] != 0:
             new = plus(new, KINDS, 2 + (5 + J) * M + i, row_ptr, slots[i])
@@ -63,8 +63,8 @@ def new_slot(new, slots, f, data, z, row_ptr, M: tl.constexpr, J: tl.constexpr, 
 
 @triton.jit
 def _report(status_ptr, row, f, x_next, mask):
-    """Lowers the status to the first row, and what in it, that is not finite."""
-    limit = float("inf")  # NaN is not below it either
+    """Lowers the status to 2 row + kind if f or the new state is not finite, so that the first such row remains."""
+    limit = float("inf")  # NaN compares as not below it
     kind = tl.where(tl.abs(f) < limit, tl.where(tl.abs(x_next) < limit, 2, 1), 0)
     kind = tl.min(tl.min(tl.where(mask, kind, 2), 1), 0)
     if kind < 2:
@@ -103,7 +103,7 @@ def solver_step_kernel(
     if counter_ptr is not None:
         slot = program_slot()
         count = tl.load(counter_ptr + slot)
-        tl.debug_barrier()  # all threads have read the count before one of them moves it
+        tl.debug_barrier()  # all threads must have read the count before one of them advances it
         tl.store(counter_ptr + slot, count + 1)
         row += count
     sample, exists, start, _, offset, mask = tile(batch, size, S, P, ALIGNED, ROWS_FIRST)
@@ -133,7 +133,7 @@ def solver_step_kernel(
             or (j == 0 and status_ptr is not None)
         ):
             new = new_slot(None, slots, f, data, z, row_ptr, M, j, KINDS)
-            if out_ptrs[j] is not None:  # after all slots are read, in whose place it may go
+            if out_ptrs[j] is not None:  # may overwrite a slot: all slots have been read by now
                 tl.store(out_ptrs[j] + offset, new, mask=mask)
             if input_ptr is not None and KINDS[2 + j] != 0:
                 network_input = plus(network_input, KINDS, 2 + j, next_row_ptr, new)
@@ -147,7 +147,7 @@ def solver_step_kernel(
 
 
 def counter_slots(batch: int, size: int) -> int:
-    """How many slots a device step counter has: one a program, so that each moves its own."""
+    """Returns the size of a step counter on the device: one element per program, so that each advances its own."""
     rows, columns = tiling(batch, size).grid
     return rows * columns
 
@@ -170,19 +170,19 @@ def solver_step(
     out: Sequence[Tensor | None],
     network_input: Tensor | None = None,
 ) -> None:
-    """Writes new slots to ``out``, where given; each may be one of ``slots``.
+    """Writes the new slots to those of ``out`` that are not None; each may be one of ``slots``.
 
     Args:
         slots: the m slots.
         table: fp32 ``[K, 2 + 5 m + m^2]`` on the device.
-        row: the row, or with a ``counter`` what is added to it.
+        row: the row, or with a ``counter`` the number that is added to it.
         terms: which coefficients are zero, or one, in that row (`fastsde.solvers.Terms`).
-        z: fp32, or keys int64 ``[B, 2]``, for rows with d.
-        counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel moves on by one.
+        z, keys: for rows with noise, z fp32, or keys int64 ``[B, 2]`` to draw it.
+        counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel advances by one.
         time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
         status: int32 ``[1]``, lowered to 2 row + kind (`fastsde.kernels.status`) for the first f or x' that is not
             finite.
-        network_input: fp32, where the next row's n.s goes.
+        network_input: fp32, where the next row's n.s is written.
     """
     x = slots[0]
     batch = len(x)
@@ -203,7 +203,7 @@ def solver_step(
             status,
             tuple(out),
             network_input,
-            None if guidance is None else float(guidance),  # an int would be a type, and a variant, of its own
+            None if guidance is None else float(guidance),  # an int would compile another variant
             None if clip is None else float(clip),
             batch,
             size,

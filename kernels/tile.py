@@ -1,8 +1,7 @@
 """How a batch ``[B, *shape]`` is cut into tiles: S samples by P blocks of four elements (a block is one Philox call).
 
-A tile is large, or small where there are too few large ones for every processor of a GPU: a kernel has at most two
-variants for samples of a size, whatever the batch. What an element becomes is the same to the bit in both. Offsets are
-int64.
+Tiles are large, or small if there are too few large ones to occupy every multiprocessor of a GPU: a kernel has at most
+two variants per sample size, whatever the batch. Both give the same results to the bit. Offsets are int64.
 """
 
 from __future__ import annotations
@@ -17,35 +16,35 @@ import triton.language as tl
 from torch import Tensor
 
 WARPS = 4
-# Blocks of four elements in a tile, and its warps: 16 elements a thread, which share what is computed for a sample and
+# (Blocks of four elements in a tile, warps). A thread has 16 elements, which share what is computed once per sample and
 # keep loads in flight, or 4.
 _LARGE, _SMALL = (512, WARPS), (32, 1)
-# Two large tiles for each of the 132 processors of an H100 or H200, as a constant: the shape alone decides. With fewer
-# of them the time is that of one tile's chain of instructions, which small tiles cut by four. The interpreter runs one
-# tile after another, and each costs it the same: there any number is many.
+# Two large tiles for each of the 132 multiprocessors of an H100 or H200; a constant, so that only the shape decides.
+# With fewer large tiles the time is that of one tile's chain of instructions, which small tiles cut by four. The
+# interpreter runs one tile after another at the same cost each, so there large tiles are always better.
 _MANY = 0 if triton.knobs.runtime.interpret else 2 * 132
 GRID_AXIS_1 = 65_535
 
 
 class Tiling(NamedTuple):
-    """The compile-time constants of a tile, its warps among them, and the grid of tiles."""
+    """The compile-time constants of a tile, including its warps, and the grid of tiles."""
 
     constants: dict[str, int | bool]
     grid: tuple[int, int]
 
 
 def tiling(batch: int, size: int) -> Tiling:
-    """For ``batch`` samples of ``size`` elements."""
+    """Returns the tiling of ``batch`` samples of ``size`` elements."""
     large = _tiling(batch, size, *_LARGE)
     return large if math.prod(large.grid) >= _MANY else _tiling(batch, size, *_SMALL)
 
 
 def _tiling(batch: int, size: int, most: int, warps: int) -> Tiling:
-    blocks = max(triton.cdiv(size, 4), 1)  # of samples without elements, the times are still drawn
+    blocks = max(triton.cdiv(size, 4), 1)  # samples without elements still have times
     width = min(triton.next_power_of_2(blocks), most)
     height = most // width
     rows, columns = triton.cdiv(batch, height), triton.cdiv(blocks, width)
-    # Axis 1 of a grid is short. No memory holds a batch for which both counts are long.
+    # Axis 1 of a grid is short. A batch in which both counts exceed it would not fit in any memory.
     rows_first = columns <= GRID_AXIS_1
     constants = {"S": height, "P": width, "ALIGNED": size % 4 == 0, "ROWS_FIRST": rows_first, "num_warps": warps}
     return Tiling(constants, (rows, columns) if rows_first else (columns, rows))
@@ -57,13 +56,13 @@ def fast_math(x: Tensor) -> bool:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``x`` the current one, which launches go to."""
+    """Makes the device of ``x`` current, so that kernels are launched there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @triton.jit
 def tile(batch, size, S: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """This program's part of a batch.
+    """Returns this program's part of a batch.
 
     Returns:
         The samples ``[S]`` and which of them exist, the first block of the columns, the elements ``[4 P]`` of a sample,
@@ -80,11 +79,11 @@ def tile(batch, size, S: tl.constexpr, P: tl.constexpr, ALIGNED: tl.constexpr, R
 
 @triton.jit
 def aligned_size(size, ALIGNED: tl.constexpr):
-    """``size``, from which the compiler can tell that rows start on 16 bytes where they do."""
+    """Returns ``size`` in a form that shows the compiler that rows are aligned to 16 bytes, if they are."""
     return size // 4 * 4 if ALIGNED else size
 
 
 @triton.jit
 def program_slot():
-    """The number of this program in the grid, int64."""
+    """Returns the number of this program in the grid, int64."""
     return tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -1,9 +1,9 @@
-"""Uniforms of the noise contract (the twin of ``fastsde.noise.uniform``), one a key, for consecutive steps:
+"""Uniforms of the noise contract (the twin of ``fastsde.noise.uniform``), one per key, for consecutive steps:
 
     out[r, i] = the uniform of key i in step ``step + r``
 
-The steps may start at a counter in device memory, so that one launch at the start of a captured graph draws for all its
-steps. u is a multiple of 2^-24, exact in fp32.
+The first step may come from a counter in device memory, so that one launch at the start of a captured graph draws for
+all its steps. u is a multiple of 2^-24, exact in fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def uniform(keys: Tensor, step: int, stream: int, out: Tensor, *, counter: Tenso
 
     Args:
         keys: contiguous int64 ``[B, 2]``.
-        counter: int64, one element on the device, that is added to the step.
+        counter: int64, one element on the device, added to the step.
         out: fp32 ``[R, B]``, each row contiguous; R below 2^16.
     """
     steps, batch = out.shape

@@ -1,4 +1,4 @@
-"""Shared configuration of the suite: tests marked ``gpu`` are skipped, with the reason, where there is no GPU."""
+"""Shared configuration of the suite: tests marked ``gpu`` are skipped, with the reason, if there is no GPU."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fastsde.ops import dispatch  # noqa: E402
 
 
 def _define_interpreted_kernels() -> None:
-    """Imports the kernels with Triton's interpreter on: Triton decides once, when a kernel is defined.
+    """Imports the kernels with Triton's interpreter on, which Triton decides once, when a kernel is defined.
 
     They run only while the variable is set (the ``device`` fixture of tests/kernels), so that the rest of the suite
-    does not go through the slow interpreter.
+    does not use the slow interpreter.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         kernels = importlib.import_module("fastsde.kernels")
-        importlib.import_module("torch._inductor.utils")  # which looks at Triton, and must see it as it will be
+        importlib.import_module("torch._inductor.utils")  # inspects Triton, and must see its final state
         for module in pkgutil.iter_modules(kernels.__path__, "fastsde.kernels."):
             importlib.import_module(module.name)
 
@@ -57,11 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes checkpoints however fast they come."""
+    """Writes every checkpoint, however quickly they follow each other."""
     monkeypatch.setattr("fastsde.training.run_folder.CHECKPOINT_SECONDS", 0.0)
 
 
 def pytest_collection_finish() -> None:
-    """Takes what is there to stay out of the garbage collector's way: captures and tests collect by the hundred."""
+    """Freezes all existing objects for the garbage collector: captures and tests run it hundreds of times."""
     gc.collect()
     gc.freeze()

@@ -1,22 +1,22 @@
-"""CUDA graphs for tests: CUDA's own where there is a GPU, and on the CPU a tape of PyTorch's operations.
+"""CUDA graphs for tests: CUDA's own on a GPU, and a tape of PyTorch's operations on the CPU.
 
-The tape stands for what `fastsde.engines.capture` calls CUDA for. As with CUDA, recording changes no memory, a replay
-reads and writes the memory that was recorded and runs nothing of the host's part, a thread records only after it has
-warmed up, and waiting for the device while recording is an error. Kernels are launches of Triton's interpreter.
+The tape replaces the calls of CUDA in `fastsde.engines.capture`. As with CUDA, recording changes no memory, a replay
+reads and writes the recorded memory and runs no host code, a thread must warm up before it records, and waiting for the
+device while recording is an error. Kernels are launched in Triton's interpreter.
 
-It cannot show, and only the tests marked ``gpu`` can:
+The tape cannot test the following; only the tests marked ``gpu`` can:
 
-- streams: all runs at once and in order, so that no race, no missing wait and no use by two threads is seen;
-- memory: the pool of a graph, what it takes, when it runs out, and whether it is freed. A tape keeps all its tensors,
-  so that memory which a replay reads after it was freed, or that two graphs share, is never something else;
-- handles and workspaces of cuBLAS and cuDNN, of a thread or stream, and what a library allocates or chooses at first;
-- where a tensor is: one on the host beside one on the device, and a copy between them that names the device by a
-  `torch.device`. A list or the word "cpu" is seen; a mask that is set to one element of the device is not;
-- waiting that is no operation of PyTorch (events, ``synchronize``, another library), that of kernels which wait for
-  some sizes alone (``mode``), and that inside of an operation which tests/waiting.py does not know. A few operations
-  wait on a CPU alone, and are refused (``one_hot`` of a known number of classes);
-- other kernels than those of the CPU: dtypes, layouts and shapes that CUDA lacks, TF32, results that vary;
-- random numbers of PyTorch's generator, whose state CUDA moves on in each replay by its own rule.
+- streams: everything runs immediately and in order, so that races, missing waits and use by two threads do not show;
+- memory: the pool of a graph, its size, when it runs out, and whether it is freed. A tape keeps all its tensors, so
+  that memory which a replay reads after it was freed, or which two graphs share, is never overwritten;
+- handles and workspaces of cuBLAS and cuDNN, per thread or stream, and what a library allocates or chooses at first;
+- where a tensor is: host and device tensors in one operation, and copies between them that name the device by a
+  `torch.device`. A list or the word "cpu" is detected; setting a mask to one element on the device is not;
+- waiting that is not an operation of PyTorch (events, ``synchronize``, another library), kernels that wait only for
+  some sizes (``mode``), and waiting inside an operation that tests/waiting.py does not know. A few operations that wait
+  only on a CPU are refused, too (``one_hot`` with a known number of classes);
+- kernels other than the CPU's: dtypes, layouts and shapes that CUDA lacks, TF32, results that vary;
+- random numbers of PyTorch's generator, whose state CUDA advances in each replay by its own rule.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tape(Launches):
                 self._keep(given.get(argument.name))
         result = super().call(func, args, kwargs)
         inputs = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        # Their memory and not themselves: autograd takes a gradient as it is where nobody else holds it.
+        # Detached, to hold the memory and not the tensors: autograd takes over a gradient only if nobody else holds it.
         outputs = [leaf.detach() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         fresh = [storage(output) not in inputs for output in outputs]
         self._made |= {storage(output): output for output, new in zip(outputs, fresh, strict=True) if new}
@@ -64,7 +64,7 @@ class Tape(Launches):
         return result
 
     def launch(self, name: str, run: Callable[[], Any], args: Any) -> None:
-        """A launch of a kernel, which may write to any of its arguments."""
+        """Records a launch of a kernel, which may write to any of its arguments."""
         self._keep(args)
         super().launch(name, run, args)
         self._calls.append(run)
@@ -77,7 +77,7 @@ class Tape(Launches):
                     self._before.setdefault(storage(value), (whole, whole.clone()))
 
     def finish(self) -> None:
-        """Gives memory from outside what it held, and that of the graph NaN."""
+        """Restores memory from outside the graph, and fills the graph's own memory with NaN."""
         with torch.no_grad():
             for whole, held in self._before.values():
                 whole.copy_(held)
@@ -86,7 +86,7 @@ class Tape(Launches):
                     value.detach().fill_(torch.nan)
 
     def replay(self) -> None:
-        """Runs it all again, as one launch."""
+        """Runs all calls again, as one launch."""
         launch("replay", self._run_again)
 
     def _run_again(self) -> None:
@@ -99,14 +99,14 @@ def _run(func: Any, args: Any, kwargs: Any, outputs: list[Tensor], fresh: list[b
     again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
     for output, value, new in zip(outputs, again, fresh, strict=True):
         if new:
-            output.detach().copy_(value)  # where it was made in inference mode, too
+            output.detach().copy_(value)  # detach: it may have been made in inference mode
 
 
 class TapeRecording(capture.Recording):
     """A recording on the CPU."""
 
     made: ClassVar[list[TapeRecording]] = []
-    recorded: ClassVar[list[list[str]]] = []  # of each graph its launches
+    recorded: ClassVar[list[list[str]]] = []  # the launches of each graph
 
     def __init__(self, device: torch.device) -> None:
         self._thread = threading.local()
@@ -131,14 +131,14 @@ class TapeRecording(capture.Recording):
 
 
 class CudaRecording(capture.Recording):
-    """CUDA's own graphs, counted."""
+    """A recording of CUDA's own graphs that counts them."""
 
     made: ClassVar[list[Any]] = []
     recorded: ClassVar[list[list[str]]] = []
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        type(self).made.append(None)  # not itself, which would keep its memory
+        type(self).made.append(None)  # not self, which would keep its memory alive
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         replay = super().record(run)
@@ -148,7 +148,7 @@ class CudaRecording(capture.Recording):
 
 @pytest.fixture(params=["tape", pytest.param("cuda", marks=pytest.mark.gpu)])
 def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Graphs that are counted, of CUDA or of the tape, and their device as the default one."""
+    """Counted graphs, of CUDA or of the tape, with their device as the default device."""
     kind: Any = CudaRecording if request.param == "cuda" else TapeRecording
     monkeypatch.setattr(kind, "made", [])
     monkeypatch.setattr(kind, "recorded", [])
@@ -161,6 +161,6 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         pytest.skip("the graphs are CUDA's own where there is a GPU")
     interpret(monkeypatch)
     monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
-    adam = torch.optim.Adam  # PyTorch refuses one of weights on the CPU that can be captured, which the tape needs not
+    adam = torch.optim.Adam  # PyTorch refuses capturable=True for weights on the CPU, and the tape does not need it
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable=False, **options: adam(*args, **options))
     yield kind

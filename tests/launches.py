@@ -1,8 +1,8 @@
-"""What a GPU would be given to do, counted on the CPU.
+"""Counts on the CPU what would be launched on a GPU.
 
-A launch is an operation of PyTorch that reads or writes elements, or a Triton kernel. Views and new memory are none. An
-operation of PyTorch may be several kernels of CUDA (a convolution and its backward, a reduction, an operation on a long
-list of tensors), and a copy is not always a kernel.
+A launch is an operation of PyTorch that reads or writes elements, or a Triton kernel. Views and new memory do not
+count. An operation of PyTorch may be several CUDA kernels (a convolution and its backward, a reduction, an operation on
+a long list of tensors), and a copy is not always a kernel.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _watching: list[Launches] = []
 
 
 class Launches(TorchDispatchMode):
-    """Counts what is launched inside, as ``with watching(Launches()) as launches``.
+    """Counts the launches inside ``with watching(Launches()) as launches``.
 
     Args:
-        host: tensors that are on the host where there is a GPU, such as a table of a solver. What is computed from
-            these alone is no launch.
+        host: tensors that would be on the host if there were a GPU, such as a table of a solver. Operations on only
+            these are not launches.
 
     Attributes:
-        names: of the launches, in order. A replay of a graph of tests/cuda_graphs.py is one of that name.
+        names: of the launches, in order. A replay of a graph of tests/cuda_graphs.py is one launch, named "replay".
     """
 
     def __init__(self, host: Sequence[Tensor] = ()) -> None:
@@ -43,7 +43,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "fastsde":  # what it does is looked at, not the operation
+        if func.namespace == "fastsde":  # counts the launches inside the operation
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         result = self.call(func, args, kwargs)
@@ -63,7 +63,7 @@ class Launches(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def launch(self, name: str, run: Callable[[], Any], args: Any) -> None:
-        """A launch of a kernel."""
+        """Counts and runs a launch of a kernel."""
         self.names.append(name)
         with paused():
             run()
@@ -71,7 +71,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def watching(launches: Any) -> Iterator[Any]:
-    """What happens inside is seen by ``launches``."""
+    """Makes ``launches`` see the operations and kernels inside."""
     _watching.append(launches)
     try:
         with launches:
@@ -82,7 +82,7 @@ def watching(launches: Any) -> Iterator[Any]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """What happens inside is seen by nobody."""
+    """Hides the operations and kernels inside from all watchers."""
     held, _watching[:] = list(_watching), []
     try:
         with _disable_current_modes():
@@ -92,7 +92,7 @@ def paused() -> Iterator[None]:
 
 
 def launch(name: str, run: Callable[[], Any], args: Any = ()) -> None:
-    """Runs what is one launch."""
+    """Runs something that counts as one launch."""
     if _watching:
         _watching[-1].launch(name, run, args)
     else:
@@ -104,12 +104,12 @@ def storage(tensor: Tensor) -> int:
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs kernels by Triton's interpreter, and lets them be seen."""
+    """Runs kernels in Triton's interpreter, visible to watchers."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     on_grid, one_at_a_time = interpreter.GridExecutor.__call__, threading.Lock()
 
     def quiet(self: Any, *args: Any, **kwargs: Any) -> None:
-        # NumPy computes there: it warns of infinities, and knows one thread.
+        # The interpreter computes with NumPy, which warns about infinities, and it is not thread-safe.
         with one_at_a_time, np.errstate(all="ignore"):
             on_grid(self, *args, **kwargs)
 

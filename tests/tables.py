@@ -1,4 +1,4 @@
-"""Random tables of slots, and in float64 what a row and a trajectory of one are, with how far fp32 may be from it."""
+"""Random tables of slots, and float64 results of their rows and trajectories with error bounds for fp32."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ EPS = 2.0**-24
 
 
 def random_table(slots: int, rows: int = 6, *, seed: int = 0, clip: float | None = None) -> StepTable:
-    """A table with all kinds of terms, some in the whole table and some in single rows.
+    """Returns a table with all kinds of terms, some in the whole table and some in single rows.
 
-    Coefficients are absent, one, or anything; slots may only move on; the network may be called with something else
-    than slot 0, and noise may go anywhere. Times are numbers of fp32.
+    Coefficients are absent, one, or anything; slots may only move on; the network may be called with something other
+    than slot 0, and noise may enter any slot. Times are exact in fp32.
     """
     chance = random.Random(100 * seed + slots)
 
@@ -41,7 +41,7 @@ def random_table(slots: int, rows: int = 6, *, seed: int = 0, clip: float | None
         return chance.choices((ABSENT, ONE, ANY), weights or (3, 1, 5), k=count)
 
     def values(given: Sequence[int], size: float = 1.0) -> list[float]:
-        """Of a row, where those that may be anything may be absent or one as well."""
+        """Returns values for a row; a coefficient that may be anything may also be absent or one."""
         known = [kinds(1, 2, 1, 5)[0] if kind == ANY else kind for kind in given]
         return [(0.0, 1.0, size * chance.uniform(-1, 1))[kind] for kind in known]
 
@@ -49,7 +49,7 @@ def random_table(slots: int, rows: int = 6, *, seed: int = 0, clip: float | None
         source = chance.randrange(slots)
         return [ONE if other == source else ABSENT for other in range(slots)]
 
-    # Of the table: what each column is, which slots move on in all rows, and whether slot 0 is the input of all.
+    # For the whole table: the kind of each column, which slots always move on, and whether slot 0 is always the input.
     A, (b, e, p, n) = [kinds(slots, 4, 1, 5) for _ in range(slots)], (kinds(slots) for _ in range(4))
     d, q, always_moved = kinds(slots, 5, 1, 3), kinds(1), [slot and chance.random() < 0.4 for slot in range(slots)]
     sources, reads_slot_0 = [moved(slot) for slot in range(slots)], chance.random() < 0.5
@@ -74,7 +74,7 @@ def random_table(slots: int, rows: int = 6, *, seed: int = 0, clip: float | None
 
 
 def history_table(slots: int, rows: int) -> StepTable:
-    """A multistep method: slot 0 is made of all slots, each other takes over the one before it."""
+    """Returns a multistep method: slot 0 combines all slots, every other slot takes over the one before it."""
     chance, float64 = random.Random(slots), {"dtype": torch.float64, "device": "cpu"}
     A = torch.zeros(rows, slots, slots, **float64)
     A[:, 0] = torch.tensor([[chance.uniform(-1, 1) for _ in range(slots)] for _ in range(rows)], **float64)
@@ -84,7 +84,7 @@ def history_table(slots: int, rows: int) -> StepTable:
 
 
 class Near(NamedTuple):
-    """A value in float64, and how far an fp32 evaluation may be from it."""
+    """A value in float64, and how much an fp32 evaluation may differ from it."""
 
     value: Tensor
     error: Tensor
@@ -102,24 +102,24 @@ def exact(value: Tensor, error: float = 0.0) -> Near:
 
 
 def guided(f: Near, f_uncond: Near, guidance: float) -> Near:
-    """f_uncond + guidance (f - f_uncond): a rounding of the weight, the difference, the product and the sum."""
+    """Returns f_uncond + guidance (f - f_uncond), with roundings of the weight, difference, product and sum."""
     value = f_uncond.value + guidance * (f.value - f_uncond.value)
     size = f_uncond.value.abs() + abs(guidance) * (f.value.abs() + f_uncond.value.abs())
     return Near(value, 5 * EPS * size + abs(guidance) * f.error + abs(1 - guidance) * f_uncond.error)
 
 
 def _sum(coefficients: Sequence[float], terms: Sequence[Near]) -> Near:
-    """Terms of a coefficient of zero do not matter, even where they are not finite."""
+    """Returns the weighted sum; terms with a coefficient of zero do not matter, even if they are not finite."""
     used = [(c, *term) for c, term in zip(coefficients, terms, strict=True) if c != 0]
     value, size, error = (torch.zeros_like(terms[0].value) for _ in range(3))
     for c, term, off in used:
         value, size, error = value + c * term, size + abs(c) * term.abs(), error + abs(c) * off
-    # A rounding of the coefficient, of the product and of each sum; one more for products of such roundings.
+    # Roundings of the coefficient, of the product and of each sum; one more for products of these roundings.
     return Near(value, error + (len(used) + 2) * EPS * size)
 
 
 def step_near(slots: Sequence[Near], f: Near, table: StepTable, row: int, z: Near | None) -> list[Near]:
-    """The new slots: s' = A s + b f + e D + d z with D = clamp(p.s + q f)."""
+    """Returns the new slots s' = A s + b f + e D + d z with D = clamp(p.s + q f)."""
     k = table.row(row)
     data = _sum((*k.p, k.q), (*slots, f))
     if table.clip is not None:
@@ -129,12 +129,12 @@ def step_near(slots: Sequence[Near], f: Near, table: StepTable, row: int, z: Nea
 
 
 def input_near(slots: Sequence[Near], table: StepTable, row: int) -> Near:
-    """n.s, what the network is called with in a row."""
+    """Returns n.s, the network's input in a row."""
     return _sum(table.row(row).n, slots)
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
-    """Moves by at most half of what x moves by."""
+    """A network whose output changes by at most half of the change in x."""
     return 0.5 * torch.sin(x) + t.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -144,17 +144,17 @@ def states_near(
     shape: Sequence[int],
     edit: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> list[Near]:
-    """Slot 0 at the start and after each row of a trajectory of `network`.
+    """Returns slot 0 at the start and after each row of a trajectory of `network`.
 
     Args:
-        edit: what a callback makes of the state after each row, a map that moves no two values apart.
+        edit: what a callback does to the state after each row; it must not increase the distance of any two values.
     """
     slots = [exact(noise.normal(keys, 0, shape), NORMAL_ERROR)]
     slots += [exact(torch.zeros_like(slots[0].value)) for _ in range(1, table.slots)]
     states = [slots[0]]
     for row in range(len(table)):
         x, error = input_near(slots, table, row)
-        # Of a sine to 2 ulp, the time and their sum.
+        # The error of a sine to 2 ulp, the time and their sum.
         f = Near(network(x, torch.full((len(x),), table.row(row).time).to(x)), error / 2 + 8 * EPS)
         z = exact(noise.normal(keys, row + 1, shape), NORMAL_ERROR)
         slots = step_near(slots, f, table, row, z)

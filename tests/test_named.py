@@ -138,17 +138,17 @@ def test_options_reach_the_builder() -> None:
         (
             ("unipc", {"solver_options": {"oder": 3}}),
             ValueError,
-            r"solver_options\['oder'\] is no option of unipc: its options are order, variant, .*; got 3",
+            r"solver_options\['oder'\] is not an option of unipc: its options are order, variant, .*; got 3",
         ),
         (
             ("euler_maruyama", {"solver_options": {"order": 2}}),
             ValueError,
-            r"solver_options\['order'\] is no option of euler_maruyama: it has none; got 2",
+            r"solver_options\['order'\] is not an option of euler_maruyama: it has none; got 2",
         ),
         (
             ("heun", {"solver_options": {"euler_final": True}}),  # which steps decide
             ValueError,
-            r"solver_options\['euler_final'\] is no option of heun: it has none; got True",
+            r"solver_options\['euler_final'\] is not an option of heun: it has none; got True",
         ),
         (("unipc", {"solver_options": ["order"]}), TypeError, "solver_options must be a mapping .*, got list"),
         (("unipc", {"solver_options": {"order": 4}}), ValueError, "order must be 1, 2 or 3, got 4"),

@@ -157,7 +157,7 @@ def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
     lines = report.compare(result, after)
     assert len(lines) == 4  # the titles alone
     assert "2 threads, which wait: passive (set by fastsde), " in lines[1]
-    assert lines[2] == "of another threads_wait: ratios say little"
+    assert lines[2] == "with another threads_wait: ratios are hardly comparable"
 
 
 @pytest.mark.slow

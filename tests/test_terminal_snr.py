@@ -135,7 +135,7 @@ def test_the_first_row_takes_the_prediction_and_noise(name: str) -> None:
 @pytest.mark.parametrize("prediction", ["score", "eps"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_predictions_of_noise_alone_have_no_first_row(name: str, prediction: str) -> None:
-    expected = f"prediction='{prediction}' tells nothing of x_0 where alpha is 0: .* prediction='v', 'x0' or 'flow'"
+    expected = f"prediction='{prediction}' does not determine x_0 where alpha is 0: .* prediction='v', 'x0' or 'flow'"
     with pytest.raises(ValueError, match=expected):
         BUILDERS[name](*zero_terminal_snr(5), prediction)
 

@@ -79,7 +79,7 @@ def test_inputs_are_those_of_the_next_row() -> None:
     assert [terms.has_input for terms in map(table.terms, range(3))] == [True, False, False]
     assert table.terms().n == (ONE, ANY)  # of all rows but the first
     assert table.terms().has_input
-    with pytest.raises(ValueError, match=r"StepTable.n must not be zero in all slots, got so in row 1"):
+    with pytest.raises(ValueError, match=r"StepTable.n must not be zero in all slots, got zeros in row 1"):
         table_of(A=[[1.0, 0], [0, 1]], n=[[0.0, 1], [0, 0], [1, 0]])
 
 

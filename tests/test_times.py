@@ -94,7 +94,7 @@ def test_discrete_spacings_are_those_of_table_2() -> None:
         (("leading", VPSDE(), 900, 1.0, 0.25), "'leading' has 750 discrete steps to take, got 900 intervals"),
         (
             ("leading", VPSDE(), 300, 0.5, 0.25),
-            "'leading' starts below t_start, where the state is not: .* t_start=0.5",
+            "spacing='leading' needs the process's t_max as t_start, got t_start=0.5",
         ),
         (("trailing", VPSDE(), 30, 0.6006, 0.0), "t_start must be one of the 1000 discrete times .* got 0.6006"),
     ],

@@ -1,4 +1,4 @@
-"""How far apart the samples of two backends may be that are both right."""
+"""How much the samples of two correct backends may differ."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ NORMAL_ERROR = 4e-6  # of the noise contract
 
 
 def noise_error(table: StepTable) -> float:
-    """Returns how far apart two runs of a table may end whose normals differ by `NORMAL_ERROR`, but for the network.
+    """Returns how much two runs of a table may differ at the end if their normals differ by `NORMAL_ERROR`.
 
-    The difference of two states obeys the table's own recurrence: s' = (A + e p) s + d z, or A s where D is clamped.
-    So the error of each draw, the prior's among them, counts as often as the later rows multiply it: for Euler-Maruyama
-    on the VP-SDE some 20 to 200 times, for DDIM from t = 1 up to 1 / alpha(1) = 152 times.
+    The difference of two states follows the table's own recurrence: s' = (A + e p) s + d z, or A s where D is clamped.
+    So the error of each draw, including the prior's, is multiplied by the later rows: for Euler-Maruyama on the VP-SDE
+    some 20 to 200 times, for DDIM from t = 1 up to 1 / alpha(1) = 152 times.
 
-    What the network makes of a different state is left out, so it must hardly depend on the state, or contract.
+    The network's response to a different state is left out, so it must hardly depend on the state, or be a contraction.
     """
     error = torch.zeros(table.slots, dtype=torch.float64, device="cpu")
     error[0] = NORMAL_ERROR

@@ -1,4 +1,4 @@
-"""Whole trajectories of an MLP by the kernel that runs on a device, past the engines."""
+"""Whole trajectories of an MLP by the kernel of a device, without the engines."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def trajectory(
     every: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The samples ``[B, d]`` of an MLP, and every ``every``-th state ``[K // every + 1, B, d]``, or none.
+    """Returns samples ``[B, d]`` of an MLP, and every ``every``-th state ``[K // every + 1, B, d]``, or no states.
 
-    All is on the device of ``keys``, to which the MLP is moved.
+    Everything is on the device of ``keys``, to which the MLP is moved.
     """
     linears, activations = linear_layers(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

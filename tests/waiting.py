@@ -1,4 +1,4 @@
-"""Which operations of PyTorch wait for a GPU, as far as that can be told where all tensors are on the CPU."""
+"""Which operations of PyTorch wait for a GPU, as far as that can be detected with all tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["HostReads", "refuse_waiting"]
 
-# A result, or the size of one, that only the device knows: PyTorch says so of most operations.
+# The result, or its size, depends on values on the device: PyTorch tags most such operations.
 _TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.cudagraph_unsafe}
-# And those of which it does not: they read values on the host, or what a solver tells of its success.
+# Operations without such a tag that read values on the host, or the status of a linear-algebra solver.
 _UNTAGGED = {
     "_coalesce",
     "_linalg_check_errors",
@@ -28,12 +28,12 @@ _UNTAGGED = {
 }
 _INDEXED = {"index", "_unsafe_index"}
 _WRITTEN = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
-# What goes from the device to the host, and of which the dispatcher sees nothing on the CPU.
+# Reads from the device to the host that the dispatcher does not see on the CPU.
 _READS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
 
 
 def refuse_waiting(func: Any, arguments: dict[str, Any]) -> None:
-    """Raises what a GPU does while a graph is recorded, for an operation that waits for it.
+    """Raises the error that a GPU raises during capture, for an operation that waits for it.
 
     Args:
         func: an overload of an operation.
@@ -46,15 +46,15 @@ def refuse_waiting(func: Any, arguments: dict[str, Any]) -> None:
 def _waits(func: Any, name: str, arguments: dict[str, Any]) -> bool:
     if name in _INDEXED:
         return _has_mask(arguments)
-    if name in _WRITTEN:  # one element that comes from the host is filled in where the mask is
+    if name in _WRITTEN:  # a single element from the host is filled in by masked_fill
         return _has_mask(arguments) and arguments["values"].numel() != 1
     if name == "repeat_interleave":
         return arguments.get("output_size") is None
     if name == "histc":
-        return bool(arguments.get("min", 0) == arguments.get("max", 0))  # which are then those of the values
+        return bool(arguments.get("min", 0) == arguments.get("max", 0))  # then the bounds come from the values
     if name == "normal":
-        return isinstance(arguments.get("std"), Tensor)  # it must not be negative
-    if name == "lift_fresh":  # of a list, by torch.tensor or as an index: copied from memory that is not pinned
+        return isinstance(arguments.get("std"), Tensor)  # it is checked to be non-negative
+    if name == "lift_fresh":  # a list, as in torch.tensor or an index: copied from memory that is not pinned
         return bool(arguments["self"].ndim > 0)
     checks = arguments.get("check_errors") is True
     return checks or name in _UNTAGGED or not _TAGS.isdisjoint(func.tags)
@@ -65,7 +65,7 @@ def _has_mask(arguments: dict[str, Any]) -> bool:
 
 
 class HostReads(TorchFunctionMode):
-    """Refuses the functions that read a tensor on the host, among them ``to("cpu")``, by that very word."""
+    """Refuses functions that read a tensor on the host, including ``to("cpu")`` with exactly that word."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         to_cpu = func is Tensor.to and "cpu" in [

@@ -17,16 +17,16 @@ from .unwrap import unwrap
 
 __all__ = ["MLP", "ConcatTime", "Preconditioned", "UNet", "from_config", "unwrap"]
 
-# The AVX-512 log1p that PyTorch ships loads its result for -0 under a mask. Until something has really read the page
-# that it lies in, each such load that is masked off is slow: log1p takes some 15 times as long and log sigmoid 5 to 10
-# times, in every thread of the process. This reads it.
+# The AVX-512 log1p that PyTorch ships loads its result for -0 with a masked load. Until the page of that constant has
+# really been read once, every masked-off load of it is slow: log1p takes some 15 times as long and log sigmoid 5 to 10
+# times, in every thread of the process. This call reads the page.
 torch.log1p(torch.full((64,), -0.0, dtype=torch.float32, device="cpu"))
 
 _ARCHITECTURES: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
 
 
 class _Fp32(TorchFunctionMode):
-    """Makes parameters fp32 on any ``torch.set_default_dtype``, which holds for all threads and so is not changed."""
+    """Makes parameters fp32 whatever the default dtype is, which is not changed since it is shared by all threads."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -36,10 +36,10 @@ class _Fp32(TorchFunctionMode):
 
 
 def from_config(config: Mapping[str, Any]) -> nn.Module:
-    """The model that ``model.config`` describes, freshly initialised, in fp32 whatever PyTorch's default dtype is.
+    """Builds the model that ``model.config`` describes, freshly initialized, in fp32 whatever PyTorch's default dtype.
 
     Raises:
-        TypeError, ValueError: for an architecture that this package does not have, or arguments that it does not take.
+        TypeError, ValueError: for an unknown architecture, or arguments that it does not take.
     """
     check_instance("config", config, Mapping)
     options = dict(config)

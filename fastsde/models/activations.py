@@ -1,4 +1,4 @@
-"""The activations of MLPs: the one list of them, by the names that checkpoints and kernels call them."""
+"""The activations of MLPs, under the names that checkpoints and kernels use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["ACTIVATIONS", "Activation", "name_of"]
 
 @dataclass(frozen=True)
 class Activation:
-    """A class of modules and what makes one of them this function.
+    """An activation function, as a module class with its arguments.
 
     Args:
         module: the class.
-        options: arguments of the class. A module whose attributes are equal to them is this function.
-        also: what else has to be true of such a module.
+        options: arguments of the class. A module whose attributes are equal to them computes this function.
+        also: a further condition that such a module must fulfill.
     """
 
     module: type[nn.Module]
@@ -26,11 +26,11 @@ class Activation:
     also: Callable[[Any], bool] = lambda module: True
 
     def build(self) -> nn.Module:
-        """A new module."""
+        """Builds a new module."""
         return self.module(**self.options)
 
     def is_of(self, module: nn.Module) -> bool:
-        """Returns whether a module computes this function; a subclass may compute anything."""
+        """Returns whether a module computes this function; never for a subclass, which may compute anything."""
         if type(module) is not self.module:
             return False
         return all(getattr(module, name) == value for name, value in self.options.items()) and self.also(module)
@@ -50,7 +50,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def name_of(module: nn.Module) -> str | None:
-    """The name of an activation, or None where it has none."""
+    """Returns the name of an activation, or None if it is not one of these."""
     kind = type(module)
     for name, activation in ACTIVATIONS.items():
         if activation.module is kind and activation.is_of(module):

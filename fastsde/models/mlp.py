@@ -1,4 +1,4 @@
-"""A multilayer perceptron that takes t as one more input: the swiss-roll network of the tutorial, in general."""
+"""A multilayer perceptron with t as one more input: the tutorial's swiss-roll network, generalized."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_l
 class MLP(nn.Module):
     """Linear layers and activations on the concatenation of x, flattened, and t.
 
-    ``net`` is a plain ``nn.Sequential``, laid out as the tutorial's own network.
+    ``net`` is a plain ``nn.Sequential`` with the layout of the tutorial's own network.
 
     Args:
-        shape: the shape of one sample (of a plain number, ``()``), or its length.
+        shape: the shape of one sample (``()`` for a plain number), or its length.
         hidden: the widths of the hidden layers.
-        activation: the name of one of `fastsde.models.activations.ACTIVATIONS`, such as LogSigmoid or SiLU.
+        activation: a name in `fastsde.models.activations.ACTIVATIONS`, such as LogSigmoid or SiLU.
 
     Raises:
-        TypeError, ValueError: for sizes that are not positive ints, or an activation that is not one of these.
+        TypeError, ValueError: for sizes that are not positive ints, or an unknown activation.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `fastsde.models.from_config` builds this architecture from."""
+        """The arguments from which `fastsde.models.from_config` builds this architecture."""
         return {
             "architecture": "MLP",
             "shape": list(self.shape),
@@ -58,7 +58,7 @@ class MLP(nn.Module):
         }
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
+        """Maps x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
         result: Tensor = self.net(torch.cat((x[:, None].flatten(1), t[:, None].to(x.dtype)), dim=1))
         return result.reshape(x.shape)
 
@@ -67,16 +67,16 @@ class ConcatTime(nn.Module):
     """A network of ``cat((x, t), -1)``, such as an ``nn.Sequential`` of Linear layers, called as ``model(x, t)``.
 
     Args:
-        net: maps ``[B, d + 1]`` to ``[B, d]``. It is kept as it is, not copied.
+        net: maps ``[B, d + 1]`` to ``[B, d]``. It is not copied.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.training = getattr(net, "training", True)  # a frozen script has no mode
+        self.training = getattr(net, "training", True)  # a frozen TorchScript module has no mode
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x ``[B, d]`` and t ``[B]`` to ``[B, d]``."""
+        """Maps x ``[B, d]`` and t ``[B]`` to ``[B, d]``."""
         result: Tensor = self.net(torch.cat((x, t[:, None].to(x.dtype)), dim=-1))
         return result
 
@@ -94,7 +94,7 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
     """Raises ValueError for samples that a network of ``cat((x, t), -1)`` cannot take.
 
     Args:
-        model: of an ``nn.Sequential`` or a `ConcatTime` the first layer is looked at; others pass.
+        model: the first layer of an ``nn.Sequential`` or a `ConcatTime` is checked; other models pass.
         shape: the shape of one sample.
     """
     net = model.net if type(model) is ConcatTime else model
@@ -102,7 +102,7 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
         return
     while isinstance(net, nn.Sequential) and len(net):
         net = net[0]
-    # A lazy layer does not know yet.
+    # A lazy layer does not know its inputs yet.
     inputs = net.in_features - 1 if isinstance(net, nn.Linear) and net.in_features else None
     if len(shape) == 1 and inputs in (None, shape[0]):
         return
@@ -116,7 +116,7 @@ def check_sample_shape(model: object, shape: Sequence[int]) -> None:
 
 
 def _fit(linears: Sequence[nn.Linear]) -> bool:
-    """Returns whether each layer takes what the one before it gives; PyTorch takes biases of other shapes, too."""
+    """Returns whether each layer fits the one before it, and each bias its weight (PyTorch broadcasts other shapes)."""
     width = linears[0].in_features
     for linear in linears:
         out, bias = linear.out_features, linear.bias
@@ -127,7 +127,7 @@ def _fit(linears: Sequence[nn.Linear]) -> bool:
 
 
 def unknown_layer(model: object) -> str | None:
-    """The class of the first layer of a Sequential that is neither Linear nor an activation, or None."""
+    """Returns the class name of the first layer of a Sequential that is neither Linear nor an activation, or None."""
     net = model.net if isinstance(model, ConcatTime) else model
     if not isinstance(net, nn.Sequential):
         return None
@@ -136,11 +136,11 @@ def unknown_layer(model: object) -> str | None:
 
 
 def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
-    """The Linear layers of an MLP of ``cat((x, t), -1)``, and the names of the activations between them.
+    """Returns the Linear layers of an MLP of ``cat((x, t), -1)``, and the names of the activations between them.
 
-    None for any other network. ``model`` is an `MLP`, a `ConcatTime` of a Sequential, or that Sequential itself.
+    Returns None for any other network. ``model`` is an `MLP`, a `ConcatTime` of a Sequential, or the Sequential itself.
     """
-    # The exact classes, without hooks: anything else may compute anything.
+    # Only the exact classes, without hooks: subclasses and hooks may compute anything.
     net = model.net if isinstance(model, (MLP, ConcatTime)) and type(model) in (MLP, ConcatTime) else model
     if not isinstance(model, nn.Module) or not isinstance(net, nn.Sequential) or type(net) is not nn.Sequential:
         return None

@@ -14,14 +14,14 @@ __all__ = ["Preconditioned"]
 
 class Preconditioned(nn.Module):
     """D(x, t) = c_skip x / alpha + c_out f(c_in x / alpha, c_noise), which predicts x_0 (Karras et al. 2022,
-    arXiv:2206.00364, table 1), with the noise of x / alpha, sigma / alpha, as that paper's sigma.
+    arXiv:2206.00364, table 1). The paper's sigma is the noise of x / alpha, that is sigma / alpha.
 
-    With n = sqrt(sigma^2 + alpha^2 sigma_data^2) that is alpha (sigma_data / n)^2 x + sigma sigma_data / n f(x / n,
-    c_noise), c_noise = ln(sigma / alpha) / 4: as `fastsde.objective.Objective` trains it.
+    With n = sqrt(sigma^2 + alpha^2 sigma_data^2) this is alpha (sigma_data / n)^2 x + sigma sigma_data / n f(x / n,
+    c_noise), c_noise = ln(sigma / alpha) / 4, as trained by `fastsde.objective.Objective`.
 
     Args:
         network: f, called as ``network(x, tau)``.
-        sde: the process, of which ``alpha(t)`` and ``sigma(t)`` are taken in float64.
+        sde: the process; its ``alpha(t)`` and ``sigma(t)`` are computed in float64.
         sigma_data: the standard deviation of the data.
     """
 
@@ -31,11 +31,11 @@ class Preconditioned(nn.Module):
 
     @property
     def shape(self) -> Any:
-        """The shape of one sample, where the network tells it."""
+        """The shape of one sample, if the network has it."""
         return self.network.shape
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction of x_0 for x ``[B, *shape]`` at times t ``[B]``."""
+        """Predicts x_0 for x ``[B, *shape]`` at times t ``[B]``."""
         alpha, sigma = self.sde.alpha(t.double()), self.sde.sigma(t.double())
         scaled = alpha * self.sigma_data
         norm = torch.hypot(sigma, scaled)

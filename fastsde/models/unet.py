@@ -1,4 +1,4 @@
-"""The tutorial's U-Net for images, general in channels and image size."""
+"""The tutorial's U-Net for images, generalized to any channels and image size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["UNet"]
 class UNet(nn.Module):
     """3x3 convolutions with LogSigmoid; t enters as one more constant channel.
 
-    The encoder convolves at ``channels[0]``, ``channels[1]``, ... with a 2x2 max-pool before each but the first, which
-    rounds odd sizes up (28, 14, 7, 4, 2). The decoder doubles the size back by 3x3 stride-2 transposed convolutions,
-    each after the first fed with the skip of its size concatenated behind the signal. A 3x3 convolution, LogSigmoid
-    and a last 3x3 convolution return to the image's channels. 2,361,409 parameters by default.
+    The encoder has convolutions to ``channels[0]``, ``channels[1]``, ..., each but the first after a 2x2 max-pool that
+    rounds odd sizes up (28, 14, 7, 4, 2). The decoder doubles the size back with 3x3 stride-2 transposed convolutions;
+    all but the first take the skip connection of their size, concatenated behind the signal. A 3x3 convolution,
+    LogSigmoid and a last 3x3 convolution return to the image's channels. 2,361,409 parameters by default.
 
     Args:
         image_channels: channels of the images.
-        image_size: their height and width, or one number for both.
+        image_size: height and width of the images, or one number for both.
         channels: channels of the encoder's levels, at least two.
 
     Raises:
@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `fastsde.models.from_config` builds this architecture from."""
+        """The arguments from which `fastsde.models.from_config` builds this architecture."""
         return {
             "architecture": "UNet",
             "image_channels": self.image_channels,
@@ -83,7 +83,7 @@ class UNet(nn.Module):
         return (self.image_channels, *self.image_size)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``."""
+        """Maps x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``."""
         signal = self._with_time(x, t)
         skips: list[Tensor] = []
         for level, convolution in enumerate(self.encoder):
@@ -101,9 +101,9 @@ class UNet(nn.Module):
         return result
 
     def _with_time(self, x: Tensor, t: Tensor) -> Tensor:
-        """x and t as one image ``[B, C + 1, H, W]``, in channels_last where the weights are.
+        """Joins x and t to one image ``[B, C + 1, H, W]``, in channels_last if the weights are.
 
-        The first convolution would otherwise copy it there, and once more in its backward.
+        The first convolution would otherwise copy it to that layout, and again in its backward.
         """
         plane, first = t.to(x.dtype)[:, None, None, None], cast(nn.Conv2d, self.encoder[0])
         if not first.weight.is_contiguous(memory_format=torch.channels_last):

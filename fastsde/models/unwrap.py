@@ -1,4 +1,4 @@
-"""The network inside of PyTorch's wrappers."""
+"""Unwraps the network inside PyTorch's wrappers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WITH_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedMo
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Returns whether ``torch.compile`` made a module. Its class is not imported: torch._dynamo takes a second."""
+    """Returns whether ``torch.compile`` made a module. Its class is not imported: importing torch._dynamo takes 1 s."""
     return any(
         each.__name__ == "OptimizedModule" and each.__module__.startswith("torch._dynamo")
         for each in type(model).__mro__
@@ -19,9 +19,9 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside of ``torch.compile``, DistributedDataParallel, DataParallel and AveragedModel, in any nesting.
+    """Returns the module inside ``torch.compile``, DistributedDataParallel, DataParallel and AveragedModel.
 
-    Hooks of the wrappers themselves are not taken along. Any other module comes back as it is.
+    Wrappers may be nested, and their own hooks are dropped. Any other module is returned as it is.
     """
     while True:
         if isinstance(model, _WITH_MODULE):

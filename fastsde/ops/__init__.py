@@ -1,8 +1,8 @@
-"""The operations of `fastsde.reference`, with their arguments checked and sent to the fastest code that can run them.
+"""The operations of `fastsde.reference`, with their arguments checked, run by the fastest code available.
 
 For an fp32 state that is a Triton kernel on a CUDA GPU (or on the CPU while Triton's interpreter is on) and a native
-one on the CPU; it is the reference everywhere else: without Triton or a compiler, in float64, and where a gradient is
-wanted that a kernel does not have. Each is a ``torch.library`` operation, which ``torch.compile`` takes whole.
+kernel on the CPU. The reference runs everywhere else: without Triton or a compiler, in float64, and if a gradient is
+needed that a kernel does not have. Each kernel is a ``torch.library`` operation, opaque to ``torch.compile``.
 """
 
 from __future__ import annotations

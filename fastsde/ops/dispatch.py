@@ -1,4 +1,4 @@
-"""Where kernels run, and what they are given."""
+"""Where kernels run, and in which form they take tensors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _is_available(name: str) -> bool:
 
 
 def native_state() -> str:
-    """Returns whether there are native kernels for the CPU, and from where, or why not, in words."""
+    """Returns a description of the native kernels for the CPU: "yes" with their library, or "no" with the reason."""
     from ..kernels.cpu import build
 
     library, reason = build.load(), build.unavailable_reason()
@@ -69,7 +69,7 @@ def native_state() -> str:
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Returns whether this CPU multiplies bf16 in hardware, or True where that is unknown."""
+    """Returns whether this CPU multiplies bf16 in hardware, or True if that is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -79,22 +79,22 @@ def multiplies_bf16() -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Returns whether either of them does."""
+    """Returns whether native or Triton kernels run on a device."""
     return has_native(device) or has_triton(device)
 
 
 def find_kernel(name: str, device: torch.device) -> Any | None:
-    """The module of a kernel's launcher, as `kernel` returns it, or None where no kernel runs on the device."""
+    """Returns the module of a kernel's launcher, as `kernel` does, or None if no kernel runs on the device."""
     if has_native(device):
         return _module(f"..kernels.cpu.{name}")
     return kernel(name, device) if has_triton(device) else None
 
 
 def interpreter_problem() -> str | None:
-    """Returns why Triton's interpreter does not run with the NumPy that is installed, or None where it does.
+    """Returns why Triton's interpreter does not run with the installed NumPy, or None if it does.
 
-    Triton 3.6 converts arrays of one element to Python integers, which NumPy 2.4 and later refuse. No requirement of
-    the package says so, since compiled kernels do not need NumPy.
+    Triton 3.6 converts arrays of one element to Python integers, which NumPy 2.4 and later refuse. This is not among
+    the requirements of the package, since compiled kernels do not need NumPy.
     """
     triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
     if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
@@ -110,10 +110,10 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def kernel(name: str, device: torch.device) -> Any:
-    """The module of a kernel's launcher for a device that `has_kernels`.
+    """Returns the module of a kernel's launcher for a device that `has_kernels`.
 
     Raises:
-        RuntimeError: where Triton's interpreter is asked for and does not run (see `interpreter_problem`).
+        RuntimeError: if Triton's interpreter is asked for but does not run (see `interpreter_problem`).
     """
     is_triton = has_triton(device)
     problem = interpreter_problem() if is_triton and device.type == "cpu" else None
@@ -128,7 +128,7 @@ def _module(name: str) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Returns whether a gradient is wanted of any, backward or forward, or another transformation of ``torch.func``."""
+    """Returns whether a tensor needs a gradient, backward or forward, or a ``torch.func`` transformation is active."""
     if _is_transformed():
         return True
     if not torch.is_grad_enabled():
@@ -160,5 +160,5 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
-    """The same in contiguous memory, as the kernels take them."""
+    """Returns the tensors in contiguous memory, as the kernels take them."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]

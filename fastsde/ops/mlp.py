@@ -16,19 +16,19 @@ __all__ = ["launch_mlp_sampler", "mlp_limits", "pack_mlp", "unknown_activation"]
 
 
 def mlp_limits(device: torch.device) -> tuple[int, int]:
-    """The most data and hidden units that the kernel takes."""
+    """Returns the largest data dimension and the largest hidden width that the kernel takes."""
     return (1024, 1024) if has_native(device) else (64, 256)
 
 
 @constant
 def unknown_activation(activations: Sequence[str], device: torch.device) -> str | None:
-    """The first of the activations that the kernel of a device does not have, or None."""
+    """Returns the first of the activations that the kernel of a device does not have, or None."""
     has_activation = kernel("mlp_sampler", device).has_activation
     return next((name for name in activations if not has_activation(name)), None)
 
 
 def pack_mlp(linears: Sequence[nn.Linear], activations: Sequence[str], dtype: torch.dtype) -> Any:
-    """The layers of an MLP (`fastsde.models.mlp.linear_layers`) as `launch_mlp_sampler` takes them."""
+    """Packs the layers of an MLP (`fastsde.models.mlp.linear_layers`) for `launch_mlp_sampler`."""
     packed = kernel("mlp_sampler", linears[0].weight.device).Packed(
         [(linear.weight, linear.bias) for linear in linears], activations, dtype
     )
@@ -48,16 +48,16 @@ def launch_mlp_sampler(
     states: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """All rows of a table for an MLP, by one launch. Arguments are trusted.
+    """Runs all rows of a table for an MLP in one launch. Arguments are not checked.
 
     Args:
-        packed: by `pack_mlp`.
+        packed: the result of `pack_mlp`.
         keys: int64 ``[B, 2]``.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
-        precision: of the products on a GPU: "fp32", "tf32" or "bf16". They are fp32 on the CPU.
-        every: m, of the states that are kept: those after 0, m, 2m, ... rows.
-        states: contiguous fp32 ``[K // every + 1, B, d]`` that they go to, or None.
-        progress: called with the number of rows that have been done since; on the CPU several times in a long run.
+        precision: of the products on a GPU: "fp32", "tf32" or "bf16". On the CPU they are fp32.
+        every: which states are kept: those after 0, every, 2 every, ... rows.
+        states: contiguous fp32 ``[K // every + 1, B, d]`` for these states, or None.
+        progress: called with the number of rows done since the last time; on the CPU several times in a long run.
 
     Returns:
         The samples fp32 ``[B, d]``.

@@ -25,13 +25,15 @@ _COLUMNS = 6
 
 
 def data_order(keys: Tensor, counter: Tensor, n: int, out: Tensor) -> None:
-    """`fastsde.reference.data_order` of consecutive steps, where `has_triton` holds: one launch. Arguments are trusted.
+    """Runs `fastsde.reference.data_order` for consecutive steps in one launch. Arguments are not checked.
+
+    This needs a device with `has_triton`.
 
     Args:
         keys: contiguous int64 ``[B, 2]``.
         counter: int64, one element on the device: the first step.
-        n: how many rows the data have.
-        out: int64 ``[R, B]``, each row contiguous, where the positions of R steps go.
+        n: the number of rows of the data.
+        out: int64 ``[R, B]``, each row contiguous, for the positions of R steps.
     """
     kernel("data_order", keys.device).data_order(keys, 0, n, counter=counter, out=out)
 
@@ -39,14 +41,14 @@ def data_order(keys: Tensor, counter: Tensor, n: int, out: Tensor) -> None:
 def training_times(
     objective: Objective, keys: Tensor, step: int, steps: int = 1, *, counter: Tensor | None = None
 ) -> Tensor:
-    """The times fp32 ``[steps, B]`` of consecutive steps, as in `fastsde.reference.training_draws`.
+    """Returns the times fp32 ``[steps, B]`` of consecutive steps, as in `fastsde.reference.training_draws`.
 
-    Arguments are trusted.
+    Arguments are not checked.
 
     Args:
         keys: contiguous int64 ``[B, 2]``.
         step: the first step.
-        counter: int64, one element on the device, that is added to the step where a kernel runs, and only there.
+        counter: int64, one element on the device, added to the step; only where a kernel runs.
     """
     launcher = None if torch.compiler.is_compiling() else find_kernel("uniform", keys.device)
     if launcher is not None:
@@ -60,10 +62,10 @@ def training_times(
 
 
 def coefficients(objective: Objective, t: Tensor) -> Tensor:
-    """`fastsde.objective.Objective.table` in fp32, at times ``[*times]``: ``[*times, 6]``.
+    """Returns `fastsde.objective.Objective.table` in fp32, at times ``[*times]``: ``[*times, 6]``.
 
-    Kernels interpolate, to a rounding of fp32, between the objective's bounds of t. For other times everything is
-    computed on a CPU; on a GPU, where to look at them would be to wait for them, they get NaN.
+    Kernels interpolate, to a rounding of fp32, between the objective's bounds of t. If other times are among them, a
+    CPU computes all of them without interpolation; a GPU gives NaN for these, since checking them would wait for it.
 
     Raises:
         TypeError: for an objective or times of another type.
@@ -85,7 +87,7 @@ _copies: Any = WeakTensorKeyDictionary()
 
 
 def _on_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Those of an interpolation, copied once; a step that is captured comes after one that is not."""
+    """Returns the rows of an interpolation on a device, copied once: before a step is captured, it has always run."""
     copies: dict[torch.device, Tensor] = _copies.setdefault(rows, {})
     if device not in copies:
         copies[device] = rows.to(device)
@@ -102,10 +104,12 @@ def step_coefficients(
     counter: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`coefficients` at the `training_times` of consecutive steps: fp32 ``[steps, B, 6]``. Arguments are trusted.
+    """Returns `coefficients` at the `training_times` of consecutive steps, fp32 ``[steps, B, 6]``.
+
+    Arguments are not checked.
 
     Args:
-        out: contiguous memory for the result, which the kernel of the CPU takes: new memory costs as much as the rest.
+        out: contiguous memory for the result, used by the CPU kernel: new memory costs as much as the computation.
     """
     in_one = objective.times == "uniform" and keys.is_cpu and not torch.compiler.is_compiling()
     launcher: Any = find_kernel("coefficients", keys.device) if in_one else None
@@ -151,11 +155,11 @@ def _check_batch(
 
 
 def _check_index(index: Tensor, rows: int, device: torch.device, checks: bool) -> int:
-    """Returns how many there are."""
+    """Raises for a bad index; returns how many rows it has."""
     check_tensor("index", index, device=device)
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
-    # A check of values would wait for a GPU, and cut the graph of torch.compile or CUDA: a kernel then gives NaN.
+    # Checking values would wait for a GPU, and break a graph of torch.compile or CUDA: there the kernel gives NaN.
     checks = checks and device.type == "cpu" and not torch.compiler.is_compiling()
     if checks and len(index) and not (index.min() >= 0 and index.max() < rows):
         raise ValueError(f"index must be in [0, {rows}), got {index.min()} .. {index.max()}")
@@ -163,19 +167,19 @@ def _check_index(index: Tensor, rows: int, device: torch.device, checks: bool) -
 
 
 class _Route(NamedTuple):
-    """The kernel of a call, and whether its launcher is called itself, which saves some ten microseconds."""
+    """The kernel of a call, and whether its launcher is called directly, which saves some ten microseconds."""
 
     launcher: Any
     is_direct: bool
 
 
 def _route(name: str, x_0: Tensor, table: Tensor, z: Tensor | None, *others: Tensor | None) -> _Route | None:
-    """How a kernel runs on these, or None: its arithmetic is that of the reference for uint8 and fp32 data alone."""
+    """Returns how a kernel runs on these tensors, or None: it matches the reference only for uint8 and fp32 data."""
     if x_0.dtype not in _KERNEL_DATA or table.dtype != torch.float32 or (z is not None and z.dtype != torch.float32):
         return None
     if needs_grad(x_0, table, z):
         return None
-    if torch.compiler.is_compiling():  # what is compiled calls operations of torch.library
+    if torch.compiler.is_compiling():  # compiled code calls the torch.library operations
         return _Route(operators, False) if has_kernels(x_0.device) else None
     launcher = find_kernel(name, x_0.device)
     return None if launcher is None else _Route(launcher, x_0.is_cpu and is_plain(x_0, table, z, *others))
@@ -183,7 +187,7 @@ def _route(name: str, x_0: Tensor, table: Tensor, z: Tensor | None, *others: Ten
 
 def _refuse_counter(counter: Tensor | None) -> None:
     if counter is not None:
-        raise ValueError("counter must be None where no kernel runs (they take fp32 or uint8 data)")
+        raise ValueError("counter must be None where no kernel runs (kernels take fp32 or uint8 data), got a tensor")
 
 
 def perturb(
@@ -200,12 +204,12 @@ def perturb(
     counter: Tensor | None = None,
     keep_noise: bool = False,
 ) -> Noised:
-    """`fastsde.reference.perturb`. Raises as `solver_step` does.
+    """Runs `fastsde.reference.perturb`, by a kernel if one fits. Raises as `solver_step` does.
 
     Args:
-        counter: int64, one element on the device, that is added to the step where a kernel runs, and only there.
+        counter: int64, one element on the device, added to the step; only where a kernel runs.
         keep_noise: whether to return the noise, for `dsm_loss`. On a CPU drawing it again takes longer than reading it,
-            and on a GPU less.
+            on a GPU it takes less time.
     """
     keys = _check_batch(x_0, keys, step, coefficients, index, scale, shift, z, counter)
     check_bool("keep_noise", keep_noise)
@@ -240,9 +244,9 @@ def dsm_loss(
     z: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> Tensor:
-    """`fastsde.reference.dsm_loss`, with a ``counter`` as for `perturb`. The kernel has a first derivative alone.
+    """Runs `fastsde.reference.dsm_loss`, by a kernel if one fits, with a ``counter`` as for `perturb`.
 
-    Raises as `solver_step` does.
+    The kernel has only a first derivative. Raises as `solver_step` does.
     """
     keys = _check_batch(x_0, keys, step, coefficients, index, scale, shift, z, counter)
     check_tensor("f", f, shape=(coefficients.shape[0], *x_0.shape[1:]), device=x_0.device, floating=True)
@@ -278,7 +282,7 @@ class _Loss(torch.autograd.Function):
             gradient = gradient * grad
         if gradient.dtype != f.dtype:
             gradient = gradient.to(f.dtype)
-        if torch.is_grad_enabled():  # the graph of the gradient is wanted: whoever goes through it gets an error
-            error = torch._C._functions.DelayedError(b"the kernel of dsm_loss has a first derivative alone", 1)
+        if torch.is_grad_enabled():  # create_graph=True: going backward through the gradient raises an error
+            error = torch._C._functions.DelayedError(b"the kernel of dsm_loss has only a first derivative", 1)
             gradient = error(gradient + (f - f.detach()))
         return gradient, None

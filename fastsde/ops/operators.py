@@ -1,6 +1,6 @@
-"""What torch.library knows of the kernels: torch.compile takes each whole, and autograd the backward of the loss.
+"""The kernels as torch.library operations, for torch.compile, and the backward of the loss for autograd.
 
-The engines go past these, to the launchers themselves: an operation of Python takes some ten microseconds a call.
+The engines bypass these and call the launchers: an operation in Python takes some ten microseconds per call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def launch_normal(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
-    """`fastsde.ops.normal` by its kernel. Arguments are trusted."""
+    """Runs the kernel of `fastsde.ops.normal`. Arguments are not checked."""
     out = _normal_output(keys, step, stream, shape)
     kernel("normal", keys.device).normal(keys.contiguous(), step, stream, out)
     return out
@@ -38,7 +38,7 @@ torch.library.custom_op("fastsde::normal", launch_normal, mutates_args=()).regis
 
 
 def launch_sample_keys(seed: int, n: int, first_sample: int, device: torch.device) -> Tensor:
-    """`fastsde.ops.sample_keys` by its kernel, for ints in int64. Arguments are trusted."""
+    """Runs the kernel of `fastsde.ops.sample_keys`, for ints within int64. Arguments are not checked."""
     out = _sample_keys_output(seed, n, first_sample, device)
     kernel("sample_keys", device).sample_keys(seed, first_sample, out)
     return out
@@ -63,7 +63,7 @@ def launch_solver_step(
     guidance: float | None,
     clip: float | None,
 ) -> list[Tensor]:
-    """The new slots of a row that do not just take over an old one, by their kernel. Arguments are trusted.
+    """Runs the kernel of a step; returns the new slots except those that take over an old one. Nothing is checked.
 
     Args:
         table: a `fastsde.ops.device_table`.
@@ -109,7 +109,7 @@ def launch_perturb(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`fastsde.ops.perturb` by its kernel: x_in, tau, and the noise where it is kept. Arguments are trusted."""
+    """Runs the kernel of `fastsde.ops.perturb`; returns x_in, tau, and the noise if kept. Arguments are not checked."""
     x_in = _new_batch(x_0, index, dtype)
     tau, kept = table.new_empty(x_in.shape[0]), _new_batch(x_0, index, torch.float32) if keeps else None
     x_0, keys, table, index, z = contiguous(x_0, keys, table, index, z)
@@ -137,7 +137,7 @@ def _perturb(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_perturb`, with noise of no elements where it is not kept."""
+    """Runs `launch_perturb`; noise that is not kept is returned as a tensor without elements."""
     launcher, numbers = kernel("perturb", x_0.device), (step, scale, shift, dtype, keeps)
     x_in, tau, kept = launch_perturb(launcher, x_0, keys, table, index, z, counter, *numbers)
     return x_in, tau, table.new_empty(0) if kept is None else kept
@@ -200,7 +200,7 @@ def launch_dsm_loss(
     scale: float,
     shift: float,
 ) -> Tensor:
-    """The loss by its kernel, or with the ``grad`` of the loss that of ``f``, to ``out``. Arguments are trusted."""
+    """Writes the loss to ``out``, or if its ``grad`` is given the gradient of ``f``. Arguments are not checked."""
     grad, f, x_0, table, keys, index, z = contiguous(grad, f, x_0, table, keys, index, z)
     given = {"index": index, "scale": scale, "shift": shift, "z": z, "counter": counter}
     launcher.dsm_loss(f, x_0, keys, step, table, grad=grad, out=out, **given)

@@ -1,4 +1,4 @@
-"""The step of a solver, and the keys and the draw of its initial state."""
+"""The step of a solver, and the keys and normals for its initial state."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 
 
 def device_table(table: StepTable, device: torch.device) -> Tensor:
-    """The table as the kernels read it, fp32 ``[K, 2 + 5 m + m^2]`` on the device; made once."""
+    """Returns the table as the kernels read it, fp32 ``[K, 2 + 5 m + m^2]`` on the device; copied once."""
     guard_identity(table)
     return table.on(device)
 
 
 class Stepper:
-    """Rows of one table by the kernel `solver_step`, for fp32 states of one shape where `has_kernels` holds.
+    """Takes the steps of one table with the kernel `solver_step`, for fp32 states of one shape.
 
-    What stays the same from row to row is looked at once. Arguments are trusted.
+    The device must have kernels. What stays the same from row to row is prepared once. Arguments are not checked.
 
     Args:
-        x: a contiguous state of the shape and the device.
+        x: a contiguous state that gives the shape and the device.
         keys: int64 ``[B, 2]``.
         guidance: w, for rows with an unconditional output.
     """
@@ -69,11 +69,11 @@ class Stepper:
         """Takes the step of a row.
 
         Returns:
-            The new slots, in new memory but for those that are renamed (those that no later row reads are not made, and
-            the old ones stand in their place); and the next row's input of the network.
+            The new slots, in new memory except those that are renamed (slots that no later row reads are not computed,
+            the old ones are returned in their place); and the network's input for the next row.
 
         Raises:
-            NonFiniteError: on the CPU, where f or x' is not finite. On a GPU `finish` tells.
+            NonFiniteError: on the CPU, if f or x' is not finite. On a GPU `finish` raises it.
         """
         terms = self._table.terms(row)
         if z is not None:
@@ -145,16 +145,16 @@ def counted_step(
     guidance: float | None,
     clip: float | None,
 ) -> None:
-    """The step of the row that a counter on the device stands at: the same launch for every row of a table.
+    """Takes the step of the row given by a counter on the device: the same launch for every row of a table.
 
     Args:
-        rows: a `device_table`, and ``terms`` those of the whole table.
-        counter: a `step_counter`, moved on by one.
-        out: where the new slots go that are computed, each possibly in the place of an old one.
-        network_input: where the next row's n.s goes, for tables that call the network with something else than slot 0.
+        rows: a `device_table`; ``terms`` are those of the whole table.
+        counter: a `step_counter`, advanced by one.
+        out: where the new slots that are computed are written; each may be an old slot.
+        network_input: where the next row's n.s is written, for tables that call the network with more than slot 0.
         time: fp32 ``[B]``, set to the time of the next row.
         status: a `new_status`.
-        keys: None where no row of the table has noise.
+        keys: None if no row of the table has noise.
     """
     f, f_uncond = contiguous(f, f_uncond)
     kernel("solver_step", f.device).solver_step(
@@ -176,12 +176,12 @@ def counted_step(
 
 
 def step_counter(batch: int, size: int, device: torch.device) -> Tensor:
-    """A counter for `counted_step` on samples of ``size`` elements, at row 0."""
+    """Returns a counter for `counted_step` on samples of ``size`` elements, at row 0."""
     return torch.zeros(kernel("solver_step", device).counter_slots(batch, size), dtype=torch.int64, device=device)
 
 
 def new_status(device: torch.device) -> Tensor:
-    """What the step notes in that the state or the network's output is not finite: int32 ``[1]``."""
+    """Returns an int32 ``[1]`` in which the step records that the state or the network's output is not finite."""
     return torch.full((1,), FINITE, dtype=torch.int32, device=device)
 
 
@@ -194,7 +194,7 @@ def check_status(status: Tensor, table: StepTable) -> None:
 
 
 def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
-    """`fastsde.noise.sample_keys`: one launch where the kernel runs.
+    """Runs `fastsde.noise.sample_keys`, in one launch where the kernel runs.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -203,14 +203,14 @@ def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.devic
     if not has_kernels(device):
         return noise.sample_keys(seed, n, first_sample, device=device)
     given = (noise.int64_bits("seed", seed), check_int("n", n, 0), noise.int64_bits("first_sample", first_sample))
-    if is_plain():  # past torch.library, whose first call imports the compiler
+    if is_plain():  # bypasses torch.library, whose first call imports the compiler
         return operators.launch_sample_keys(*given, device)
     keys: Tensor = torch.ops.fastsde.sample_keys(*given, device)
     return keys
 
 
 def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.STREAM_SAMPLING) -> Tensor:
-    """`fastsde.noise.normal` of one step: one launch where the kernel runs.
+    """Runs `fastsde.noise.normal` for one step, in one launch where the kernel runs.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -219,7 +219,7 @@ def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.ST
     check_int("step", step, 0, 2**28), check_int("stream", stream, 0, 16), check_shape("shape", shape)
     if not has_kernels(keys.device):
         return noise.normal(keys, step, shape, stream)
-    if is_plain(keys):  # past torch.library, whose first call imports the compiler
+    if is_plain(keys):  # bypasses torch.library, whose first call imports the compiler
         return operators.launch_normal(keys, step, stream, shape)
     drawn: Tensor = torch.ops.fastsde.normal(keys, step, stream, list(shape))
     return drawn
@@ -236,7 +236,7 @@ def solver_step(
     f_uncond: Tensor | None = None,
     guidance: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """`fastsde.reference.solver_step` for slots fp32 or float64 and f of any floating-point dtype.
+    """Runs `fastsde.reference.solver_step` for fp32 or float64 slots and f of any floating-point dtype.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -249,7 +249,7 @@ def solver_step(
     x = check_tensor("slots[0]", slots[0], floating=True)
     if x.ndim < 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"slots[0] must be float32 or float64 [B, *shape], got {x.dtype} {list(x.shape)}")
-    row = len(range(check_int("row", row, 0, len(table))))  # in compiled code an int may be a symbol, but no length is
+    row = len(range(check_int("row", row, 0, len(table))))  # in compiled code an int may be symbolic, a length is not
     given = {f"slots[{i}]": slot for i, slot in enumerate(slots)} | {"f": f}
     given |= {name: value for name, value in (("z", z), ("f_uncond", f_uncond)) if value is not None}
     for name, value in given.items():
@@ -284,7 +284,7 @@ def _by_kernel(
     rows, kinds = device_table(table, f.device), table.kinds(row)
     drawn = (z, keys if z is None else None) if any(table.row(row).d) else (None, None)
     given = (slots, f, rows, row, kinds, *drawn, f_uncond, guidance, table.clip)
-    # Past torch.library, an operation of which takes some ten microseconds, where nothing looks at the tensors.
+    # Bypasses torch.library, whose operations take some ten microseconds, unless a mode or subclass needs to see them.
     is_direct = is_plain(*slots, f, *drawn, f_uncond)
     made = iter(operators.launch_solver_step(*given) if is_direct else torch.ops.fastsde.solver_step(*given))
     return tuple(next(made) if source is None else slots[source] for source in table.sources(row))

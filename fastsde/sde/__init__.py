@@ -1,4 +1,4 @@
-"""Processes: how data become noise. A process a file, named as the file; see `Process` for what all of them have."""
+"""Processes: how data become noise. One process per file, with the file's name; see `Process` for the interface."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _process_in(file: str) -> type[Process]:
-    """The process that a file of this folder defines."""
+    """Returns the process that a file of this folder defines."""
     for kind in vars(import_module(f".{file}", __name__)).values():
         if isinstance(kind, type) and issubclass(kind, Process) and vars(kind).get("name") == file:
             return kind
@@ -47,10 +47,10 @@ globals().update({kind.__name__: kind for kind in PROCESSES.values()})  # the im
 
 
 def to_dict(sde: Process) -> dict[str, Any]:
-    """The name of a process and its fields, as JSON takes them.
+    """Returns the name of a process and its fields as a dict for JSON.
 
     Raises:
-        TypeError: for what is not a process, or not one of this package.
+        TypeError: for a value that is not a process, or not a process of this package.
     """
     check_process("sde", sde)
     if type(sde) not in PROCESSES.values():
@@ -62,10 +62,10 @@ def to_dict(sde: Process) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Process:
-    """The inverse of `to_dict`. Without a name it is the VP-SDE, the only process of early checkpoints.
+    """Returns the process of a dict from `to_dict`; without a name the VP-SDE, the only process of early checkpoints.
 
     Raises:
-        TypeError: for what is not a dict, or for fields that the process does not have.
+        TypeError: for a value that is not a dict, or for fields that the process does not have.
         ValueError: for an unknown name, or a field out of its range.
     """
     check_instance("sde", values, dict)

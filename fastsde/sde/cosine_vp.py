@@ -2,8 +2,8 @@
 
     alpha(t) = cos(theta(t)) / cos(theta(0)),    sigma^2 = 1 - alpha^2,    theta(t) = pi/2 (t + s) / (1 + s)
 
-(Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). It is written in the angle that is left, phi = pi/2 - theta, so that
-alpha keeps its digits near t = 1, where it is 0, and as a product of sines, so that sigma keeps them near t = 0.
+(Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). alpha is computed from the remaining angle phi = pi/2 - theta, which
+keeps its precision near t = 1, where it is 0, and sigma as a product of sines, which keeps its precision near t = 0.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class CosineVPSDE(Process):
     """The cosine schedule in continuous time (Nichol & Dhariwal 2021, arXiv:2102.09672).
 
     Args:
-        s: their offset, which keeps beta from being too small near t = 0; at least 0.
+        s: the paper's offset, which keeps beta from being too small near t = 0; at least 0.
         t_max: where sampling starts, in (0, 1]. At 1 alpha is 0 and beta infinite, which the paper avoids by clipping
-            beta; the default is where DPM-Solver (arXiv:2206.00927) starts. From 1, the solvers that need neither
-            the reverse SDE nor x_0 from noise alone run, for networks that predict x0, v or flow.
+            beta; the default is where DPM-Solver (arXiv:2206.00927) starts. From 1, sampling works only with networks
+            that predict x0, v or flow, and with solvers that need no reverse SDE and no x_0 from pure noise.
 
     Raises:
         TypeError, ValueError: if the two are not numbers in their range.
@@ -52,7 +52,7 @@ class CosineVPSDE(Process):
         return self._speed * self.s
 
     def _left(self, t: Tensor | float) -> Tensor:
-        """phi(t) = pi/2 - theta(t)."""
+        """Returns phi(t) = pi/2 - theta(t)."""
         return self._speed * (1 - as_time(t))
 
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -66,7 +66,7 @@ class CosineVPSDE(Process):
         return torch.sqrt(torch.sin(angle) * torch.sin(angle + 2 * self._start)) / math.cos(self._start)
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        """-alpha alpha' / sigma: infinite at t = 0, unless s is 0."""
+        """Returns -alpha alpha' / sigma: infinite at t = 0, unless s is 0."""
         t = as_time(t)
         rate = -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
         return rate if self.s else torch.where(t == 0, self._speed, rate)

@@ -1,4 +1,4 @@
-"""The process of EDM, whose time is the noise itself.
+"""The process of EDM, whose time is the noise level itself.
 
     dx = sqrt(2 t) dw,    t in [0, sigma_max]
     alpha(t) = 1,    sigma(t) = t
@@ -24,8 +24,8 @@ class EDM(Process):
     """The process of EDM (Karras et al. 2022, arXiv:2206.00364), from the prior N(0, sigma_max^2 I) at t = sigma_max.
 
     Args:
-        sigma_min: the least noise that a network is trained at, positive.
-        sigma_max: the greatest, where samples start.
+        sigma_min: the lowest noise level that a network is trained at, positive.
+        sigma_max: the highest noise level, where samples start.
 
     Raises:
         TypeError, ValueError: if the two are not finite numbers or not in that order.
@@ -56,7 +56,7 @@ class EDM(Process):
 
     @property
     def spacing(self) -> str:
-        """Steps of one size in t, up to 80, would all but leave out the data."""
+        """Steps of equal size in t, up to 80, would have almost no points at low noise."""
         return "karras"
 
     def alpha(self, t: Tensor | float) -> Tensor:

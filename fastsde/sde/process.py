@@ -1,4 +1,4 @@
-"""What every process is: a Gaussian p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), and what follows from it.
+"""The base class of processes: a Gaussian p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), and what follows from it.
 
     dx = f(t) x dt + g(t) dw,    f = alpha' / alpha,    g^2 = 2 sigma (sigma' - f sigma)
 
@@ -31,12 +31,12 @@ _NODES, _PIECES = 16, 24
 
 
 def match_dims(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` of shape ``[B]`` (or a scalar) reshaped so that it broadcasts over ``x`` of shape ``[B, *shape]``."""
+    """Reshapes ``t`` ``[B]`` (or a scalar) so that it broadcasts over ``x`` ``[B, *shape]``."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """A floating-point tensor as it is; a number in float64 on the CPU."""
+    """Returns a floating-point tensor as it is, and a number as a float64 tensor on the CPU."""
     if not isinstance(t, Tensor):
         return torch.tensor(t, dtype=torch.float64, device="cpu")
     return t if t.is_floating_point() else t.to(torch.get_default_dtype())
@@ -46,14 +46,14 @@ class Process(ABC):
     """A forward process with Gaussian marginals.
 
     Every function of time takes a float or a tensor of any shape; a float is computed in float64, a tensor in its own
-    dtype. A subclass gives ``alpha``, ``sigma`` and their derivatives, and whatever else it has a better formula for.
-    A derivative that does not exist is infinite or NaN.
+    dtype. A subclass defines ``alpha``, ``sigma`` and their derivatives, and overrides whatever it has a better formula
+    for. A derivative that does not exist is infinite or NaN.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name of the process, which is that of its file."""
+        """The name of the process, the same as its file's."""
 
     @property
     def t_max(self) -> float:
@@ -62,60 +62,60 @@ class Process(ABC):
 
     @property
     def t_min(self) -> float:
-        """The least time that a network is usually trained at, above 0."""
+        """The smallest time that a network is usually trained at, above 0."""
         return 1e-4
 
     @property
     def spacing(self) -> str:
-        """How the times of a trajectory are spaced where nothing is said (`fastsde.solvers.times.spaced`)."""
+        """The default spacing of the times of a trajectory (`fastsde.solvers.times.spaced`)."""
         return "uniform"
 
     @property
     def prior_std(self) -> float:
-        """The standard deviation of the prior N(0, prior_std^2 I), which samples start from."""
+        """The standard deviation of the prior N(0, prior_std^2 I), from which samples start."""
         return 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor | float) -> Tensor:
-        """The factor of x_0 in x_t."""
+        """Returns the factor of x_0 in x_t."""
 
     @abstractmethod
     def sigma(self, t: Tensor | float) -> Tensor:
-        """The standard deviation of x_t given x_0."""
+        """Returns the standard deviation of x_t given x_0."""
 
     @abstractmethod
     def alpha_dot(self, t: Tensor | float) -> Tensor:
-        """The derivative of alpha in t."""
+        """Returns the derivative of alpha with respect to t."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        """The derivative of sigma in t."""
+        """Returns the derivative of sigma with respect to t."""
 
     def drift_coefficient(self, t: Tensor | float) -> Tensor:
-        """f(t), the factor of x in the drift: infinite where alpha is 0."""
+        """Returns f(t), the factor of x in the drift: infinite where alpha is 0."""
         return self.alpha_dot(t) / self.alpha(t)
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        """g(t)^2: infinite where alpha is 0."""
+        """Returns g(t)^2: infinite where alpha is 0."""
         sigma = self.sigma(t)
         return 2 * sigma * (self.sigma_dot(t) - self.drift_coefficient(t) * sigma)
 
     def drift(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """f(t) x, for x ``[B, *shape]`` and t a scalar or ``[B]``."""
+        """Returns f(t) x, for x ``[B, *shape]`` and t a scalar or ``[B]``."""
         return match_dims(self.drift_coefficient(t), x).to(x) * x
 
     def diffusion(self, t: Tensor | float) -> Tensor:
-        """g(t), the factor of dw."""
+        """Returns g(t), the factor of dw."""
         return torch.sqrt(self.squared_diffusion(t))
 
     def exact_step(self, t: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The reverse SDE from ``t`` down to ``after`` with the score held over the step.
+        """Solves the reverse SDE from ``t`` down to ``after`` with the score constant over the step.
 
             x' = scale x + weight score + sqrt(variance) z,    scale = alpha' / alpha, primes for ``after``,
             weight = integral of (alpha' / alpha) g^2,    variance = integral of (alpha' / alpha)^2 g^2
 
-        by Gauss-Legendre quadrature, which loses nothing to cancellation however small the step. The pieces become
-        shorter towards ``t``, where g^2 may grow without bound.
+        by Gauss-Legendre quadrature, which has no cancellation however small the step. The pieces become shorter
+        towards ``t``, where g^2 may grow without bound.
 
         Args:
             t, after: float64 ``[K]``.
@@ -130,23 +130,23 @@ class Process(ABC):
         return self.alpha(after) / self.alpha(t), weight, variance
 
     def marginal_prob(self, x_0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Mean (shaped like ``x_0``) and standard deviation (broadcasts over it) of p(x_t | x_0)."""
+        """Returns the mean (shaped like ``x_0``) and the standard deviation (broadcasts over it) of p(x_t | x_0)."""
         x_0 = x_0 if x_0.is_floating_point() else x_0.float()
         t = as_time(t)
         if t.ndim and t.shape != x_0.shape[: t.ndim]:
-            raise ValueError(f"t must be a scalar or [B] beside x_0 {list(x_0.shape)}, got {list(t.shape)}")
+            raise ValueError(f"t must be a scalar or [B] to match x_0 {list(x_0.shape)}, got {list(t.shape)}")
         alpha, sigma = (match_dims(value, x_0).to(x_0) for value in (self.alpha(t), self.sigma(t)))
         return alpha * x_0, sigma
 
     def prior_sampling(
         self, shape: Sequence[int], *, seed: int = 0, keys: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Draws from the prior at ``t_max``, by the noise contract: the very x that ``sample`` starts from.
+        """Draws from the prior at ``t_max`` by the noise contract: exactly the x that ``sample`` starts from.
 
         Args:
             shape: ``(B, *shape)``.
-            seed: the seed of the draw; ignored where ``keys`` are given.
-            keys: ``[B, 2]`` int64, one key a sample (`fastsde.noise`).
+            seed: the seed of the draw; ignored if ``keys`` are given.
+            keys: ``[B, 2]`` int64, one key per sample (`fastsde.noise`).
         """
         shape = check_shape("shape", shape)
         if not shape:
@@ -158,14 +158,14 @@ class Process(ABC):
         return self.prior_std * noise.normal(keys, 0, shape[1:])
 
     def prior_logp(self, x: Tensor) -> Tensor:
-        """log density ``[B]`` of ``x`` ``[B, *shape]`` under the prior."""
+        """Returns the log density ``[B]`` of ``x`` ``[B, *shape]`` under the prior."""
         x = x.reshape(len(x), math.prod(x.shape[1:])) / self.prior_std
         constant = 0.5 * math.log(2 * math.pi) + math.log(self.prior_std)
         return -constant * x.shape[1] - 0.5 * x.square().sum(1)
 
 
 def check_process(name: str, value: object) -> None:
-    """An instance of `Process`."""
+    """Raises unless the value is an instance of `Process`."""
     if isinstance(value, type):
         raise TypeError(f"{name} must be a process, got the class {value.__name__}: give an instance of it")
     if not isinstance(value, Process):
@@ -173,13 +173,13 @@ def check_process(name: str, value: object) -> None:
 
 
 def preserving_step(growth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`Process.exact_step` where alpha^2 + sigma^2 is 1, from growth = alpha' / alpha - 1."""
+    """Returns `Process.exact_step` for alpha^2 + sigma^2 = 1, from growth = alpha' / alpha - 1."""
     return 1 + growth, 2 * growth, growth * (2 + growth)
 
 
 @functools.cache
 def _quadrature() -> tuple[Tensor, Tensor]:
-    """Nodes in (0, 1) and weights of Gauss-Legendre on the pieces [1/2, 1], [1/4, 1/2], .. and the rest down to 0."""
+    """Returns Gauss-Legendre nodes in (0, 1) and weights for the pieces [1/2, 1], [1/4, 1/2], .. and the rest to 0."""
     nodes, weights = gauss_legendre(_NODES)
     ends = [0.0, *(2.0**-power for power in reversed(range(_PIECES)))]
     pieces = list(itertools.pairwise(ends))

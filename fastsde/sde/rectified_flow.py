@@ -1,12 +1,12 @@
-"""Rectified flow, also flow matching with the conditional optimal-transport path.
+"""Rectified flow, also known as flow matching with the conditional optimal-transport path.
 
     alpha(t) = 1 - t,    sigma(t) = t,    t in [0, 1]
     x_t = (1 - t) x_0 + t eps,    dx/dt = eps - x_0
 
 (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747). Noise is at t = 1, as in every process here;
-both papers have it at t = 0. A network that predicts flow is their velocity, with the opposite sign.
+both papers have it at t = 0. A network that predicts flow predicts their velocity with the opposite sign.
 
-The velocity is finite everywhere, but drift and diffusion of the SDE with these marginals are not at t = 1:
+The velocity is finite everywhere, but the drift and the diffusion of the SDE with these marginals are not at t = 1:
 
     f = -1 / (1 - t),    g^2 = 2 t / (1 - t)
 """

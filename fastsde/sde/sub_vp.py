@@ -2,7 +2,7 @@
 
     dx = -1/2 beta(t) x dt + sqrt(beta(t) (1 - exp(-2 B(t)))) dw,    t in [0, 1]
 
-with beta and its integral B those of the VP-SDE, above whose variance its own never is (Song et al. 2021,
+with beta and its integral B as in the VP-SDE, whose variance is an upper bound of this one's (Song et al. 2021,
 arXiv:2011.13456, eq. 12 and 29):
 
     alpha(t) = exp(-B(t) / 2),    sigma(t) = -expm1(-B(t))

@@ -2,8 +2,8 @@
 
     dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw,    t in [0, 1]
 
-By the convention of score_sde (Song et al. 2021, arXiv:2011.13456, appendix C), in which sigma is a power of t and
-sigma(0) is sigma_min rather than 0: data at t = 0 have noise of sigma_min already, and g^2 = d sigma^2 / dt.
+This is the convention of score_sde (Song et al. 2021, arXiv:2011.13456, appendix C), in which sigma is exponential in t
+and sigma(0) is sigma_min rather than 0: data at t = 0 already have noise of sigma_min, and g^2 = d sigma^2 / dt.
 
     alpha(t) = 1,    sigma(t) = sigma_min (sigma_max / sigma_min)^t
 """
@@ -27,8 +27,8 @@ class VESDE(Process):
     """The variance-exploding SDE (Song et al. 2021, arXiv:2011.13456), from the prior N(0, sigma_max^2 I) at t = 1.
 
     Args:
-        sigma_min: sigma at t = 0, positive: what noise samples keep.
-        sigma_max: sigma at t = 1, above ``sigma_min``; about the largest distance of two data points.
+        sigma_min: sigma at t = 0, positive: the noise that remains in samples.
+        sigma_max: sigma at t = 1, above ``sigma_min``; about the largest distance between two data points.
 
     Raises:
         TypeError, ValueError: if the two are not finite numbers or not in that order.

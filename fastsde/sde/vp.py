@@ -1,4 +1,4 @@
-"""The variance-preserving SDE with a linear beta: the tutorial's, and the default.
+"""The variance-preserving SDE with a linear beta: the process of the tutorial, and the default.
 
     dx = -1/2 beta(t) x dt + sqrt(beta(t)) dw,    beta(t) = beta_min + (beta_max - beta_min) t,    t in [0, 1]
 
@@ -24,7 +24,7 @@ __all__ = ["VPSDE"]
 
 @dataclass(frozen=True)
 class LinearBeta(Process):
-    """The processes with drift -1/2 beta(t) x and a beta that is linear in t; for the arguments see `VPSDE`."""
+    """Base class of processes with drift -1/2 beta(t) x and beta linear in t; see `VPSDE` for the arguments."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -38,11 +38,11 @@ class LinearBeta(Process):
             )
 
     def beta(self, t: Tensor | float) -> Tensor:
-        """The noise rate beta(t)."""
+        """Returns the noise rate beta(t)."""
         return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
 
     def integral_beta(self, t: Tensor | float) -> Tensor:
-        """B(t), the integral of beta from 0 to t."""
+        """Returns B(t), the integral of beta from 0 to t."""
         t = as_time(t)
         return (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t) * t
 
@@ -74,11 +74,11 @@ class VPSDE(LinearBeta):
     name: str = field(default="vp", init=False, repr=False)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        # expm1, never a difference from 1: in fp32 at t = 1e-5, 1 - alpha^2 is 4.7 % off.
+        # expm1 instead of a difference from 1: in fp32 at t = 1e-5, 1 - alpha^2 is 4.7 % off.
         return torch.sqrt(-torch.expm1(-self.integral_beta(t)))
 
     def sigma_dot(self, t: Tensor | float) -> Tensor:
-        """beta alpha^2 / (2 sigma): infinite at t = 0, unless beta is 0 there."""
+        """Returns beta alpha^2 / (2 sigma): infinite at t = 0, unless beta is 0 there."""
         t = as_time(t)
         rate = 0.5 * self.beta(t) * torch.exp(-self.integral_beta(t)) / self.sigma(t)
         return rate if self.beta_min else torch.where(t == 0, math.sqrt(0.5 * self.beta_max), rate)

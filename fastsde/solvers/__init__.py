@@ -1,4 +1,4 @@
-"""Solvers as tables (`StepTable`), a family of builders a file, and `build`, which knows them by name."""
+"""Solvers as tables (`StepTable`): one file per family of builders, and `build`, which finds them by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ __all__ = [
     "unipc",
 ]
 
-# The imports above are for type checkers; a builder in a new file is found by itself.
+# The imports above are for type checkers; a builder in a new file is found automatically.
 for _name, _kind in REGISTRY.items():
     if not isinstance(_known := globals().get(_name, _kind.builder), ModuleType) and _known is not _kind.builder:
         raise ImportError(f"the solver {_name} has the name of something else in fastsde.solvers")

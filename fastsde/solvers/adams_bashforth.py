@@ -28,12 +28,12 @@ def adams_bashforth(
     """Adams-Bashforth of variable steps on d(x / alpha) = eps d(sigma / alpha) (Karras et al. 2022, arXiv:2206.00364).
 
     This is k-diffusion's LMS: eps is interpolated by a Lagrange polynomial in sigma / alpha through the last ``order``
-    points and integrated exactly. (PNDM, arXiv:2202.09778, takes the coefficients of equal steps instead.) The first
-    rows are of lower order. The state takes ``order`` slots.
+    points and integrated exactly. (PNDM, arXiv:2202.09778, uses the coefficients for equal steps instead.) The first
+    rows have lower order. The state has ``order`` slots.
 
     Args:
         alpha, sigma, time, prediction, clip: as for `ddim`; the direction uses the unclipped eps.
-        order: from 1, which is `ddim`, to 4.
+        order: 1 (the same as `ddim`) to 4.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_order(order, 4)

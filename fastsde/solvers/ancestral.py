@@ -28,16 +28,16 @@ def ddpm(
 
     Args:
         alpha, sigma: ``[K + 1]``, the factor of x_0 and the standard deviation of the noise, before each row and after
-            the last. The first alpha may be 0 (zero terminal SNR; Lin et al. 2024, arXiv:2305.08891) where the network
-            predicts v or x_0, and the last sigma may be 0.
-        time: ``[K]``, what the network is called with.
+            the last. The first alpha may be 0 (zero terminal SNR; Lin et al. 2024, arXiv:2305.08891) if the network
+            predicts v, x_0 or flow, and the last sigma may be 0.
+        time: ``[K]``, the times at which the network is called.
         prediction: what the network predicts.
         clip: bound of the predicted x_0, or None.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     ratio = before[0] / after[0]
-    variance = (before[1] ** 2 - ratio**2 * after[1] ** 2).clamp(min=0)  # of points that differ by a rounding, too
+    variance = (before[1] ** 2 - ratio**2 * after[1] ** 2).clamp(min=0)  # points may differ by a rounding only
     return table(
         time,
         a=ratio * after[1] ** 2 / before[1] ** 2,
@@ -59,7 +59,7 @@ def ddim(
 ) -> StepTable:
     """DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502, eq. 12 and 16): deterministic at eta = 0, DDPM at eta = 1.
 
-    The direction towards x_t uses the unclipped eps. Arguments as for `ddpm`, and ``eta`` in [0, 1].
+    The direction towards x_t uses the unclipped eps. Arguments are as for `ddpm`, with ``eta`` in [0, 1].
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
@@ -81,17 +81,17 @@ def euler_ancestral(
     eta: float = 1.0,
     clip: float | None = None,
 ) -> StepTable:
-    """The ancestral Euler method of k-diffusion: a step of the ODE further down than asked, then noise back up.
+    """The ancestral Euler method of k-diffusion: an ODE step down past the target level, then noise back up to it.
 
-    With rho = sigma / alpha (Karras et al. 2022, arXiv:2206.00364, write sigma for it), the noise is
+    With rho = sigma / alpha (written sigma by Karras et al. 2022, arXiv:2206.00364), the noise is
     rho_up = eta rho' sqrt(1 - rho'^2 / rho^2), and the Euler step goes down to sqrt(rho'^2 - rho_up^2). Without clip
-    this is `ddim` of the same eta; with it, the direction uses the clipped data, too. Arguments as for `ddim`.
+    this is `ddim` with the same eta; with clip, the direction uses the clipped data, too. Arguments are as for `ddim`.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
-    up = eta * variance.sqrt() * after[1] / before[1]  # this and down: times alpha'
+    up = eta * variance.sqrt() * after[1] / before[1]  # up and down are multiplied by alpha'
     down = (after[1] ** 2 - up**2).clamp(min=0).sqrt()
     data = data_form(*before, prediction)
     return table(time, a=down / before[1], d=up, e=after[0] - down * before[0] / before[1], data=data, clip=clip)

@@ -26,16 +26,16 @@ def deis(
     lower_order_final: bool = True,
     clip: float | None = None,
 ) -> StepTable:
-    """DEIS, Adams-Bashforth form (Zhang & Chen 2023, arXiv:2204.13902), of polynomials in log rho, rho = sigma / alpha.
+    """DEIS, Adams-Bashforth form (Zhang & Chen 2023, arXiv:2204.13902), with polynomials in log(rho).
 
-    eps is interpolated in log(rho) through the last ``order`` points and integrated over rho, as diffusers does. The
-    state takes ``order`` slots.
+    With rho = sigma / alpha, eps is interpolated in log(rho) through the last ``order`` points and integrated over rho,
+    as in diffusers. The state has ``order`` slots.
 
     Args:
         alpha, sigma, time, prediction, clip: as for `ddim`; the direction uses the unclipped eps.
-        order: 1, which is `ddim`, 2 or 3.
-        lower_order_final: whether the order comes down to 1 in the last rows. A last row down to sigma = 0, where
-            log(rho) is infinite, is of first order in any case.
+        order: 1 (the same as `ddim`), 2 or 3.
+        lower_order_final: whether the order decreases to 1 in the last rows. A last row down to sigma = 0, where
+            log(rho) is infinite, always has first order.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_order(order, 3)

@@ -28,14 +28,14 @@ def dpm_solver_pp_2m(
 ) -> StepTable:
     """DPM-Solver++ 2M, midpoint form, of the ODE or of the SDE (Lu et al. 2022, arXiv:2211.01095, sec. 4.2, app. B).
 
-    Arguments as for `ddpm`, and:
-        stochastic: SDE-DPM-Solver++ 2M, with noise.
-        lower_order_final: whether the last row is of first order. It always is where the last sigma is 0, since the
+    Arguments are as for `ddpm`, and:
+        stochastic: whether to use SDE-DPM-Solver++ 2M, with noise.
+        lower_order_final: whether the last row has first order. It always does if the last sigma is 0, since the
             second-order row does not exist there.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
-    half_log_snr = torch.log(alpha / sigma)  # -inf at zero terminal SNR, where h is infinite, and a row from pure noise
+    half_log_snr = torch.log(alpha / sigma)  # -inf at zero terminal SNR: the row from pure noise then has an infinite h
     h = half_log_snr.diff()
     decay = torch.exp(-h)
     gain = -torch.expm1(-2 * h if stochastic else -h) * alpha[1:]
@@ -72,14 +72,15 @@ def dpm_solver_pp_3m(
     """DPM-Solver++ 3M of the ODE (Lu et al. 2022, arXiv:2211.01095, and its code) or of the SDE (k-diffusion's).
 
     The coefficients are those in common use, in which the term of the second derivative is half of Taylor's: the order
-    of convergence is 2, with a smaller error than 2M's. (diffusers 0.42 has another sign in that term of the SDE, by
-    which it is of order 1.) Three slots.
+    of convergence is 2, with a smaller error than 2M's. (diffusers 0.42 has the opposite sign in that term for the SDE,
+    which reduces it to order 1.) The state has three slots.
 
     Args:
         alpha, sigma, time, prediction, clip: as for `ddpm`.
-        stochastic: SDE-DPM-Solver++ 3M, with noise.
-        lower_order_final: whether the last two rows are of order 2 and 1. The last always is where its sigma is 0.
-        variant: form of the rows of second order, "midpoint" as in `dpm_solver_pp_2m`, or "heun".
+        stochastic: whether to use SDE-DPM-Solver++ 3M, with noise.
+        lower_order_final: whether the last two rows have order 2 and 1. If the last sigma is 0, the last row always
+            has order 1.
+        variant: form of the second-order rows, "midpoint" as in `dpm_solver_pp_2m`, or "heun".
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
@@ -96,7 +97,7 @@ def dpm_solver_pp_3m(
     zero = torch.zeros_like(h)
     newer, older = zero.clone(), zero.clone()  # 1 / r of the paper
     newer[1:], older[2:] = h[1:] / h[:-1], h[2:] / h[:-2]
-    # First differences, 1 / r0 (D - H_1) and 1 / r1 (H_1 - H_2), and what each of them weighs.
+    # First differences, 1 / r0 (D - H_1) and 1 / r1 (H_1 - H_2), and their weights.
     mixed = torch.where(older > 0, older / (newer + older), zero)  # r0 / (r0 + r1)
     second = torch.where(order == 3, phi_2 * mixed + phi_3 * mixed * newer, zero)
     slope = torch.where(order == 2, phi_1 / 2 if variant == "midpoint" else phi_2, torch.where(order == 3, phi_2, zero))

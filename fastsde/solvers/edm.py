@@ -43,11 +43,11 @@ def edm_stochastic(
     """EDM's stochastic sampler (Karras et al. 2022, arXiv:2206.00364, algorithm 2), on any process.
 
     With rho = sigma / alpha, each interval adds noise up to rho^ = rho (1 + gamma) and takes one step of Heun's method
-    on d(x / alpha) = eps d(rho) from there: two rows, the Euler step and its correction. The noise joins the end of
-    the row before, so the states between intervals are those with the noise. Before the first interval there is no
-    row; there x is the Gaussian prior, which with noise is a Gaussian of larger variance, so the first row scales it
-    instead: the distribution is the same. A trajectory from a later time than the prior's (``t_start``) adds no noise
-    before its first interval.
+    on d(x / alpha) = eps d(rho) from there: two rows, the Euler step and its correction. The noise is added at the end
+    of the previous row, so the states between intervals include it. No row comes before the first interval; there x is
+    the Gaussian prior, and adding noise would give a Gaussian of larger variance, so the first row scales x instead,
+    which gives the same distribution. A trajectory that starts at another time than the prior's (``t_start``) adds no
+    noise before its first interval.
 
     Args:
         sde, times, prediction: as for `heun`.
@@ -55,8 +55,8 @@ def edm_stochastic(
             is Heun's method in rho, the deterministic sampler of EDM's algorithm 1.
         s_min, s_max: in units of rho. With an infinite s_max, the first interval calls the network beyond the last
             time of the process, as algorithm 2 does.
-        s_noise: S_noise, the standard deviation of the noise that is added.
-        euler_final: whether the last interval is a lone Euler row; by default only where it ends at sigma = 0.
+        s_noise: S_noise, the standard deviation of the added noise.
+        euler_final: whether the last interval is a single Euler row; by default only if it ends at sigma = 0.
     """
     times = continuous_times(sde, times, prediction)
     check_number("s_churn", s_churn, "at least 0 and finite", lambda s: 0 <= s < math.inf)
@@ -83,22 +83,22 @@ def edm_stochastic(
 
 
 def _heun(sde: Process, times: Tensor, here: Tensor, noise: Tensor, prediction: str, euler_final: bool) -> StepTable:
-    """The table, from the times that intervals start at with their noise, and how much that is.
+    """Builds the table from the times ``here`` of the interval starts after their noise, and the amount of that noise.
 
-    In a first row x' = ratio x + step eps and H' = ratio x + step / 2 eps; in a second x' = H + step / 2 eps, scaled to
-    the start of the next interval, and its noise.
+    In a first row x' = ratio x + step eps and H' = ratio x + step / 2 eps; in a second row x' = H + step / 2 eps,
+    scaled to the start of the next interval, plus the noise of that.
     """
     end, alpha, after = times[1:], sde.alpha(here), sde.alpha(times[1:])
     step = after * (sde.sigma(end) / after - sde.sigma(here) / alpha)
     last = torch.ones_like(alpha[:1])
     lead, add = torch.cat((alpha[1:] / after[:-1], last)), torch.cat((noise[1:], 0 * last))
     r, s = eps_form(alpha, sde.sigma(here), prediction)
-    corrected = slice(len(step) - euler_final)  # where sigma is above 0
+    corrected = slice(len(step) - euler_final)  # only there sigma is above 0
     r_end, s_end = torch.zeros_like(r), torch.zeros_like(s)
     r_end[corrected], s_end[corrected] = eps_form(after[corrected], sde.sigma(end[corrected]), prediction)
 
     n = torch.ones_like(step)
-    if noise[0] > 0:  # which scales the draw from the prior
+    if noise[0] > 0:  # scales the draw from the prior instead of adding noise
         n[0] = alpha[0] * torch.hypot(1 / sde.alpha(times[0]), noise[0] / alpha[0] / sde.prior_std)
     zero, one = torch.zeros_like(step), torch.ones_like(step)
     ratio = after / alpha

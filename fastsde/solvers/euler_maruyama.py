@@ -19,7 +19,7 @@ __all__ = ["euler_maruyama", "exponential_euler_maruyama"]
 def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
     """Euler-Maruyama on the reverse SDE (Song et al. 2021, arXiv:2011.13456, eq. 6), noise on every row.
 
-    With f and g^2 those of the process at the row's time and h its step:
+    With f and g^2 of the process at the row's time and its step h:
 
         x' = (1 - f h) x + g^2 h score + sqrt(g^2 h) z
 
@@ -29,8 +29,8 @@ def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: st
         prediction: what the network predicts, one of `PREDICTIONS`.
 
     Raises:
-        TypeError, ValueError: naming the argument; also at a time where the process has no reverse SDE, since alpha is
-            0 and the drift infinite.
+        TypeError, ValueError: naming the argument; also for a time at which the process has no reverse SDE, since alpha
+            is 0 and the drift infinite.
     """
     time, after = _steps(sde, times, prediction)
     step, rate = time - after, sde.squared_diffusion(time)
@@ -39,14 +39,14 @@ def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: st
 
 @solver(Variant(1, noise=True), needs_alpha=True)
 def exponential_euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: str = "score") -> StepTable:
-    """Exponential Euler-Maruyama: the linear part and the noise of the reverse SDE exact, the score held over a step.
+    """Exponential Euler-Maruyama: exact in the linear part and the noise, with the score constant over a step.
 
     With primes for the values after a step, and lambda = sigma / alpha:
 
         x' = alpha'/alpha x + (alpha' integral of alpha d(lambda^2)) score + alpha' sqrt(lambda^2 - lambda'^2) z
 
     On the VP-SDE, with I the integral of beta over the step: x' = e^(I/2) x + 2 (e^(I/2) - 1) score + sqrt(e^I - 1) z.
-    Arguments and errors as for `euler_maruyama`.
+    Arguments and errors are as for `euler_maruyama`.
     """
     time, after = _steps(sde, times, prediction)
     scale, weight, variance = sde.exact_step(time, after)
@@ -54,10 +54,10 @@ def exponential_euler_maruyama(sde: Process, times: Tensor | Sequence[float], pr
 
 
 def _steps(sde: Process, times: Tensor | Sequence[float], prediction: str) -> tuple[Tensor, Tensor]:
-    """The times before and after each row, where the reverse SDE exists."""
+    """Returns the times before and after each row; raises if the reverse SDE does not exist at one of them."""
     times = continuous_times(sde, times, prediction)
     time = times[:-1]
-    # A drift beyond what fp32 resolves is that of an alpha that only rounding keeps from 0.
+    # A drift beyond the resolution of fp32 comes from an alpha that is 0 up to rounding.
     exists = (sde.drift_coefficient(time).abs() * time < 2.0**24) & torch.isfinite(sde.squared_diffusion(time))
     if not exists.all():
         raise ValueError(
@@ -69,7 +69,7 @@ def _steps(sde: Process, times: Tensor | Sequence[float], prediction: str) -> tu
 
 
 def _held_score(sde: Process, time: Tensor, prediction: str, scale: Tensor, weight: Tensor, noise: Tensor) -> StepTable:
-    """x' = scale x + weight score + noise z, for the network's output."""
+    """Builds the table of x' = scale x + weight score + noise z."""
     r, s = score_form(sde, time, prediction)
     data = data_form(sde.alpha(time), sde.sigma(time), prediction)
     return table(time, a=scale + weight * r, b=weight * s, d=noise, data=data)

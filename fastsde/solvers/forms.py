@@ -1,4 +1,4 @@
-"""What builders share: checked times and schedules, and x_0, noise and score as functions of the network's output."""
+"""Shared by builders: checked times and schedules, and x_0, noise and score as functions of the network's output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_prediction(prediction: str) -> None:
 
 
 def continuous_times(sde: Process, times: Tensor | Sequence[float], prediction: str) -> Tensor:
-    """Checked ``[K + 1]`` times of the process, decreasing within [0, t_max]."""
+    """Returns checked times ``[K + 1]`` of the process, decreasing within [0, t_max]."""
     check_process("sde", sde)
     check_prediction(prediction)
     times = float64("times", times, 2)
@@ -58,7 +58,7 @@ def continuous_times(sde: Process, times: Tensor | Sequence[float], prediction: 
 def schedule(
     alpha: Tensor | Sequence[float], sigma: Tensor | Sequence[float], time: Tensor | Sequence[float], prediction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0 (arXiv:2305.08891)."""
+    """Returns checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0 (arXiv:2305.08891)."""
     check_prediction(prediction)
     alpha, sigma, time = float64("alpha", alpha, 2), float64("sigma", sigma, 2), float64("time", time)
     if not len(alpha) == len(sigma) == len(time) + 1:
@@ -66,26 +66,26 @@ def schedule(
             f"alpha and sigma must have one point more than time, got {len(alpha)}, {len(sigma)} and {len(time)}"
         )
     if not (alpha[1:] > 0).all() or alpha[0] < 0:
-        raise ValueError(f"alpha must be positive but for a first point of zero, got {alpha.min().item():g}")
+        raise ValueError(f"alpha must be positive, or zero at the first point, got {alpha.min().item():g}")
     if prediction in ("score", "eps") and not has_signal(alpha[:-1], sigma[:-1]).all():
         raise ValueError(
-            f"prediction={prediction!r} tells nothing of x_0 where alpha is {alpha[:-1].min().item():g}: for zero "
+            f"prediction={prediction!r} does not determine x_0 where alpha is {alpha[:-1].min().item():g}: for zero "
             f"terminal SNR, train and sample with prediction='v', 'x0' or 'flow'"
         )
     if not (sigma[:-1] > 0).all() or sigma[-1] < 0:
-        raise ValueError(f"sigma must be positive but for a last point of zero, got {sigma.min().item():g}")
+        raise ValueError(f"sigma must be positive, or zero at the last point, got {sigma.min().item():g}")
     if not (alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]).all():
         raise ValueError("sigma / alpha must decrease strictly from point to point")
     return alpha, sigma, time
 
 
 def has_signal(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Where x_t tells something of x_0, in fp32."""
+    """Returns where x_t contains information about x_0, in fp32."""
     return alpha > 2.0**-24 * sigma
 
 
 def data_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(p, q) with x_0 = p x + q f."""
+    """Returns (p, q) with x_0 = p x + q f."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     norm = alpha**2 + sigma**2  # 1 on a variance-preserving schedule
     return {
@@ -98,7 +98,7 @@ def data_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Te
 
 
 def eps_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(r, s) with eps = r x + s f."""
+    """Returns (r, s) with eps = r x + s f."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     norm = alpha**2 + sigma**2
     return {
@@ -111,10 +111,10 @@ def eps_form(alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Ten
 
 
 def score_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(r, s) with score = r x + s f at each time, for the network's output f.
+    """Returns (r, s) with score = r x + s f at each time, for the network's output f.
 
     Raises:
-        ValueError: where sigma is 0, at t = 0, for a network that predicts no score.
+        ValueError: if sigma is 0, at t = 0, unless the network predicts the score.
     """
     if prediction == "score":
         return torch.zeros_like(time), torch.ones_like(time)
@@ -126,10 +126,10 @@ def score_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, Ten
 
 
 def velocity_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(r, s) with dx/dt = r x + s f on the probability flow, alpha' x_0 + sigma' eps (as in SiT, arXiv:2401.08740).
+    """Returns (r, s) with dx/dt = r x + s f on the probability flow, alpha' x_0 + sigma' eps (SiT, arXiv:2401.08740).
 
-    Written for each prediction so that it is finite wherever the velocity is: for v and flow, from which x_0 and eps
-    both follow, also where the drift of the SDE is not. Elsewhere it is infinite or NaN.
+    Each prediction has its own formula, which is finite wherever the velocity is: for v and flow, which determine both
+    x_0 and eps, also where the drift of the SDE is infinite. Elsewhere it is infinite or NaN.
     """
     alpha, sigma = sde.alpha(time), sde.sigma(time)
     alpha_dot, sigma_dot = sde.alpha_dot(time), sde.sigma_dot(time)
@@ -159,13 +159,13 @@ def table(
     data: tuple[Tensor, Tensor],
     clip: float | None = None,
 ) -> StepTable:
-    """A table in its cheapest form: without clip D = p x + q f is affine, and e D is folded into a x + b f.
+    """Builds a table in its cheapest form: without clip D = p x + q f is affine, and e D is folded into a x + b f.
 
     ``data`` is (p, q); columns that are not given are zero.
     """
     zero = torch.zeros_like(time)
     b, c, d, e = (zero if column is None else column for column in (b, c, d, e))
-    # A row without e has no use for D, which may then not exist: where alpha is next to 0, x_t tells nothing of x_0.
+    # A row without e does not need D, which may not exist: if alpha is close to 0, x_t has no information about x_0.
     is_usable = (e != 0) | torch.isfinite(torch.stack(data).float()).all(dim=0)
     p, q = (torch.where(is_usable, column, zero) for column in data)
     if clip is None:

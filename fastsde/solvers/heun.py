@@ -16,7 +16,7 @@ __all__ = ["heun"]
 
 
 def corrects_at(sde: Process, t: float, prediction: str) -> bool:
-    """Returns whether the velocity of a network that predicts so is finite at a time, as a correction there needs."""
+    """Returns whether a network with this prediction has a finite velocity at a time, as needed for a correction."""
     form = velocity_form(sde, torch.tensor([t], dtype=torch.float64, device="cpu"), prediction)
     return bool(torch.isfinite(torch.stack(form)).all())
 
@@ -27,19 +27,19 @@ def heun(
 ) -> StepTable:
     """Heun's method on the probability-flow ODE dx/dt = alpha' x_0 + sigma' eps = f x - 1/2 g^2 score.
 
-    (Song et al. 2021, arXiv:2011.13456, eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1.) Two rows an
+    (Song et al. 2021, arXiv:2011.13456, eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1.) Two rows per
     interval: an Euler step whose H is ``x + h/2 x'``, then the correction from H with the slope at the new point.
 
     Args:
         sde: the process.
         times: ``[K + 1]``, decreasing in [0, t_max].
         prediction: what the network predicts, one of `PREDICTIONS`.
-        euler_final: whether the last interval is a lone Euler row. By default only where the velocity of such a network
-            is not finite at the last time: mostly at t = 0, where sigma is 0 (as Karras et al. do). A network of
+        euler_final: whether the last interval is a single Euler row. By default only if the network's velocity is not
+            finite at the last time: mostly at t = 0, where sigma is 0 (as in Karras et al.). A network that takes
             log(sigma), such as theirs, needs it there whatever it predicts.
 
     Raises:
-        TypeError, ValueError: naming the argument; also where the velocity is needed and not finite.
+        TypeError, ValueError: naming the argument; also if the velocity is needed where it is not finite.
     """
     times = continuous_times(sde, times, prediction)
     if euler_final is None:

@@ -1,4 +1,4 @@
-"""What linear multistep solvers share: a history in slots, orders that grow, integrals of Lagrange polynomials."""
+"""Shared by linear multistep solvers: a history in slots, growing orders, and integrals of Lagrange polynomials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Weight = Callable[[Tensor], Tensor]
 
 
 def check_order(order: int, most: int) -> None:
-    """An order from 1 to ``most``."""
+    """Raises unless the order is an int from 1 to ``most``."""
     if isinstance(order, bool) or not isinstance(order, int):
         raise TypeError(f"order must be an int, got {type(order).__name__}")
     if not 1 <= order <= most:
@@ -25,17 +25,17 @@ def check_order(order: int, most: int) -> None:
 
 
 def row_orders(rows: int, order: int, lower_order_final: bool = False, from_noise: bool = False) -> list[int]:
-    """The order of each row: it grows from 1 as the history does and, if asked, comes down to 1 at the end.
+    """Returns the order of each row: it grows from 1 with the history and can decrease to 1 at the end.
 
     Args:
-        from_noise: whether the first point is of pure noise, infinitely far away, and so no part of the history.
+        from_noise: whether the first point is pure noise, infinitely far away, and so not part of the history.
     """
     orders = [1, *(min(order, k + 1 - from_noise) for k in range(1, rows))]
     return [min(each, rows - k) for k, each in enumerate(orders)] if lower_order_final else orders
 
 
 def by_order(orders: list[int]) -> Iterator[tuple[Tensor, int]]:
-    """The rows of each order."""
+    """Yields the rows of each order, with the order."""
     for order in sorted(set(orders)):
         yield torch.tensor([k for k, each in enumerate(orders) if each == order], device="cpu"), order
 
@@ -52,10 +52,10 @@ def multistep(
     kept: tuple[Tensor, Tensor] | None = None,
     clip: float | None = None,
 ) -> StepTable:
-    """x' = a x + b f + e D + d z + sum_j history[:, j] H_j, where H_j was kept j + 1 rows ago.
+    """Builds the table of x' = a x + b f + e D + d z + sum_j history[:, j] H_j, where H_j was kept j + 1 rows ago.
 
     Args:
-        history: ``[K, h]``; trailing columns of zero take no slot.
+        history: ``[K, h]``; trailing columns of zeros take no slot.
         data: (p, q) with D = p x + q f.
         kept: (r, s), to keep r x + s f; by default D is kept.
     """
@@ -81,7 +81,7 @@ def _widened(column: Tensor, more: int) -> Tensor:
 
 
 def lagrange_integrals(nodes: Tensor, start: Tensor, end: Tensor, weight: Weight = torch.ones_like) -> Tensor:
-    """The integrals ``[R, p]`` of ``weight`` times each Lagrange polynomial of R sets of p nodes, by Gauss's rule.
+    """Integrates ``weight`` times each Lagrange polynomial of R sets of p nodes, by Gauss's rule: ``[R, p]``.
 
     Args:
         nodes: ``[R, p]``.
@@ -109,14 +109,14 @@ def eps_multistep(
     integrals: Callable[[Tensor, Tensor, Tensor], Tensor],
     clip: float | None,
 ) -> StepTable:
-    """A multistep solver of d(x / alpha) = eps d(rho), rho = sigma / alpha, the ODE of probability flow.
+    """Builds a multistep solver of d(x / alpha) = eps d(rho), rho = sigma / alpha, the probability-flow ODE.
 
     Each row is DDIM's, corrected by differences of eps: x' = alpha' D + sigma' eps + sum_j c_j (eps_j - eps).
 
     Args:
-        orders: of the rows, `row_orders`.
-        integrals: ``(rho of the nodes, newest first, rho, rho')`` -> the integrals of their polynomials over rho, as
-            `lagrange_integrals` are.
+        orders: the order of each row, from `row_orders`.
+        integrals: maps (rho of the nodes, newest first, rho, rho') to the integrals of their polynomials over rho, like
+            `lagrange_integrals`.
     """
     rho = sigma / alpha
     history = torch.zeros(len(time), max(1, max(orders) - 1), dtype=torch.float64, device="cpu")

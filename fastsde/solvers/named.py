@@ -1,4 +1,4 @@
-"""`build`, which makes the table of a solver from its name."""
+"""`build`, which builds the table of a solver by its name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each regis
 
 
 def find(solver: str) -> Solver:
-    """The solver of a name.
+    """Returns the solver with a name.
 
     Raises:
         ValueError: for an unknown name.
@@ -51,15 +51,15 @@ def build(
     solver_options: Mapping[str, Any] | None = None,
     denoise: bool = False,
 ) -> StepTable:
-    """The table of a named solver with ``steps`` rows, from ``t_start`` down to ``t_end``.
+    """Builds the table of a named solver with ``steps`` rows, from ``t_start`` down to ``t_end``.
 
     Args:
         t_start: by default the time of the prior.
-        spacing, rho: where the times lie between the two (`fastsde.solvers.times.spaced`); by default as the process
-            has them.
-        clip, eta: options of the builder, where it has them.
-        solver_options: any options of the builder, by their names.
-        denoise: the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
+        spacing, rho: how the times lie between the two (`fastsde.solvers.times.spaced`); by default the spacing of the
+            process.
+        clip, eta: options of the builder, if it has them.
+        solver_options: any options of the builder, by name.
+        denoise: whether the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
 
     Raises:
         ValueError: for an unknown solver, prediction, spacing or option, steps below 1, times out of range or order,
@@ -75,13 +75,13 @@ def build(
     check_number("t_end", t_end, f"in [0, {last:g})", lambda t: 0 <= t < last)
     options = _options(entry, {"clip": clip, "eta": eta}, solver_options)
     intervals = steps
-    if entry.corrects_at is not None:  # two rows an interval; one that is left over is a step without its correction
+    if entry.corrects_at is not None:  # two rows per interval; a leftover row is a step without its correction
         intervals = steps // 2 + 1 if denoise else (steps + 1) // 2
         is_lone = denoise or steps % 2 == 1
         if not is_lone and not entry.corrects_at(sde, t_end, prediction):
             raise ValueError(
                 f"{solver} down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since "
-                f"its last row is a lone Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end "
+                f"its last row is a single Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end "
                 f"above {t_end:g}"
             )
         options["euler_final"] = is_lone
@@ -97,14 +97,14 @@ def build(
 
 
 def _options(entry: Solver, named: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options of a builder, checked against its signature."""
+    """Returns the options of a builder, checked against its signature."""
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"solver_options must be a mapping of names to values, got {type(given).__name__}")
     options = dict(given or {})
     for name, value in options.items():
         if name not in entry.options:
             known = f"its options are {', '.join(entry.options)}" if entry.options else "it has none"
-            raise ValueError(f"solver_options[{name!r}] is no option of {entry.name}: {known}; got {value!r}")
+            raise ValueError(f"solver_options[{name!r}] is not an option of {entry.name}: {known}; got {value!r}")
     meaning = {"clip": "bounds a predicted x_0", "eta": "is the share of noise"}
     for name, value in named.items():
         if value is None:
@@ -119,11 +119,11 @@ def _options(entry: Solver, named: Mapping[str, Any], given: Mapping[str, Any] |
 
 
 def _denoised(table: StepTable, sde: Process, prediction: str, row: int) -> StepTable:
-    """The table up to a row that gives the data prediction from what the network is called with there."""
+    """Returns the table up to ``row``, in which the data prediction from the network's input replaces the step."""
     time = table.time[row : row + 1]
     p, q = data_form(sde.alpha(time), sde.sigma(time), prediction)
     if not torch.isfinite(torch.cat((p, q)).float()).all():
-        raise ValueError(f"denoise: prediction={prediction!r} tells nothing of x_0 at t = {float(time):g}")
+        raise ValueError(f"denoise: prediction={prediction!r} does not determine x_0 at t = {float(time):g}")
     clipped = table.clip is not None
 
     def with_last(name: str, last: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The registry of solvers: each builder says its name, its variants and their orders of convergence.
+"""The registry of solvers: each builder registers its name, its variants and their orders of convergence.
 
-Names on the command line, `fastsde.solvers.build` and the tests follow from it. The modules of this package are found
-by themselves, so that a new solver needs its own file and nothing else.
+The command line, `fastsde.solvers.build` and the tests take the names from it. The modules of this package are found
+automatically, so that a new solver only needs its own file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .table import StepTable
 
 __all__ = ["REGISTRY", "Solver", "Variant", "solver"]
 
-# Arguments that are no options: the last one follows from the number of rows.
+# Arguments that are not options: euler_final follows from the number of rows.
 _PLACES = ("sde", "times", "alpha", "sigma", "time", "prediction", "euler_final")
 Builder = TypeVar("Builder", bound=Callable[..., StepTable])
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Some options of a builder, and what is expected of the table.
+    """Some options of a builder, and the expected properties of the table.
 
     Args:
         order: of convergence, on the probability-flow ODE or, with noise, in the weak sense.
@@ -39,12 +39,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Solver:
-    """A builder of `StepTable` by its name.
+    """A registered builder of a `StepTable`.
 
     Args:
-        corrects_at: of a solver with two rows an interval, a step and its correction at the new time: whether the
-            correction exists for a process, a time and a prediction. Without it, an interval is one row.
-        needs_alpha: whether no step starts where alpha is 0, whatever the network predicts.
+        corrects_at: for a solver with two rows per interval, a step and its correction at the new time: returns whether
+            the correction exists for a process, a time and a prediction. Without it, an interval is one row.
+        needs_alpha: whether the solver cannot start a step where alpha is 0, whatever the network predicts.
     """
 
     builder: Callable[..., StepTable]
@@ -58,7 +58,7 @@ class Solver:
 
     @cached_property
     def is_on_schedule(self) -> bool:
-        """Whether it is built from alpha, sigma and times of the network, rather than from a process and its times."""
+        """Whether it is built from alpha, sigma and the network's times, rather than from a process and its times."""
         return "alpha" in inspect.signature(self.builder).parameters
 
     @cached_property
@@ -75,7 +75,7 @@ def solver(
     corrects_at: Callable[[Process, float, str], bool] | None = None,
     needs_alpha: bool = False,
 ) -> Callable[[Builder], Builder]:
-    """A decorator that registers a builder under its own name; the first variant is the one of no options."""
+    """Registers the decorated builder under its own name; the first variant is the one without options."""
 
     if not variants or not all(isinstance(variant, Variant) for variant in variants):
         raise TypeError(f"solver takes one Variant or more, as in @solver(Variant(order)), got {variants}")

@@ -1,4 +1,4 @@
-"""Solvers as tables: every solver is a float64 table, and one affine step executes any of them.
+"""Solvers as tables: every solver is a float64 table, and the same affine step runs all of them.
 
 The state is up to eight arrays of the sample's shape, the *slots* s[0], s[1], ...: a general linear method (Butcher,
 "General linear methods", Acta Numerica 2006). Slot 0 starts as the draw from the prior, the others as zero, and slot 0
@@ -8,9 +8,9 @@ is the result. Row k of a `StepTable` runs the network once and takes one step (
     D  = p.s + q f                      clamped to [-clip, clip] where clip is set
     s' = A s + b f + e D + d z          z: this row's noise
 
-The prediction kind is folded into the coefficients when a table is built, so nothing downstream knows of it. Terms
-that are zero in the whole table cost nothing, and a slot that takes over another as it is (the history of a multistep
-method) is renamed rather than copied. To add a solver, write a function that returns a `StepTable`.
+The prediction kind is folded into the coefficients when a table is built, so nothing downstream depends on it. Terms
+that are zero in the whole table cost nothing, and a slot that takes over another one unchanged (the history of a
+multistep method) is renamed rather than copied. To add a solver, write a function that returns a `StepTable`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MAX_SLOTS = 8
 
 
 def row_width(slots: int) -> int:
-    """How many numbers a row of `StepTable.packed` has."""
+    """Returns how many numbers a row of `StepTable.packed` has."""
     return 2 + 5 * slots + slots**2
 
 
 class Row(NamedTuple):
-    """A row of a `StepTable` as Python floats: the time, and a coefficient, one a slot, or for A a tuple a slot."""
+    """A row of a `StepTable` as Python floats: time and q, one coefficient per slot, and for A one tuple per slot."""
 
     time: float
     q: float
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
     @property
     def has_noise(self) -> bool:
-        """Whether the row has a use for z."""
+        """Whether the row uses z."""
         return any(self.d)
 
     @property
@@ -65,25 +65,25 @@ class Row(NamedTuple):
 class StepTable:
     """A solver: K rows, each one network call and one step of m slots (see the module docstring for the equation).
 
-    ``StepTable(time, a, b, c, d, e, p, q, clip)``, with columns ``[K]``, is the easy way to write a table of two slots
-    or one:
+    ``StepTable(time, a, b, c, d, e, p, q, clip)``, with columns ``[K]``, is the short form for a table of one or two
+    slots:
 
         f  = model(x, time[k])
         D  = p x + q f                      clamped to [-clip, clip] where clip is set
         x' = a x + b f + e D + c H + d z    H: the D of the previous row, 0 in the first
 
     Args:
-        time: float64 ``[K]``, what the network is called with.
+        time: float64 ``[K]``, the times at which the network is called.
         n: float64 ``[K, m]``, the network's input; by default slot 0.
-        A: float64 ``[K, m, m]``, what each new slot takes from each old one.
+        A: float64 ``[K, m, m]``, the weight of each old slot in each new one.
         p, b, e, d: float64 ``[K, m]``; by default zero.
         q: float64 ``[K]``; by default zero.
         clip: bound of D, or None.
 
     Raises:
         TypeError: for a column that is not a float64 tensor.
-        ValueError: for columns of different lengths, without rows, not finite, more than 8 slots, or a clip that is not
-            positive; or where n is zero in a whole row.
+        ValueError: for columns of different lengths, without rows or with values that are not finite, more than 8
+            slots, a clip that is not positive, or a row in which n is zero.
     """
 
     time: Tensor
@@ -114,9 +114,9 @@ class StepTable:
         rows = _check_time(time)
         if A is None:
             if a is None:
-                raise TypeError("StepTable takes a, or A, got neither")
+                raise TypeError("StepTable takes a or A, got neither")
             if n is not None:
-                raise TypeError("StepTable.n goes with A: the form of a and c calls the network with x")
+                raise TypeError("StepTable takes n only with A, got n without A: with a and c the network's input is x")
             given = {"a": a, "b": b, "c": c, "d": d, "e": e, "p": p, "q": q}
             columns = _two_slots({name: _check(name, column, (rows,)) for name, column in given.items()})
         else:
@@ -135,7 +135,7 @@ class StepTable:
         if clip is not None:
             check_number("clip", clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
         for name, value in {"time": time, **columns}.items():
-            object.__setattr__(self, name, value.clone())  # what the caller does to its tensors later is its own
+            object.__setattr__(self, name, value.clone())  # later changes to the caller's tensors have no effect
         object.__setattr__(self, "clip", clip)
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class StepTable:
 
     @property
     def slots(self) -> int:
-        """m, how many slots the state has."""
+        """m, the number of slots of the state."""
         return self.A.shape[1]
 
     @cached_property
@@ -175,7 +175,7 @@ class StepTable:
 
     @constant
     def row(self, k: int) -> Row:
-        """The time and coefficients of row k as Python floats."""
+        """Returns the time and coefficients of row k as Python floats."""
         return self._rows[k]
 
     @cached_property
@@ -192,39 +192,39 @@ class StepTable:
 
     @constant
     def terms(self, k: int | None = None) -> Terms:
-        """What row k computes, less what no later row reads; or, without k, what any row of the table does."""
+        """Returns what row k computes, except what no later row reads; or, without k, what any row computes."""
         return self._terms if k is None else self._live_terms[k]
 
     @cached_property
     def trajectory_terms(self) -> Terms:
-        """`terms` of any row, for a kernel that runs all of them: less what no row reads, and with the n of row 0."""
+        """`terms` of any row, for a kernel that runs all rows: without what no row reads, and with the n of row 0."""
         return trajectory_terms_of(self.packed, self.slots)
 
     @constant
     def kinds(self, k: int) -> tuple[int, ...]:
-        """ABSENT, ONE or ANY of each column of a row of `packed`: what `terms` are made from."""
+        """Returns ABSENT, ONE or ANY for each column of row k of `packed`, from which `terms` are made."""
         return self._kinds[k]
 
     @constant
     def sources(self, k: int) -> tuple[int | None, ...]:
-        """Of each new slot of row k, the old one that it takes over as it is, or None."""
+        """Returns, for each new slot of row k, the old slot that it takes over unchanged, or None."""
         return named_terms(self.kinds(k), self.slots).sources
 
     @constant
     def on(self, device: torch.device) -> Tensor:
-        """`packed` in fp32 on a device; made once."""
+        """Returns `packed` in fp32 on a device; copied once."""
         copies = _on_devices.setdefault(self, {})
         if device not in copies:
             copies[device] = self.packed.to(device, torch.float32)
         return copies[device]
 
     def head(self, rows: int) -> StepTable:
-        """The table of the first rows."""
+        """Returns the table of the first rows."""
         names = ("time", "n", "p", "q", "A", "b", "e", "d")
         return replace(self, **{name: getattr(self, name)[:rows] for name in names})
 
 
-_on_devices: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()  # what is not pickled
+_on_devices: WeakKeyDictionary[StepTable, dict[torch.device, Tensor]] = WeakKeyDictionary()  # not pickled
 
 
 def _check_time(time: Tensor) -> int:
@@ -247,11 +247,11 @@ def _check_slots(A: Tensor, rows: int) -> int:
 def _check_inputs(n: Tensor) -> None:
     is_zero = (n == 0).all(dim=1)
     if is_zero.any():
-        raise ValueError(f"StepTable.n must not be zero in all slots, got so in row {int(is_zero.nonzero()[0])}")
+        raise ValueError(f"StepTable.n must not be zero in all slots, got zeros in row {int(is_zero.nonzero()[0])}")
 
 
 def _check(name: str, column: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """The column, or zeros where it is not given."""
+    """Returns the checked column, or zeros if it is not given."""
     if column is None and name != "time":
         return torch.zeros(shape, dtype=torch.float64, device="cpu")
     if not isinstance(column, Tensor) or column.dtype != torch.float64:
@@ -261,7 +261,7 @@ def _check(name: str, column: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"StepTable.{name} must be on the CPU, got {column.device}")
     if column.shape != shape:
         raise ValueError(
-            f"StepTable.{name} must have shape {list(shape)} beside time [{shape[0]}], got {list(column.shape)}"
+            f"StepTable.{name} must have shape {list(shape)} to match time [{shape[0]}], got {list(column.shape)}"
         )
     if not (finite := torch.isfinite(column.float())).all():
         row = int((~finite).nonzero()[0, 0])
@@ -271,7 +271,7 @@ def _check(name: str, column: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 
 
 def _two_slots(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The general form of x' = a x + b f + e D + c H + d z, H' = D; one slot where no row has a use for H."""
+    """Returns the general form of x' = a x + b f + e D + c H + d z, H' = D; with one slot if no row uses H."""
     slots = 2 if columns["c"].any() else 1
 
     def first(name: str) -> Tensor:

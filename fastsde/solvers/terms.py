@@ -1,6 +1,6 @@
-"""Which coefficients of a table matter: what is zero costs nothing, and a slot that only moves on is renamed.
+"""Which coefficients of a table matter: zero terms cost nothing, and a slot that only moves on is renamed.
 
-Kernels and engines make their code for the `Terms` of a table, not for its values.
+Kernels and engines specialize on the `Terms` of a table, not on its values.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Kinds = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Terms:
-    """What is known of a row's coefficients, or of those of all rows, before their values are.
+    """What is known about the coefficients of a row, or of all rows, without their values.
 
     Args:
         q: ABSENT, ONE or ANY.
-        n, p, b, e, d: the same, one a slot. ``n`` is that of the next row, whose network input the step computes.
-        A: for each new slot a tuple, one an old slot.
-        live: whether each new slot is of use.
+        n, p, b, e, d: the same, one per slot. ``n`` belongs to the next row, whose network input the step computes.
+        A: one tuple per new slot, with one entry per old slot.
+        live: whether each new slot is needed.
     """
 
     q: int
@@ -70,14 +70,14 @@ class Terms:
 
     @cached_property
     def has_input(self) -> bool:
-        """Whether the network is called next with something else than slot 0 itself."""
+        """Whether the network is called next with something other than slot 0 itself."""
         return any(self.n) and self.n != (ONE, *(ABSENT,) * (self.slots - 1))
 
     @cached_property
     def sources(self) -> tuple[int | None, ...]:
-        """Of each new slot, the old one that it takes over as it is; None where it is computed, or not needed.
+        """For each new slot, the old slot that it takes over unchanged; None if it is computed, or not needed.
 
-        Of several slots that would take over the same one, only the first does.
+        If several slots would take over the same one, only the first does.
         """
         found: list[int | None] = []
         for slot, taken in enumerate(self.A):
@@ -88,7 +88,7 @@ class Terms:
 
     @cached_property
     def moved(self) -> tuple[tuple[int, int], ...]:
-        """The new slots that take over an old one, and which."""
+        """Pairs of a new slot and the other old slot that it takes over."""
         return tuple((slot, source) for slot, source in enumerate(self.sources) if source not in (None, slot))
 
     @cached_property
@@ -99,7 +99,7 @@ class Terms:
 
     @cached_property
     def places(self) -> tuple[int, ...]:
-        """The old slot whose memory each new slot uses: the one that it takes over, else one that is free."""
+        """The old slot whose memory each new slot uses: the slot that it takes over, else a free one."""
         free = [slot for slot in range(self.slots) if slot not in self.sources]
         found = list(self.sources)
         for own_first in (True, False):
@@ -110,7 +110,7 @@ class Terms:
 
     @cached_property
     def read(self) -> tuple[bool, ...]:
-        """Whether each old slot is read: for D, for slot 0, for another that is computed, or for the next input."""
+        """Whether each old slot is read: for D, for slot 0, for another computed slot, or for the next input."""
         formed = {0, *self.computed, *(slot for slot, kind in enumerate(self.n) if kind and self.has_input)}
         rows = [self.A[slot] for slot in formed]
         if self.has_data:
@@ -118,7 +118,7 @@ class Terms:
         return tuple(any(row[slot] for row in rows) for slot in range(self.slots))
 
     def without(self, dead: Sequence[bool]) -> Terms:
-        """The same less the new slots that are dead, and D where no other has a use for it."""
+        """Returns the same terms without the new slots that are dead, and without D if no other slot uses it."""
         b, e, d = (
             tuple(ABSENT if gone else kind for gone, kind in zip(dead, kinds, strict=True))
             for kinds in (self.b, self.e, self.d)
@@ -130,25 +130,25 @@ class Terms:
 
 
 def _kinds(packed: Tensor) -> Tensor:
-    """ABSENT, ONE or ANY of each column: of all rows together."""
+    """Returns ABSENT, ONE or ANY for each column, over all rows."""
     is_any, is_one = (packed != 0).any(dim=0), (packed == 1).all(dim=0)
     return torch.where(is_any, torch.where(is_one, ONE, ANY), ABSENT)
 
 
 @functools.cache
 def named_terms(kinds: tuple[int, ...], slots: int) -> Terms:
-    """The kinds of the columns of `StepTable.packed`, by their names."""
+    """Returns the kinds of the columns of `StepTable.packed` as `Terms`, by name."""
     n, p, b, e, d, *A = (kinds[2 + i * slots : 2 + (i + 1) * slots] for i in range(5 + slots))
     return Terms(kinds[1], n, p, b, e, d, tuple(A), (True,) * slots)
 
 
 def kinds_of(row: Sequence[float]) -> tuple[int, ...]:
-    """The kinds of one row of `StepTable.packed`."""
+    """Returns the kinds of one row of `StepTable.packed`."""
     return tuple(ABSENT if value == 0 else ONE if value == 1 else ANY for value in row)
 
 
 def _inputs(packed: Tensor, slots: int) -> Tensor:
-    """The rows with the n of the next row each, which the step of a row computes; zero in the last."""
+    """Returns the rows with the n of the next row each, as computed by the step of a row; zero in the last row."""
     shifted = packed.clone()
     shifted[:-1, 2 : 2 + slots] = packed[1:, 2 : 2 + slots]
     shifted[-1, 2 : 2 + slots] = 0
@@ -156,7 +156,7 @@ def _inputs(packed: Tensor, slots: int) -> Tensor:
 
 
 def terms_of(packed: Tensor, slots: int) -> Terms:
-    """What any row of a table computes."""
+    """Returns what any row of a table computes."""
     kinds = _kinds(packed)
     kinds[2 : 2 + slots] = _kinds(packed[1:, 2 : 2 + slots])  # no step computes the first input
     terms = named_terms(tuple(kinds.tolist()), slots)
@@ -165,24 +165,24 @@ def terms_of(packed: Tensor, slots: int) -> Terms:
 
 
 def trajectory_terms_of(packed: Tensor, slots: int) -> Terms:
-    """`terms_of`, less the new slots that no row reads, where n is that of the first row, too.
+    """Returns `terms_of` without the new slots that no row reads, and with an n that includes the first row's.
 
-    In that row all slots but slot 0 are zero.
+    In the first row all slots except slot 0 are zero.
     """
     terms = terms_of(packed, slots)
     terms = replace(terms, n=(int(_kinds(packed[:, 2])), *terms.n[1:]))
     live = [True, *map(bool, terms.n[1:])]
-    for _ in range(slots - 1):  # each time those that the live ones are made of
+    for _ in range(slots - 1):  # each pass adds the slots that live ones are made of
         read = _read_by(terms.without([not each for each in live]))
         live = [is_live or is_read for is_live, is_read in zip(live, read, strict=True)]
     return terms.without([not each for each in live])
 
 
 def live_terms(packed: Tensor, slots: int) -> list[Terms]:
-    """What each row of a table computes, less what no later row reads."""
+    """Returns what each row of a table computes, without what no later row reads."""
     rows = _inputs(packed, slots)
     kinds = torch.where(rows == 0, ABSENT, torch.where(rows == 1, ONE, ANY))
-    kinds[:, 0] = ANY  # the time, by which no two rows are to differ
+    kinds[:, 0] = ANY  # the time: rows must not differ by it
     patterns, which = torch.unique(kinds, dim=0, return_inverse=True)
     known = [named_terms(tuple(pattern), slots) for pattern in patterns.tolist()]
     made: dict[tuple[int, tuple[bool, ...]], Terms] = {}
@@ -199,6 +199,6 @@ def live_terms(packed: Tensor, slots: int) -> list[Terms]:
 
 
 def _read_by(terms: Terms) -> list[bool]:
-    """Which old slots a row reads or takes over."""
+    """Returns which old slots a row reads or takes over."""
     rows = [*terms.A, *((terms.p,) if terms.has_data else ())]
     return [any(row[slot] for row in rows) for slot in range(terms.slots)]

@@ -1,4 +1,4 @@
-"""Where the points of a trajectory lie in time, by the name of their spacing."""
+"""The times of a trajectory, by the name of their spacing."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _DISCRETE = 1000  # steps of the discrete schedule
 def spaced(
     spacing: str, sde: Process, intervals: int, t_start: float, t_end: float, rho: float | None = None
 ) -> Tensor:
-    """Times ``[intervals + 1]`` of a process, from ``t_start`` down to ``t_end``.
+    """Returns times ``[intervals + 1]`` of a process, from ``t_start`` down to ``t_end``.
 
     Args:
         spacing: "uniform" in t; "quadratic", uniform in sqrt(t) (DDIM, arXiv:2010.02502); "karras", uniform in
             (sigma / alpha)^(1 / rho) (EDM, arXiv:2206.00364, eq. 5); "log_snr", uniform in log(alpha / sigma)
             (DPM-Solver, arXiv:2206.00927); or "trailing" and "leading", times of a discrete schedule of 1000 steps
-            (Lin et al. 2024, arXiv:2305.08891, table 2), where "leading" starts below ``t_start``. Where sigma is 0 at
-            t_end, the last interval of "karras" and "log_snr" starts at the process's t_min; where alpha is 0 at
-            t_start, their first ends at sigma / alpha = 80, EDM's largest.
-        rho: of "karras", by default 7.
+            (Lin et al. 2024, arXiv:2305.08891, table 2), where "leading" starts below ``t_start``. If sigma is 0 at
+            t_end, the last interval of "karras" and "log_snr" starts at the process's t_min; if alpha is 0 at t_start,
+            their first interval ends at sigma / alpha = 80, EDM's largest.
+        rho: the exponent of "karras", by default 7.
 
     Raises:
         ValueError: for an unknown spacing, a rho without "karras", or more intervals than discrete steps.
@@ -42,7 +42,7 @@ def spaced(
         raise ValueError(f"rho is an option of spacing='karras', got rho={rho} with spacing={spacing!r}")
     if spacing in ("trailing", "leading"):
         if spacing == "leading" and t_start != sde.t_max:
-            raise ValueError(f"spacing='leading' starts below t_start, where the state is not: got t_start={t_start:g}")
+            raise ValueError(f"spacing='leading' needs the process's t_max as t_start, got t_start={t_start:g}")
         return _integers(spacing, intervals, t_start / sde.t_max, t_end / sde.t_max) * sde.t_max
     if spacing == "uniform":
         return torch.linspace(t_start, t_end, intervals + 1, dtype=torch.float64, device="cpu")
@@ -57,7 +57,7 @@ def spaced(
 def _between(
     first: float, last: float, intervals: int, map: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Points between two, both exactly as given, that ``map`` makes equidistant."""
+    """Returns points that are equidistant under ``map``, with both ends exactly as given."""
     ends = torch.tensor([first, last], dtype=torch.float64, device="cpu")
     low, high = map(ends).tolist()
     points = inverse(torch.linspace(low, high, intervals + 1, dtype=torch.float64, device="cpu"))
@@ -75,7 +75,7 @@ def _in_noise(
     map: Callable[[Tensor], Tensor],
     inverse: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Times whose sigma / alpha are equidistant under ``map``, but for an end where it is 0 or infinite."""
+    """Returns times whose sigma / alpha are equidistant under ``map``, except at an end where it is 0 or infinite."""
     ends = torch.tensor([t_start, t_end], dtype=torch.float64, device="cpu")
     first, last = (sde.sigma(ends) / sde.alpha(ends)).tolist()
     from_noise, to_data = math.isinf(first), last == 0
@@ -93,7 +93,7 @@ def _in_noise(
 
 
 def _integers(spacing: str, intervals: int, start: float, end: float) -> Tensor:
-    """The integers of "trailing" or "leading" in (end, start], over 1000, and the end."""
+    """Returns the integers of "trailing" or "leading" in (end, start], divided by 1000, followed by the end."""
     high, low = round(start * _DISCRETE), int(end * _DISCRETE)
     if not math.isclose(start * _DISCRETE, high):
         raise ValueError(
@@ -110,7 +110,7 @@ def _integers(spacing: str, intervals: int, start: float, end: float) -> Tensor:
 
 
 def time_of(sde: Process, levels: Tensor) -> Tensor:
-    """The times at which sigma / alpha, which grows with t, has the values ``levels``; by bisection, in float64.
+    """Returns the times at which sigma / alpha, which grows with t, equals ``levels``, by bisection in float64.
 
     Raises:
         ValueError: for a level that the process does not reach by twice its last time.
@@ -118,7 +118,7 @@ def time_of(sde: Process, levels: Tensor) -> Tensor:
     levels = float64("levels", levels)
     low, high = torch.zeros_like(levels), torch.full_like(levels, sde.t_max)
     beyond = sde.sigma(high) < levels * sde.alpha(high)
-    high[beyond] *= 2  # a time at which the network was not trained, which churn may ask for
+    high[beyond] *= 2  # beyond the times that the network was trained at, which churn may need
     if not (sde.sigma(high) >= levels * sde.alpha(high)).all():
         raise ValueError(f"{sde} does not reach sigma / alpha = {levels.max().item():g}")
     for _ in range(100):

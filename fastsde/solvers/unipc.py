@@ -1,4 +1,4 @@
-"""UniPC, a predictor and corrector of one network call a step."""
+"""UniPC, a predictor-corrector with one network call per step."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def unipc(
     lower_order_final: bool = True,
     clip: float | None = None,
 ) -> StepTable:
-    """UniPC (Zhao et al. 2023, arXiv:2302.04867) of the predicted x_0, whose corrector UniC costs no network call.
+    """UniPC (Zhao et al. 2023, arXiv:2302.04867) for the predicted x_0. Its corrector, UniC, costs no network call.
 
     Row k evaluates the network at the predicted point x_k, uses this D_k to correct that point, and predicts x_(k+1)
-    from the corrected one. The corrected point is y_k + rho_k D_k, where y_k is known a row earlier, so that the slots
-    are x_k, y_k and the last order - 1 values of D: order + 1 in all.
+    from the corrected point. The corrected point is y_k + rho_k D_k, where y_k is known a row earlier, so that the
+    slots are x_k, y_k and the last order - 1 values of D: order + 1 in all.
 
     Args:
         alpha, sigma, time, prediction, clip: as for `ddpm`.
-        order: p of UniPC-p, 1, 2 or 3; with its corrector the order of accuracy is p + 1.
+        order: p of UniPC-p, 1, 2 or 3; with the corrector the order of accuracy is p + 1.
         variant: B(h), "bh1" (h) or "bh2" (e^h - 1).
-        lower_order_final: whether the order comes down to 1 in the last rows. A last row down to sigma = 0 is of first
-            order in any case.
+        lower_order_final: whether the order decreases to 1 in the last rows. A last row down to sigma = 0 always has
+            first order.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_order(order, 3)
@@ -53,11 +53,11 @@ def unipc(
     predictor, corrector, last = _weights(torch.log(alpha / sigma), orders, order, variant)
     after, scale = alpha[1:], sigma[1:] / sigma[:-1]
     whole = -torch.expm1(-torch.log(alpha / sigma).diff()) * after
-    rho = torch.nn.functional.pad((after * last)[:-1], (1, 0))  # of the corrector that comes after each prediction
+    rho = torch.nn.functional.pad((after * last)[:-1], (1, 0))  # rho_k of the corrector that follows each prediction
 
     slots = order + 1
     A, e = (torch.zeros(len(time), slots, *more, dtype=torch.float64, device="cpu") for more in ((slots,), ()))
-    A[:, :2, 1] = scale[:, None]  # of the corrected x_k = y_k + rho_k D_k
+    A[:, :2, 1] = scale[:, None]  # times the corrected x_k = y_k + rho_k D_k
     A[0, :2, :2] = A[0, :2, :2].flip(-1)  # x_0 has no corrector
     A[:, 0, 2:], A[:, 1, 2:] = after[:, None] * predictor, after[:, None] * corrector
     A[:, range(3, slots), range(2, slots - 1)] = 1  # the history of D moves on
@@ -69,16 +69,16 @@ def unipc(
 
 
 def _weights(level: Tensor, orders: list[int], order: int, variant: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of D_(k-1), ... as differences from D_k, over alpha.
+    """Returns the weights of D_(k-1), ... as differences from D_k, over alpha.
 
     Returns:
-        Those of the predictor and of the corrector ``[K, order - 1]``, and that of D_(k+1) in the corrector ``[K]``.
+        The weights in the predictor and in the corrector ``[K, order - 1]``, and of D_(k+1) in the corrector ``[K]``.
     """
     h = level.diff()
     predictor, corrector = (torch.zeros(len(h), order - 1, dtype=torch.float64, device="cpu") for _ in range(2))
     last = torch.zeros_like(h)
     for rows, each in by_order(orders):
-        # From pure noise, which tells the corrector nothing, or to clean data, where all is done, h is infinite.
+        # h is infinite from pure noise, which gives the corrector no information, and to clean data, which is the end.
         rows = rows[torch.isfinite(h[rows])]
         step = h[rows, None]
         ratios = (level[rows[:, None] - torch.arange(1, each, device="cpu")] - level[rows, None]) / step
@@ -92,7 +92,7 @@ def _weights(level: Tensor, orders: list[int], order: int, variant: str) -> tupl
 
 
 def _solved(h: Tensor, ratios: Tensor) -> Tensor:
-    """w ``[R, p]`` with sum_j w_j r_j^i = the integral of h e^(-h (1 - u)) u^i over [0, 1], for i from 1 to p."""
+    """Solves sum_j w_j r_j^i = the integral of h e^(-h (1 - u)) u^i over [0, 1], for i from 1 to p: w ``[R, p]``."""
     powers = range(1, ratios.shape[1] + 1)
     moments = [_moment(h, power) for power in powers]
     if not moments:

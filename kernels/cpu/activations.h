@@ -9,7 +9,7 @@
 
 namespace fastsde {
 
-// All that are known, by the names of fastsde/models/activations.py.
+// All activations that the kernels know, by their names in fastsde/models/activations.py.
 #define FASTSDE_ACTIVATIONS(X)   \
     X(IDENTITY, "Identity")      \
     X(LOG_SIGMOID, "LogSigmoid") \
@@ -27,7 +27,7 @@ static inline std::vector<Activation> known_activations(const int32_t* codes, in
     return found;
 }
 
-// e^(-scale |x|), which is NaN for NaN.
+// e^(-scale |x|); NaN stays NaN.
 static inline Floats falling(Floats x, float scale) {
     return exp2_negative((x < 0.0f ? x : -x) * (scale * 1.44269504f));
 }
@@ -43,7 +43,7 @@ static inline Floats tanh(Floats x) {
     return x < 0.0f ? -size : size;
 }
 
-// What is not used of value and derivative, the compiler leaves out.
+// The compiler removes the value or the derivative if it is not used.
 template <Activation KIND>
 static inline void activate(Floats x, Floats& value, Floats& derivative) {
     const Floats one = all(1.0f);
@@ -85,7 +85,7 @@ static inline void activate_all(float* x, float* derivative, int64_t count) {
     }
 }
 
-// Of ``count`` values, a multiple of LANES, in place; the derivatives go to where they are wanted.
+// Activates ``count`` values, a multiple of LANES, in place, and writes the derivatives unless the pointer is null.
 static inline void activate(Activation kind, float* x, float* derivative, int64_t count) {
     switch (kind) {
 #define FASTSDE_CASE(member, name) \

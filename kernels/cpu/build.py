@@ -1,12 +1,12 @@
 """The native kernels, compiled on first use by the machine's own C++ compiler for its own CPU.
 
-The shared library is kept in ``$FASTSDE_CACHE_DIR``, ``$XDG_CACHE_HOME/fastsde`` or ``~/.cache/fastsde``, a folder
-that nobody else may write to, under a name that tells its sources, its flags, the compiler, the CPU and the OpenMP
-runtime. It is written whole or not at all, so that any number of processes may do so at once. ``$CXX`` names a
-compiler, ``$FASTSDE_CXXFLAGS`` has more flags, and ``$FASTSDE_NATIVE=0`` leaves all this out.
+The shared library is kept in ``$FASTSDE_CACHE_DIR``, ``$XDG_CACHE_HOME/fastsde`` or ``~/.cache/fastsde``, if nobody
+else can write to that folder, under a name derived from its sources, its flags, the compiler, the CPU and the OpenMP
+runtime. It is written atomically, so that any number of processes may do so at once. ``$CXX`` names a compiler,
+``$FASTSDE_CXXFLAGS`` adds flags, and ``FASTSDE_NATIVE=0`` turns native kernels off.
 
-OpenMP's threads are those of the runtime that PyTorch has loaded: there is one pool, and ``torch.set_num_threads``
-rules it. ctypes lets go of the GIL while a kernel runs.
+The kernels use the OpenMP runtime that PyTorch has loaded: there is one pool of threads, and ``torch.set_num_threads``
+sets its size. ctypes releases the GIL while a kernel runs.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ MAIN = "fastsde.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi", "-w")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
-_BUILDING, _STALE_S = "fastsde-build-", 3600  # folders, and when those that a killed process has left are deleted
+_BUILDING, _STALE_S = "fastsde-build-", 3600  # build folders; those left by killed processes are deleted later
 
 _lock = threading.RLock()
 _outcomes: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
 _told: set[str] = set()
-_private: list[Path] = []  # this process's own folder, where it has one
+_private: list[Path] = []  # the folder of this process, if it has one
 
 
 class CannotLoadError(Exception):
-    """A library has been compiled, and cannot be loaded."""
+    """A library has been compiled but cannot be loaded."""
 
 
 def load(source: str = MAIN) -> ctypes.CDLL | None:
-    """The library of a source, compiled where it has to be; None, with a warning, where that fails."""
+    """Returns the library of a source, compiled if necessary; None, with a warning, if that fails."""
     if source not in _outcomes:
         with _lock:
             if source not in _outcomes:
@@ -59,13 +59,13 @@ def load(source: str = MAIN) -> ctypes.CDLL | None:
 
 
 def unavailable_reason(source: str = MAIN) -> str | None:
-    """Why there is no library, and what to do; None where there is."""
+    """Returns why there is no library, and what to do about it; None if there is one."""
     load(source)
     return _outcomes[source][1]
 
 
 def _warn(message: str) -> None:
-    """Warns once of the same thing."""
+    """Warns once per message."""
     if message not in _told:
         warnings.warn(message, RuntimeWarning, stacklevel=5)
     _told.add(message)
@@ -94,7 +94,7 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _library(source: str, compiler: list[str], march: tuple[str, ...], openmp: bool) -> ctypes.CDLL:
-    """As `_library_in`, in the folder for libraries, or where nothing in that may be executed, in another."""
+    """Calls `_library_in` with the cache folder or, if nothing may be executed there, with a private one."""
     folder = cache_dir()
     try:
         return _library_in(folder, source, compiler, march, openmp)
@@ -105,7 +105,7 @@ def _library(source: str, compiler: list[str], march: tuple[str, ...], openmp: b
 
 
 def _attempts() -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Flags for the CPU, and whether with OpenMP, from the best on."""
+    """Yields flags for the CPU, and whether to use OpenMP, best first."""
     for openmp in (True, False):
         yield ("-march=native",), openmp
         yield (), openmp
@@ -120,7 +120,7 @@ def _first_line(error: Exception) -> str:
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C++ compiler, or None."""
+    """Returns the command of a C++ compiler, or None."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [[name] for name in _COMPILERS]:
         path = shutil.which(command[0])
@@ -130,22 +130,22 @@ def find_compiler() -> list[str] | None:
 
 
 def _library_in(folder: Path, source: str, compiler: list[str], march: tuple[str, ...], openmp: bool) -> ctypes.CDLL:
-    """The library of a source for these flags, which is compiled where the folder does not have it.
+    """Returns the library of a source for these flags, compiled if the folder does not have it.
 
     Args:
-        source: the file beside this one.
+        source: the name of a file next to this one.
         compiler: the command.
-        march: flags for the CPU. Those of ``$FASTSDE_CXXFLAGS`` come behind them.
-        openmp: whether with threads.
+        march: flags for the CPU; those of ``$FASTSDE_CXXFLAGS`` follow them.
+        openmp: whether to compile with threads.
 
     Raises:
-        CalledProcessError, TimeoutExpired, OSError: where it cannot be compiled.
-        CannotLoadError: where what is compiled cannot be loaded, as an earlier process may have found.
+        CalledProcessError, TimeoutExpired, OSError: if it cannot be compiled.
+        CannotLoadError: if the library cannot be loaded, now or as noted by an earlier process.
     """
     more = shlex.split(os.environ.get("FASTSDE_CXXFLAGS", ""))
     runtime = _openmp_runtime() if openmp else None
     flags = [*_FLAGS, *march, *(["-fopenmp"] if openmp else []), *more]
-    # Linked by name, the runtime is the one that is loaded already; -fopenmp would name the compiler's own.
+    # Linked by path, the runtime is the one that is already loaded; -fopenmp would link the compiler's own.
     link = [str(runtime)] if runtime is not None else ["-fopenmp"] if openmp else []
     path = folder / f"{Path(source).stem}-{_key(compiler, flags, link)}.so"
     note = path.with_suffix(".failed")
@@ -153,12 +153,12 @@ def _library_in(folder: Path, source: str, compiler: list[str], march: tuple[str
         raise CannotLoadError(note.read_text())
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # it is not there, or not whole
+    except OSError:  # it does not exist, or is incomplete
         _compile([*compiler, *flags, "-c", str(_HERE / source)], [*compiler, "-shared", *more], link, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        if "undefined symbol" in str(error):  # for good, so that others need not compile it
+        if "undefined symbol" in str(error):  # permanent, so that other processes need not compile it
             note.write_text(str(error))
             path.unlink(missing_ok=True)
         raise CannotLoadError(str(error)) from error
@@ -189,7 +189,7 @@ def _delete_stale(cache: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder for compiled libraries, which nobody else can write to; else one of this process alone."""
+    """Returns the folder for compiled libraries if only this user can write to it, else a private one."""
     named = os.environ.get("FASTSDE_CACHE_DIR")
     try:
         home = os.environ.get("XDG_CACHE_HOME") or ("" if named else str(Path("~/.cache").expanduser()))
@@ -200,12 +200,12 @@ def cache_dir() -> Path:
             return private_dir()
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except (OSError, RuntimeError):  # no home, or no way to write
+    except (OSError, RuntimeError):  # no home, or not writable
         return private_dir()
 
 
 def private_dir() -> Path:
-    """A folder of this process, which goes with it."""
+    """Returns a temporary folder of this process, deleted at exit."""
     with _lock:
         if not _private:
             _private.append(Path(tempfile.mkdtemp(prefix="fastsde-")))
@@ -224,7 +224,7 @@ def _key(compiler: list[str], flags: list[str], link: list[str]) -> str:
 
 
 def _cpu() -> tuple[str, ...]:
-    """What tells this CPU from one that may not run the same code."""
+    """Returns what distinguishes this CPU from others that may not run the same code."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -235,7 +235,7 @@ def _cpu() -> tuple[str, ...]:
 
 
 def _openmp_runtime() -> Path | None:
-    """The OpenMP runtime of this process: PyTorch's own, where it brings one."""
+    """Returns the OpenMP runtime of this process, preferably the one that PyTorch ships."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-// The numbers by which a kernel and its caller understand each other: what the caller chooses by name, and the status.
+// Codes shared by a kernel and its caller: for choices that the caller makes by name, and for the status.
 
 #pragma once
 
@@ -10,8 +10,8 @@ namespace fastsde {
 
 struct UnknownCode {};
 
-// An enum whose members the caller asks for by name. LIST(X) is X(MEMBER, "name") for each of them; then
-// code_of<Kind>("name") is its code, or -1, and known<Kind>(code) is the member, or throws UnknownCode.
+// FASTSDE_ENUM defines an enum whose members the caller looks up by name. LIST(X) is X(MEMBER, "name") for each member;
+// then code_of<Kind>("name") is its code, or -1, and known<Kind>(code) is the member, or throws UnknownCode.
 template <class Kind>
 int32_t code_of(const char* name);
 template <class Kind>

@@ -6,8 +6,8 @@
 
 using namespace fastsde;
 
-// Those of ``times`` [n] to ``table`` [n, 6]; returns how many times lie outside of the segments. Theirs mean
-// nothing.
+// Writes the coefficients at ``times`` [n] to ``table`` [n, 6]; returns how many times lie outside of the segments,
+// whose coefficients are meaningless.
 extern "C" int64_t fastsde_coefficients(const float* times, int64_t n, const float* rows, int64_t segments,
                                         int64_t first, int64_t shift, float* table, int threads) {
     const Interpolation interpolation{rows, segments, (int32_t)first, (int32_t)shift};
@@ -24,8 +24,8 @@ extern "C" int64_t fastsde_coefficients(const float* times, int64_t n, const flo
     return outside;
 }
 
-// Those of the times of ``steps`` steps, low + span u with the uniforms u of the keys, rounded twice as in PyTorch:
-// [steps, n, 6].
+// Writes the coefficients [steps, n, 6] at the times of ``steps`` steps, low + span u with the uniforms u of the keys,
+// rounded twice as in PyTorch; returns how many times lie outside.
 extern "C" int64_t fastsde_step_coefficients(const int64_t* keys, int64_t step, int64_t steps, float low, float span,
                                              int64_t n, const float* rows, int64_t segments, int64_t first,
                                              int64_t shift, float* table, int threads) {

@@ -8,11 +8,11 @@ from .library import call
 
 
 def coefficients(times: Tensor, rows: Tensor, first: int, shift: int, out: Tensor) -> int:
-    """Writes those of an interpolation to ``out``, contiguous fp32 ``[n, 6]``, and returns how many times lie outside.
+    """Writes the interpolated coefficients to ``out``, contiguous fp32 ``[n, 6]``; returns how many times lie outside.
 
     Args:
         times: contiguous fp32 ``[n]``.
-        rows, first, shift: as of the interpolation.
+        rows, first, shift: the attributes of the interpolation.
     """
     outside: int = call("coefficients", times, len(times), rows, len(rows), first, shift, out)
     return outside
@@ -21,9 +21,9 @@ def coefficients(times: Tensor, rows: Tensor, first: int, shift: int, out: Tenso
 def step_coefficients(
     keys: Tensor, step: int, low: float, span: float, rows: Tensor, first: int, shift: int, out: Tensor
 ) -> int:
-    """As `coefficients`, at the times low + span u of the R steps of ``out`` ``[R, n, 6]`` from ``step`` on.
+    """Writes `coefficients` at the times low + span u of R steps from ``step`` on to ``out`` ``[R, n, 6]``.
 
-    u are the uniforms of ``keys`` int64 ``[n, 2]``.
+    u are the uniforms of ``keys``, int64 ``[n, 2]``. Returns how many times lie outside.
     """
     given = (rows, len(rows), first, shift)
     outside: int = call("step_coefficients", keys, step, len(out), low, span, len(keys), *given, out)

@@ -2,7 +2,7 @@
 //
 //     loss = mean of (w_f f + w_x x_0 + w_z z)^2,   d loss / d f = 2 w_f (w_f f + w_x x_0 + w_z z) / n
 //
-// Each part has a sum of its own, and these are added in their order.
+// Each part has its own sum, and these are added in order.
 
 #include <vector>
 
@@ -11,8 +11,8 @@
 
 using namespace fastsde;
 
-// The loss to ``loss`` [1], and to ``gradient`` [n, size] that of f, times ``grad`` [1] where there is one. Nullable:
-// index, z, keys where z is given, grad, loss and gradient.
+// Writes the loss to ``loss`` [1] and its gradient by f, times ``grad`` [1] if given, to ``gradient`` [n, size].
+// Nullable: index, z, keys if z is given, grad, loss and gradient.
 extern "C" int fastsde_dsm_loss(const float* f, const void* x_0, int bytes, const int64_t* index, int64_t rows,
                                 const float* table, const int64_t* keys, const float* z, int64_t step, float scale,
                                 float shift, int64_t n, int64_t size, const float* grad, float* loss, float* gradient,

@@ -23,13 +23,13 @@ def dsm_loss(
     grad: Tensor | None = None,
     out: Tensor,
 ) -> None:
-    """Writes the loss, fp32 ``[]``, to ``out``; with the ``grad`` of the loss, the gradient of ``f`` instead.
+    """Writes the loss, fp32 ``[]``, to ``out``; if ``grad``, the gradient of the loss, is given, that of ``f`` instead.
 
     Args:
         f: contiguous fp32, bf16 or fp16 ``[B, *shape]``, not empty.
         x_0, index, scale, shift, keys, step, table, counter, z: as for `perturb`.
         grad: fp32 ``[]``.
-        out: with ``grad``, shaped like ``f``.
+        out: shaped like ``f`` if ``grad`` is given.
     """
     result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     results = (None, result, None) if grad is None else (grad.float(), None, result)
@@ -52,9 +52,9 @@ def loss_and_gradient(
     scale: float,
     shift: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, fp32 ``[]``, and its gradient, fp32 and shaped like ``f``, in one pass.
+    """Returns the loss, fp32 ``[]``, and its gradient, fp32 and shaped like ``f``, computed in one pass.
 
-    Arguments are as for `dsm_loss`, in the order of the operation of torch.library, and of any strides.
+    Arguments are as for `dsm_loss`, in the order of the torch.library operation, with any strides.
     """
     f, x_0, table = f.float().contiguous(), x_0.contiguous(), table.contiguous()
     loss, gradient, n = table.new_empty(()), torch.empty_like(f), f.shape[0]

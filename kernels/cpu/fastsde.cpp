@@ -1,4 +1,4 @@
-// The native kernels of the CPU, but for training and the U-Net, in one translation unit: it compiles faster than several.
+// The native CPU kernels except training and the U-Net, in one translation unit, which compiles faster than several.
 
 #include "coefficients.cpp"
 #include "dsm_loss.cpp"
@@ -8,5 +8,5 @@
 #include "sample_keys.cpp"
 #include "solver_step.cpp"
 
-// How many floats a vector has.
+// The number of floats in a vector.
 extern "C" int fastsde_lanes(int) { return LANES; }

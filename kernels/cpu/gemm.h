@@ -1,4 +1,4 @@
-// Matrix products whose operands stay in the cache: c [m, n] = a b, with the strides of a left open.
+// Matrix products whose operands stay in the cache: c [m, n] = a b, with any strides of a.
 
 #pragma once
 
@@ -8,14 +8,14 @@
 
 namespace fastsde {
 
-// What a sum starts from: c itself, a number a row, a number a column, or 0.
+// What a sum starts from: c itself, one number per row, one number per column, or 0.
 struct Start {
     bool from_c = false;
     const float* of_row = nullptr;
     const float* of_column = nullptr;
 };
 
-// a [m, k], any strides; b [k, n], rows of neighbours.
+// a [m, k], any strides; b [k, n], contiguous rows.
 struct Product {
     const float* a;
     int64_t a_row, a_column;
@@ -26,7 +26,7 @@ struct Product {
     Start start;
 };
 
-// Keeps a vector in its register: GCC would load it again in each of its uses, and loads are what the products wait for.
+// Keeps a vector in a register: GCC would load it again for each use, and loads are what limits the products.
 static inline void in_register(Floats& v) {
 #if defined(__x86_64__)
     asm("" : "+v"(v));
@@ -51,7 +51,7 @@ struct Pairs {
 };
 #endif
 
-// ROWS rows of c from ``row`` on, and VECTORS vectors of them from ``column`` on, which stay in registers.
+// Computes ROWS rows of c from ``row`` on, and of each VECTORS vectors from ``column`` on; the sums stay in registers.
 template <class Kind, int ROWS, int VECTORS>
 __attribute__((noinline)) static void product_tile(const Product& p, int64_t row, int64_t column) {
     Floats sum[ROWS][VECTORS];
@@ -88,7 +88,7 @@ __attribute__((noinline)) static void product_tile(const Product& p, int64_t row
 
 template <class Kind, int VECTORS>
 static void product_columns(const Product& p, int64_t rows, int64_t column) {
-    constexpr int MANY = LANES == 16 && VECTORS == 2 ? 12 : 6;  // whose sums fit the registers
+    constexpr int MANY = LANES == 16 && VECTORS == 2 ? 12 : 6;  // so many that their sums fit in registers
     int64_t row = 0;
     for (; row + MANY <= rows; row += MANY) product_tile<Kind, MANY, VECTORS>(p, row, column);
     for (; MANY > 6 && row + 6 <= rows; row += 6) product_tile<Kind, 6, VECTORS>(p, row, column);
@@ -97,9 +97,9 @@ static void product_columns(const Product& p, int64_t rows, int64_t column) {
     for (; row < rows; row++) product_tile<Kind, 1, VECTORS>(p, row, column);
 }
 
-constexpr int64_t COLUMNS = 16;  // a width is a multiple of it
+constexpr int64_t COLUMNS = 16;  // widths are multiples of this
 
-// c [rows, columns], for columns a multiple of COLUMNS.
+// Computes c [rows, columns], with columns a multiple of COLUMNS.
 template <class Kind = Single>
 static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
     int64_t column = 0;
@@ -112,7 +112,7 @@ static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
     }
 }
 
-// c [rows, samples] = start + w x for a few samples. Vectors run along the sums, so that no sample is padded.
+// c [rows, samples] = start + w x for a few samples. Vectors run along the depth, so that samples need no padding.
 struct Dots {
     const float* w;  // [rows, depth], rows w_row apart
     int64_t w_row;
@@ -123,7 +123,7 @@ struct Dots {
     const float* start;  // [rows], or null for zeros
 };
 
-// OUTS rows of c from ``row`` on, and SAMPLES columns of them from ``sample`` on, whose sums stay in registers.
+// Computes OUTS rows of c from ``row`` on and SAMPLES columns from ``sample`` on; the sums stay in registers.
 template <int OUTS, int SAMPLES>
 __attribute__((noinline)) static void dots_tile(const Dots& p, int64_t row, int64_t sample) {
     Floats sum[OUTS][SAMPLES];
@@ -161,7 +161,7 @@ static void dots_rows(const Dots& p, int64_t row, int64_t samples) {
 }
 
 static inline void multiply(const Dots& p, int64_t rows, int64_t samples) {
-    constexpr int MANY = LANES == 16 ? 2 : 1;  // whose sums of eight samples fit the registers
+    constexpr int MANY = LANES == 16 ? 2 : 1;  // so many that their sums for eight samples fit in registers
     int64_t row = 0;
     for (; samples <= 4 && row + 4 <= rows; row += 4) dots_rows<4>(p, row, samples);
     for (; row + MANY <= rows; row += MANY) dots_rows<MANY>(p, row, samples);

@@ -1,6 +1,6 @@
-"""Calls of the native kernels: tensors go as pointers, and the number of threads is PyTorch's own.
+"""Calls of the native kernels: tensors are passed as pointers, and the number of threads is PyTorch's own.
 
-A pointer of another dtype would be read and written past its end, so each tensor is looked at.
+A pointer to another dtype could be read and written past its end, so each tensor is checked.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TYPES = {
     "d": ctypes.c_double,
     "n": ctypes.c_char_p,  # a name
 }
-_DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; the launcher checks those of p
-# Of each kernel: what it returns (- for nothing, s for a status), and its arguments but for the last, the threads.
+_DTYPES = {"F": torch.float32, "L": torch.int64, "I": torch.int32}  # of tensors; for p, the launcher checks the dtype
+# What each kernel returns (- for nothing, s for a status), then its arguments except the last, the number of threads.
 _SIGNATURES = {
     "coefficients": "l F l F l l l F",
     "step_coefficients": "l L l l f f l F l l l F",
@@ -48,8 +48,8 @@ _SOURCES = {
     "mlp_training": "mlp_training.cpp",
     "unet": "unet.cpp",
     "unet_has_bf16": "unet.cpp",
-}  # of the kernels that have a library of their own
-_LANE_PRODUCTS = 5e8  # of a lane of a vector, in a quarter of a second
+}  # kernels with their own library
+_LANE_PRODUCTS = 5e8  # multiply-adds of a vector lane in a quarter of a second
 _OUT_OF_MEMORY = 1  # a status
 _functions: dict[str, Any] = {}
 
@@ -75,12 +75,12 @@ def available(name: str) -> bool:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Runs a kernel on as many threads as PyTorch would.
+    """Runs a kernel on as many threads as PyTorch would use.
 
     Raises:
-        TypeError: for a tensor that is not contiguous and on the CPU, or of another dtype than the kernel's.
-        OutOfMemoryError: where it does not get the memory that it works in.
-        ValueError: for a code that it does not know.
+        TypeError: for a tensor that is not contiguous, not on the CPU, or of another dtype than the kernel takes.
+        OutOfMemoryError: if the kernel cannot allocate its working memory.
+        ValueError: for a code that the kernel does not know.
     """
     kernel, places, count, tells = _loaded(name)
     if len(arguments) != count:
@@ -88,19 +88,19 @@ def call(name: str, *arguments: Any) -> Any:
     values = list(arguments)
     for i, dtype in places:
         each = values[i]
-        if isinstance(each, Tensor):  # what `address` looks at, without a call: small kernels take no longer
+        if isinstance(each, Tensor):  # the checks of `address`, inlined: a call would cost as much as a small kernel
             fits = each.is_cpu and each.is_contiguous() and (dtype is None or each.dtype is dtype)
             values[i] = each.data_ptr() if fits else address(each, dtype)
     result = kernel(*values, torch.get_num_threads())
     if tells and result == _OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError(f"the native kernel {name} does not get the memory that it works in")
+        raise torch.OutOfMemoryError(f"the native kernel {name} cannot allocate its working memory")
     if tells and result:
         raise ValueError(f"the native kernel {name} was given a code that it does not know")
     return result
 
 
 def function(name: str) -> Any:
-    """The kernel itself, for launchers that keep arguments from call to call. The number of threads comes last."""
+    """Returns the kernel itself, for launchers that keep arguments between calls; its last argument is the threads."""
     return _loaded(name)[0]
 
 
@@ -111,57 +111,57 @@ def _code(kind: str, name: str) -> int:
 
 
 def has_code(kind: str, name: str) -> bool:
-    """Returns whether the kernels know an ``activation``, by its name."""
+    """Returns whether the kernels know a name, where ``kind`` is "activation"."""
     return _code(kind, name) >= 0
 
 
 def code(kind: str, name: str) -> int:
-    """How the kernels call it.
+    """Returns the number by which the kernels know a name.
 
     Raises:
-        ValueError: where they do not know it.
+        ValueError: if they do not know it.
     """
     if not has_code(kind, name):
-        raise ValueError(f"{kind} must be one that the native kernels have, got {name!r}")
+        raise ValueError(f"{kind} must be one that the native kernels know, got {name!r}")
     return _code(kind, name)
 
 
 def call_products() -> float:
-    """How many multiply-adds a thread does in a call, at most about: a quarter of a second of them.
+    """Returns about how many multiply-adds a thread may do in a call: a quarter of a second of them.
 
-    Between two calls Ctrl-C is heard and the progress moves.
+    Between two calls Ctrl-C takes effect and the progress bar moves.
     """
     products: float = _LANE_PRODUCTS * call("lanes")
     return products
 
 
 def pointers(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = torch.float32) -> Any:
-    """An array of pointers to tensors, null for None; it does not keep the tensors alive.
+    """Returns an array of pointers to tensors, null for None; it does not keep the tensors alive.
 
     Args:
-        dtype: theirs, or None where the launcher checks it.
+        dtype: of the tensors, or None if the launcher checks it.
 
     Raises:
-        TypeError: as `call`.
+        TypeError: as for `call`.
     """
     addresses = (None if each is None else address(each, dtype) for each in tensors)
     return (ctypes.c_void_p * len(tensors))(*addresses)
 
 
 def address(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """Where a tensor's elements are.
+    """Returns the address of a tensor's elements.
 
     Args:
-        dtype: what it must be, or None where the launcher checks it.
+        dtype: the expected dtype, or None if the launcher checks it.
 
     Raises:
-        TypeError: for a tensor that is not contiguous and on the CPU, of another dtype, or without memory.
+        TypeError: for a tensor that is not contiguous, not on the CPU, of another dtype, or without memory.
     """
     if not (tensor.is_cpu and tensor.is_contiguous() and (dtype is None or tensor.dtype is dtype)):
         wanted = f"contiguous{'' if dtype is None else f' {dtype}'} on the CPU"
         came = f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
         raise TypeError(f"a native kernel takes tensors that are {wanted}, got {came}")
     place = tensor.data_ptr()
-    if not place and tensor.numel():  # as of a tensor subclass that wraps others, or of a storage that was freed
-        raise TypeError(f"a native kernel takes tensors that have memory, got a {type(tensor).__name__} without")
+    if not place and tensor.numel():  # for example a subclass that wraps other tensors, or a freed storage
+        raise TypeError(f"a native kernel takes tensors that have memory, got a {type(tensor).__name__} without memory")
     return place

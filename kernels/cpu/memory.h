@@ -1,4 +1,4 @@
-// Memory that the threads of a kernel work in. Where there is none, std::bad_alloc is thrown.
+// Working memory for the threads of a kernel. Throws std::bad_alloc if there is not enough.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace fastsde {
 
-// Floats at a multiple of 64 bytes, zero at first.
+// Floats aligned to 64 bytes, initially zero.
 class Buffer {
   public:
     explicit Buffer(int64_t count) {
@@ -33,7 +33,7 @@ class Buffer {
     float* data_;
 };
 
-// One object for each thread of a team, made before the threads are: what is thrown may not leave a thread.
+// One object for each thread of a team, made before the threads start: an exception must not leave a thread.
 template <class T>
 class PerThread {
   public:

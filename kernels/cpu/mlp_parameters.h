@@ -1,5 +1,5 @@
 // The parameters of an MLP in training, with rows padded to COLUMNS: weights, their transpose, Adam's averages, the
-// moving average, and the gradients, in slots that are added in their order.
+// moving average, and the gradients, in slots that are added in order.
 
 #pragma once
 
@@ -11,12 +11,12 @@
 
 namespace fastsde {
 
-// Where a layer's weights [out, in], its bias and its transposed weights lie among those of all layers.
+// The offsets of a layer's weights [out, in], bias and transposed weights in the buffers of all layers.
 struct Layer {
     int64_t in, out, in_padded, out_padded, weight, bias, transposed;
 };
 
-// The caller's tensors of a kind: those of w_1, b_1, w_2, b_2, ...; that of a bias may be null.
+// The caller's tensors of one kind, for w_1, b_1, w_2, b_2, ...; those for biases may be null.
 using TensorList = float* const*;
 
 // Adam (Kingma & Ba 2015) as PyTorch rounds it: the factors of one step.
@@ -31,7 +31,7 @@ struct AdamStep {
 
 class Parameters {
   public:
-    // COLUMNS outputs of a layer, from a row on.
+    // COLUMNS outputs of a layer, starting at ``row``.
     struct Band {
         size_t layer;
         int64_t row;
@@ -86,7 +86,7 @@ class Parameters {
 
     int64_t rows(const Band& band) const { return std::min(COLUMNS, layers[band.layer].out - band.row); }
 
-    // Between the caller's tensors and these.
+    // Copies from the caller's tensors to ours (``reads``), or back.
     void exchange(TensorList theirs, float* ours, bool reads) {
         const auto copy = [reads](float* a, float* b, int64_t count) {
             reads ? std::copy(a, a + count, b) : std::copy(b, b + count, a);

@@ -1,14 +1,14 @@
-// Trajectories of an MLP score network: every thread takes blocks of up to 64 samples through some rows of the table.
-// Of few samples of wide layers, all threads share a block, each has some of a layer's outputs, and up to 16 samples are
-// multiplied by dot products along the features.
+// Trajectories of an MLP score network: each thread takes blocks of up to 64 samples through some rows of the table.
+// For few samples and wide layers all threads share a block, each computes some of a layer's outputs, and up to 16
+// samples are multiplied by dot products along the features.
 //
 // The slots of the state and the activations of a block are [features, samples] and stay in the cache. A layer is one
-// product of its weights [out, in] with them; the time is an extra input, whose weights join the bias of the first
-// layer, once a row:
+// product of its weights [out, in] with them; the time is an extra input, whose weights are added to the bias of the
+// first layer once per row:
 //
 //     x = n.s,  h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
 //
-// and then the row's step (table.h). A slot that only moves on is renamed: its memory becomes another slot's.
+// and then comes the row's step (table.h). A slot that only moves on is renamed: its memory becomes another slot's.
 
 #include "activations.h"
 #include "gemm.h"
@@ -20,12 +20,12 @@ using namespace fastsde;
 
 namespace {
 
-constexpr int64_t MOST_SAMPLES = 64;  // of a block; a multiple of COLUMNS, as every width of one
-constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // of a layer and thread, below which to wait for others takes too long
+constexpr int64_t MOST_SAMPLES = 64;  // per block; a multiple of COLUMNS, like every number of samples per block
+constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // per layer and thread; with fewer, waiting for others takes too long
 constexpr int64_t SHARED_ROWS = 12;           // of a layer, that a thread takes at once: a tile of a product
-constexpr int64_t FEW_PRODUCTS = 1 << 15;     // of a layer, from which on few samples are not padded to COLUMNS
+constexpr int64_t FEW_PRODUCTS = 1 << 15;     // per layer; from here on few samples are not padded to COLUMNS
 
-// widths are those of x (without the time), of each hidden layer, and of f. A bias may be null.
+// widths: of x (without the time), of each hidden layer, and of f. A bias may be null.
 struct Mlp {
     int64_t layers;
     const float* const* weights;
@@ -36,7 +36,7 @@ struct Mlp {
     int64_t dim() const { return widths[layers]; }
     int64_t widest() const { return *std::max_element(widths, widths + layers + 1); }
 
-    // Of a layer, in the mean.
+    // Per layer, on average.
     int64_t products() const {
         int64_t sum = 0;
         for (int64_t l = 0; l < layers; l++) sum += widths[l] * widths[l + 1];
@@ -44,8 +44,8 @@ struct Mlp {
     }
 };
 
-// Rows ``first_row`` to ``end_row - 1`` of a table of m slots, of the samples up to ``end`` of a batch. Between two
-// calls slot 0 is kept in ``out``, and the others in ``others``.
+// Rows ``first_row`` to ``end_row - 1`` of a table of m slots, for the samples up to ``end`` of a batch. Between two
+// calls slot 0 is kept in ``out``, and the other slots in ``others``.
 struct Trajectory {
     const float* table;
     int64_t m, first_row, end_row;
@@ -56,10 +56,10 @@ struct Trajectory {
     float *states, *others, *out;
 };
 
-// The samples of a block, from row to row.
+// Takes the samples of a block from row to row.
 class Samples {
   public:
-    // ``shared``: by all threads of a team, which call run together.
+    // ``shared``: the block is shared by all threads of a team, which call run() together.
     Samples(const Mlp& mlp, const Trajectory& run, int64_t width, bool shared)
         : mlp_(mlp), run_(run), shared_(shared), m_((int)run.m), dim_(mlp.dim()), width_(width), size_(dim_ * width),
           state_(m_ * size_), mixture_(size_), noise_(size_), first_bias_(mlp.widths[1]),
@@ -80,7 +80,7 @@ class Samples {
     }
 
   private:
-    // body() in one thread, for which the others wait.
+    // Runs body() in one thread, for which the others wait.
     template <class Body>
     void by_one(Body body) {
         if (!shared_) return body();
@@ -89,7 +89,8 @@ class Samples {
         barrier_.wait();
     }
 
-    // body(first, end) for rows of a layer's output: all at once, or by all threads, which then wait for one another.
+    // Runs body(first, end) for rows of a layer's output: all at once, or split over the threads, which then wait for
+    // each other.
     template <class Body>
     void for_rows(int64_t rows, Body body) {
         if (!shared_) return body(0, rows);
@@ -124,7 +125,7 @@ class Samples {
 
     Row<> row_of(int64_t row) const { return {run_.table + row * row_width(m_), m_}; }
 
-    // The network's input in a row: slot 0 itself, where that is it.
+    // Sets the network's input of a row, which may be slot 0 itself.
     void mix(int64_t row) {
         const Row<> k = row_of(row);
         input_ = slots_[0];
@@ -139,7 +140,7 @@ class Samples {
         if (few_) to_rows(input_, dim_, 0, rows_);
     }
 
-    // The step's normals, to [dim, samples].
+    // Writes the step's normals to [dim, samples].
     void draw(uint64_t step, float* to) {
         const uint64_t offset = draw_offset(step, SAMPLING);
         for (int64_t e = 0; e < dim_; e += 4)
@@ -152,7 +153,7 @@ class Samples {
             }
     }
 
-    // f [dim, samples] of the input.
+    // Returns f [dim, samples] for the input.
     const float* network(float time) {
         const float* from = input_;
         float *to = signal_, *other = next_, *rows = rows_, *other_rows = next_rows_;
@@ -201,7 +202,7 @@ class Samples {
             for (int j = 0; j < k.slots(); j++) s[j] = load(slots_[j] + i);
             const Floats out = load(f + i), z = load(noise_ + i), x = load(input_ + i);
             const Floats data = has_data ? k.data(s, out, run_.clip) : Floats{};
-            // What is not finite stays so to the end, whatever clips or activations make of it.
+            // A sample that is not finite stays so to the end, whatever clips or activations do.
             store(next[0] + i, k.slot(0, s, out, data, z) + 0.0f * (s[0] + x + out));
             for (int j = 1; j < k.slots(); j++)
                 if (formed[j]) store(next[j] + i, k.slot(j, s, out, data, z));
@@ -209,8 +210,8 @@ class Samples {
         std::copy(next, next + m_, slots_);
     }
 
-    // Where the new slots go: one that takes over an old slot as it is, to where that is, and those that are formed to
-    // the memory that is left. Slot 0 is always formed.
+    // Decides where the new slots go: a slot that takes over an old one unchanged stays in its memory, and slots that
+    // are computed (``formed``) use the memory that is left. Slot 0 is always computed.
     template <int M>
     void rename(const Row<M> k, float** next, bool* formed) const {
         bool taken[MAX_SLOTS] = {};
@@ -228,13 +229,13 @@ class Samples {
         }
     }
 
-    // ``count`` features [features, samples] to columns of [samples, features], from the column ``first`` on.
+    // Copies ``count`` features [features, samples] to columns of [samples, features], from column ``first`` on.
     void to_rows(const float* from, int64_t count, int64_t first, float* to) const {
         for (int64_t s = 0; s < here_; s++)
             for (int64_t i = 0; i < count; i++) to[s * row_ + first + i] = from[i * width_ + s];
     }
 
-    // The block's share of [batch, dim]; zeros where there is none.
+    // Reads the block's part of [batch, dim]; zeros if ``from`` is null, and for samples beyond the batch.
     void read(const float* from, float* to) {
         for (int64_t e = 0; e < dim_; e++)
             for (int64_t s = 0; s < width_; s++)
@@ -259,19 +260,19 @@ class Samples {
     const float* input_ = nullptr;
     const bool few_;
     const int64_t row_;
-    Buffer rows_, next_rows_;  // of few samples, the input of a layer and its output as [samples, features]
+    Buffer rows_, next_rows_;  // for few samples: the input of a layer and its output as [samples, features]
 };
 
 }  // namespace
 
-// Rows ``first_row`` to ``end_row - 1`` of the samples ``first`` to ``end - 1`` of a batch: slot 0 then goes to ``out``
-// [batch, dim], the others to ``others`` [m - 1, batch, dim], and every ``every``-th state on the way to ``states``
-// [rows / every + 1, batch, dim].
+// Takes the samples ``first`` to ``end - 1`` of a batch through the rows ``first_row`` to ``end_row - 1``, and writes
+// slot 0 to ``out`` [batch, dim], the other slots to ``others`` [m - 1, batch, dim], and every ``every``-th state to
+// ``states`` [rows / every + 1, batch, dim].
 //
-// weights[l] is [widths[l + 1], widths[l]], and that of the first layer one column wider, for the time. table is
-// [rows, 2 + 5 m + m^2]. A call that does not start with row 0 goes on from ``out`` and ``others`` as another call has
-// left them. Nullable: x_init (then drawn), states, each bias, and ``others``, where one call has all rows. clip is
-// infinite where there is none.
+// weights[l] is [widths[l + 1], widths[l]], with one more column in the first layer, for the time. table is
+// [rows, 2 + 5 m + m^2]. A call that does not start with row 0 continues from ``out`` and ``others`` as an earlier call
+// left them. Nullable: x_init (then drawn), states, each bias, and ``others`` if one call takes all rows. clip is
+// infinite if there is none.
 extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
                                     const int64_t* widths, const int32_t* activations, const float* table, int64_t m,
                                     int64_t first_row, int64_t end_row, const int64_t* keys, const float* x_init,
@@ -288,7 +289,7 @@ extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, 
             });
             return;
         }
-        int64_t width = MOST_SAMPLES;  // less where some threads would have nothing to do
+        int64_t width = MOST_SAMPLES;  // fewer if some threads would have nothing to do
         while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
         const int64_t blocks = ceil_div(end - first, width), team = std::min<int64_t>(threads, blocks);
         PerThread<Samples> samples((int)team, mlp, run, width, false);

@@ -1,4 +1,4 @@
-"""Whole trajectories of an MLP score network in one call, or in several where they take long."""
+"""Whole trajectories of an MLP score network in one call, or in several if they take long."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from .library import call, call_products, code, has_code, pointers
 
-_SPECIALS = 32  # multiply-adds that an activation, or a normal, takes the time of
-_BLOCK, _LEAST = 64, 16  # samples that a thread takes at once: the most, and the fewest
-_PIECES = 100  # a run in more pieces is cut by samples, too, rather than going through memory more often
+_SPECIALS = 32  # an activation, or a normal, takes as long as so many multiply-adds
+_BLOCK, _LEAST = 64, 16  # the most and the fewest samples that a thread takes at once
+_PIECES = 100  # a run that needs more pieces is also cut by samples, so that the state goes through memory less often
 
 
 class Packed:
-    """An MLP as the kernel reads it: its own parameters, wherever they are.
+    """An MLP as the kernel reads it: pointers to its own parameters, which are not copied if contiguous fp32.
 
     Args:
-        layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer, each taking what the one before it gives;
+        layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer, each taking the output of the one before;
             the last input of the first is the time.
-        activations: the one after each layer but the last.
+        activations: the activation after each layer except the last.
         dtype: of the products, torch.float32.
 
     Raises:
@@ -38,14 +38,14 @@ class Packed:
         self.layers, self.dim = tuple(layers), layers[-1][0].shape[0]
         self.widths = (self.dim, *(len(weight) for weight, _ in layers))
         self.activations = tuple(code("activation", name) for name in activations)
-        # Multiply-adds of a row of a sample.
+        # Multiply-adds per sample and row.
         self.products = sum(weight.numel() for weight, _ in layers) + _SPECIALS * sum(self.widths)
         tensors = [each for layer in layers for each in layer if each is not None]
         is_plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
         self._arguments = self._made() if is_plain else None
 
     def arguments(self) -> tuple[tuple[Any, ...], Any]:
-        """The network as the kernel takes it, by pointers, and the tensors that these point to."""
+        """Returns the network as the kernel takes it, as pointers, and the tensors that they point to."""
         return self._made() if self._arguments is None else self._arguments
 
     def _made(self) -> tuple[tuple[Any, ...], Any]:
@@ -62,12 +62,12 @@ def has_activation(name: str) -> bool:
 
 
 def piece(rows: int, batch: int, products: int, threads: int) -> tuple[int, int]:
-    """How many rows of how many samples a call takes.
+    """Returns how many rows of how many samples a call takes.
 
     Args:
-        products: of a row of a sample.
+        products: multiply-adds per sample and row.
     """
-    most = call_products() / products  # rows of samples that a thread may take
+    most = call_products() / products  # rows times samples that a thread may take
     each = math.ceil(batch / threads / _LEAST) * _LEAST
     rows_each = int(most / each)
     if rows_each * _PIECES >= rows:
@@ -90,20 +90,20 @@ def mlp_sampler(
     precision: str = "fp32",
     out: Tensor,
 ) -> None:
-    """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` where given.
+    """Writes the samples to ``out`` fp32 ``[B, d]``, and every ``every``-th state to ``states`` if given.
 
     Args:
         table: fp32 ``[K, 2 + 5 m + m^2]``, as for `solver_step`.
         keys: int64 ``[B, 2]``.
-        terms: `StepTable.trajectory_terms`, of which this kernel, which reads the rest in the table, wants m alone.
+        terms: `StepTable.trajectory_terms`; only its number of slots is used, since the kernel reads the table.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
-        progress: called now and then with the number of rows that have been done since.
-        precision: of other kernels; here it is fp32.
+        progress: called from time to time with the number of rows done since the last time.
+        precision: ignored; the CPU computes in fp32.
     """
     (batch, dim), rows = out.shape, len(table)
     if dim != packed.dim:
-        raise ValueError(f"out must be [B, {packed.dim}], as the network's output is, got {list(out.shape)}")
+        raise ValueError(f"out must be [B, {packed.dim}], like the network's output, got {list(out.shape)}")
     network, tensors = packed.arguments()
     rows_each, samples_each = piece(rows, max(1, batch), packed.products, torch.get_num_threads())
     one_call = rows_each == rows or terms.slots == 1
@@ -117,4 +117,4 @@ def mlp_sampler(
             call("mlp_sampler", *network, table, terms.slots, row, end_row, *drawn, every, states, others, out)
         if progress is not None:
             progress(end_row - row)
-    del tensors  # which the pointers needed
+    del tensors  # kept alive until here for the pointers

@@ -1,8 +1,8 @@
 // Training steps of an MLP score network (the twin of fastsde.reference.train_step, with Adam and a moving average).
 //
 // The batch is cut into blocks, whose signals [samples, features], with rows padded to COLUMNS, stay in the cache. Each
-// slot of gradients belongs to a run of neighbouring blocks, so that no weight depends on the number of threads. With
-// h_0 = (x_in, tau) and d_l the gradient of layer l:
+// slot of gradients belongs to a run of consecutive blocks, so that the weights do not depend on the number of threads.
+// With h_0 = (x_in, tau) and d_l the gradient of layer l:
 //
 //     h_l = act(h_{l-1} W_l^T + b_l),   dW_l = d_l^T h_{l-1},   d_{l-1} = (d_l W_l) act'
 //
@@ -29,7 +29,7 @@ struct Task {
     double elements() const { return (double)batch * (double)dim; }
 };
 
-// One thread's memory, and the gradients of a block.
+// Computes the gradients of a block, in the memory of one thread.
 class GradientsOfBlock {
   public:
     GradientsOfBlock(const Task& task, Parameters& parameters,
@@ -41,7 +41,7 @@ class GradientsOfBlock {
 
     // Writes a block's gradients, or adds them; returns the sum of its squared residuals.
     //
-    // Args: ``step`` counts from that of the first coefficients, ``number`` is the one that random numbers depend on.
+    // ``step`` counts from the first step of the call, ``number`` is the step that random numbers depend on.
     double run(int64_t block, int64_t step, int64_t number, float* gradients, bool adds) {
         first_ = block * BLOCK_SAMPLES, here_ = std::min(BLOCK_SAMPLES, task_.batch - first_);
         draw(step, number);
@@ -52,7 +52,7 @@ class GradientsOfBlock {
     }
 
   private:
-    // x_in and tau into the first signal, and x_0 and z for the loss.
+    // Writes x_in and tau to the first signal, and x_0 and z for the loss.
     __attribute__((noinline)) void draw(int64_t step, int64_t number) {
         const Task& on = task_;
         const int64_t dim = on.dim, width = layers_[0].in_padded;
@@ -72,7 +72,7 @@ class GradientsOfBlock {
         });
     }
 
-    // Signals and slopes of all layers, one after another; returns the last signal.
+    // Computes signals and slopes of all layers in turn; returns the last signal.
     const float* forward() {
         float *signal = signals_, *slope = slopes_;
         for (size_t l = 0; l < layers_.size(); l++) {
@@ -89,7 +89,7 @@ class GradientsOfBlock {
         return signal;
     }
 
-    // The gradient of f to ``error_``; returns the sum of the squares.
+    // Writes the gradient of f to ``error_``; returns the sum of the squared residuals.
     __attribute__((noinline)) double residuals(const float* f) {
         const Task& on = task_;
         const int64_t width = layers_.back().out_padded;
@@ -156,9 +156,9 @@ class GradientsOfBlock {
 
 }  // namespace
 
-// Steps ``first`` to ``first + count - 1`` in place; Adam has taken ``taken`` steps before. widths are those of h_0, ...,
-// f. table [count, batch, 6]: the coefficients. rates [count, 2]: the learning rate of a step, and what the moving
-// average moves by. Nullable: moving.
+// Takes the steps ``first`` to ``first + count - 1`` in place; Adam has taken ``taken`` steps before. widths: of h_0,
+// ..., f. table [count, batch, 6]: the coefficients. rates [count, 2]: the learning rate of a step, and the fraction by
+// which the moving average moves. Nullable: moving.
 extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const int32_t* activations,
                                     TensorList weights, TensorList average, TensorList square, TensorList moving,
                                     const void* x_0, int bytes, int64_t rows, float scale, float shift,

@@ -1,4 +1,4 @@
-"""Training steps of an MLP score network: forward, backward, Adam and the moving average, dozens in a call."""
+"""Training steps of an MLP score network: forward, backward, Adam and the moving average, dozens of steps per call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from .library import call, code, has_code, pointers
 
 
 def takes(activations: Sequence[str]) -> bool:
-    """Returns whether the kernel has all of these."""
+    """Returns whether the kernel has all of these activations."""
     return all(has_code("activation", name) for name in activations)
 
 
 class Parameters(NamedTuple):
     """Tensors of an MLP's parameters: weight ``[out, in]`` and bias ``[out]`` or None of each layer, in order.
 
-    All are contiguous fp32. ``average`` and ``square`` are Adam's of the gradient and its square.
+    All are contiguous fp32. ``average`` and ``square`` are Adam's averages of the gradient and of its square, and
+    ``moving`` is the moving average of the weights, if there is one.
     """
 
     weights: Sequence[Tensor | None]
@@ -47,14 +48,14 @@ def mlp_training(
     """Takes steps in place and returns their losses, fp32 ``[count]``.
 
     Args:
-        activations: the one after each layer but the last.
+        activations: the activation after each layer except the last.
         x_0: the data, contiguous uint8 or fp32 ``[N, d]``, N at least 1.
-        keys: int64 ``[B, 2]``, of the places in the batch.
+        keys: int64 ``[B, 2]``, the keys of the positions in the batch.
         table: the coefficients of the steps, contiguous fp32 ``[count, B, 6]``.
         betas, epsilon: Adam's.
-        first: the number of the first step, which its random numbers depend on.
+        first: the number of the first step; the random numbers of a step depend on its number.
         taken: how many steps Adam has taken before.
-        rates: contiguous fp32 ``[count, 2]``, of each step the learning rate and 1 - the decay of the moving average.
+        rates: contiguous fp32 ``[count, 2]``, the learning rate and 1 - the decay of the moving average of each step.
     """
     weights = parameters.weights[::2]
     widths = [weight.shape[1] for weight in weights if weight is not None] + [x_0[0].numel()]

@@ -4,7 +4,7 @@
 
 using namespace fastsde;
 
-// One step's draw of a stream: [n, size] to ``out``.
+// Writes the normals [n, size] of one step of a stream to ``out``.
 extern "C" void fastsde_normal(const int64_t* keys, int64_t step, int64_t stream, int64_t n, int64_t size, float* out,
                                int threads) {
     const Parts parts(n, size);
@@ -14,7 +14,7 @@ extern "C" void fastsde_normal(const int64_t* keys, int64_t step, int64_t stream
     });
 }
 
-// The words behind them: those of a step's draw of a stream, [n, size] to ``out``.
+// Writes the 32-bit words [n, size] of one step of a stream to ``out``.
 extern "C" void fastsde_bits(const int64_t* keys, int64_t step, int64_t stream, int64_t n, int64_t size, uint32_t* out,
                              int threads) {
     const uint64_t draw = draw_offset(step, (Stream)stream);
@@ -33,7 +33,7 @@ extern "C" void fastsde_bits(const int64_t* keys, int64_t step, int64_t stream, 
     });
 }
 
-// The uniform of element 0, of each key in each of ``steps`` steps from ``first_step`` on: [steps, n] to ``out``.
+// Writes the uniforms [steps, n] of element 0, for each key in each of ``steps`` steps from ``first_step``, to ``out``.
 extern "C" void fastsde_uniform(const int64_t* keys, int64_t first_step, int64_t stream, int64_t steps, int64_t n,
                                 float* out, int threads) {
     run_team(steps * n > 64 * LANES ? threads : 1, [&] {

@@ -18,7 +18,7 @@ def normal(keys: Tensor, step: int, stream: int, out: Tensor) -> None:
 
 
 def bits(keys: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
-    """The 32-bit words of a draw, as int64 values ``[n, *shape]``."""
+    """Returns the 32-bit words of a draw, as int64 values ``[n, *shape]``."""
     out = torch.empty((len(keys), *shape), dtype=torch.int32, device="cpu")
     if out.numel():
         call("bits", keys, step, stream, len(out), math.prod(shape), out)

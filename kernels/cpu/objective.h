@@ -1,4 +1,4 @@
-// What noising, the loss and training share: the coefficients of an objective, and the data of a training step.
+// Shared by noising, the loss and training: the coefficients of an objective, and the data of a training step.
 
 #pragma once
 
@@ -6,15 +6,15 @@
 
 namespace fastsde {
 
-// Of one sample, a row of fastsde.objective.Objective.table.
+// The coefficients of one sample, a row of fastsde.objective.Objective.table.
 struct Coefficients {
     float tau, u_x, u_z, w_f, w_x, w_z;
 };
 constexpr int64_t COLUMNS_OF_TABLE = sizeof(Coefficients) / sizeof(float);
 
-// Coefficients as piecewise cubics of the time (fastsde.interpolation): a segment is a run of 2^shift fp32 numbers from
-// that of the bits ``first`` on (the last has the number behind it, too), and its row holds the coefficients of the
-// powers of t - its middle, each padded to WIDTH numbers.
+// Coefficients as piecewise cubics of the time (fastsde.interpolation): a segment is a run of 2^shift fp32 numbers,
+// starting at the number with the bits ``first`` (the last segment includes the number behind it, too), and its row
+// holds the coefficients of the powers of t - middle, each padded to WIDTH numbers.
 struct Interpolation {
     static constexpr int64_t POWERS = 4, WIDTH = 8;
     typedef float Row __attribute__((vector_size(4 * WIDTH)));
@@ -23,8 +23,8 @@ struct Interpolation {
     int64_t segments;
     int32_t first, shift;
 
-    // Those of LANES times, of which the first ``here`` exist; returns how many lie outside of all segments, or are NaN.
-    // Theirs mean nothing.
+    // Writes the coefficients at LANES times, of which the first ``here`` exist; returns how many lie outside of all
+    // segments, or are NaN: their coefficients are meaningless.
     int64_t at(Floats t, int64_t here, Coefficients* to) const {
         const Words place = bits_of<Words>(t) - (uint32_t)first;  // beyond the last for negative times, too
         const Words beyond = place > (uint32_t)segments << shift, last = (uint32_t)(segments - 1) - Words{};
@@ -42,7 +42,7 @@ struct Interpolation {
     }
 };
 
-// scale x + shift of the rows ``index`` of the data [rows, size], uint8 or fp32. A row that is not there is NaN.
+// scale x + shift for the rows ``index`` of the data [rows, size], uint8 or fp32. A row that does not exist is NaN.
 struct Data {
     const void* x;
     bool bytes;
@@ -59,7 +59,7 @@ struct Data {
             for (int64_t i = 0; i < count; i++) to[i] = scale * ((const float*)x)[start + i] + shift;
     }
 
-    // Part of a sample, where it lies or in the buffer.
+    // Returns part of a sample, in place or copied to the buffer.
     const float* of_sample(int64_t sample, int64_t first_element, int64_t count, float* buffer) const {
         const int64_t row = index ? index[sample] : sample;
         if (!bytes && scale == 1.0f && shift == 0.0f && row >= 0 && row < rows)
@@ -69,13 +69,13 @@ struct Data {
     }
 };
 
-// In the place of what a zero coefficient multiplies, which is not read.
+// Stands in for the operand of a zero coefficient, which is not read.
 alignas(64) static const float NOTHING[PART] = {};
 
-// Keeps a loop of few elements, as the tails below are, from becoming a vector loop, whose set-up takes longer.
+// Keeps a loop over few elements, such as the tails below, from being vectorized: the set-up would take longer.
 static inline void stay_scalar() { asm volatile(""); }
 
-// x_in of one sample.
+// Computes x_in of one sample.
 static inline void noise_sample(const Coefficients& k, const float* x, const float* z, int64_t count, float* x_in) {
     int64_t e = 0;
     for (; e + LANES <= count; e += LANES) store(x_in + e, k.u_x * load(x + e) + k.u_z * load(z + e));
@@ -85,7 +85,7 @@ static inline void noise_sample(const Coefficients& k, const float* x, const flo
     }
 }
 
-// The sum of one sample's squared residuals; outer times each residual goes to ``gradient`` where that is asked for.
+// Returns the sum of one sample's squared residuals; if GRADIENT, writes outer times each residual to ``gradient``.
 template <bool GRADIENT>
 static inline double squared_residuals(const Coefficients& k, const float* f, const float* x, const float* z,
                                        int64_t count, float outer, float* gradient) {

@@ -1,6 +1,6 @@
-// How a batch [n, *shape] is cut into parts that threads take, and what they draw.
+// How a batch [n, *shape] is cut into parts that threads take, and how they draw normals.
 //
-// A part depends on the shape alone, and every element on its own place alone, so that no result depends on the number
+// A part depends only on the shape, and every element only on its own position, so that no result depends on the number
 // of threads.
 
 #pragma once
@@ -14,9 +14,9 @@
 
 namespace fastsde {
 
-constexpr int64_t PART = 2048;  // the most elements of a part; a multiple of 2 LANES
+constexpr int64_t PART = 2048;  // the most elements in a part; a multiple of 2 LANES
 
-// Whole samples, or a part of one: elements first_element to first_element + elements - 1 of each of its samples.
+// Whole samples, or a piece of one: elements first_element to first_element + elements - 1 of each of its samples.
 struct Part {
     int64_t first_sample, samples, first_element, elements;
 
@@ -47,7 +47,7 @@ struct Parts {
     }
 };
 
-// body(i, part) for every part. Each thread takes a run of neighbours.
+// Runs body(i, part) for every part. Each thread takes a run of consecutive parts.
 template <class Body>
 static inline void for_parts(const Parts& parts, int threads, Body body) {
     const int64_t count = parts.count();
@@ -57,7 +57,7 @@ static inline void for_parts(const Parts& parts, int threads, Body body) {
     });
 }
 
-// The part's normals, to ``to`` [samples, elements].
+// Writes the part's normals to ``to`` [samples, elements].
 static inline void draw_normals(const int64_t* keys, uint64_t draw, const Part& part, int64_t samples, float* to) {
     if (part.first_element == 0 && part.elements < 2 * LANES) {
         for (int64_t first = 0; first < part.samples; first += LANES) {

@@ -4,7 +4,7 @@
 
 using namespace fastsde;
 
-// x_in [n, size] and tau [n]; and the noise [n, size] to ``kept``. Nullable: index, z, kept; keys where z is given.
+// Writes x_in [n, size], tau [n], and drawn noise [n, size] to ``kept``. Nullable: index, z, kept; keys if z is given.
 extern "C" void fastsde_perturb(const void* x_0, int bytes, const int64_t* index, int64_t rows, const int64_t* keys,
                                 const float* table, const float* z, int64_t step, float scale, float shift, int64_t n,
                                 int64_t size, float* x_in, float* tau, float* kept, int threads) {

@@ -27,13 +27,13 @@ def perturb(
 
     Args:
         x_0: uint8 or fp32 ``[N, *shape]``.
-        keys: int64 ``[B, 2]``, or None where ``z`` is given.
+        keys: int64 ``[B, 2]``, or None if ``z`` is given.
         step: the training step.
         table: the coefficients, fp32 ``[B, 6]``.
-        counter: int64, one element, that is added to the step.
-        index: int64 ``[B]``; a row outside the data is NaN.
+        counter: int64, one element, added to the step.
+        index: int64 ``[B]``; an index outside of the data gives NaN.
         z: fp32 ``[B, *shape]``, or None to draw it.
-        kept: fp32 ``[B, *shape]`` that noise which is drawn is written to, or None.
+        kept: fp32 ``[B, *shape]``, where drawn noise is written, or None.
     """
     n = out.shape[0]
     if not n:

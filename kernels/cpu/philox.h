@@ -1,4 +1,4 @@
-// The noise contract (fastsde.noise): Philox4x32-10 and what it draws, for LANES / 2 counters at once.
+// The noise contract (fastsde.noise): Philox4x32-10 and draws from it, for LANES / 2 counters at once.
 
 #pragma once
 
@@ -10,12 +10,12 @@ namespace fastsde {
 
 enum Stream : uint64_t { SAMPLING = 0, TRAINING_NOISE = 1, TRAINING_TIME = 2, DATA_ORDER = 3 };
 
-constexpr int BLOCKS = LANES / 2;  // that are drawn at once
+constexpr int BLOCKS = LANES / 2;  // drawn at once
 
-// What a draw of a step adds to the offset of a key.
+// Returns what the draw of a step in a stream adds to the offset of a key.
 static inline uint64_t draw_offset(uint64_t step, Stream stream) { return (stream << 28 | step) << 32; }
 
-// Four words a counter; what the high halves hold is left open.
+// Four words per counter, in the low halves; the high halves are unspecified.
 struct Block {
     Longs w0, w1, w2, w3;
 };
@@ -32,10 +32,10 @@ static inline Block philox(Longs seed, Longs counter) {
     return x;
 }
 
-// u 2^-32 + 2^-33 of the 32-bit words.
+// Maps 32-bit words u to u 2^-32 + 2^-33.
 static inline Floats unit(Words words) { return __builtin_convertvector(words, Floats) * 0x1p-32f + 0x1p-33f; }
 
-// Two normals a 32-bit lane, from its words for radius and angle.
+// Computes two normals per 32-bit lane, from its words for radius and angle.
 static inline void box_muller(Words radius_words, Words angle_words, Floats& even, Floats& odd) {
     const Floats radius = square_root(log(unit(radius_words)) * -2.0f);
     Floats sine, cosine;
@@ -44,13 +44,13 @@ static inline void box_muller(Words radius_words, Words angle_words, Floats& eve
     odd = radius * sine;
 }
 
-// The low halves of a, and of b above them.
+// Packs the low halves of a with those of b above them.
 static inline Words halves(Longs a, Longs b) { return bits_of<Words>((a & 0xFFFFFFFFull) | b << 32); }
 
-// Normals 4 j to 4 j + 2 LANES - 1 of a key, for j = first_block.
+// Draws the normals 4 j to 4 j + 2 LANES - 1 of a key, for j = first_block.
 static inline void normals_of(uint64_t seed, uint64_t offset, uint64_t first_block, float* to) {
     Longs block;
-    // Even lanes take the first half of the blocks, odd ones the second: then neighbours come out in one vector.
+    // Even lanes take the first half of the blocks, odd lanes the second, so that each vector of results is contiguous.
     for (int i = 0; i < BLOCKS; i++) block[i] = i / 2 + i % 2 * (BLOCKS / 2);
     const Block x = philox(seed + Longs{}, block + (offset + first_block));
     Floats even, odd;
@@ -61,11 +61,11 @@ static inline void normals_of(uint64_t seed, uint64_t offset, uint64_t first_blo
     store(to + LANES, bits_of<Floats>(interleave_odd(first, second)));
 }
 
-// The keys of LANES samples. 64-bit lane i of the first half holds sample 2 i, of the second 2 i + 1.
+// The keys of LANES samples. 64-bit lane i of element 0 holds sample 2 i, that of element 1 holds sample 2 i + 1.
 struct Keys {
     Longs seed[2], offset[2];
 
-    // Of the samples first, first + 1, ...; beyond the last one, the last again.
+    // Loads the keys of the samples first, first + 1, ...; lanes beyond the last sample repeat it.
     static Keys load(const int64_t* keys, int64_t first, int64_t samples) {
         Keys k;
         for (int i = 0; i < LANES; i++) {
@@ -77,15 +77,15 @@ struct Keys {
     }
 };
 
-// The four words of LANES samples' blocks, where ``draw`` is the draw's offset plus the block: words[i] holds the i-th
-// of each.
+// Draws the four words of one block for LANES samples, where ``draw`` is the draw's offset plus the block: words[i]
+// holds the i-th word of each sample.
 static inline void words_across(const Keys& keys, uint64_t draw, Words words[4]) {
     const Block a = philox(keys.seed[0], keys.offset[0] + draw), b = philox(keys.seed[1], keys.offset[1] + draw);
     words[0] = halves(a.w0, b.w0), words[1] = halves(a.w1, b.w1);
     words[2] = halves(a.w2, b.w2), words[3] = halves(a.w3, b.w3);
 }
 
-// The first ``count`` of the four normals of the same.
+// Draws the first ``count`` of the four normals of that block.
 static inline void normals_across(const Keys& keys, uint64_t draw, int64_t count, Floats to[4]) {
     Words words[4];
     words_across(keys, draw, words);
@@ -93,7 +93,7 @@ static inline void normals_across(const Keys& keys, uint64_t draw, int64_t count
     if (count > 2) box_muller(words[2], words[3], to[2], to[3]);
 }
 
-// The uniform of element 0 of LANES samples.
+// Draws the uniform of element 0 for LANES samples.
 static inline Floats uniforms_across(const Keys& keys, uint64_t draw) {
     Words words[4];
     words_across(keys, draw, words);

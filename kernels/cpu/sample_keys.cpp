@@ -5,7 +5,7 @@
 
 using namespace fastsde;
 
-// [n, 2] to ``out``.
+// Writes the keys [n, 2] to ``out``.
 extern "C" void fastsde_sample_keys(int64_t seed, int64_t first, int64_t n, int64_t* out, int threads) {
     run_team(n > 1024 ? threads : 1, [&] {
 #pragma omp for schedule(static) nowait

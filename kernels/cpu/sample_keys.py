@@ -11,6 +11,6 @@ def sample_keys(seed: int, first: int, out: Tensor) -> None:
     """Writes the keys of samples ``first``, ``first + 1``, ... to ``out``, contiguous int64 ``[n, 2]``.
 
     Args:
-        seed, first: the int64 with the bits of the uint64.
+        seed, first: uint64 values, passed as the int64 with the same bits.
     """
     call("sample_keys", seed, first, len(out), out)

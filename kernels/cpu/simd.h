@@ -1,7 +1,7 @@
 // Vectors of floats as wide as the CPU's, by the vector extensions of GCC and Clang, and functions of them.
 //
 // A few operations that the extensions lack are written for x86 and, lane by lane, for everything else. Polynomials are
-// least-maximum fits; the error of each is that of its coefficients in exact arithmetic.
+// minimax fits; the stated errors are those of the coefficients in exact arithmetic.
 
 #pragma once
 
@@ -53,7 +53,7 @@ static inline Floats load(const float* from) {
 
 static inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof(v)); }
 
-// body(first, here) for runs of LANES of ``count``; ``here`` of them exist.
+// Runs body(first, here) for runs of up to LANES out of ``count``; ``here`` is the length of the run.
 template <class Body>
 static inline void for_lanes(int64_t count, Body body) {
     int64_t first = 0;
@@ -61,7 +61,7 @@ static inline void for_lanes(int64_t count, Body body) {
     if (first < count) body(first, count - first);
 }
 
-// The first ``here`` lanes, and zeros behind.
+// Loads the first ``here`` lanes, followed by zeros.
 static inline Floats load(const float* from, int64_t here) {
     if (here == LANES) return load(from);
     Floats v{};
@@ -77,7 +77,7 @@ static inline bool any_nan(Floats v) {
     return false;
 }
 
-// The sum of all lanes, half added to half.
+// Returns the sum of all lanes, adding halves to halves.
 static inline float sum_of(Floats v) {
 #if defined(__x86_64__)
 #if defined(FASTSDE_AVX512)
@@ -97,7 +97,7 @@ static inline float sum_of(Floats v) {
 #endif
 }
 
-// Keeps the compiler from fusing a product with what is added to it, where two roundings are the contract.
+// Keeps the compiler from fusing a product with an addition where the contract is two roundings.
 static inline Floats rounded(Floats x) {
     asm volatile("" : "+m"(x));
     return x;
@@ -109,7 +109,7 @@ static inline Floats all(float x) { return x - Floats{}; }
 static inline Floats at_least(Floats x, float low) { return all(low) > x ? all(low) : x; }
 static inline Floats at_most(Floats x, float high) { return all(high) < x ? all(high) : x; }
 
-// To the nearest integer, for |x| < 2^22.
+// Rounds to the nearest integer, for |x| < 2^22.
 static inline Floats nearest(Floats x) {
 #if defined(FASTSDE_AVX512)
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -134,7 +134,7 @@ static inline Floats square_root(Floats x) {
 #endif
 }
 
-// The 64-bit products of the low 32 bits of a with b.
+// Returns the 64-bit products of the low 32 bits of a with b.
 static inline Longs multiply_low(Longs a, uint32_t b) {
 #if defined(FASTSDE_AVX512)
     return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -176,7 +176,7 @@ static inline Floats polynomial(Floats x, float first, Rest... rest) {
     return polynomial(x, rest...) * x + first;
 }
 
-// 2^x to 1e-7, for x up to 0; below 2^-126 it stays there.
+// 2^x to 1e-7, for x up to 0; never below 2^-126.
 static inline Floats exp2_negative(Floats x) {
     x = at_least(x, -126.0f);
     const Floats whole = nearest(x);
@@ -186,13 +186,13 @@ static inline Floats exp2_negative(Floats x) {
 #if defined(FASTSDE_AVX512)
     return _mm512_scalef_ps(mantissa, whole);
 #else
-    // NaN has no integer, but the mantissa, which is NaN too, makes the product so.
+    // NaN cannot be converted to an integer, but the mantissa is NaN, too, and so is the product.
     const Ints exponent = __builtin_convertvector(whole == whole ? whole : Floats{}, Ints);
     return mantissa * bits_of<Floats>((exponent + 127) << 23);
 #endif
 }
 
-// e^x to 1e-7; above 2^127 it stays there.
+// e^x to 1e-7; never above 2^127.
 static inline Floats exp(Floats x) {
     x = at_most(x * 1.44269504f, 127.0f);
     return x > 0.0f ? 1.0f / exp2_negative(-x) : exp2_negative(x);

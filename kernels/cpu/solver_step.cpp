@@ -1,4 +1,4 @@
-// One row of a solver's table (table.h), with guidance where there is any: f = f_uncond + w (f - f_uncond).
+// One row of a solver's table (table.h), with optional guidance: f = f_uncond + w (f - f_uncond).
 //
 // All tensors are contiguous fp32 [n, size].
 
@@ -7,9 +7,9 @@
 
 using namespace fastsde;
 
-// What a call is about; Call in solver_step.py has the same fields. ``slots`` and ``out`` are of m pointers; null are
-// slots that the row does not read, or that nobody wants. The next row's n.s goes to ``input``. Nullable: f_uncond, z
-// (else noise is drawn, where the row has any), keys (of no use then), input. clip is infinite where there is none.
+// The arguments of a call; _Call in solver_step.py has the same fields. ``slots`` and ``out`` hold m pointers, null for
+// slots that the row does not read and for results that are not needed. The next row's n.s goes to ``input``. Nullable:
+// f_uncond, z (else noise is drawn, if the row has any), keys (if no noise is drawn), input. clip is infinite if unset.
 struct Step {
     const float* slots[MAX_SLOTS];
     float* out[MAX_SLOTS];
@@ -23,7 +23,7 @@ struct Step {
 
 namespace {
 
-// What a row computes.
+// What a row has to compute.
 template <int M>
 struct Work {
     Row<M> row, next_row;
@@ -39,7 +39,8 @@ struct Work {
     }
 };
 
-// ``count`` elements from ``start`` on; ``noise`` is theirs alone. Returns what is not finite: 0 f, 1 x', 2 nothing.
+// Steps ``count`` elements from ``start`` on; ``noise`` begins at ``start``. Returns what is not finite: 0 f, 1 x',
+// 2 nothing.
 template <int M>
 int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, const float* noise) {
     const Row<M> row = work.row;
@@ -70,7 +71,7 @@ int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, cons
 
 }  // namespace
 
-// Returns what is not finite: 0 f, 1 the new slot 0, 2 nothing.
+// Takes the step. Returns what is not finite: 0 f, 1 the new slot 0, 2 nothing.
 extern "C" int fastsde_solver_step(const Step* given, int threads) {
     const Step& at = *given;
     const uint64_t draw = draw_offset(at.row + 1, SAMPLING);

@@ -17,7 +17,7 @@ _FINITE = 2
 
 
 class _Call(ctypes.Structure):
-    """What a call is about; Step in solver_step.cpp has the same fields."""
+    """The arguments of a call; Step in solver_step.cpp has the same fields."""
 
     _fields_ = [
         ("slots", ctypes.c_void_p * _MAX_SLOTS),
@@ -29,13 +29,13 @@ class _Call(ctypes.Structure):
 
 
 class Steps:
-    """Rows of one table, for states of one shape: all that stays the same from row to row is looked at once.
+    """Steps of one table, for states of one shape. What stays the same from row to row is checked once.
 
     Args:
         table: contiguous fp32 ``[K, 2 + 5 m + m^2]``.
         slots: m.
         shape: of a slot, ``(B, *shape)``.
-        keys: contiguous int64 ``[B, 2]``, or None where every row's noise is given or zero.
+        keys: contiguous int64 ``[B, 2]``, or None if the noise of every row is given or zero.
         guidance, clip: numbers, or None.
     """
 
@@ -77,10 +77,10 @@ class Steps:
         out: Sequence[Tensor | None],
         network_input: Tensor | None = None,
     ) -> int:
-        """As `solver_step`. What is written to is trusted.
+        """Takes the step of a row, like `solver_step`; ``out`` and ``network_input`` are not checked.
 
         Raises:
-            TypeError: for a slot or f that the network or a callback has changed in place, or for what has no memory.
+            TypeError: for a slot or f that the network or a callback has changed in place, or a tensor without memory.
         """
         if not self._count:
             return _FINITE
@@ -91,12 +91,12 @@ class Steps:
                 raise _changed(f"slot {slot}", old, count)
             given[slot] = old.data_ptr() if is_read else None
             made[slot] = None if new is None else new.data_ptr()
-        if f.numel() != count:  # as its input has now, which the network has changed
+        if f.numel() != count:  # the network has resized its input in place
             raise _changed("the network's output", f, count)
         if f.dtype is not torch.float32 or not f.is_contiguous() or f.is_neg():
             f = f.float().contiguous().resolve_neg()
         call.f = f.data_ptr() or _without_memory(f)
-        # Fields are set where they may differ from the last row's: ctypes takes a tenth of a microsecond for each.
+        # Fields are set only if they may differ from the last row's: ctypes takes a tenth of a microsecond for each.
         if self._has_optional or f_uncond is not None or z is not None or network_input is not None:
             self._has_optional = True
             f_uncond, z = _plain(f_uncond), _plain(z)
@@ -107,7 +107,7 @@ class Steps:
 
 
 def _plain(value: Tensor | None) -> Tensor | None:
-    """In contiguous fp32, and without the mark by which the imaginary part of a conjugate is negated."""
+    """Returns a value in contiguous fp32, with PyTorch's lazy negation (``is_neg``) carried out."""
     return None if value is None else value.float().contiguous().resolve_neg()
 
 
@@ -125,7 +125,7 @@ def _changed(what: str, value: Tensor, count: int) -> TypeError:
 def _without_memory(value: Tensor) -> int:
     raise TypeError(
         f"a network's output, and noise, must be plain tensors with memory of their own, got a {type(value).__name__} "
-        f"without"
+        f"without memory"
     )
 
 
@@ -144,19 +144,21 @@ def solver_step(
     out: Sequence[Tensor | None],
     network_input: Tensor | None = None,
 ) -> int:
-    """Writes new slots to ``out``, where given; each may be one of ``slots``. All are contiguous ``[B, *shape]``.
+    """Writes the new slots to those of ``out`` that are not None; each may be one of ``slots``.
+
+    All are contiguous ``[B, *shape]``.
 
     Args:
         slots: the m slots, fp32.
         f, f_uncond: fp32, bf16 or fp16.
         table: fp32 ``[K, 2 + 5 m + m^2]``.
         terms: which coefficients are zero, or one, in that row (`fastsde.solvers.Terms`).
-        z: as f.
-        keys: int64 ``[B, 2]``, or None where the row has no noise or ``z`` is given.
-        network_input: fp32, where the next row's n.s goes.
+        z: like f.
+        keys: int64 ``[B, 2]``, or None if the row has no noise or ``z`` is given.
+        network_input: fp32, where the next row's n.s is written.
 
     Returns:
-        What is not finite (`fastsde.kernels.status`): 0 for f, 1 for x'; 2 where all is.
+        What is not finite (`fastsde.kernels.status`): 0 for f, 1 for x'; 2 if everything is finite.
     """
     for each in (*slots, *out, network_input):
         if each is not None:

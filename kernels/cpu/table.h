@@ -1,6 +1,6 @@
 // A solver's table, and one row of it (the twin of fastsde.reference.solver_step), of m slots s:
 //
-//     D  = p.s + q f                      clamped to [-clip, clip], which is infinite where there is no clip
+//     D  = p.s + q f                      clamped to [-clip, clip]; clip is infinite if there is none
 //     s' = A s + b f + e D + d z
 //
 // A row is fp32 [2 + 5 m + m^2]: time, q, n, p, b, e, d [m each], A [m, m].
@@ -17,7 +17,7 @@ constexpr int MAX_SLOTS = 8;
 
 static inline int64_t row_width(int64_t m) { return 2 + 5 * m + m * m; }
 
-// M is the number of slots where the compiler is to know it, else 0.
+// M is the number of slots if it is known at compile time, else 0.
 template <int M = 0>
 struct Row {
     const float* k;
@@ -39,14 +39,14 @@ struct Row {
         return false;
     }
 
-    // Whether the network is called with something else than slot 0 itself.
+    // Whether the network is called with something other than slot 0 itself.
     bool has_input() const {
         for (int i = 0; i < slots(); i++)
             if (n(i) != (i == 0 ? 1.0f : 0.0f)) return true;
         return false;
     }
 
-    // The slot that slot j takes over as it is, or -1.
+    // The old slot that the new slot j takes over unchanged, or -1.
     int source(int j) const {
         int found = -1;
         if (b(j) != 0.0f || e(j) != 0.0f || d(j) != 0.0f) return -1;
@@ -58,7 +58,7 @@ struct Row {
         return found;
     }
 
-    // D of LANES elements. What a row has no coefficient for does not matter, even where it is not finite.
+    // D of LANES elements. Operands of zero coefficients do not matter, even if they are not finite.
     Floats data(const Floats* s, Floats f, float clip) const {
         Floats sum{};
         if (q() != 0.0f) sum += q() * f;
@@ -86,7 +86,7 @@ struct Row {
     }
 };
 
-// body(std::integral_constant<int, M>), with M for the usual numbers of slots and 0 for others.
+// Runs body(std::integral_constant<int, M>), where M is m for the usual numbers of slots and 0 for others.
 template <class Body>
 static inline void with_slots(int m, Body body) {
     switch (m) {

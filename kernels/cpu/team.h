@@ -1,4 +1,4 @@
-// Teams of threads, which flush subnormal numbers to zero: on many CPUs each that arithmetic meets costs 150 cycles.
+// Teams of threads that flush subnormal numbers to zero: on many CPUs each one met in arithmetic costs 150 cycles.
 
 #pragma once
 
@@ -20,7 +20,7 @@
 
 namespace fastsde {
 
-// Flushes in this thread, for operands and results, until it goes out of scope; then the thread's mode is as before.
+// Flushes subnormal operands and results in this thread until it goes out of scope, then restores the thread's mode.
 class FlushSubnormals {
   public:
     FlushSubnormals() : before_(mode()) { set_mode(before_ | FLUSHES); }
@@ -29,8 +29,8 @@ class FlushSubnormals {
     FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 
   private:
-    // The compiler does not know that arithmetic depends on the mode. What is read from memory or written to it stays
-    // on its side of the switch, and with it the arithmetic between.
+    // The compiler does not know that arithmetic depends on the mode. With the barrier, loads and stores stay on their
+    // side of the switch, and with them the arithmetic in between.
     static void barrier() { asm volatile("" ::: "memory"); }
 
 #if defined(__x86_64__)
@@ -62,9 +62,9 @@ class FlushSubnormals {
     const uint64_t before_;
 };
 
-// Where threads of a team wait for one another: awake for some microseconds, in which the others nearly always come, and
-// then asleep. OpenMP's own barriers keep a processor busy for milliseconds: beside other processes, that of the very
-// thread which is waited for.
+// Where the threads of a team wait for each other: awake for some microseconds, in which the others nearly always
+// arrive, and then asleep. OpenMP's own barriers keep a processor busy for milliseconds: next to other processes,
+// possibly the one that the awaited thread needs.
 class Barrier {
   public:
     void wait() {
@@ -90,7 +90,7 @@ class Barrier {
 #endif
     }
 
-    // Until it is woken, or not at all where the turn is over: the last to arrive ends it before it looks for sleepers.
+    // Sleeps until woken, or not at all if the turn is over: the last to arrive ends it before looking for sleepers.
     void sleep(uint32_t turn) {
 #if defined(__linux__)
         sleepers_.fetch_add(1);
@@ -113,8 +113,8 @@ class Barrier {
     std::atomic<uint32_t> turn_{0};
 };
 
-// body() in each of so many threads, which its ``omp for nowait`` loops give their iterations to. The only place where
-// kernels make threads. The body may not throw.
+// Runs body() in each of ``threads`` threads, over which its ``omp for nowait`` loops are split. This is the only place
+// where kernels make threads. The body must not throw.
 template <class Body>
 static inline void run_team(int threads, Body body) {
     Barrier end;
@@ -122,7 +122,7 @@ static inline void run_team(int threads, Body body) {
     {
         const FlushSubnormals flushes;
         body();
-        end.wait();  // so that OpenMP's own barrier, which follows, finds everybody there
+        end.wait();  // so that all threads reach OpenMP's own barrier, which follows, at the same time
     }
 }
 

@@ -1,10 +1,10 @@
-// The U-Net of the tutorial (the twin of fastsde.models.UNet), on the CPU from image to score.
+// The tutorial's U-Net (the twin of fastsde.models.UNet), on the CPU from image to score.
 //
 // Signals are channels last, in fp32 or bf16. A convolution is a sum over its nine taps of products of pixels
-// [pixels, in] and a tap's weights [in, out], added up in fp32 in a part of the output that stays in the cache. A tap
-// moves the pixels that it can reach, and no others, so that nothing is padded. Of a transposed convolution of stride 2
-// it moves them to every second place. The rows of a product are neighbours in an image or, where images are small, the
-// same pixel of neighbouring images.
+// [pixels, in] and a tap's weights [in, out], accumulated in fp32 in a part of the output that stays in the cache. A
+// tap moves only the pixels that it can reach, so that nothing is padded; in a transposed convolution of stride 2 it
+// moves them to every second position. The rows of a product are adjacent pixels of an image or, if images are small,
+// the same pixel of consecutive images.
 
 #include "activations.h"
 #include "gemm.h"
@@ -15,9 +15,9 @@ using namespace fastsde;
 
 namespace {
 
-constexpr int64_t GROUP = 64;           // output channels of a part
-constexpr int64_t IMAGES = 12;          // at most, of a part
-constexpr int64_t PART_FLOATS = 8192;   // of a part of one image, about
+constexpr int64_t GROUP = 64;           // output channels per part
+constexpr int64_t IMAGES = 12;          // at most, per part
+constexpr int64_t PART_FLOATS = 8192;   // per part of one image, about
 constexpr int64_t DEPTH_FLOATS = 8192;  // of a tap's weights that are used at once: half a first-level cache
 
 static inline void store_as(float* to, Floats v) { store(to, v); }
@@ -40,7 +40,7 @@ static inline Floats load_as(const Half* from) {
 }
 #endif
 
-// [images, height, width, stride]; a pixel's channels from its start on are the signal's.
+// [images, height, width, stride]; a signal may use only some of a pixel's ``stride`` channels, from at() on.
 template <class T>
 struct Signal {
     T* data;
@@ -57,7 +57,7 @@ struct Convolution {
     const float* bias;
 };
 
-// The time's share of the first convolution: t of the image times the plane [height, width, out].
+// The time's part of the first convolution: t of the image times the plane [height, width, out].
 struct Time {
     const float *t, *plane;
 };
@@ -75,7 +75,7 @@ struct KindOf<Half> {
 };
 #endif
 
-// The places i of the input, of ``size``, that a tap moves to i stride + offset within [first, end) of the output.
+// The positions i of the input, of ``size``, that a tap moves to i stride + offset within [low, high) of the output.
 struct Reach {
     int64_t first, end;
 
@@ -85,7 +85,7 @@ struct Reach {
     }
 };
 
-// One part of a convolution's output: some images, rows and channels.
+// Computes one part of a convolution's output: some images, rows and channels.
 template <class In, class Out>
 class PartOfConvolution {
   public:
@@ -166,7 +166,7 @@ class PartOfConvolution {
     float* sums_;
 };
 
-// How a convolution's output is cut into parts, by its shape alone.
+// How a convolution's output is cut into parts; this depends only on its shape.
 struct Cut {
     int64_t images, rows, groups, per_image, image_parts;
 
@@ -186,7 +186,7 @@ struct Cut {
     int64_t floats(int64_t width) const { return images * rows * width * GROUP; }
 };
 
-// This and what follows is to be called by all threads of a team, which then have to wait for one another.
+// This function and those below must be called by all threads of a team, which then have to wait for each other.
 template <class In, class Out>
 void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t batch, float* sums,
               const Time* time = nullptr) {
@@ -201,7 +201,7 @@ void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64
     }
 }
 
-// The last convolution, to few channels: weights [out, 9, in] fp32, and no activation. Writes [images, out, y, x].
+// The last convolution, to few channels: weights [out, 9, in] fp32, no activation. Writes [images, out, y, x].
 template <class In>
 void convolve_last(const Convolution& by, Signal<const In> in, float* out, int64_t batch) {
 #pragma omp for schedule(static) nowait
@@ -223,7 +223,7 @@ void convolve_last(const Convolution& by, Signal<const In> in, float* out, int64
     }
 }
 
-// The largest of 2 x 2 pixels; an odd size has a row or column of its own in front. NaN stays.
+// The maximum of 2 x 2 pixels; with an odd size the first row or column is on its own. NaN propagates.
 template <class T>
 void pool(Signal<const T> in, Signal<T> out, int64_t channels, int64_t batch) {
 #pragma omp for schedule(static) nowait
@@ -245,7 +245,7 @@ void pool(Signal<const T> in, Signal<T> out, int64_t channels, int64_t batch) {
     }
 }
 
-// The network, and the memory of a chunk of images.
+// The network, and the memory for a chunk of images.
 template <class T>
 class Unet {
   public:
@@ -261,10 +261,11 @@ class Unet {
         }
     }
 
-    // Of the memory that each thread adds up in.
+    // The number of floats that each thread accumulates in.
     int64_t floats() const { return floats_; }
 
-    // x and out [images, channels, height, width], of at most a chunk of images. To be called by all threads of a team.
+    // x and out [images, channels, height, width], with at most a chunk of images. Must be called by all threads of a
+    // team.
     void forward(int64_t images, const float* x, const Time& time, float* out, float* sums) {
         channels_last(images, x);
         barrier_.wait();
@@ -309,7 +310,7 @@ class Unet {
                     x[(place / pixels * image_channels_ + c) * pixels + place % pixels];
     }
 
-    // Not touched before it is written.
+    // The memory is not touched before it is written.
     template <class Kind>
     Signal<Kind> allocate(int64_t images, int64_t height, int64_t width, int64_t channels) {
         const int64_t bytes = images * height * width * channels * (int64_t)sizeof(Kind);
@@ -323,7 +324,7 @@ class Unet {
         return Signal<const Kind>{signal.data, signal.height, signal.width, signal.stride};
     }
 
-    std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;  // first, since the others lie in it
+    std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;  // first, since the signals below point into it
     Barrier barrier_;
     int64_t image_channels_, levels_, floats_ = 0;
     const int64_t* channels_;
@@ -331,12 +332,12 @@ class Unet {
     const float* const* biases_;
     Signal<float> image_;
     Signal<T> head_;
-    std::vector<Signal<T>> wide_, pooled_;  // of each level: the decoder's signal in front, the encoder's behind
+    std::vector<Signal<T>> wide_, pooled_;  // per level: the decoder's channels first, then the encoder's
 };
 
 }  // namespace
 
-// Whether bf16 is there.
+// Returns whether the kernel has bf16.
 extern "C" int fastsde_unet_has_bf16(int) {
 #if defined(FASTSDE_BF16)
     return 1;
@@ -345,13 +346,13 @@ extern "C" int fastsde_unet_has_bf16(int) {
 #endif
 }
 
-// x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], all fp32. Of the
-// layers (encoder, decoder, head): weights [9, in, out] and biases; those of the first and the last layer are fp32 in any
-// case, the last [out, 9, in]; the others are bf16 [9, in / 2, out, 2] where ``bf16`` says so.
+// x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], all fp32. weights
+// and biases hold one array per layer (encoder, decoder, head). Weights are [9, in, out] fp32, or bf16
+// [9, in / 2, out, 2] with ``bf16``; the first and the last layer's are always fp32, and the last layer's [out, 9, in].
 extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
                             const int64_t* channels, const void* const* weights, const float* const* biases,
                             const float* plane, const float* x, const float* t, float* out, int bf16, int threads) {
-    // So many images at once give a part to every thread, and their signals stay in the cache.
+    // With so many images at once, every thread gets a part, and the signals stay in the cache.
     const int64_t chunk = std::min(batch, IMAGES * std::max(threads, 2));
     const auto run = [=](auto&& unet) {
         PerThread<Buffer> sums(threads, unet.floats());

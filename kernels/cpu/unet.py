@@ -1,5 +1,5 @@
-"""The U-Net of the tutorial from image to score (the twin of ``fastsde.models.UNet``) in one call, or in several for a
-large batch.
+"""The tutorial's U-Net from image to score (the twin of ``fastsde.models.UNet``), in one call or several for a large
+batch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .library import available, call, call_products, pointers
 
-CHANNELS = 16  # that those of the levels must be multiples of
-_IMAGES = 12  # a thread: what the kernel goes through the network with at once
+CHANNELS = 16  # the channels of a level must be a multiple of this
+_IMAGES = 12  # images per thread that the kernel takes through the network at once
 
 
 def takes(channels: Sequence[int], dtype: torch.dtype) -> bool:
-    """Returns whether the kernel runs U-Nets of these channels in a dtype: fp32, or bf16 where the CPU has it."""
+    """Returns whether the kernel runs U-Nets of these channels in a dtype: fp32, or bf16 if the CPU has it."""
     if not all(each % CHANNELS == 0 for each in channels) or not available("unet"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(call("unet_has_bf16")))
@@ -29,7 +29,7 @@ class Packed:
 
     Args:
         convolutions: (weight, bias, whether transposed) of encoder, decoder and head, in the order of their use. The
-            first one's weight is that of the image alone, without the time's.
+            first weight has only the channels of the image, without the time's.
         plane: fp32 ``[H, W, channels[0]]``: what a time of 1 adds to the first convolution.
         dtype: of the products.
     """
@@ -44,22 +44,22 @@ class Packed:
                 self.weights.append(taps.permute(2, 0, 1).float().contiguous())
             elif number == 0 or dtype == torch.float32:
                 self.weights.append(taps.float().contiguous())
-            else:  # pairs of inputs lie side by side
+            else:  # pairs of inputs are adjacent in memory
                 self.weights.append(taps.unflatten(1, (-1, 2)).transpose(2, 3).to(dtype).contiguous())
 
     def products(self, height: int, width: int) -> int:
-        """The multiply-adds of an image."""
+        """Returns the multiply-adds per image."""
         levels = len(self.weights) // 2
         pixels = [math.ceil(height / 2**level) * math.ceil(width / 2**level) for level in range(levels)]
-        at = [*range(levels), *range(levels - 1, 0, -1), 0, 0]  # of a transposed convolution: what it reads
+        at = [*range(levels), *range(levels - 1, 0, -1), 0, 0]  # a transposed convolution counts at its input's level
         return sum(weight.numel() * pixels[level] for weight, level in zip(self.weights, at, strict=True))
 
 
 def images_each(products: int, threads: int) -> int:
-    """How many images a call takes.
+    """Returns how many images a call takes.
 
     Args:
-        products: of an image.
+        products: multiply-adds per image.
     """
     images, chunk = max(1, int(call_products() * threads / products)), _IMAGES * threads
     return images if images < chunk else images // chunk * chunk

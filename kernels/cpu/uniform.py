@@ -1,4 +1,4 @@
-"""Uniforms of the noise contract (the twin of ``fastsde.noise.uniform``), one a key, for consecutive steps."""
+"""Uniforms of the noise contract (the twin of ``fastsde.noise.uniform``), one per key, for consecutive steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def uniform(keys: Tensor, step: int, stream: int, out: Tensor, *, counter: Tenso
 
     Args:
         keys: contiguous int64 ``[B, 2]``.
-        counter: int64, one element, that is added to the step.
+        counter: int64, one element, added to the step.
         out: contiguous fp32 ``[R, B]``.
     """
     step += 0 if counter is None else int(counter)

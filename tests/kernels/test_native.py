@@ -425,7 +425,7 @@ print(bool((small * 1.0 != 0).all()))  # nothing flushes subnormals now
 """
     environment = os.environ | {"PYTHONPATH": str(Path(fastsde.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    expected = "the native kernel unet does not get the memory that it works in\nTrue\n"
+    expected = "the native kernel unet cannot allocate its working memory\nTrue\n"
     assert run.stdout == expected, run.stderr
 
 

@@ -104,7 +104,7 @@ def _unknown_code() -> Tensor:
     given = {"terms": _table().trajectory_terms, "out": torch.zeros(BATCH, 2)}
     with pytest.raises(ValueError, match="mlp_sampler was given a code that it does not know"):
         mlp_sampler.mlp_sampler(packed, torch.zeros(1, 8), KEYS, **given)
-    with pytest.raises(ValueError, match="activation must be one that the native kernels have, got 'Sine'"):
+    with pytest.raises(ValueError, match="activation must be one that the native kernels know, got 'Sine'"):
         library.code("activation", "Sine")
     return torch.zeros(1)
 
