@@ -112,20 +112,22 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
     step |= {"f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "guidance": "fp32", "clip": None}
     step |= {"row": "i64", "rows": "i64"} | shared
 
-    def of(table: StepTable) -> dict[str, Any]:
-        terms = table.terms()
+    def of(table: StepTable, row: int | None = None) -> dict[str, Any]:
+        terms = table.terms(row)
         known = {"M": terms.slots, "KINDS": terms.columns, "HAS_DATA": terms.has_data}
         known |= {"out_ptrs": ("*fp32",) * terms.slots}
         return known | {"slot_ptrs": tuple("*fp32" if read else None for read in terms.read)}
 
     one_slot = step | of(solvers.build("euler_maruyama", VPSDE(), 4))
-    two_slots = step | of(_multistep(stochastic=True)) | {"f_uncond_ptr": "*fp32", "clip": "fp32"}
+    multistep = _multistep(stochastic=True)
+    two_slots = step | of(multistep) | {"f_uncond_ptr": "*fp32", "clip": "fp32"}
     counted = {"counter_ptr": "*i64", "time_ptr": "*fp32", "status_ptr": "*i32"}
     yield "solver_step", solver_step_kernel, one_slot
     yield "solver_step, counter, time and status", solver_step_kernel, one_slot | counted
     yield "solver_step, no noise", solver_step_kernel, step | of(solvers.build("ddim", VPSDE(), 4)) | {"keys_ptr": None}
     yield "solver_step, bf16 network", solver_step_kernel, one_slot | {"f_ptr": "*bf16"}
     yield "solver_step, history, clip, guidance", solver_step_kernel, two_slots
+    yield "solver_step, no history yet, clip", solver_step_kernel, step | of(multistep, 0) | {"clip": "fp32"}
 
 
 def _multistep(stochastic: bool) -> StepTable:

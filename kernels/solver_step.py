@@ -111,7 +111,8 @@ def solver_step_kernel(
 
     slots = ()
     for i in tl.static_range(M):
-        slots += (None if slot_ptrs[i] is None else tl.load(slot_ptrs[i] + offset, mask=mask),)
+        # 0.0 stands for a slot that is not read: compiled tuples that grow cannot hold None.
+        slots += (0.0 if slot_ptrs[i] is None else tl.load(slot_ptrs[i] + offset, mask=mask),)
     f = tl.load(f_ptr + offset, mask=mask).to(tl.float32)
     if f_uncond_ptr is not None:
         f_uncond = tl.load(f_uncond_ptr + offset, mask=mask).to(tl.float32)

@@ -21,6 +21,7 @@ TENSORS = {
     "solver_step, no noise": (2, 1),
     "solver_step, bf16 network": (1, 1),  # the network's output is 64 bits wide
     "solver_step, history, clip, guidance": (4, 2),
+    "solver_step, no history yet, clip": (2, 2),  # the slot of the history is not read
     "normal": (0, 1),
     "perturb": (1, 1),
     "dsm_loss": (2, 0),  # the data are read where their coefficient is not zero
