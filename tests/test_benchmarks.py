@@ -120,7 +120,7 @@ def test_one_provider_that_fails_leaves_the_others_their_times() -> None:
     assert timed == {cases.LOOP, f"{cases.LOOP}, again", "for a long run"}
     lines = "\n".join(table.show(record))
     assert "FAILED: ZeroDivisionError" in lines
-    assert "not here: there is no such thing here" in lines
+    assert "unavailable: there is no such thing here" in lines
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_where_the_time_is_short_providers_rounds_and_whole_cases_are_left_out(c
     assert figures["compiled"] == {"unavailable": cases.SPENT}
     assert {figures[name]["rounds"] for name in (cases.LOOP, "another", "fastsde")} == {2}
     assert record["cut"]
-    assert any("for want of time 2 rounds at most" in line and "--minutes" in line for line in table.show(record))
+    assert any("cut by the time limit: at most 2 rounds" in line and "--minutes" in line for line in table.show(record))
     # Where not even a round fits the case is named, and where its baseline does not it is not begun.
     late = runner.run_case(case, CPU, MOST, clock[0] + 0.3).record
     assert late["failed"].startswith(f"{cases.LEFT_OUT}a round takes")
@@ -513,9 +513,9 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
     assert figures[cases.LOOP]["timed_by"] == cases.REPLAYED
     assert figures["fastsde"]["timed_by"] == cases.CALLED
     assert figures["fastsde"]["not_captured"].startswith("CaptureError: it cannot be captured as a CUDA graph")
-    assert figures["wrong in a graph"] == {"wrong": "replayed, it is off by 3, where at most 0 is due"}
+    assert figures["wrong in a graph"] == {"wrong": "replayed, it is off by 3, at most 0 is allowed"}
     lines = table.show(record)
-    assert any(line.startswith("  fastsde is timed by calls, the host included: CaptureError") for line in lines)
+    assert any(line.startswith("  fastsde is timed by calls, including the host: CaptureError") for line in lines)
     (row,) = table.headlines(record)
     assert row.cells[3].endswith("(by calls)")
     assert "by calls" not in row.cells[1]
