@@ -145,7 +145,7 @@ def sampling(task: Trajectory, precision: str) -> Run:
 
 
 def prove(run: Any, x: Tensor) -> Figures:
-    """Checks that the samples are finite and that a row is correct; the compiled noise cannot be replaced for a check."""
+    """Checks that the samples are finite and that a row is correct. The compiled noise cannot be replaced for this."""
     step: Step = run.__self__
     check("the samples", 0.0 if x.isfinite().all() else math.inf, 0.0)
     return step.prove()

@@ -41,7 +41,7 @@ def sampling(task: Trajectory, precision: str) -> Run:
 
 
 def _row(table: StepTable, row: int) -> tuple[Used | None, Callable[[list[Tensor], Tensor], list[Tensor]]]:
-    """Returns the terms of the network's input (None for slot 0), and the step without terms that are zero or unused."""
+    """Returns the terms of the network's input (None for slot 0), and the step without zero or unused terms."""
     k, terms = table.row(row), table.terms(row)
     n, data_of = None if k.reads_slot_0 else _used(k.n), _used((*k.p, k.q))
     if table.slots == 1 and terms.has_noise and not terms.has_data:

@@ -44,7 +44,7 @@ def least_s(case: Case, ceilings: Ceilings) -> float:
 
 
 def deadlines(cases: Sequence[Case], ceilings: Ceilings, ends: float) -> Iterator[tuple[Case, float]]:
-    """Yields each case in turn, with the time at which it must have ended. Cases share the time left by earlier ones."""
+    """Yields each case in turn, with the time at which it must have ended. Cases share the time that others leave."""
     expected = [expected_s(case, ceilings) for case in cases]
     for number, case in enumerate(cases):
         left = max(0.0, ends - time.monotonic())

@@ -115,7 +115,7 @@ def _copy_bandwidth(device: torch.device, rounds: int) -> float:
 
 
 def _products(device: torch.device, rounds: int) -> dict[str, float]:
-    """Returns the FLOP/s that PyTorch reaches in each precision, in a matrix product or a convolution of random numbers.
+    """Returns the FLOP/s that PyTorch reaches in each precision, in matrix products or convolutions of random numbers.
 
     Neither is always faster: on some CPUs the convolution reaches 2.5 times the product's rate in fp32. Three products
     in TF32 can replace one in fp32 (kernels/mlp_sampler.py).

@@ -21,7 +21,7 @@ FEWEST_ROUNDS = 3  # for slow providers
 
 
 def seconds(run: Run, device: torch.device, calls: int = 1, lead: Run = lambda: None) -> float:
-    """Returns the mean seconds per call; on a GPU it is measured between two events, so that launches overlap with work.
+    """Returns the mean seconds per call; on a GPU measured between two events, so that launches overlap with work.
 
     Args:
         calls: the number of calls to time together.

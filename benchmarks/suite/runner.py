@@ -65,8 +65,8 @@ def _prove_all(
     """Returns the correct providers, ready to be timed, and the seconds that a round of them takes.
 
     The baseline comes first, then fastsde, and providers that compile come last: if time runs out, the last ones are
-    left out. A provider is expected to take as long to check as the baseline, plus the time to compile, and as long to run
-    as the slowest so far.
+    left out. A provider is expected to take as long to check as the baseline, plus the time to compile, and as long to
+    run as the slowest so far.
     """
     figures: Figures = outcome.record["providers"]
     figures.update({provider.name: {} for provider in case.providers})  # in the order of the table

@@ -63,7 +63,10 @@ class Recipe:
 def prove_weights(
     recipe: Recipe, kind: Callable[[Work], Any], config: TrainConfig, run: Run, losses: Tensor
 ) -> Figures:
-    """Checks that the weights after some steps agree with those of eager steps, as in tests/training/test_captured.py."""
+    """Checks that the weights after some steps agree with those of eager steps.
+
+    The tolerances are those of tests/training/test_captured.py.
+    """
     points = len(recipe.dataset.shape) == 1
     share = 0.2 if recipe.config.precision == "bf16" else 1e-3 if points else 1e-2
     count = 33 if points else 8

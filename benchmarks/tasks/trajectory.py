@@ -150,7 +150,7 @@ class Score(nn.Module):
 
 
 class ContractNoise(TorchFunctionMode):
-    """Replaces draws of ``torch.randn`` and ``torch.randn_like`` by the contract's noise; the first draw is the prior."""
+    """Replaces draws of ``torch.randn`` and ``torch.randn_like`` by the contract's noise, starting with the prior."""
 
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class PointsProof(Proof):
 
 
 class ImagesProof(Proof):
-    """Checks that images are as close to float64 as `fastsde.verify` requires, in the median, since some are chaotic."""
+    """Checks that images are as close to float64 as `fastsde.verify` requires, in the median since some are chaotic."""
 
     def __init__(self, task: Trajectory) -> None:
         super().__init__(task)
