@@ -1,4 +1,4 @@
-"""The command line as a user calls it: what works in a process of its own, mistakes in this one."""
+"""The command line as a user calls it: successful calls run in a new process, mistakes in this one."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_an_interrupt_ends_with_130_and_says_what_was_written(
     monkeypatch.chdir(tmp_path)
     where = (fastsde.plotting, "animate_points") if also else (Sampler, "__call__")
     monkeypatch.setattr(*where, interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         with pytest.raises(SystemExit, match="130"):
             cli.main(["sample", "swiss-roll", "-n", "2", "--steps", "2", "--quiet", *also])

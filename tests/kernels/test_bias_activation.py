@@ -174,7 +174,7 @@ def test_programs_cover_a_batch_and_depend_on_the_image_alone(
     assert blocks < 2**16
 
 
-# The compiled code, on any machine ----------------------------------------------------------------------
+# The compiled code, on any machine ----------------------------------------------------------------------------------
 
 
 def _count_variants() -> int:

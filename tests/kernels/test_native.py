@@ -272,7 +272,7 @@ def test_torch_compile_takes_each_operation_whole() -> None:
     torch._dynamo.reset()
 
 
-# Arguments that must not reach a kernel----------------------------------------------------------------------------------
+# Arguments that must not reach a kernel -----------------------------------------------------------------------------
 
 
 def _linears(*shapes: tuple[int, int]) -> nn.Sequential:

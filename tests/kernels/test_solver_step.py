@@ -287,7 +287,7 @@ def test_a_row_is_added_to_the_counter(triton_device: torch.device) -> None:
     assert torch.equal(*outputs)
 
 
-# Values that are not finite---------------------------------------------------------------------------------------------
+# Values that are not finite -----------------------------------------------------------------------------------------
 
 
 def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
