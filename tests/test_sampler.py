@@ -77,9 +77,9 @@ def rounding_bound(table, x_init, keys, model=elementwise, *, guidance=None, kwa
 
     This is classic running error analysis. In a row of m slots, each term of s' = A s + b f + e D + d z goes through at
     most 2 m + 6 roundings (two coefficients, two products, m sums of D, m + 2 more sums), and f itself through at most
-    10 in the networks above, 3 more with guidance. So the error of a row is at most 2 m + 16 (19) u times the sum of the
-    terms' sizes, to first order. It is multiplied by the derivative of the final state with respect to the row's result,
-    which autograd computes in float64.
+    10 in the networks above, 3 more with guidance. So the error of a row is at most 2 m + 16 (19) u times the sum of
+    the terms' sizes, to first order. It is multiplied by the derivative of the final state with respect to the row's
+    result, which autograd computes in float64.
     """
     kwargs, uncond = kwargs or {}, uncond or {}
     columns = {name: getattr(table, name).abs() for name in ("p", "q", "A", "b", "e", "d")}

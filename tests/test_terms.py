@@ -99,7 +99,7 @@ def test_random_tables_have_every_kind_of_term() -> None:
 
 
 def run(table: StepTable, f: Callable[[Tensor, int], Tensor], terms_of: Callable[[int], Terms]) -> list[Tensor]:
-    """Returns slot 0 after each row, as computed by an engine in m places and one for the input; unread values are NaN."""
+    """Returns slot 0 after each row, computed like an engine in m places and one for the input; the rest is NaN."""
     places = [torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))]
     places += [torch.zeros_like(places[0]) for _ in range(1, table.slots)]
     states, network_input = [], reference.network_input(places, table, 0)

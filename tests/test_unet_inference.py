@@ -100,8 +100,8 @@ def _layer(
     absolute = copy.deepcopy(layer)
     for parameter in absolute.parameters():
         parameter.abs_()
-    # A sum of n products has n roundings of at most its absolute terms, whose error grows like sqrt(n); 9 more come from
-    # the folded time. The result is rounded, before bias and time are added to it.
+    # A sum of n products has n roundings of at most its absolute terms, whose error grows like sqrt(n); 9 more come
+    # from the folded time. The result is rounded, before bias and time are added to it.
     terms = 9 * layer.weight.shape[0 if isinstance(layer, nn.ConvTranspose2d) else 1]
     v, size = layer(signal), absolute(signal.abs())
     bound = sums * (terms**0.5 + 9) * size + u * (v.abs() + layer.bias.abs()[:, None, None] + time)
