@@ -438,7 +438,7 @@ def test_numbers_that_are_no_normals_are_found_out(kind: str) -> None:
         "scaled": 1.1 * z,
         "correlated": torch.cat((z[:10_000], 0.3 * z[:10_000] + 0.91**0.5 * z[10_000:])),
     }[kind]
-    with pytest.raises(cases.WrongError, match="as normals"):
+    with pytest.raises(cases.WrongError, match="the normal distribution of"):
         elements.check_normals("it", wrong)
 
 

@@ -145,7 +145,7 @@ def test_tables_and_comparisons_say_how_single_kernels_were_timed(result: dict[s
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {record['what']} |"))
     assert "(native, by calls)" in line
     assert "the host" not in report.markdown(result)
-    lines = [line for line in report.compare(result, after) if line.endswith("timed in another way")]
+    lines = [line for line in report.compare(result, after) if line.endswith("timed differently")]
     assert [line.split()[:3] for line in lines] == [["noise-sample", "fastsde", "native"]]
 
 
@@ -157,7 +157,7 @@ def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
     lines = report.compare(result, after)
     assert len(lines) == 4  # only the titles
     assert "2 threads, which wait: passive (set by fastsde), " in lines[1]
-    assert lines[2] == "with another threads_wait: ratios are hardly comparable"
+    assert lines[2] == "settings that differ: threads_wait; ratios are hardly comparable"
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ class Step:
         error = float((own - right).square().mean().sqrt())
         figures = check("a row", float((found[index] - right).square().mean().sqrt()), 2 * error + 1e-6)
         if d := self._table.row(k).d[0]:
-            check_normals("its noise", (noisy - found).double() / d)
+            check_normals("the noise of a row", (noisy - found).double() / d)
         return figures
 
     def _without_noise(self, slots: list[Tensor], f: Tensor, k: int) -> Tensor:

@@ -46,7 +46,7 @@ def check_normals(name: str, z: Tensor) -> Figures:
     half = len(z) // 2
     expected = ((z, 0, 1), (z**2, 1, 2), (z**3, 0, 15), (z**4, 3, 96), (z[:half] * z[half : 2 * half], 0, 1))
     errors = [abs(float(each.mean()) - mean) * math.sqrt(len(each) / variance) for each, mean, variance in expected]
-    return check(f"{name}, as normals", max(errors), 6.0)
+    return check(f"the normal distribution of {name}", max(errors), 6.0)
 
 
 def keys_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
