@@ -185,7 +185,7 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' needs Triton and a CUDA GPU"),
         (["sample", "swiss-roll", "--t-end", "2"], 1, "t_end must be in [0, 1), got 2.0"),
         (["sample", "swiss-roll", "--solver-option", "order"], 2, "'order' must be NAME=VALUE, such as order=3"),
-        (["sample", "swiss-roll", "--solver-option", "order=3"], 1, "solver_options['order'] is not an option of euler"),
+        (["sample", "swiss-roll", "--solver-option", "order=3"], 1, "options['order'] is not an option of euler"),
         (["verify", "--solver", "unipc", "--solver-option", "order=4"], 1, "order must be 1, 2 or 3, got 4"),
         (["verify", "--solver", "unipc", "--solver-option", "order=x"], 1, "order must be an int, got str"),
         (["train", "cifar"], 2, "'cifar' is not one of"),

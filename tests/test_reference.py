@@ -119,7 +119,7 @@ def test_solver_step_draws_the_noise_of_its_row_from_the_keys(row, dtype):
 def test_solver_step_without_noise_needs_no_keys_and_with_noise_does():
     x = normals(2, 3)
     reference.solver_step((x,), x, easy_table(c=0, d=0)[0], 0)
-    with pytest.raises(TypeError, match="keys must be given where noise is to be drawn, got None"):
+    with pytest.raises(TypeError, match="keys must be given to draw noise, got None"):
         reference.solver_step((x,), x, easy_table(c=0)[0], 0)
 
 
