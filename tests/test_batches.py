@@ -67,7 +67,7 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 
 
 class Memory:
-    """A network that runs out of memory above some batch size, but not while batches are being tried."""
+    """A network that runs out of memory above some batch size, but only after some calls."""
 
     def __init__(self, most: int, after: int) -> None:
         self.most, self.after, self.calls, self.batches = most, after, 0, set()

@@ -39,7 +39,7 @@ SDES = [*(kind() for kind in PROCESSES.values()), VPSDE(0.0, 3.0)]
 
 
 def _before_the_end(sde: Process, *given: Any) -> Objective:
-    """Leaves out the end of rectified flow, where alpha is 0 and there is no score."""
+    """Returns an objective that stops before t_max, where rectified flow has alpha = 0 and no score."""
     return Objective(sde, *given, t_max=0.99 * sde.t_max)
 
 

@@ -50,7 +50,7 @@ IMAGES = (3, (1, 28, 28))
 
 
 def _every_shape_of_every_case() -> Iterator[Any]:
-    """Yields all shapes of all cases; on CUDA, which compiles two kernels for each, only images except in fp32."""
+    """Yields all cases and shapes; CUDA, which compiles two kernels for each, runs only fp32 and images."""
     for name, case in CASES.items():
         for shape in SHAPES:
             marks = [] if name == "fp32" or shape == IMAGES else [pytest.mark.not_on_cuda, pytest.mark.slow]

@@ -19,7 +19,7 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 
 
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
-    """Returns names, kernels, and launches that must share a variant, or two."""
+    """Yields names, kernels, and launches that must share one variant, or two."""
     from fastsde import ops, solvers
     from fastsde.kernels import coefficients, dsm_loss, mlp_sampler, normal, perturb, solver_step, uniform
     from fastsde.sde import VPSDE
