@@ -69,7 +69,7 @@ def _kernel(shape: tuple[int, ...], device: torch.device) -> Run:
 def _prove_normal(run: Run, z: Tensor) -> Figures:
     """Checks the distribution of two draws."""
     first = z.clone()
-    return check_normals("what is drawn", torch.stack((first, run())))
+    return check_normals("the draws", torch.stack((first, run())))
 
 
 def _prove_ours(shape: tuple[int, ...], run: Run, z: Tensor) -> Figures:

@@ -145,5 +145,5 @@ def _prove_drawn(batches: Batches, run: Rotated[Tensor], result: tuple[Tensor, .
     x_t, t = result[0].double(), result[1].double()
     z = (x_t - SDE.alpha(t) * batches.data(run.last)) / SDE.sigma(t)
     uniform = [abs(float((t**k).mean()) - 1 / (k + 1)) * math.sqrt(len(t)) / 0.3 for k in (1, 2)]
-    check("t, as uniform numbers", max(uniform), 6.0)
+    check("the uniform distribution of t", max(uniform), 6.0)
     return check_normals("the noise", z)

@@ -89,9 +89,7 @@ def _of_the_host(records: Sequence[Figures]) -> list[str]:
         found.append(f"{record['what']}: {', '.join(each)}")
     if not found:
         return []
-    meaning = (
-        'Times of single kernels are the GPU\'s, of calls in a replayed CUDA graph; "by calls" has the host in it.'
-    )
+    meaning = 'Times of single kernels are GPU times per call in a replayed CUDA graph; "by calls" includes the host.'
     return ["", f"{meaning} A call from Python takes the host, {'; '.join(found)}."]
 
 
@@ -113,7 +111,7 @@ def marked_files(readme: str) -> list[str]:
 
 
 def with_tables(readme: str, folder: Path) -> str:
-    """Returns the README with the tables of the result files named by its mark."""
+    """Returns the README with the tables of the result files that its marks name."""
     made = block([folder / name for name in marked_files(readme)])
     return _MARK.sub(lambda found: f"{found['begin']}\n{made}\n\n{found['end']}", readme)
 
@@ -138,11 +136,11 @@ def compare(before: Figures, after: Figures) -> list[str]:
             if name in timed(record) and name != record["baseline"]:
                 rows.append(_change(earlier, record, name))
             elif name not in timed(record):
-                rows.append((record["name"], name, "", "", "", "NO TIME any more"))
+                rows.append((record["name"], name, "", "", "", "NO TIME now"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     titles = [f"before  {about(before)}", f"after   {about(after)}"]
     other = [key for key in _SETTINGS if before.get(key) != after.get(key)]
-    titles.append(f"with another {', '.join(other)}: ratios are hardly comparable" if other else "")
+    titles.append(f"settings that differ: {', '.join(other)}; ratios are hardly comparable" if other else "")
     return titles + [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
@@ -156,7 +154,7 @@ def _change(earlier: Figures, record: Figures, name: str) -> tuple[str, ...]:
     doubt = 2 * max(_doubt(each, name) for each in (earlier, record))
     verdict = "" if abs(change) <= doubt else "faster" if change > 0 else "SLOWER"
     if earlier["providers"][name].get("timed_by") != record["providers"][name].get("timed_by"):
-        verdict = "timed in another way"
+        verdict = "timed differently"
     return record["name"], name, *(ratio(each) for each in ratios if each is not None), f"{change:+.1%}", verdict
 
 
@@ -202,18 +200,18 @@ def merge(before: Figures, after: Figures) -> Figures:
     type=click.Path(path_type=Path, exists=True),
     help="Write the tables between its marks, <!-- benchmarks: ... --> and <!-- end of benchmarks -->.",
 )
-@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw pictures into this folder.")
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw plots into this folder.")
 @click.option("--compare", "compares", is_flag=True, help="Compare two files, the older one first.")
 @click.option(
     "--merge",
     "merged",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the second of two files with the cases that only the first has.",
+    help="Write the cases of the second of two files, and those that only the first one has.",
 )
 def main(
     results: tuple[Path, ...], readme: Path | None, plots: Path | None, compares: bool, merged: Path | None
 ) -> None:
-    """Turn result files of `fastsde bench` into tables, pictures and comparisons; tables as Markdown by default."""
+    """Turn result files of `fastsde bench` into tables, plots and comparisons; by default tables as Markdown."""
     try:
         loaded = [load(path) for path in results]
         for option, given in (("--compare", compares), ("--merge", merged)):

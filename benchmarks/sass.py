@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, without a GPU: ``python -m fastsde.benchmarks.sass``.
+"""Inspects the compiled code of the Triton kernels, without a GPU: ``python -m fastsde.benchmarks.sass``.
 
 Each kernel is compiled for sm_80, sm_90 and sm_100 and disassembled. The table shows thread-instructions per element,
 global accesses by width, and what should not occur: spills and local memory.
@@ -52,7 +52,7 @@ class Report:
     name: str
     capability: int
     instructions: int
-    instructions_per_element: float  # thread-instructions, loop bodies counted once: `mlp_sampler`'s per sample and row
+    instructions_per_element: float  # thread-instructions; loop bodies count once (`mlp_sampler`: per sample, row)
     registers: int
     shared_bytes: int
     stack_bytes: int  # used by spills
@@ -338,7 +338,7 @@ def survey() -> dict[str, Any]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the counts as JSON.")
 def main(out: Path | None) -> None:
-    """Compile the kernels for sm_80, sm_90 and sm_100 and print what came out."""
+    """Compile the kernels for sm_80, sm_90 and sm_100 and print instruction counts, registers and memory accesses."""
     result = survey()
     print(f"Triton {result['triton']}")
     print(

@@ -61,7 +61,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         what="import in a new process",
         about={},
         providers=[
-            Provider(module, partial(_import, module), lambda run, result: check("it", 0.0, result[1][0] - 1))
+            Provider(module, partial(_import, module), lambda run, result: check("the import", 0.0, result[1][0] - 1))
             for module in ("torch", "fastsde")
         ],
         baseline="torch",
@@ -136,7 +136,7 @@ def _seconds(script: str, cache: str | None) -> tuple[float, list[float]]:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it ended without a message"])[-1])
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the process ended without a message"])[-1])
     seconds, figures = json.loads(done.stdout.splitlines()[-1])
     return seconds, figures
 

@@ -1,4 +1,4 @@
-"""Chooses how a request is run: by which backend, with how many samples at once, and whether compiled."""
+"""Chooses how a request runs: with which backend, how many samples at once, and whether compiled."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def non_finite(what: str, row: int, time: float) -> NonFiniteError:
 
 def _given(keys: Tensor | None) -> Tensor:
     if keys is None:
-        raise TypeError("keys must be given where noise is to be drawn, got None")
+        raise TypeError("keys must be given to draw noise, got None")
     return keys
 
 

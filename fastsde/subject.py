@@ -181,7 +181,7 @@ def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any
 
 
 def make_device(device: torch.device | str | None, model: Model) -> torch.device:
-    """Returns the device given, else the network's own, else PyTorch's default."""
+    """Returns the given device; without one the network's own; if it has none, PyTorch's default."""
     own = device_of(model)
     default = own or torch.empty(0).device  # PyTorch's default
     asked = default if device is None else check_device(device)

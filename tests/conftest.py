@@ -43,7 +43,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     problem = dispatch.interpreter_problem()
     if problem is not None:
-        raise pytest.UsageError(f"{problem} (the tests interpret kernels where there is no GPU)")
+        raise pytest.UsageError(f"{problem} (without a GPU the tests interpret kernels)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Wrong input of every kind: the error is of the right type, names the argument, and says what came."""
+"""Wrong input of every kind: the error has the right type, names the argument and shows what was passed."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def table(**columns: object) -> StepTable:
 
 
 def slots(m: int = 2, **columns: object) -> StepTable:
-    """A table of 3 rows."""
+    """Returns a table of 3 rows."""
     A = torch.eye(m, dtype=torch.float64).expand(3, m, m)
     return StepTable(**{"time": column(0.5, 0.5, 0.5), "A": A, **columns})  # type: ignore[arg-type]
 
 
 def check(call, error, *parts: str) -> None:
-    """The call raises exactly ``error``, with a message in which the parts stand in this order."""
+    """Checks that the call raises exactly ``error``, with a message that has the parts in this order."""
     with pytest.raises(error) as caught:
         call()
     assert caught.type is error
@@ -227,7 +227,7 @@ SAMPLE = [
 
 
 def _case_id(case: object) -> str | None:
-    # Without addresses: the processes of pytest-xdist must find tests of the same names.
+    # Without addresses: all processes of pytest-xdist must find tests with the same names.
     return ",".join(f"{k}={v!r}".split(" at 0x")[0][:30] for k, v in case.items()) if isinstance(case, dict) else ""
 
 
@@ -275,7 +275,7 @@ def test_sampler_checks_when_it_is_built():
 
 
 def test_numbers_of_numpy_are_numbers():
-    # They come out of ordinary code: no reason to refuse them.
+    # They occur in ordinary code, and there is no reason to refuse them.
     options = {"steps": np.int64(3), "seed": np.int32(7), "t_end": np.float64(0.1), "max_batch": np.int64(2)}
     x = fastsde.sample(network, (np.int64(4), 2), **options)
     assert torch.equal(x, fastsde.sample(network, (4, 2), steps=3, seed=7, t_end=0.1, max_batch=2))

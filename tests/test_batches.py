@@ -1,4 +1,4 @@
-"""``max_batch="auto"``: the batch that is fastest within memory, found without changing a sample."""
+"""``max_batch="auto"`` finds the fastest batch that fits into memory, without changing a sample."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def out_of_memory(batch: int) -> float:
 @pytest.mark.parametrize(
     ("seconds", "n", "expected"),
     [
-        (lambda b: 1.0, 1000, 1000),  # launch-bound: the more the better
-        (lambda b: float(b), 1000, 16),  # nothing gained: the least memory, in parts of 15.9
+        (lambda b: 1.0, 1000, 1000),  # launch-bound: the larger, the better
+        (lambda b: float(b), 1000, 16),  # nothing to gain: the least memory, in parts of 15.9
         (lambda b: 1 + b / 1000, 5, 5),
-        (lambda b: max(1.0, b / 64), 1000, 63),  # bound by the device from 64 on: 16 equal parts
+        (lambda b: max(1.0, b / 64), 1000, 63),  # device-bound from 64 on: 16 equal parts
         (lambda b: b * (1 if b <= 100 else 3), 1000, 16),  # a cache that overflows
         (lambda b: 1.0 if b <= 300 else out_of_memory(b), 1000, 250),
         (lambda b: 1.0 if b <= 5 else out_of_memory(b), 1000, 4),
@@ -67,7 +67,7 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 
 
 class Memory:
-    """A network for which memory runs out above some batch, once it is not only tried."""
+    """A network that runs out of memory above some batch size, but only after some calls."""
 
     def __init__(self, most: int, after: int) -> None:
         self.most, self.after, self.calls, self.batches = most, after, 0, set()

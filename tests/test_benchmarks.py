@@ -1,4 +1,4 @@
-"""The suite: what is wrong has no time, what is slow is shown as slow, and every provider proves itself."""
+"""The suite: wrong providers get no time, slow ones are shown as slow, and every provider passes its check."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_slowed_provider_is_shown_as_slower_and_a_faster_one_as_faster() -> No
     assert (row.ours, row.other) == ("fastsde", "slowed")
     titles, cells = table.overview([record])
     assert titles.startswith("task")
-    assert 2 < float(cells.split("x  ")[0].split()[-1]) < 5  # times the loop's speed
+    assert 2 < float(cells.split("x  ")[0].split()[-1]) < 5  # relative to the loop's speed
 
 
 def test_a_wrong_provider_has_no_time_and_is_shown_as_wrong() -> None:
@@ -84,12 +84,12 @@ def test_a_wrong_provider_has_no_time_and_is_shown_as_wrong() -> None:
         assert set(record["providers"][name]) == {"wrong"}
         (line,) = (line for line in table.show(record) if name in line)
         assert "WRONG: it is off by" in line
-    assert next(calls) == 3  # to be warm and proved, and never timed
+    assert next(calls) == 3  # to warm up and be checked, but not timed
     assert not table.headlines(record)
 
 
 def test_a_wrong_kernel_is_caught_by_the_proof_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As are one that leaves its output unwritten, and wrong noise."""
+    """Also one that leaves its output unwritten, and wrong noise."""
     if not ops.has_native(CPU):
         pytest.skip("no C++ compiler")
     (case,) = run.cases(QUICK, ["solver_step"])
@@ -120,12 +120,12 @@ def test_one_provider_that_fails_leaves_the_others_their_times() -> None:
     assert timed == {cases.LOOP, f"{cases.LOOP}, again", "for a long run"}
     lines = "\n".join(table.show(record))
     assert "FAILED: ZeroDivisionError" in lines
-    assert "not here: there is no such thing here" in lines
+    assert "unavailable: there is no such thing here" in lines
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time it is, as long as nobody moves it on."""
+    """The time, which stands still until a test advances it."""
     now = [0.0]
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(time, name, lambda: now[0])
@@ -138,19 +138,19 @@ def test_where_the_time_is_short_providers_rounds_and_whole_cases_are_left_out(c
 
     names = (cases.LOOP, "compiled", "another", "fastsde")
     case = Case("subject", "case", "a task", {}, [provider(name, call, compiles=name == "compiled") for name in names])
-    # Three calls each to be warm, then rounds of 0.4 s; for the fourth provider and a round there is no time.
+    # Three warm-up calls each, then rounds of 0.4 s; there is no time for the fourth provider and a round.
     said: list[str] = []
     record = runner.run_case(case, CPU, MOST, 1.75, said.append).record
     order = [f"{cases.LOOP}, 1 of 4", "fastsde, 2 of 4", "another, 3 of 4", "compiled, 4 of 4"]
     assert said == [*order, "round 1 of 10", "round 2 of 10"]
     assert clock[0] == pytest.approx(1.7)
     figures = record["providers"]
-    assert tuple(figures) == (*names, cases.LOOP + cases.AGAIN)  # in the order of the table all the same
+    assert tuple(figures) == (*names, cases.LOOP + cases.AGAIN)  # still in the order of the table
     assert figures["compiled"] == {"unavailable": cases.SPENT}
     assert {figures[name]["rounds"] for name in (cases.LOOP, "another", "fastsde")} == {2}
     assert record["cut"]
-    assert any("for want of time 2 rounds at most" in line and "--minutes" in line for line in table.show(record))
-    # Where not even a round fits the case is named, and where its baseline does not it is not begun.
+    assert any("cut by the time limit: at most 2 rounds" in line and "--minutes" in line for line in table.show(record))
+    # If not even one round fits, the case is reported; if its baseline does not fit, it is not started.
     late = runner.run_case(case, CPU, MOST, clock[0] + 0.3).record
     assert late["failed"].startswith(f"{cases.LEFT_OUT}a round takes")
     (unbegun,) = run.outcomes([case], QUICK, MOST, ends=clock[0] - 1)
@@ -181,7 +181,7 @@ def test_each_case_gets_the_share_of_what_is_left_that_it_is_expected_to_need(
     for case, ends in budget.deadlines(chosen, MOST, 80.0):
         shares[case.name] = ends - clock[0]
         clock[0] += 5.0 if case.name == "a" else shares[case.name]
-    assert shares == pytest.approx({"a": 10.0, "b": 75 * 3 / 7, "c": 75 * 4 / 7})  # the second half of a is dealt out
+    assert shares == pytest.approx({"a": 10.0, "b": 75 * 3 / 7, "c": 75 * 4 / 7})  # the rest of a's time is shared
     assert [ends for _, ends in budget.deadlines(chosen, MOST, torch.inf)] == [torch.inf] * 3
 
 
@@ -270,7 +270,7 @@ def test_rounds_are_interleaved_and_what_is_slow_takes_part_in_three() -> None:
 
     providers = {name: lambda name=name: call(name) for name in ("slow", "fast")}
     times, failures = measure.measure(providers, lambda run: measure.seconds(run, CPU), rounds=8, enough=0.02)
-    assert calls == ["slow", "fast", "fast", "slow", "slow", "fast"] + ["fast"] * 5  # each begins with another
+    assert calls == ["slow", "fast", "fast", "slow", "slow", "fast"] + ["fast"] * 5  # the first one alternates
     assert not failures
     assert {name: len(each) for name, each in times.items()} == {"slow": 3, "fast": 8}
 
@@ -297,14 +297,14 @@ def test_a_limit_is_set_by_the_slowest_unit() -> None:
     assert MOST.limit(arithmetic, "fp32")["limit_s"] == pytest.approx(1.01)  # a CPU's special functions are arithmetic
     assert MOST.limit(arithmetic, "bf16")["limit_s"] == pytest.approx(0.51)
     gpu = replace(MOST, kind="cuda", launch=1e-6, clock=1e9)
-    assert gpu.limit(arithmetic, "fp32")["limit_s"] == pytest.approx(1.0)  # and a GPU's have a unit of their own
+    assert gpu.limit(arithmetic, "fp32")["limit_s"] == pytest.approx(1.0)  # and a GPU has a separate unit for them
     assert gpu.limit(replace(work, specials=1e10), "fp32")["limited_by"] == "special functions"
     assert gpu.limit(replace(work, launches=1e6), "TF32") == {"limit_s": 1.0, "limited_by": "launches"}
     assert gpu.limit(replace(work, clocks=5e9), "TF32") == {"limit_s": 5.0, "limited_by": "latency"}
 
 
 def test_the_least_arithmetic_of_the_tutorials_networks() -> None:
-    """Figures found by hand, without the padding (design, facts)."""
+    """Compares with figures calculated by hand, without padding (design, facts)."""
     assert unet_work() == (93_213_440, 2 * 122_112)
     assert mlp_work() == (2 * (3 * 64 + 2 * 64 * 64 + 64 * 2), 2 * 192)
 
@@ -331,7 +331,7 @@ def test_a_network_of_any_kind_becomes_one_that_predicts_what_a_loop_wants(predi
 @pytest.mark.parametrize("wrong", ["noise", "drift", "times", "shape", "nan"])
 @pytest.mark.parametrize("model", ["swiss-roll", "mnist"])
 def test_a_wrong_loop_is_found_out(monkeypatch: pytest.MonkeyPatch, model: str, wrong: str) -> None:
-    """By a percent of its noise or its drift, or by times that are off by one row."""
+    """A percent of its noise or its drift is enough, or times that are off by one row."""
     shape, n = ((2,), 30) if model == "swiss-roll" else ((1, 28, 28), 2)
     task = Trajectory(partial(checkpoints.load, model), shape, n, 20, CPU, 0, 0)
     shows, right = proof(task), tutorial.step
@@ -345,7 +345,7 @@ def test_a_wrong_loop_is_found_out(monkeypatch: pytest.MonkeyPatch, model: str, 
         return right(*changed.get(wrong, (x, score)), beta + 0.1 * (wrong == "times"), size)
 
     monkeypatch.setattr(tutorial, "step", step)
-    with pytest.raises((cases.WrongError, RuntimeError)):  # a batch that has shrunk may fail by itself
+    with pytest.raises((cases.WrongError, RuntimeError)):  # a smaller batch may fail by itself
         shows.given_noise("fp32", own, own())
 
 
@@ -371,7 +371,7 @@ def test_convolutions_are_those_of_aten_while_a_step_for_a_gpu_compiles_and_only
 
 @pytest.mark.parametrize("wrong", ["a", "b", "c", "d"])
 def test_a_wrong_compiled_step_is_found_out(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    """By one of its coefficients."""
+    """One wrong coefficient is enough."""
     monkeypatch.setattr(compiled, "compiled", lambda function, device, graph: function)
     solver = "dpm_solver_pp_2m" if wrong == "c" else "euler_maruyama"
     task = Trajectory(partial(checkpoints.load, "mnist"), (1, 28, 28), 10, 20, CPU, 0, 0, solver=solver)
@@ -438,7 +438,7 @@ def test_numbers_that_are_no_normals_are_found_out(kind: str) -> None:
         "scaled": 1.1 * z,
         "correlated": torch.cat((z[:10_000], 0.3 * z[:10_000] + 0.91**0.5 * z[10_000:])),
     }[kind]
-    with pytest.raises(cases.WrongError, match="as normals"):
+    with pytest.raises(cases.WrongError, match="the normal distribution of"):
         elements.check_normals("it", wrong)
 
 
@@ -467,7 +467,7 @@ def replayed(device: torch.device, *providers: Provider, **options: object) -> t
 def test_every_single_kernel_is_replayed_as_a_graph_and_proved_so() -> None:
     device = torch.get_default_device()
     plan = Plan(device, quick=True)
-    found = [  # interpreted, where there is no GPU
+    found = [  # interpreted without a GPU
         noise._case(plan, "noise", (4, 400)),
         solver_step._case(solver_step.State((4, 400), plan), "step"),
         perturb._case(perturb.Batches((4, 400), True, plan), "perturb"),
@@ -497,7 +497,7 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
     assert torch.equal(replay(), 2 * turn.last)
     assert replay.seconds() > 0
 
-    # One that reads the device, and one that is wrong from its thirtieth call on, which is the first in the graph.
+    # One reads the device, and one is wrong from its thirtieth call on, the first one in the graph.
     ones, numbers = torch.ones(2, device=device), itertools.count(1)
     record = replayed(
         device,
@@ -513,9 +513,9 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
     assert figures[cases.LOOP]["timed_by"] == cases.REPLAYED
     assert figures["fastsde"]["timed_by"] == cases.CALLED
     assert figures["fastsde"]["not_captured"].startswith("CaptureError: it cannot be captured as a CUDA graph")
-    assert figures["wrong in a graph"] == {"wrong": "replayed, it is off by 3, where at most 0 is due"}
+    assert figures["wrong in a graph"] == {"wrong": "replayed, it is off by 3, at most 0 is allowed"}
     lines = table.show(record)
-    assert any(line.startswith("  fastsde is timed by calls, the host included: CaptureError") for line in lines)
+    assert any(line.startswith("  fastsde is timed by calls, including the host: CaptureError") for line in lines)
     (row,) = table.headlines(record)
     assert row.cells[3].endswith("(by calls)")
     assert "by calls" not in row.cells[1]
@@ -527,11 +527,11 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
 @pytest.mark.slow
 @pytest.mark.parametrize("case", run.cases(QUICK), ids=lambda case: case.name)
 def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
-    """But for what takes long to compile; those of diffusers and torchsde where these are installed."""
+    """Except for those that take long to compile; diffusers and torchsde only if they are installed."""
     starts = case.subject == "startup"  # each call is a new process
     chosen = [each for each in case.providers if not each.compiles and (table.is_ours(each.name) or not starts)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries beside which fastsde is timed
+        warnings.simplefilter("ignore")  # from the libraries that fastsde is compared with
         record = runner.run_case(replace(case, providers=chosen, rounds=1, calls=1), CPU, MOST).record
     for name, figures in record["providers"].items():
         reasons = ("not installed", "at least 40 rows", "GPU", "no kernels", "compiler")
@@ -605,11 +605,11 @@ def test_the_list_of_cases_runs_nothing() -> None:
 
 @pytest.mark.slow
 def test_pytest_runs_the_suite(tmp_path: Path) -> None:
-    """Its figures are those of the interleaved rounds, one test for each provider."""
+    """Its figures come from the interleaved rounds, with one test for each provider."""
     root, out = Path(__file__).parents[1], tmp_path / "figures.json"
     chosen = ["-k", "perturb and not compile", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", *chosen]
-    left_out = ("TRITON_INTERPRET", "PYTEST_")  # and so what tells pytest-benchmark that this test runs in parallel
+    left_out = ("TRITON_INTERPRET", "PYTEST_")  # and also what tells pytest-benchmark that this test runs in parallel
     environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What a callback does to the state is what goes on, what is kept and what is returned."""
+"""Changes that a callback makes to the state affect the next rows, the kept states and the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def returned(row: int, time: float, x: Tensor) -> Tensor:
 
 
 def loop(model: Any, table: fastsde.StepTable, x: Tensor, keys: Tensor) -> list[Tensor]:
-    """The states of a loop that clamps after each row."""
+    """Returns the states of a loop that clamps after each row."""
     states, rest = [x], [torch.zeros_like(x)] * (table.slots - 1)
     for row in range(len(table)):
         f = model(x, torch.full((len(x),), float(table.time[row])))
@@ -64,7 +64,7 @@ def test_the_state_goes_on_as_the_callback_leaves_it(
 def test_the_network_is_called_with_what_the_callback_leaves(
     monkeypatch: pytest.MonkeyPatch, callback: Any, backend: str, plain: bool
 ) -> None:
-    """Also where its input is made of several slots, and where others have taken slot 0 over."""
+    """Also if its input combines several slots, and if other slots have taken over slot 0."""
     if plain:
         monkeypatch.setattr(ops, "has_kernels", lambda device: False)
     tables = [random_table(slots, 7, seed=seed) for slots in (3, 8) for seed in range(12)]
@@ -89,7 +89,7 @@ def test_what_a_callback_returns_is_taken_as_it_is_then(backend: str) -> None:
 
     x, states = fastsde.sample(pull, (4, 2), steps=4, backend=backend, callback=callback, trajectory=1)
     assert x.dtype == torch.float32
-    assert torch.equal(states[1:, 0, 0], torch.arange(4.0))  # not the last thing that the tensor held
+    assert torch.equal(states[1:, 0, 0], torch.arange(4.0))  # not the tensor's last value
     own.fill_(9)
     assert torch.equal(x, torch.full((4, 2), 3.0))
 

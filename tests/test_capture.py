@@ -1,4 +1,4 @@
-"""What is asked of CUDA, and in which order, to record a graph: by stand-ins that write it down, and on a GPU."""
+"""Which calls of CUDA record a graph, and in which order: with stand-ins that log them, and on a GPU."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def recording(cuda: Cuda) -> capture.Recording:
 
 
 def in_a_thread(run: Callable[[], Any]) -> list[BaseException]:
-    """Runs it in a new thread, and returns what it raised."""
+    """Runs a function in a new thread, and returns what it raised."""
     errors: list[BaseException] = []
 
     def catch() -> None:
@@ -102,7 +102,7 @@ def test_cached_blocks_are_freed_once_before_the_graphs_of_a_run(cuda: Cuda, rec
     assert cuda.count("empty_cache") == 2
     recording.warm_up(lambda: None)
     cuda.raises["empty_cache"] = [RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")]
-    for _ in range(2):  # refused, and then made up for
+    for _ in range(2):  # refused, then done later
         recording.record(lambda: None)
     assert cuda.count("empty_cache") == 4
     replays[0]()

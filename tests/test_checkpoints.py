@@ -55,7 +55,7 @@ def test_of_a_wrapped_network_what_is_inside_is_saved(tmp_path: Path, wrap: Call
 
 
 class Derived(MLP):
-    """A network that `MLP` could not stand for."""
+    """A network that cannot be stored as an `MLP`."""
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel], ids=["bare", "compiled", "dp"])

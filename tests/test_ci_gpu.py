@@ -1,4 +1,4 @@
-"""``.ci/gpu``, with a stand-in for Python that notes its arguments, and fails or goes on for ever as it is told."""
+"""``.ci/gpu``, with a stand-in for Python that logs its arguments, and fails or runs forever when told to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gpu(tmp_path: Path) -> Gpu:
 
 
 class Gpu:
-    """Runs the script, and knows what it called and where its results are."""
+    """Runs the script; knows what it called and where its results are."""
 
     def __init__(self, folder: Path) -> None:
         self.out = folder / "out"
@@ -62,13 +62,13 @@ class Gpu:
             "OMP_NUM_THREADS": "5",
             **told,
         }
-        # As a job in the background, which ignores SIGINT, and whose children do.
+        # Like a job in the background, which ignores SIGINT, as do its children.
         command = ["bash", "-c", 'trap "" INT; exec "$@"', "-", str(ROOT / ".ci" / "gpu"), *steps]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     @property
     def steps(self) -> list[str]:
-        """What was called after the questions at the beginning."""
+        """Returns the calls after the queries at the beginning."""
         info, question, *steps = re.split(r"\n(?=-)", self._calls.read_text())
         assert info == "-m fastsde info"
         assert question.startswith("-c ")
@@ -89,7 +89,7 @@ def test_kernels_come_before_engines_and_engines_before_benchmarks(gpu: Gpu) -> 
         assert ("OMP_NUM_THREADS=1\n" in log) == (step != "alone")
     minutes = re.fullmatch(rf"-m fastsde bench --device cuda --minutes (\S+) --out {gpu.out}/gpu\.json\n?", bench)
     assert minutes is not None
-    assert 6 < float(minutes[1]) <= 8.75  # of 570 seconds less 45, since nobody has used any
+    assert 6 < float(minutes[1]) <= 8.75  # 570 seconds less 45, since no step has used any
     verdicts = (gpu.out / "steps.txt").read_text()
     assert re.findall(r"^(\w+): passed", verdicts, re.MULTILINE) == [*TESTS, "bench"]
     assert done.stdout.endswith(verdicts)
@@ -119,7 +119,7 @@ def test_some_steps_alone_have_all_the_time(gpu: Gpu) -> None:
     assert "--ignore=tests/kernels" in engines
     assert "-n " not in engines
     assert "fastsde bench" in bench
-    assert "== engines, at most 240 s" in done.stdout  # 24 of the 24 and 30 hundredths of all four
+    assert "== engines, at most 240 s" in done.stdout  # a share of 24 out of 24 + 30
     assert "== bench, at most 540 s" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user calls it: what works in a process of its own, mistakes in this one."""
+"""The command line as a user calls it: successful calls run in a new process, mistakes in this one."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_info_shows_versions_devices_and_backends(tmp_path: Path) -> None:
         (["sample", "swiss-roll", "--backend", "graph"], 1, "backend 'graph' needs Triton and a CUDA GPU"),
         (["sample", "swiss-roll", "--t-end", "2"], 1, "t_end must be in [0, 1), got 2.0"),
         (["sample", "swiss-roll", "--solver-option", "order"], 2, "'order' must be NAME=VALUE, such as order=3"),
-        (["sample", "swiss-roll", "--solver-option", "order=3"], 1, "solver_options['order'] is no option of euler"),
+        (["sample", "swiss-roll", "--solver-option", "order=3"], 1, "options['order'] is not an option of euler"),
         (["verify", "--solver", "unipc", "--solver-option", "order=4"], 1, "order must be 1, 2 or 3, got 4"),
         (["verify", "--solver", "unipc", "--solver-option", "order=x"], 1, "order must be an int, got str"),
         (["train", "cifar"], 2, "'cifar' is not one of"),
@@ -244,7 +244,7 @@ def test_an_interrupt_ends_with_130_and_says_what_was_written(
     monkeypatch.chdir(tmp_path)
     where = (fastsde.plotting, "animate_points") if also else (Sampler, "__call__")
     monkeypatch.setattr(*where, interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         with pytest.raises(SystemExit, match="130"):
             cli.main(["sample", "swiss-roll", "-n", "2", "--steps", "2", "--quiet", *also])

@@ -1,4 +1,4 @@
-"""Calls from inside of functions that torch.compile has compiled: what the plain function gives."""
+"""Calls from functions compiled with torch.compile give the same results as from the plain functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEQUENTIAL = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
 class Convolution(nn.Module):
-    """A small network of images, which no native kernel runs."""
+    """A small network for images that no native kernel runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def _afresh() -> Iterator[None]:
 
 
 def both(function: Callable[..., Any], *arguments: tuple[Any, ...], backend: str = "eager") -> None:
-    """Compares a function and its compiled form for some arguments, one after the other."""
+    """Compares a function and its compiled form for several arguments in turn."""
     compiled = torch.compile(function, backend=backend)
     for given in arguments:
         torch.testing.assert_close(compiled(*given), function(*given), rtol=1e-6, atol=1e-6)
@@ -81,7 +81,7 @@ def test_sample_and_a_sampler_that_is_built_there(model: Any) -> None:
 
 @pytest.mark.slow
 def test_steps_are_of_the_table_and_row_that_they_are_given() -> None:
-    """Compiled code knows coefficients as constants: another table of the same shape must not get them."""
+    """Compiled code treats coefficients as constants, which must not be used for another table of the same shape."""
     for backend in ("eager", "inductor"):
         step = lambda table, row: ops.solver_step([X], F, table, row, keys=KEYS)  # noqa: E731
         both(step, *((table, row) for table in TABLES for row in (0, 1)), backend=backend)
@@ -103,7 +103,7 @@ def test_steps_are_of_the_table_and_row_that_they_are_given() -> None:
     ids=["normal", "perturb", "dsm_loss", "coefficients", "noise.normal", "noise.uniform", "sample_keys"],
 )
 def test_noise_and_training_of_a_step_that_varies(function: Callable[[int], Any]) -> None:
-    """An int that varies becomes a symbol."""
+    """An int that varies becomes symbolic."""
     both(function, (1,), (2,), (3,), backend="inductor")
 
 
@@ -130,7 +130,7 @@ def test_the_tutorials_functions_draw_what_torch_draws() -> None:
         torch.manual_seed(0)
         return function()
 
-    torch.compile(torch.sin)(X)  # the generator is also asked for by the compiler itself
+    torch.compile(torch.sin)(X)  # the compiler itself uses the generator, too
     sample = lambda: generate_samples(SEQUENTIAL, 3)  # noqa: E731
     torch_sample = lambda: generate_samples(SEQUENTIAL, 3, noise="torch")  # noqa: E731
     loss = lambda: calc_loss(SEQUENTIAL, X)  # noqa: E731
@@ -149,14 +149,14 @@ def test_an_untraced_function_is_that_function() -> None:
 
     @untraced
     def scaled(value: int, *, scale: int = 2) -> int:
-        """Its words."""
+        """The docstring."""
         seen.append(torch.compiler.is_compiling())
         return value * scale
 
     assert (scaled.__name__, scaled.__doc__) == ("scaled", "Its words.")
     both(lambda x: torch.sin(x) * scaled(3, scale=5) + scaled(1), (X,))
     assert seen == [False] * 4  # twice for each
-    with pytest.raises(RuntimeError, match="scaled"):  # what it is that breaks the graph
+    with pytest.raises(RuntimeError, match="scaled"):  # what breaks the graph
         torch.compile(lambda x: torch.sin(x) * scaled(3), backend="eager", fullgraph=True)(X)
 
 

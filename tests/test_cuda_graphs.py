@@ -1,4 +1,4 @@
-"""The tape that stands for CUDA graphs: what it refuses, that it replays what was recorded, and what it counts."""
+"""The tape that replaces CUDA graphs: what it refuses, that it replays what was recorded, and what it counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastsde.engines import CaptureError, capture
 
 
 class Data:
-    """What the operations below are given."""
+    """The arguments of the operations below."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.x = torch.arange(12.0, device=device).reshape(4, 3) + 1
@@ -59,7 +59,7 @@ WAITS: dict[str, Callable[[Data], Any]] = {
     "to cpu by name": lambda d: d.x.to(device="cpu", dtype=torch.float64),
     "tolist": lambda d: d.x.tolist(),
 }
-# What NumPy cannot read from a GPU at all, and linear algebra, where it depends on the library.
+# Without what NumPy cannot read from a GPU at all, and linear algebra, which depends on the library.
 ON_THE_TAPE: dict[str, Callable[[Data], Any]] = {
     "numpy": lambda d: d.x.numpy(),
     "array": lambda d: np.asarray(d.x),
@@ -104,7 +104,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> TapeRecording:
 
 
 def recorded(made: capture.Recording, runs: dict[str, Callable[[Data], Any]], data: Data) -> list[str]:
-    """Which of them can be recorded."""
+    """Returns which of them can be recorded."""
     names = []
     for name, run in runs.items():
         made.warm_up(lambda run=run: run(data))  # type: ignore[misc]
@@ -128,7 +128,7 @@ def test_what_waits_for_the_device_cannot_be_recorded(recording: TapeRecording) 
 def test_cuda_waits_where_the_tape_says_so() -> None:
     made = capture.Recording(torch.device("cuda", torch.cuda.current_device()))
     assert recorded(made, WAITS, Data("cuda")) == []
-    runs = {name: run for name, run in DOES_NOT_WAIT.items() if name != "inv_ex"}  # as its library likes
+    runs = {name: run for name, run in DOES_NOT_WAIT.items() if name != "inv_ex"}  # depending on the library
     assert recorded(made, runs, Data("cuda")) == list(runs)
 
 

@@ -1,4 +1,4 @@
-"""Data of every kind: taken rightly, or refused by name."""
+"""Data of every kind: used correctly, or refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIXELS = torch.arange(24, dtype=torch.uint8).reshape(2, 1, 3, 4) * 10
         NUMBERS.numpy().astype(">f4"),
         NUMBERS.flip(0).numpy()[::-1],
         np.asfortranarray(NUMBERS.numpy()),
-        np.broadcast_to(NUMBERS.numpy(), (3, 2)),  # not to be written to
+        np.broadcast_to(NUMBERS.numpy(), (3, 2)),  # read-only
     ],
     ids=lambda given: f"{type(given).__name__}-{given.dtype}-{'x'.join(map(str, given.shape))}",
 )
@@ -54,7 +54,7 @@ def test_pixels_wait_for_a_range(given: torch.Tensor | np.ndarray) -> None:
     mapped = dataset.with_pixel_range((-1, 1))
     assert (mapped.scale, mapped.shift, mapped.seen_range) == (2 / 255, -1.0, (-1.0, 1.0))
     assert mapped.with_pixel_range((0, 1)) is mapped
-    own = Dataset("own", given, scale=np.float32(0.5))  # a scale of one's own is kept
+    own = Dataset("own", given, scale=np.float32(0.5))  # the user's own scale is kept
     assert (own.with_pixel_range((0, 1)).scale, own.shift, own.seen_range) == (0.5, 0.0, (0.0, 127.5))
     assert Dataset("own", given, scale=-1 / 255, shift=1.0).seen_range == (0.0, 1.0)
     levels = Dataset("own", given, value_range=(0, 15)).with_pixel_range((-1, 1))
@@ -78,7 +78,7 @@ def test_the_range_of_float_images_is_found(low: float, high: float, expected: t
     assert Dataset("own", images, value_range=(0, 9)).value_range == (0, 9)
     scaled = Dataset("own", images, scale=2, shift=-1).seen_range
     assert scaled == (None if expected is None else tuple(2 * value - 1 for value in expected))
-    assert Dataset("own", images.repeat(1, 2, 1, 1)).value_range is None  # six channels are no image
+    assert Dataset("own", images.repeat(1, 2, 1, 1)).value_range is None  # six channels are not an image
 
 
 def test_images_come_in_the_layout_of_the_model() -> None:

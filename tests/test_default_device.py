@@ -1,4 +1,4 @@
-"""PyTorch's default device is the user's: what the package makes for itself lies where it says."""
+"""PyTorch's default device is left to the user: tensors that the package creates are on the device that it names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_sampling_does_not_depend_on_it(solver: str, backend: str) -> None:
     checkpoint = checkpoints.load("swiss-roll")
     options = {"solver": solver, "steps": 7, "prediction": "eps", "t_end": 0.01, "backend": backend}
     expected = fastsde.sample(checkpoint.model, (5, 2), keys=[1, 2, 3, 4, 5], **options)
-    with torch.device("meta"):  # which holds no data, so that anything made there shows
+    with torch.device("meta"):  # it holds no data, so that tensors created there are noticed
         found = fastsde.sample(checkpoints.load("swiss-roll").model, (5, 2), keys=[1, 2, 3, 4, 5], **options)
     assert found.device == ON_CPU
     assert torch.equal(found, expected)

@@ -1,4 +1,4 @@
-"""PyTorch's default dtype is the user's: what the package makes for itself has the dtype that it says."""
+"""PyTorch's default dtype is left to the user: tensors that the package creates have the dtype that it names."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_triton_kernels_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.has_triton(torch.device("cpu"))
 
-    roll, unet = copy.deepcopy(ROLL), copy.deepcopy(DIGITS)  # of which nothing is kept for the native kernels
+    roll, unet = copy.deepcopy(ROLL), copy.deepcopy(DIGITS)  # nothing of it is kept for the native kernels
 
     def calls() -> list[Tensor]:
         options = {"steps": 3, "solver": "dpm_solver_pp_2m", "prediction": "eps"}

@@ -1,7 +1,7 @@
-"""Seeds give the samples that they have always given: a few elements of each, stored, beside those of today.
+"""Seeds keep giving the same samples: a few elements of each are compared with stored values.
 
-The numbers are of the reference in float64 at commit d73d728: seed 7, 3 samples, 12 rows (11 of Heun), of the shipped
-networks. A change that moves them changes the samples of everybody's seeds.
+The values come from the reference in float64 at commit d73d728: seed 7, 3 samples, 12 rows (11 for Heun), the shipped
+networks. A change that breaks them changes the samples of all users' seeds.
 """
 
 from __future__ import annotations
@@ -106,19 +106,19 @@ def check(network: str, solver: str, device: str, *backends: str) -> None:
         return x.flatten(1)[:, ELEMENTS[network]].double().cpu()
 
     def moved(row: int, x: Tensor) -> Tensor:
-        """The normals of a row, each as far from those of the contract as they may be."""
+        """The normals of a row, each off by the largest difference that the contract allows."""
         generator = torch.Generator("cpu").manual_seed(row)
         signs = torch.randint(2, shape, generator=generator, device="cpu").to(x) * 2 - 1
         return noise.normal(keys, row + 1, shape[1:]) + NORMAL_ERROR * signs
 
     shape, keys = SHAPES[network], noise.sample_keys(7, 3, device=device)
     exact = elements("reference", torch.float64)
-    # How far these samples go where normals differ, as they do from machine to machine; and 8 digits are stored.
+    # How much these samples change if normals differ, as they do between machines; and 8 digits are stored.
     x_init = moved(-1, torch.empty(0, dtype=torch.float64, device=device))
     away = elements("reference", torch.float64, x_init=x_init, noise=moved if table.d.any() else None)
     normals = 4 * float((away - exact).abs().max()) + 1e-7
     assert (exact - stored).abs().max() <= normals
-    # As `fastsde.verify` has it: twice plain PyTorch's own error, and a rounding of the state in each row.
+    # As in `fastsde.verify`: twice plain PyTorch's own error, and one rounding of the state per row.
     own = float((elements("reference") - stored).abs().max())
     allowed = 2 * own + normals + steps * 2**-24 * float(stored.abs().max())
     for backend in backends:

@@ -32,14 +32,14 @@ STEPS, BATCH, LR = 5, 10, 1e-3  # three ranks get 4, 3 and 3 of the batch
 
 
 def environment(**values: str) -> dict[str, str]:
-    """What a user's shell has: no number of threads, and nothing of another group."""
+    """Returns a user's environment: no number of threads, and no variables of another group."""
     group = ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in group} | values
 
 
 @contextlib.contextmanager
 def started(command: list[object], cwd: Path, **values: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the test, nor do those that it starts."""
+    """Starts a process that is ended with the test, as are its children."""
     process = subprocess.Popen(
         [*map(str, command)], cwd=cwd, env=environment(**values), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -60,7 +60,7 @@ def torchrun(ranks: int, *arguments: object, cwd: Path, timeout: float = 120) ->
 
 
 def errors(stderr: str) -> list[str]:
-    """The lines of this package, among those of torchrun."""
+    """Returns the lines of this package among those of torchrun."""
     return [line for line in stderr.splitlines() if line.startswith("Error: ")]
 
 
@@ -84,7 +84,7 @@ def rolls(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, sub
 
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folders in which one, two and three ranks did `work`."""
+    """The folders in which one, two and three ranks ran `work`."""
     folders = {}
     for ranks in RANKS:
         folders[ranks] = tmp_path_factory.mktemp(f"work-{ranks}")
@@ -105,7 +105,7 @@ def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
     model = checkpoints.load("swiss-roll")
     expected = fastsde.sample(model.model, (50, 2), prediction=model.prediction, steps=4, first_sample=LAST)
     drawn = np.load(rolls[3][0] / "x.npz")["samples"]
-    # The same but for the rounding of matrix products, which depends on their size. Early rows amplify it some.
+    # The same except for the rounding of matrix products, which depends on their size and grows a little in early rows.
     np.testing.assert_allclose(drawn, expected.numpy(), rtol=0, atol=1e-5)
     first = fastsde.sample(model.model, (1, 2), prediction=model.prediction, steps=4, first_sample=0)
     np.testing.assert_allclose(drawn[20:21], first.numpy(), rtol=0, atol=1e-5)
@@ -116,7 +116,7 @@ def test_the_first_rank_alone_prints_writes_and_shows_progress(rolls) -> None:
     for ranks, (folder, result) in rolls.items():
         assert result.stdout == "x.npz\nx.png\nx.gif\n"
         assert sorted(path.name for path in folder.iterdir()) == ["x.gif", "x.npz", "x.png"]
-        mine = -(-13 // ranks)  # of thirteen parts of four samples
+        mine = -(-13 // ranks)  # thirteen parts of four samples
         assert f"{4 * mine}/{4 * mine}" in result.stderr
         assert result.stderr.count("100%") == 1
 
@@ -135,7 +135,7 @@ def test_conditions_are_dealt_with_their_samples(worked) -> None:
     sampler = Sampler(conditioned, (2,), steps=4, guidance=1.5)
     options = {"model_kwargs": {"c": CONDITIONS, "w": 0.5}, "uncond_kwargs": {"c": 0 * CONDITIONS, "w": 0.5}}
     expected, way = sampler(len(CONDITIONS), seed=3, trajectory=2, **options)
-    # Elementwise arithmetic: it rounds in the same way whatever the batch.
+    # Elementwise arithmetic, whose rounding does not depend on the batch.
     assert torch.equal(drawn["x"], expected)
     assert torch.equal(drawn["states"], way)
 
@@ -282,7 +282,7 @@ def test_one_rank_computes_with_one_thread_as_several_do(monkeypatch: pytest.Mon
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """A machine with four GPUs, as far as the choice of a device sees; the list is of the devices that were set."""
+    """Pretends to the choice of a device that there are four GPUs; returns the list of devices that were set."""
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -321,7 +321,7 @@ def test_a_rank_that_is_shown_one_gpu_takes_it_unless_it_is_everybodys(
     monkeypatch.setattr(fastsde.torchrun, "ranks", lambda: distributed.Ranks(5, 8, 1, 4))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert distributed.device() == torch.device("cuda:0")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun shows all ranks the same
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun shows the same to all ranks
     with pytest.raises(ValueError, match="rank 5 has no GPU of its own, 4 ranks share a machine with 1"):
         distributed.device()
 
@@ -384,7 +384,7 @@ def test_ranks_train_the_weights_that_one_trains(worked) -> None:
         return max(float((ours[f"{kind}.{name}"] - one[f"weighted.{name}"]).abs().max()) for name in names)
 
     assert max(distance(other, "weighted") for other in others) <= 1e-8
-    # Far from where they began, and from what uneven shards train without their weights.
+    # Far from the start, and from the result of uneven shards without their weights.
     assert distance(one, "start") > 1e-3
     assert distance(others[1], "plain") > 1e-5
 
@@ -406,14 +406,14 @@ def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(tmp_path: P
         assert result.returncode == 0, result.stderr
         assert result.stdout == "runs/swiss-roll/checkpoint.safetensors\n"
         assert (f"20 steps of batch 10 on {ranks} processes" in result.stderr) == (ranks > 1)
-    # Gradients are summed in another order: a rounding that Adam turns into a share of lr a step at most.
+    # Gradients are summed in another order, and Adam turns this rounding into at most a share of lr per step.
     one, three = (logged(folder) for folder in folders.values())
     assert [step for step, _ in one] == [step for step, _ in three] == [5, 10, 15, 20]
     assert [loss for _, loss in three] == pytest.approx([loss for _, loss in one], rel=1e-5)
     weights = [checkpoints.load(folder / "runs/swiss-roll").model.state_dict() for folder in folders.values()]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=20 * 1e-3 * 1e-2)
-    # Two ranks go on with what three have begun.
+    # Two ranks continue a run that three have started.
     result = torchrun(2, *TRAIN, "--steps", 30, "--resume", cwd=folders[3])
     assert result.returncode == 0, result.stderr
     assert [step for step, _ in logged(folders[3])] == [5, 10, 15, 20, 25, 30]
@@ -447,7 +447,7 @@ def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
     one, *others = [load_file(folder / "weights.safetensors")["losses"] for folder in worked.values()]
     assert len(one) == STEPS
     for other in others:
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=0)  # losses of order one of weights that close
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=0)  # losses of order one, for weights that close
 
 
 # What ranks run -----------------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def conditioned(x: Tensor, t: Tensor, c: Tensor, w: float) -> Tensor:
 
 
 def train(weighted: bool) -> tuple[nn.Module, list[float]]:
-    """A few steps of `fastsde.reference.train_step` on this rank's shard of each batch, by DistributedDataParallel."""
+    """Takes a few steps of `fastsde.reference.train_step` on this rank's shard, with DistributedDataParallel."""
     here, objective = distributed.ranks(), Objective(prediction="eps")
     assert here is not None
     data = swiss_roll(100).x.double()
@@ -488,7 +488,7 @@ def initial_model() -> nn.Module:
 
 
 def work() -> None:
-    """All that does not fail, in one group, since to start one takes seconds."""
+    """Runs everything that does not fail in one group, since starting a group takes seconds."""
     with distributed.process_group() as here:
         assert here is not None
         assert torch.get_num_threads() == 1
@@ -506,12 +506,12 @@ def work() -> None:
             weights = {f"{name}.{k}": v for name, (model, _) in trained.items() for k, v in model.state_dict().items()}
             save_file({**weights, "losses": torch.tensor(trained["weighted"][1])}, "weights.safetensors")
     assert distributed.ranks() is None
-    with distributed.process_group():  # what the first group left in torchrun's store is not in the way
+    with distributed.process_group():  # leftovers of the first group in torchrun's store do no harm
         assert distributed.mean_over_ranks(here.rank) == (here.world - 1) / 2
 
 
 def break_together(here: distributed.Ranks) -> None:
-    """An error of the last rank is raised on all, which then go on together."""
+    """Raises an error of the last rank on all ranks, which then continue together."""
 
     def infinite(x: Tensor, t: Tensor) -> Tensor:
         return x / 0 if here.rank == here.world - 1 else -x
@@ -531,7 +531,7 @@ def break_together(here: distributed.Ranks) -> None:
 
 @distributed.job
 def fail(how: str) -> None:
-    """Rank 1 fails in its second row, while rank 0 waits for its samples."""
+    """Makes rank 1 fail in its second row, while rank 0 waits for its samples."""
     here = distributed.ranks()
     assert here is not None
 

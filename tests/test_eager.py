@@ -1,4 +1,4 @@
-"""The eager engine: slots that are renamed, noise drawn for several rows at once, a finite check that need not wait."""
+"""The eager engine: renamed slots, noise drawn for several rows at once, and a finite check that does not wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network is called with: times that are never rounded, conditions as they are, and what it takes instead."""
+"""The arguments of a network: times that are never rounded, unchanged conditions, and what replaces them if refused."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LOW = torch.bfloat16
 
 
 def integer_table(times: list[int] = TIMES) -> fastsde.StepTable:
-    """DDIM on integer times, as diffusers' schedulers have them."""
+    """Returns a table of DDIM with integer times, as in diffusers' schedulers."""
     betas = np.linspace(1e-4, 0.02, 1000)
     alpha_bar = torch.tensor([*np.cumprod(1 - betas)[times], 1.0], dtype=torch.float64, device="cpu")
     return solvers.ddim(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), times)
 
 
 class Embedded(nn.Module):
-    """Looks its times up, which takes integers."""
+    """Looks up its times, which must be integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class Embedded(nn.Module):
 
 
 class Sinusoidal(nn.Module):
-    """A time embedding by hand, which has the dtype of t and goes into a Linear without a cast.
+    """A handwritten time embedding that has the dtype of t and goes into a Linear without a cast.
 
     Args:
-        rate: by how much the output turns from one time to the next.
+        rate: the angle by which the output turns from one time to the next.
     """
 
     def __init__(self, casts: bool, rate: float = 1.0) -> None:
@@ -64,7 +64,7 @@ def check_times(backend: str, as_weights: bool, casts: bool) -> None:
     low, options = (low.to(LOW), {}) if as_weights else (low, {"dtype": LOW})
     expected = fastsde.sample(model, (4, 2), solver=integer_table(), backend="reference")
     x = fastsde.sample(low, (4, 2), solver=integer_table(), backend=backend, **options)
-    # Rounded to bf16 the first time is 1000, where the sine is another number altogether: 0.83 instead of -0.03.
+    # Rounded to bf16 the first time is 1000, with a completely different sine: 0.83 instead of -0.03.
     assert float((x - expected).square().mean().sqrt()) < 0.02 * float(expected.square().mean().sqrt())
 
 
@@ -106,7 +106,7 @@ def test_times_that_are_no_integers_are_not_made_some() -> None:
 
 
 class Conditional(nn.Module):
-    """Tells what its condition came as."""
+    """Records the dtype of its condition."""
 
     def __init__(self, casts: bool) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_a_network_that_takes_times_in_its_dtype_alone_is_told_of_once(monkeypat
 def test_the_packages_networks_take_times_of_any_dtype(model: nn.Module, shape: Any, optimize: bool) -> None:
     model.requires_grad_(False)
     network = Network(model, LOW, optimize=optimize)
-    x, t = torch.randn(3, *shape), torch.tensor([101.0, 301.0, 501.0])  # of which bf16 has not the last two
+    x, t = torch.randn(3, *shape), torch.tensor([101.0, 301.0, 501.0])  # bf16 lacks the last two
     f = network(x, t)
     assert f.dtype == LOW
     exact = Network(model)(x, t)
@@ -213,7 +213,7 @@ def test_refusals_leave_no_trace_and_are_learned_once_for_all_samplers() -> None
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             x = self.norm(x)
-            f: Tensor = self.linear(torch.cat((x, t[:, None]), 1))  # which promotes to fp32
+            f: Tensor = self.linear(torch.cat((x, t[:, None]), 1))  # it promotes to fp32
             return f
 
     model = Counted().to(LOW)
@@ -221,7 +221,7 @@ def test_refusals_leave_no_trace_and_are_learned_once_for_all_samplers() -> None
     for _ in range(2):
         fastsde.sample(model, (8, 2), steps=3, backend="eager")
     assert int(model.norm.num_batches_tracked) == 6
-    assert len(model.calls) == 3 + 5  # two more in the first row, and one to be sure
+    assert len(model.calls) == 3 + 5  # two more in the first row, and one to confirm
 
 
 def test_an_error_that_passes_is_no_refusal() -> None:

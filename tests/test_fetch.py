@@ -1,4 +1,4 @@
-"""Copies to the host that do not wait for what comes after them."""
+"""Copies to the host that do not wait for later work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_it_waits_for_its_own_copy_alone_and_takes_the_value_of_its_time() -> No
     fetch = Fetch(value)
     value.fill_(5.0)
     for _ in range(50):
-        large = (large @ large).clamp_(-1, 1)  # long enough to see that nobody waits for it
+        large = (large @ large).clamp_(-1, 1)  # long enough to notice if something waits for it
     after = torch.cuda.Event()
     after.record()
     assert fetch.wait().tolist() == [2.0] * 3

@@ -1,4 +1,4 @@
-"""What is seen of a network, so that what was derived from it is not used when it changes."""
+"""The fingerprint of a network, which shows when things derived from it are out of date."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = MLP()
 
 
 class Wrapper:
-    """An object that is called, and holds a model."""
+    """A callable object that holds a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.models, self.settings = [{"one": model}], types.SimpleNamespace(scale=1.0)
@@ -41,7 +41,7 @@ def by_global(x: Tensor, t: Tensor) -> Tensor:
 
 
 def callables(model: nn.Module) -> dict[str, Any]:
-    """A model in all that a user may hand over."""
+    """Returns a model in all the forms that a user may pass."""
     held, wrapper = [model], Wrapper(model)
     inner = lambda x, t: model(x, t)  # noqa: E731
     return {
@@ -111,7 +111,7 @@ def test_a_tensor_in_an_attribute_is_seen_to_move_and_for_a_copy_to_change() -> 
     assert not fingerprint(network).is_run_as(before)
     with torch.inference_mode():
         network.table = torch.zeros(3)
-    assert fingerprint(network).versions[0][1] is None  # such a tensor has no count of its own
+    assert fingerprint(network).versions[0][1] is None  # such a tensor has no version counter of its own
 
 
 def test_what_has_no_value_of_its_own_is_one_object() -> None:
@@ -180,7 +180,7 @@ def test_a_long_list_is_one_object() -> None:
 
 
 class Raising:
-    """Raises at whatever it is asked."""
+    """Raises on every access."""
 
     def __getattribute__(self, name: str) -> Any:
         raise RuntimeError(f"no {name}")
@@ -196,7 +196,7 @@ class Raising:
 
 
 class Incomparable:
-    """Equal to nothing and to everything, as arrays are, and of a property and a __getattr__ that raise."""
+    """Cannot be compared, like an array, and has a property and a __getattr__ that raise."""
 
     def __init__(self) -> None:
         self.scale = 1.0
@@ -232,7 +232,7 @@ class SlotsAlone:
 
 
 class Lying(list):
-    """A list whose own methods tell another story than its entries, and that has an attribute."""
+    """A list with an attribute, whose methods do not report its true entries."""
 
     scale = 0.0
 
@@ -254,7 +254,7 @@ class Number(int):
 
 def network_with(part: Any) -> nn.Module:
     network = nn.Identity()
-    vars(network)["part"] = part  # past the module, which would ask it what it is
+    vars(network)["part"] = part  # not through the module, which would inspect it
     return network
 
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_read_equals_nothing(make: Callable[[], Any]) -> None:
 
 
 def half_way() -> nn.Module:
-    """A module that is being taken apart."""
+    """A module whose attributes are being removed."""
     network = nn.Linear(1, 1)
     del network._parameters
     return network

@@ -1,8 +1,8 @@
 """Every process, prediction and solver on N(mean, std^2) data, whose marginals and probability flow are known exactly.
 
-The network that is exact for such data is affine in x, and so is then each row of a table: mean and variance of its
-samples follow by a recursion in closed form, in float64, without drawing any. New processes and solvers are found in
-their registries.
+The exact network for such data is affine in x, and so is each row of a table. Mean and variance of the samples follow
+from a recursion in closed form, in float64, without drawing any. New processes and solvers are found in their
+registries.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastsde.solvers import PREDICTIONS, REGISTRY, SOLVERS
 
 CASES = [kind() for kind in PROCESSES.values()] + [CosineVPSDE(t_max=1.0)]
 NEED_REVERSE_SDE = [name for name, kind in REGISTRY.items() if not kind.is_on_schedule and kind.variants[0].noise]
-NEED_ALPHA = ("score", "eps")  # tell nothing of x_0 where alpha is 0
+NEED_ALPHA = ("score", "eps")  # they do not determine x_0 if alpha is 0
 
 
 def data_of(sde: Process) -> tuple[float, float]:
-    """Mean and standard deviation of data that are as large as the noise in the middle of the trajectory."""
+    """Returns mean and standard deviation of data as large as the noise in the middle of the trajectory."""
     return 0.8 * sde.prior_std, 0.5 * sde.prior_std
 
 
@@ -37,7 +37,7 @@ def marginal(sde: Process, t: float) -> tuple[float, float]:
 
 
 def exact_network(sde: Process, prediction: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(w, c) such that w x + c is what a network of that prediction would learn, at each time."""
+    """Returns (w, c) such that w x + c is what a network with that prediction would learn, at each time."""
     mean, std = data_of(sde)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     variance = alpha**2 * std**2 + sigma**2
@@ -56,7 +56,7 @@ def exact_network(sde: Process, prediction: str, t: Tensor) -> tuple[Tensor, Ten
 
 
 def moments(table: StepTable, sde: Process, prediction: str, start: tuple[float, float]) -> tuple[float, float]:
-    """Mean and variance of the samples of the exact network, from those of the initial state."""
+    """Returns mean and variance of the exact network's samples, from those of the initial state."""
     w, c = (each.numpy() for each in exact_network(sde, prediction, table.time))
     n, p, q, keep, b, e, d = (getattr(table, name).numpy() for name in ("n", "p", "q", "A", "b", "e", "d"))
     into_data = p + (q * w)[:, None] * n
@@ -71,7 +71,7 @@ def moments(table: StepTable, sde: Process, prediction: str, start: tuple[float,
 
 
 def refusal(sde: Process, prediction: str, solver: str) -> str | None:
-    """What the error says where a solver cannot start at t_max."""
+    """Returns the error message if a solver cannot start at t_max."""
     if float(sde.alpha(sde.t_max)) > 0:
         return None
     if REGISTRY[solver].needs_alpha:
@@ -80,7 +80,7 @@ def refusal(sde: Process, prediction: str, solver: str) -> str | None:
 
 
 def built(solver: str, sde: Process, steps: int, prediction: str, t_end: float) -> StepTable | None:
-    """The table, or None where there is none, for the expected reason."""
+    """Returns the table, or None if it cannot be built for the expected reason."""
     message = refusal(sde, prediction, solver)
     if message is None:
         return solvers.build(solver, sde, steps, prediction=prediction, t_end=t_end)
@@ -90,7 +90,7 @@ def built(solver: str, sde: Process, steps: int, prediction: str, t_end: float) 
 
 
 def check_order(errors: list[float], order: int, scale: float) -> None:
-    """Errors that fall as fast as they should when the step is halved, or that are roundings."""
+    """Checks that errors fall as fast as they should when the step is halved, unless they are rounding errors."""
     for coarse, fine in itertools.pairwise(errors):
         assert fine < 1e-12 * scale or math.log2(coarse / fine) > order - 0.3
 
@@ -113,7 +113,7 @@ def test_moments_converge_to_the_marginals(sde: Process, solver: str) -> None:
         return moments(table, sde, "v", start)
 
     if built(solver, sde, 4, "v", end) is not None:
-        order = min(REGISTRY[solver].variants[0].order, 2)  # where the last row is of first order
+        order = min(REGISTRY[solver].variants[0].order, 2)  # if the last row is of first order
         check_convergence(sde, sde.t_max, end, order, result)
 
 
@@ -190,7 +190,7 @@ def test_heun_corrects_at_the_end_where_there_is_a_velocity(sde: Process, predic
 
 
 def test_rectified_flow_is_straight() -> None:
-    # Its velocity is the network's own output, and one Euler step of it is DDIM's, from pure noise on.
+    # Its velocity is the network's output, and an Euler step is a step of DDIM, even from pure noise.
     sde = PROCESSES["rectified_flow"]()
     ddim = solvers.build("ddim", sde, 4, prediction="flow")
     heun = solvers.build("heun", sde, 1, prediction="flow")

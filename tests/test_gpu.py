@@ -1,6 +1,6 @@
 """Parity on a CUDA device with the CPU, memory, streams and threads: ``python -m pytest -m gpu``.
 
-What tests/test_graph.py and tests/test_captured_training.py test runs with CUDA's own graphs there, too.
+On a GPU, tests/test_graph.py and tests/training/test_captured.py run with CUDA's own graphs, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def full_fp32() -> Iterator[None]:
-    # PyTorch runs fp32 convolutions in TF32 by default, which is 2^-11 off a call.
+    # PyTorch runs fp32 convolutions in TF32 by default, with an error of 2^-11 per call.
     with fp32_products(torch.backends.cudnn.conv, "ieee"):
         yield
 
@@ -50,7 +50,7 @@ def test_samples_are_those_of_the_cpu(backend: str, solver: str) -> None:
     options = {"prediction": checkpoint.prediction, "solver": solver, "steps": 99, "seed": 5}
     cpu = fastsde.sample(checkpoint.model, (257, 2), backend="reference", **options)
     cuda = fastsde.sample(checkpoint.model.cuda(), (257, 2), backend=backend, **options)
-    # 99 steps that each round the state, of order 1, and contract towards the data.
+    # 99 steps, each of which rounds the state, of order 1, and contracts towards the data.
     torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=1e-4)
 
 
@@ -138,7 +138,7 @@ def test_training_draws_the_data_of_the_cpu_and_resumes(tmp_path: Path) -> None:
     assert torch.equal(before, torch.cuda.get_rng_state())
     weights = [checkpoints.load(tmp_path / name).model.state_dict() for name in ("cpu", "cuda")]
     for name, value in weights[0].items():
-        # Adam divides by the root of a second moment, so that rounding moves a weight by a share of lr a step.
+        # Adam divides by the root of a second moment, so that rounding moves a weight by a share of lr per step.
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=40 * config.lr * 0.05)
     Trainer(config, tmp_path / "cuda", device="cuda", resume=True).train(progress=False)
 
@@ -166,7 +166,7 @@ def test_a_unet_in_channels_last_copies_nothing_there() -> None:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes waiting for the device an error from the first replay to the status at the end."""
+    """Makes waiting for the device an error, from the first replay until the status is read at the end."""
     from fastsde.engines.graph import Trajectory
 
     start, check = Trajectory._start, ops.check_status
@@ -195,7 +195,7 @@ def test_a_graph_run_does_not_synchronise(trajectory: int | None) -> None:
 
 
 def test_a_thousand_calls_take_no_more_memory_and_a_dead_model_frees_its_own() -> None:
-    fastsde.sample(MLP().cuda(), (100, 2), steps=60, backend="graph")  # what libraries keep of the stream
+    fastsde.sample(MLP().cuda(), (100, 2), steps=60, backend="graph")  # what libraries keep for the stream
     gc.collect()
     empty = torch.cuda.memory_allocated()
     model = MLP().cuda()
@@ -207,7 +207,7 @@ def test_a_thousand_calls_take_no_more_memory_and_a_dead_model_frees_its_own() -
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
     for batch in range(1, 40):
         sampler(batch)
-    assert torch.cuda.memory_allocated() <= before[0] + 4 * 2**20  # four captures at most are kept
+    assert torch.cuda.memory_allocated() <= before[0] + 4 * 2**20  # at most four captures are kept
     del sampler, model
     gc.collect()
     assert torch.cuda.memory_allocated() == empty
@@ -247,7 +247,7 @@ def test_a_unet_gives_the_samples_of_the_reference(backend: str, dtype: torch.dt
     expected = fastsde.sample(checkpoint.model, (5, 1, 28, 28), backend="reference", **options)
     rounded = fastsde.sample(checkpoint.model, (5, 1, 28, 28), backend="reference", dtype=dtype, **options)
     x = fastsde.sample(checkpoint.model, (5, 1, 28, 28), backend=backend, dtype=dtype, compile=compile, **options)
-    # At most twice PyTorch's own error in that dtype, and a small constant.
+    # At most twice PyTorch's own error in that dtype, plus a small constant.
     error, own = (float((value - expected).square().mean().sqrt()) for value in (x, rounded))
     assert error <= 2 * own + 1e-4
 
@@ -271,7 +271,7 @@ def test_a_capture_that_fails_leaves_cuda_as_it_was() -> None:
     for _ in range(20):
         fail()
     assert memory() <= before
-    assert torch.randn(5, device="cuda").isfinite().all()  # the generator is not capturing any more
+    assert torch.randn(5, device="cuda").isfinite().all()  # the generator is no longer capturing
     model = MLP().cuda()
     x = fastsde.sample(model, (64, 2), steps=30, backend="graph")
     torch.testing.assert_close(x, fastsde.sample(model, (64, 2), steps=30, backend="eager"), rtol=1e-5, atol=1e-3)

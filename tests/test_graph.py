@@ -1,7 +1,6 @@
-"""The graph engine: what is captured once, what is captured again, and that its samples are the reference's.
+"""The graph engine: what is captured once, what is captured again, and that samples agree with the reference.
 
-Without a GPU the calls of CUDA itself are replaced by those of tests/cuda_graphs.py, whose replays see nothing of the
-host.
+Without a GPU the calls of CUDA are replaced by those of tests/cuda_graphs.py, whose replays run no host code.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ class Net(nn.Module):
 
 
 def assert_same(ours: Tensor, theirs: Tensor, rows: int, largest: float = 10.0) -> None:
-    # Each row rounds the state, or numbers as large as ``largest``, a few times; its noise differs by at most 4e-6.
+    # Each row rounds the state, or numbers as large as ``largest``, a few times; noise differs by at most 4e-6.
     scale = max(largest, float(theirs.abs().max())) if theirs.numel() else 1.0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=rows * (8 * scale * 2**-24 + 4e-6))
 
 
 @pytest.fixture
 def short(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs of few rows, so that short runs are replays of several."""
+    """Uses graphs of few rows, so that short runs replay several of them."""
     monkeypatch.setattr("fastsde.engines.chunks._MIN_CHUNK", 3)
     monkeypatch.setattr("fastsde.engines.chunks.MAX_CHUNK", 5)
 
@@ -93,9 +92,9 @@ def test_the_tutorials_999_steps_are_27_replays_of_one_graph() -> None:
 def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
     options: dict[str, Any] = {"solver": solver, "steps": steps, "prediction": SOLVERS[solver], "seed": steps}
     clip = 1.5 if solver not in ("euler_maruyama", "heun") else None
-    # Before it is clipped, the data prediction of eps is 1 / alpha times the state: 150 times, in the first row.
+    # Before it is clipped, the data prediction from eps is 1 / alpha times the state: 150 times in the first row.
     largest = 10.0 if clip is None else 500.0
-    torch.manual_seed(0)  # few steps of other weights may amplify a difference
+    torch.manual_seed(0)  # few steps with other weights may amplify a difference
     assert_same(*both(Net(), (7, 3), clip=clip, **options), steps, largest)
 
 
@@ -111,7 +110,7 @@ def test_odd_shapes_and_low_precision(shape: tuple[int, ...], dtype: torch.dtype
     assert ours.dtype == torch.float32
     if dtype is None:
         assert_same(ours, theirs, 6)
-    else:  # a state that rounds otherwise can round the network's argument to the next number of the dtype
+    else:  # a state that rounds differently can round the network's input to the next number of the dtype
         largest = max(10.0, float(theirs.abs().max()))
         assert (ours - theirs).abs().max() <= 6 * 2 * largest * torch.finfo(dtype).eps
         assert not torch.equal(ours, fastsde.sample(lambda x, t: torch.sin(x) - x, shape, steps=6, solver="ddpm"))
@@ -143,11 +142,11 @@ def test_trajectories_keep_the_same_states(every: int) -> None:
 @pytest.mark.parametrize("every", [4, 13])
 @pytest.mark.parametrize("slots", [3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (5, 8))])
 def test_slots_are_found_again_after_each_replay(slots: int, every: int) -> None:
-    """Slots that exchange their places are elsewhere after a graph, whose rows are no multiple of the rotation."""
+    """Slots that swap places are elsewhere after a graph if its rows are not a multiple of the rotation."""
     for table in (history_table(slots, 13), random_table(slots, 13, seed=2, clip=1.5)):
         keys = fastsde.noise.sample_keys(1, 4, device=torch.get_default_device())
         expected = states_near(table, keys, (3,))
-        for _ in range(2):  # the second run begins where the first has left its slots
+        for _ in range(2):  # the second run begins with the slots where the first left them
             options: dict[str, Any] = {"solver": table, "seed": 1, "trajectory": every}
             x, states = fastsde.sample(network, (4, 3), backend="graph", **options)
             for ours, near in zip(states, expected[::every], strict=True):
@@ -166,7 +165,7 @@ def test_conditions_and_guidance_come_from_device_memory(graphs: Any) -> None:
         )
         assert_same(ours, theirs, 8)
     assert len(graphs.recorded) == 1
-    samplers[0](5, model_kwargs={"shift": torch.randn(5, 3), "scale": 0.25}, uncond_kwargs={})  # a number is held fast
+    samplers[0](5, model_kwargs={"shift": torch.randn(5, 3), "scale": 0.25}, uncond_kwargs={})  # a number is a constant
     assert len(graphs.recorded) == 2
 
 
@@ -192,8 +191,8 @@ def test_new_seeds_samples_and_table_values_need_no_capture(graphs: Any) -> None
     for table in tables:
         assert_same(*both(model, (4, 3), solver=table, seed=7), 5)
     assert len(graphs.recorded) == 1
-    assert model.calls == calls + 15  # of the reference alone
-    assert all(torch.equal(*pair) for pair in zip(results, kept, strict=True))  # results are no static memory
+    assert model.calls == calls + 15  # of the reference only
+    assert all(torch.equal(*pair) for pair in zip(results, kept, strict=True))  # results are not static memory
 
 
 @pytest.mark.parametrize(
@@ -389,7 +388,7 @@ def test_a_state_that_breaks_is_not_blamed_on_the_network() -> None:
 
 
 class Waits(Net):
-    """A network whose host looks at the device."""
+    """A network that reads the device on the host."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return super().forward(x, t) if float(t[0]) > 0.5 else -x
@@ -438,7 +437,7 @@ def test_threads_wait_for_each_other() -> None:
     sampler = Sampler(model, (3,), steps=6, backend="graph")
     expected = [fastsde.sample(model, (4, 3), steps=6, seed=seed, backend="reference") for seed in range(4)]
     found: dict[int, Tensor] = {}
-    # The tape of tests/cuda_graphs.py is the process's own, so that the graph is recorded before the threads begin.
+    # The process has only one tape (tests/cuda_graphs.py), so the graph is recorded before the threads begin.
     sampler(4)
     threads = [
         threading.Thread(target=lambda seed=seed: found.update({seed: sampler(4, seed=seed)})) for seed in range(4)

@@ -1,4 +1,4 @@
-"""The import graph of the package: no circle, also none through imports inside of functions."""
+"""The import graph of the package has no cycle, not even through imports inside functions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def _name(path: Path) -> str:
 
 
 MODULES = {_name(path): path for path in ROOT.rglob("*.py")}
-# The package itself imports its public names when they are asked for.
+# The package itself imports its public names on first access.
 LAZY = {"fastsde"}
 
 
 def _imports(name: str) -> Iterator[str]:
-    """The modules of the package that one imports, wherever in its file."""
+    """Returns the modules of the package that a module imports, anywhere in its file."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -41,4 +41,4 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {name: {each for each in _imports(name) if each in MODULES} - LAZY for name in MODULES.keys() - LAZY}
     assert len(graph) > 50
     assert "fastsde.reference" in graph["fastsde.engines.eager"]
-    TopologicalSorter(graph).prepare()  # which raises CycleError, with the circle
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle

@@ -1,4 +1,4 @@
-"""Piecewise cubics of the coefficients, to a rounding of fp32."""
+"""Piecewise cubics of the coefficients, to one rounding of fp32."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def test_it_is_right_to_a_rounding(name: str) -> None:
     objective = OBJECTIVES[name]
     low, high, found = objective.t_min, objective.last_time, objective.interpolation
     assert found is not None
-    assert found is objective.interpolation  # made once
+    assert found is objective.interpolation  # created once
     t = torch.cat([torch.logspace(-6, 0, 5000), torch.rand(5000), torch.tensor([low, high])]).clamp(low, high)
     ours, exact = found.at(t)[:, :6].double(), objective.table(t, torch.float64)
-    # Where a coefficient passes through zero, of those beside it.
+    # If a coefficient passes through zero, relative to its neighbours.
     scale = torch.maximum(exact.abs(), torch.tensor([2e-2 if name == "edm" else 0.0] + [0.0] * 5))
     assert ((ours - exact).abs() <= 1.3 * 2.0**-23 * scale).all()
 

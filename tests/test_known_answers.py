@@ -1,7 +1,7 @@
-"""Solvers against other people's: diffusers' schedulers and k-diffusion's samplers, on one network and noise.
+"""Solvers compared with diffusers' schedulers and k-diffusion's samplers, with the same network and noise.
 
-The answers below were printed by ``python tests/test_known_answers.py`` where diffusers 0.42.1 and k-diffusion
-0.1.1.post1 are installed; it runs the same loops as the tests that need those packages. Each is the sum of the sample,
+The answers below were printed by ``python tests/test_known_answers.py`` with diffusers 0.42.1 and k-diffusion
+0.1.1.post1 installed; it runs the same loops as the tests that need those packages. Each is the sum of the sample,
 the sum of its absolute values, and its first and last element, in float64. diffusers works in float32 between betas and
 sigmas (and some schedulers in their steps); here its modules see a torch and a numpy whose float32 is float64.
 """
@@ -28,11 +28,11 @@ STEPS = 12
 SDE = VPSDE()
 Answer = tuple[float, float, float, float]
 
-# One network, in discrete times as diffusers has them and in continuous ones.
+# One network, in discrete times as in diffusers and in continuous ones.
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
-    """A smooth nonlinear eps of x ``[B, 3]`` at t ``[B]`` in [0, 1000]."""
+    """A smooth nonlinear prediction of eps from x ``[B, 3]`` at t ``[B]`` in [0, 1000]."""
     level = t.reshape(-1, 1) / 1000
     return (1 - torch.exp(-10 * level)).sqrt() * (x + 0.4 * (1 - level) * torch.sin(2 * x + 3 * level))
 
@@ -110,7 +110,7 @@ DISCRETE: dict[str, tuple[Callable[..., StepTable], str, dict[str, Any]]] = {
 
 
 def discrete_schedule(name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha, sigma and the times of "trailing" steps; at the end clean data, or what the scheduler ends with."""
+    """Returns alpha, sigma and the times of "trailing" steps that end at clean data or at the scheduler's last step."""
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     time = torch.linspace(1000, 0, STEPS + 1, dtype=torch.float64)[:-1].round() - 1
     ends_noisy = name.startswith("DEIS") or (name.startswith("UniPC") and ("bh1" in name or name.endswith("end")))
@@ -153,7 +153,7 @@ def in_float64(module: ModuleType) -> Iterator[None]:
 
 
 def diffusers_sample(scheduler_name: str, options: dict[str, Any]) -> Tensor:
-    """The loop of a diffusers pipeline."""
+    """Runs the loop of a diffusers pipeline."""
     scheduler_class = getattr(importlib.import_module("diffusers"), f"{scheduler_name}Scheduler")
     options, step_options = dict(options), {}
     if "order" in options:
@@ -197,7 +197,7 @@ def sigmas() -> Tensor:
 
 
 def time_of(sigma: Tensor) -> Tensor:
-    """t of sigma / alpha, of B(t) = log(1 + sigma^2)."""
+    """Returns t for a ratio sigma / alpha, from B(t) = log(1 + sigma^2)."""
     slope, integral = SDE.beta_max - SDE.beta_min, torch.log1p(sigma**2)
     return ((SDE.beta_min**2 + 2 * slope * integral).sqrt() - SDE.beta_min) / slope
 
@@ -209,7 +209,7 @@ def ours_continuous(name: str) -> Tensor:
     if name.startswith("Heun"):
         names = {"s_tmin": "s_min", "s_tmax": "s_max"}
         table = solvers.edm_stochastic(SDE, TIMES, **{names.get(key, key): value for key, value in options.items()})
-        first = draw()  # which k-diffusion draws for every interval
+        first = draw()  # k-diffusion draws it for every interval
         scale = float(table.n[0, 0])
         if name.endswith("first"):
             start = sigmas()[0]
@@ -217,7 +217,7 @@ def ours_continuous(name: str) -> Tensor:
             hat = start * (1 + gamma)
             added = options["s_noise"] * (hat**2 - start**2).sqrt() * first
             x = (x / SDE.alpha(1.0) + added) * SDE.alpha(table.time[0]) / scale
-            # The scaled prior has the distribution of the prior and the noise: its variance tells the scale.
+            # The scaled prior has the distribution of the prior plus the noise, so that its variance gives the scale.
             variance = SDE.alpha(1.0) ** -2 + (options["s_noise"] ** 2) * (hat**2 - start**2)
             assert scale == pytest.approx(float(SDE.alpha(table.time[0]) * variance.sqrt()), rel=1e-12)
         else:
@@ -238,7 +238,7 @@ def ours_continuous(name: str) -> Tensor:
 
 
 def sampled_by_interval(table: StepTable, x: Tensor, pending: list[Tensor]) -> Tensor:
-    """As `sampled`, with the noise of interval k + 1 in row 2 k + 1, where that takes any."""
+    """Like `sampled`, with the noise of interval k + 1 in row 2 k + 1, if that row has noise."""
     return reference.sample(
         continuous_network,
         x.shape,
@@ -318,7 +318,7 @@ def test_sample_is_the_one_of_k_diffusion(name: str) -> None:
 
 
 def test_heun_on_the_process_of_edm_is_the_one_of_k_diffusion() -> None:
-    # There alpha is 1 and t is sigma, so that Heun's method in t is theirs.
+    # There alpha is 1 and t is sigma, so that Heun's method in t is the same as theirs.
     def model(x: Tensor, t: Tensor) -> Tensor:
         return continuous_network(x / (1 + t**2).sqrt()[:, None], time_of(t))
 

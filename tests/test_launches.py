@@ -1,4 +1,4 @@
-"""How much each engine gives a GPU to do: the table of docs/launches.md, counted (what counts: tests/launches.py)."""
+"""How many launches each engine needs: the table of docs/launches.md (tests/launches.py defines a launch)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastsde.training.captured import CapturedSteps
 from fastsde.training.steps import EagerSteps, Work
 
 DOCS = Path(__file__).parents[1] / "docs" / "launches.md"
-# Of the tutorial's two networks, with noise in each row. A change that adds a launch is to be seen here.
+# For the tutorial's two networks, with noise in each row. A change that adds a launch must show up here.
 EXPECTED = {
     "row of the MLP, reference": 238,
     "row of the MLP, eager": 10,
@@ -70,7 +70,7 @@ def launches_of(run: Callable[[], object], table: StepTable | None = None) -> Co
 
 
 def check(found: dict[str, Counter[str]]) -> None:
-    """Compares with `EXPECTED`; what differs is shown as rows of the table, and with its launches."""
+    """Compares with `EXPECTED`, and shows differences as rows of the table with their launches."""
     counts = {name: launches.total() for name, launches in found.items()}
     different = [name for name, count in counts.items() if EXPECTED.get(name) != count]
     lines = [f'    "{name}": {counts[name]},  # {dict(found[name])}' for name in different]
@@ -81,7 +81,7 @@ def check(found: dict[str, Counter[str]]) -> None:
 
 
 def calls(network: str, backend: str) -> tuple[Counter[str], Counter[str]]:
-    """What a call of ``ROWS`` rows launches, and one of a row more, when each has been made before."""
+    """Returns the launches of a repeated call with ``ROWS`` rows, and of one with one more row."""
     make, shape = NETWORKS[network]
     model, found = make(), []
     for rows in (ROWS, ROWS + 1):
@@ -97,7 +97,7 @@ def test_a_row_and_what_is_around_all_rows(backend: str, network: str) -> None:
     short, long = calls(network, backend)
     row = long - short
     around = short - Counter({name: ROWS * count for name, count in row.items()})
-    if backend == "eager":  # which on a CPU reads the status after each row, and on a GPU at the end alone
+    if backend == "eager":  # it reads the status after each row on a CPU, but only at the end on a GPU
         row["_local_scalar_dense"] -= 1
     check({f"row of the {network}, {backend}": row, f"call around its rows, {network}, {backend}": around})
 
@@ -144,7 +144,7 @@ def test_a_training_step(recipe: str, tmp_path: Path) -> None:
     trainer = Trainer(config, tmp_path / "run")
     work = Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
     eager = EagerSteps(work, trainer._here)
-    eager.take(0, 1)  # which draws for many
+    eager.take(0, 1)  # it draws for many steps
     reference = launches_of(lambda: eager.take(1, 1)) - Counter(["stack"])
     captured = CapturedSteps(work)
     for first in range(3):

@@ -1,4 +1,4 @@
-"""What a user is told: errors that point at the argument to mend, and warnings that come once."""
+"""Messages for users: errors that name the argument to fix, and warnings that are shown once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsde.verify import verify
 
 
 class Labelled(nn.Module):
-    """A network of ten classes."""
+    """A network with ten classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_labels_out_of_range_are_named_with_their_argument(backend: str, name: s
 def test_verify_takes_conditions_and_guidance() -> None:
     options: dict[str, Any] = {"model_kwargs": {"y": LABELS}, "steps": 5, "device": "cpu"}
     guided = {**options, "guidance": 2.0, "uncond_kwargs": {"y": 0 * LABELS}, "solver": "ddim", "clip": 3.0}
-    torch.manual_seed(0)  # one in 200 other networks amplifies a rounding by more than verify allows
+    torch.manual_seed(0)  # one in 200 other networks amplifies a rounding error by more than verify allows
     model = Labelled()
     for given in (options, guided):
         results = verify(model, (2,), prediction="eps", **given)

@@ -1,4 +1,4 @@
-"""Training from master weights in a low-precision copy: the numbers of autocast, which casts each weight by itself."""
+"""Training of master weights with a low-precision copy: the results of autocast, which casts weights one by one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def run(network: nn.Module, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def test_outputs_and_gradients_are_those_of_autocast(make: Any, shape: tuple[int, ...], layout: Any) -> None:
     model = make().to(memory_format=layout)
     reference, made = copy.deepcopy(model), LowPrecisionCopy(model, torch.bfloat16)
-    for scale in (1.0, 1.5):  # gradients of one step are not those of the next
+    for scale in (1.0, 1.5):  # gradients must not carry over to the next step
         for network in (model, reference):
             torch._foreach_mul_([each.detach() for each in network.parameters()], scale)
         x, t = torch.randn(3, *shape), torch.rand(3)
         reference.zero_grad()
         expected = run(reference, x, t)
         made.refresh()
-        found = run(made.network, x.bfloat16(), t)  # as the noising writes it: autocast rounds it then
+        found = run(made.network, x.bfloat16(), t)  # as written by the noising; autocast rounds it later
         made.hand_over()
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, expected)

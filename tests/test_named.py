@@ -25,13 +25,13 @@ SDE = VPSDE()
 
 
 def gaussian(x: Tensor, t: Tensor, std: float = 0.1) -> Tensor:
-    """The score of N(0, std^2) data."""
+    """Returns the score of N(0, std^2) data."""
     alpha, sigma = (value.reshape(-1, *(1,) * (x.ndim - 1)) for value in (SDE.alpha(t), SDE.sigma(t)))
     return -x / (alpha**2 * std**2 + sigma**2)
 
 
 def deviation(table: StepTable) -> float:
-    """The standard deviation of the samples of `gaussian`, exactly: the weights of all independent draws, squared."""
+    """Returns the exact standard deviation of samples of `gaussian`, from the weights of all independent draws."""
     draws = torch.eye(len(table) + 1, dtype=torch.float64)
     x = reference.sample(
         gaussian,
@@ -146,7 +146,7 @@ def test_options_reach_the_builder() -> None:
             r"solver_options\['order'\] is not an option of euler_maruyama: it has none; got 2",
         ),
         (
-            ("heun", {"solver_options": {"euler_final": True}}),  # which steps decide
+            ("heun", {"solver_options": {"euler_final": True}}),  # steps decide
             ValueError,
             r"solver_options\['euler_final'\] is not an option of heun: it has none; got True",
         ),
@@ -210,7 +210,7 @@ def test_sample_builds_the_table_of_its_options() -> None:
     table = solvers.build("unipc", SDE, 9, **options)
     assert torch.equal(sampled(solver="unipc", **options), sampled(solver=table))
     assert not torch.equal(sampled(solver="unipc", **options), sampled(solver="unipc"))
-    for order in ([2], 2.0):  # however like a known one
+    for order in ([2], 2.0):  # even if it resembles a known one
         with pytest.raises(TypeError, match=r"order must be an int, got (float|list)"):
             sampled(solver="unipc", solver_options={"order": order})
         sampled(solver="unipc", solver_options={"order": 2})
@@ -219,7 +219,7 @@ def test_sample_builds_the_table_of_its_options() -> None:
 
 
 def test_two_processes_of_the_users_own_are_told_apart() -> None:
-    class Scaled(fastsde.VPSDE):  # no dataclass: two of them are equal, and hash alike
+    class Scaled(fastsde.VPSDE):  # not a dataclass: two of them are equal and have the same hash
         def __init__(self, factor: float) -> None:
             super().__init__()
             object.__setattr__(self, "factor", factor)
@@ -284,7 +284,7 @@ def test_the_command_line_passes_the_options_on(tmp_path: Path) -> None:
 
 
 def test_churn_from_the_prior_has_its_exact_distribution() -> None:
-    # Before the first interval, the noise that algorithm 2 adds is in the scale of the prior.
+    # Before the first interval, the noise that algorithm 2 adds is part of the scale of the prior.
     for sde in (SDE, PROCESSES["edm"](), PROCESSES["ve"]()):
         options = {"s_churn": 2.0, "s_noise": 1.1}
         table = solvers.build("edm_stochastic", sde, 9, solver_options=options)
@@ -294,7 +294,7 @@ def test_churn_from_the_prior_has_its_exact_distribution() -> None:
         of_prior = (sde.prior_std / float(sde.alpha(sde.t_max))) ** 2
         expected = float(sde.alpha(table.time[0])) ** 2 * (of_prior + 1.1**2 * (hat**2 - rho**2))
         assert (float(table.n[0, 0]) * sde.prior_std) ** 2 == pytest.approx(expected, rel=1e-12)
-        # A state that is given is not the prior's: no noise goes before it.
+        # A given state is not drawn from the prior, and no noise is added to it first.
         middle = solvers.build("edm_stochastic", sde, 9, t_start=0.9 * sde.t_max, solver_options=options)
         assert float(middle.n[0, 0]) == 1
         assert float(middle.time[0]) == 0.9 * sde.t_max

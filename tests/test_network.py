@@ -1,4 +1,4 @@
-"""The network as an engine calls it: what is run instead of the model, and what happens where compiling fails."""
+"""The network as an engine calls it: what runs instead of the model, and what happens if compiling fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ X, T = torch.randn(3, 1, 8, 8), torch.rand(3)
 
 
 class Convolution(nn.Module):
-    """A convolution that tells the layout of what it gets."""
+    """A convolution that records the layout of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_where_compiling_fails_the_network_runs_with_one_warning(monkeypatch: py
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is given to torch.compile, which returns it as it is."""
+    """Records what is passed to torch.compile, which returns it unchanged."""
     given: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda run, **options: given.append(run) or run)
     return given
@@ -75,7 +75,7 @@ def test_on_the_cpu_weights_are_constants_of_the_code_until_they_change(
         sampler(3)
     assert len(compiled) == 1
     with torch.no_grad():
-        model.net[0].weight.data.mul_(2)  # of which no version counter tells
+        model.net[0].weight.data.mul_(2)  # not visible in a version counter
     changed = sampler(3)
     sampler(3)
     assert len(compiled) == 2
@@ -95,7 +95,7 @@ def test_a_frozen_network_follows_the_weights() -> None:
 
 
 class _Holding(nn.Module):
-    """Computes with tensors that are no parameters."""
+    """Computes with tensors that are not parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,9 +120,9 @@ def test_what_holds_more_than_its_weights_is_not_frozen(monkeypatch: pytest.Monk
 
 
 class _Slow(MLP):
-    """Slow, unless it is compiled by the fixture below."""
+    """Slow unless compiled by the fixture below."""
 
-    pause = 0.008  # beside which a busy machine's delays are short
+    pause = 0.008  # long compared with delays on a busy machine
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time.sleep(self.pause)
@@ -200,7 +200,7 @@ def test_the_uncompiled_network_is_the_same() -> None:
     assert torch.equal(network.again(compile=False)(X, T), Network(network.model, torch.bfloat16, optimize=True)(X, T))
 
 
-# What is run instead of the model -----------------------------------------------------------------------------------
+# What runs instead of the model -----------------------------------------------------------------------------------
 
 
 def test_a_convolutional_copy_for_a_gpu_is_channels_last() -> None:
@@ -213,7 +213,7 @@ def test_a_convolutional_copy_for_a_gpu_is_channels_last() -> None:
     assert not model.layouts
     torch.testing.assert_close(f.float(), model(x, T[:2]), rtol=2**-6, atol=2**-6)
     Network(model)(x, T[:2])
-    assert model.layouts == [False, False]  # the user's own model stays as it is
+    assert model.layouts == [False, False]  # the user's own model is unchanged
     assert not Network(MLP(), torch.bfloat16, device=torch.device("cuda"))._channels_last
 
 
@@ -267,7 +267,7 @@ def test_copies_are_shared_by_samplers_and_made_anew_for_another_structure() -> 
 
 
 class Scaled(nn.Module):
-    """A network with attributes that are no weights."""
+    """A network with attributes that are not weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ def test_a_copy_is_made_again_where_the_model_has_changed(change: Callable[[nn.M
 
 def test_a_model_that_cannot_be_copied_is_refused_with_the_dtype() -> None:
     model = Scaled()
-    model.kept = model.linear(torch.ones(2))  # which has a gradient's history
+    model.kept = model.linear(torch.ones(2))  # it has gradient history
     with pytest.raises(
         ValueError, match=r"dtype is torch.bfloat16, which needs a copy of the model, but copying failed:"
     ):

@@ -1,4 +1,4 @@
-"""The noise contract: exact integers against an independent Philox, normals and uniforms against three witnesses."""
+"""The noise contract: exact integers against an independent Philox; normals and uniforms checked in three ways."""
 
 import math
 
@@ -14,28 +14,28 @@ from fastsde import noise
 SHAPES = [(), (0,), (1,), (3,), (4,), (5, 0, 2), (63,), (1000,), (3, 5, 7), (2**16 + 17,)]
 BOUNDARY_OFFSETS = [0, 1, 2**31, 2**32 - 2, 2**63 - 2, 2**63, 2**64 - 1]
 
-# Examples are fixed, so that the suite gives the same verdict on every run.
+# Examples are fixed, so that every run of the suite has the same result.
 contract = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 uint64 = st.integers(0, 2**64 - 1)
 
 
 def signed(value):
-    """The int64 that holds the bits of ``value`` mod 2^64."""
+    """Returns the int64 with the bits of ``value`` mod 2^64."""
     return int(np.uint64(value % 2**64).astype(np.int64))
 
 
 def keys_of(*pairs):
-    """int64 keys from (seed, offset) pairs of any size."""
+    """Returns int64 keys from (seed, offset) pairs of any size."""
     return torch.tensor([[signed(seed), signed(offset)] for seed, offset in pairs]).reshape(-1, 2)
 
 
 def unsigned(key):
-    """A key tensor ``[2]`` as a pair of ints in [0, 2^64)."""
+    """Returns a key tensor ``[2]`` as a pair of ints in [0, 2^64)."""
     return tuple(int(word) % 2**64 for word in key)
 
 
 def philox4x32_10(counter, key):
-    """Philox4x32-10 on Python ints, written from Salmon et al. 2011: the oracle of this file."""
+    """Computes Philox4x32-10 on Python ints, written from Salmon et al. 2011: the oracle of this file."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * c0, 2**32)
@@ -187,7 +187,7 @@ def test_uniform_is_the_low_24_bits_of_each_word():
 
 
 def box_muller(radius_word, angle_word):
-    """Both lanes of one transform: u and v rounded in fp32 as the contract has it, the rest in float64."""
+    """Returns both lanes of a transform: u and v rounded to fp32 as in the contract, the rest in float64."""
     u, v = (
         np.float32(np.float32(np.float32(word) * np.float32(2.0**-32)) + np.float32(2.0**-33))
         for word in (radius_word, angle_word)
@@ -260,8 +260,8 @@ def test_sample_i_of_a_batch_equals_the_sample_drawn_alone(seed, n, data, step):
 
 
 def test_streams_steps_and_samples_share_no_block():
-    # 16 streams x 3 steps x 20 samples x 10 blocks: were any two draws to overlap, some 128-bit block would repeat.
-    # By chance two of 9600 blocks collide with probability 1e-31.
+    # 16 streams x 3 steps x 20 samples x 10 blocks: if any two draws overlapped, some 128-bit block would repeat.
+    # Two of 9600 blocks collide by chance with probability 1e-31.
     keys, steps = noise.sample_keys(0, 20), torch.tensor([0, 1, 2])
     blocks = torch.cat([noise.bits(keys, steps, (40,), stream).reshape(-1, 4) for stream in range(16)])
     assert len(blocks) == 9600
@@ -291,7 +291,7 @@ def test_draws_follow_their_law(draw, law, layout):
         "many samples": lambda: draw(noise.sample_keys(0, 2**15), 0, (4,)),
         "many steps": lambda: draw(noise.sample_keys(0, 1), torch.arange(2**15), (4,)),
     }[layout]()
-    # 2^17 points see a deviation of 0.005 in the distribution function; the seed is fixed, so the verdict is too.
+    # 2^17 points detect a deviation of 0.005 in the distribution function; the seed is fixed, and so is the result.
     assert scipy.stats.kstest(drawn.flatten().double().numpy(), law).pvalue > 1e-3
 
 
@@ -325,7 +325,7 @@ def test_fold_in_equals_torch(torch_random):
 def test_draws_equal_torch(torch_random, shape, step, stream):
     keys = keys_of(*TORCH_KEYS)
     shifted = keys + torch.tensor([0, signed(((stream << 28) | step) << 32)])
-    theirs = shifted.view(torch.uint64)[:, None]  # torch wants as many key axes as the output has, and one more
+    theirs = shifted.view(torch.uint64)[:, None]  # torch expects one more key axis than the output has
     count = math.prod(shape)
     uniform = torch_random.uniform(theirs, (len(keys), count)).reshape(-1, *shape)
     assert torch.equal(noise.uniform(keys, step, shape, stream), uniform)

@@ -17,8 +17,8 @@ from fastsde.vocabulary import PREDICTIONS, WEIGHTINGS
 FLOAT64 = torch.float64
 T = torch.tensor([1e-4, 1e-3, 0.03, 0.2, 0.5, 0.9, 0.99], dtype=FLOAT64)
 GRID = torch.arange(4 * 3, dtype=FLOAT64).reshape(4, 3)
-# Of each prediction and weighting the loss, and the sum of its gradient times the noise, as `fastsde.reference` gave
-# them when it knew the objectives one by one.
+# For each prediction and weighting the loss, and the sum of its gradient times the noise, as computed by
+# `fastsde.reference` when it implemented each objective separately.
 RECORDED = {
     ("score", "sigma2"): (1.00483353990802, 0.946256480763707),
     ("score", "likelihood"): (1105.15508557472, 23.2186305987471),
@@ -39,7 +39,7 @@ SDES = [*(kind() for kind in PROCESSES.values()), VPSDE(0.0, 3.0)]
 
 
 def _before_the_end(sde: Process, *given: Any) -> Objective:
-    """Rectified flow has no score at its end, where alpha is 0."""
+    """Returns an objective that stops before t_max, where rectified flow has alpha = 0 and no score."""
     return Objective(sde, *given, t_max=0.99 * sde.t_max)
 
 
@@ -52,7 +52,7 @@ def test_the_loss_is_the_weighted_error_of_the_score(sde: Process, prediction: s
     assert torch.equal(torch.stack(k[:3]), torch.stack([T, alpha, sigma]))
     f, x_0, z = (torch.randn(len(T), dtype=FLOAT64) for _ in range(3))
     x_t = alpha * x_0 + sigma * z
-    # The score that an output stands for, and what the output should be.
+    # The score that an output corresponds to, and the ideal output.
     score, target = {
         "score": (f, -z / sigma),
         "eps": (-f / sigma, z),
@@ -63,7 +63,7 @@ def test_the_loss_is_the_weighted_error_of_the_score(sde: Process, prediction: s
     weight = {"sigma2": sigma**2, "likelihood": g**2, "target": None}[weighting]
     expected = (f - target) ** 2 if weight is None else weight * (score + z / sigma) ** 2
     residual = k.w_f * f + k.w_x * x_0 + k.w_z * z
-    # The definition subtracts scores of order 1 / sigma^2, which leaves 1 / sigma.
+    # The definition subtracts scores of order 1 / sigma^2, and the difference is of order 1 / sigma.
     torch.testing.assert_close(residual**2, expected, rtol=1e-8, atol=0)
 
 
@@ -98,7 +98,7 @@ def test_the_forms_of_the_design() -> None:
 def test_edms_preconditioning_is_table_1_of_its_paper(sde: Process, weighting: str) -> None:
     data = 0.7
     k = _before_the_end(sde, "x0", weighting, "edm", data).coefficients(T, FLOAT64)
-    level = sde.sigma(T) / sde.alpha(T)  # that paper's sigma, of x_t / alpha
+    level = sde.sigma(T) / sde.alpha(T)  # the paper's sigma, that of x_t / alpha
     norm = torch.sqrt(level**2 + data**2)
     c_skip, c_out, c_in, c_noise = data**2 / norm**2, level * data / norm, 1 / norm, torch.log(level) / 4
     f, x_0, z = (torch.randn(len(T), dtype=FLOAT64) for _ in range(3))

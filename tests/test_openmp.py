@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: programs say it before torch is loaded, libraries never, and users before both."""
+"""How OpenMP's threads wait: programs set it before torch is loaded, libraries never, and users come first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_programs_wait_passively_unless_told_otherwise() -> None:
     assert shown(wait) == "passive after 1000 spins (set by fastsde); passive"
     assert shown(wait, OMP_WAIT_POLICY="active") == "active (OMP_WAIT_POLICY); active"
     assert shown(wait, GOMP_SPINCOUNT="9", KMP_BLOCKTIME="0") == "9 (GOMP_SPINCOUNT), 0 (KMP_BLOCKTIME); None"
-    assert shown(f"import torch; {wait}") == "the runtime's default; None"  # which has read its environment
+    assert shown(f"import torch; {wait}") == "the runtime's default; None"  # it has already read its environment
     command = "from click.testing import CliRunner; from fastsde.cli import main; CliRunner().invoke(main, ['train'])"
     assert shown(command) == "passive after 1000 spins (set by fastsde); passive"
 
@@ -40,7 +40,7 @@ def test_a_library_leaves_the_environment_alone() -> None:
 
 @pytest.mark.parametrize("module", ["fastsde", "fastsde.benchmarks.quality"])
 def test_programs_set_it_before_torch_is_loaded(module: str) -> None:
-    """Whoever is first asks: a finder that sees the import of torch."""
+    """A finder checks the variables when torch is imported."""
     code = (
         "import sys, runpy\n"
         "class Finder:\n"

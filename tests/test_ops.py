@@ -20,7 +20,7 @@ K, STEP = OBJECTIVE.table(T), torch.tensor([4])
 
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These are tests of the checks: tests/kernels has those of what runs."""
+    """Tests only the checks; tests/kernels tests the kernels."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops.dispatch, "has_native", lambda device: False)
 

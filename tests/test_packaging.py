@@ -1,4 +1,4 @@
-"""What `import fastsde` needs and shows, and that a wheel and a bare checkout hold the same package."""
+"""What `import fastsde` needs and exports, and that a wheel and a bare checkout contain the same package."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def python(code: str, cwd: Path, *flags: str) -> str:
     ("before", "use", "allowed"), [("", "", set()), ("torch", "fastsde.sample", {"safetensors", "tqdm"})]
 )
 def test_import_is_light(tmp_path: Path, before: str, use: str, allowed: set[str]) -> None:
-    # Nothing by itself; to sample, beyond torch, only what takes a millisecond. All else is imported by the function
-    # that needs it.
+    # The import alone needs nothing; sampling needs, besides torch, only what imports in a millisecond. Everything else
+    # is imported by the function that needs it.
     code = (
         f"import sys, {before or 'math'}; before = set(sys.modules); import fastsde; {use}\n"
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
@@ -51,7 +51,7 @@ def test_import_and_sampling_need_no_triton_and_touch_no_gpu(tmp_path: Path) -> 
 def test_the_mapped_packages_import_only_under_fastsde(tmp_path: Path, package: str) -> None:
     code = f"import fastsde.{package} as p; print(list(p.__path__)[0])"
     assert Path(python(code, tmp_path)).name == package
-    # A checkout on the path, as an editable install has it, hides no other package of that name, not even a later one.
+    # A checkout on the path, as in an editable install, hides no other package of that name, not even a later one.
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text("name = 'another'")
     code = f"import sys; sys.path.append(sys.path.pop(0)); import {package}, fastsde.{package}; print({package}.name)"

@@ -1,4 +1,4 @@
-"""What only the persistent backend has: which networks it takes, which options it has, and weights that change."""
+"""Properties of the persistent backend: which networks and options it supports, and weights that change."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_it_for_an_mlp(model: nn.Module) -> None:
     shape = getattr(model, "shape", (2,))
     if isinstance(model, ConcatTime) and isinstance(model.net[-2], nn.Identity):
-        assert Sampler(model, shape).backend == "eager"  # two activations in a row are no layer of the kernel
+        assert Sampler(model, shape).backend == "eager"  # two activations in a row are not a layer of the kernel
     else:
         assert Sampler(model, shape).backend == "persistent"
 
@@ -111,7 +111,7 @@ def test_samples_of_another_shape_are_no_case_for_it(model: nn.Module, shape: tu
     elif shape != (2, 1):  # it flattens samples
         with pytest.raises(ValueError, match="the network takes samples of 2 elements, not of shape"):
             Sampler(model, shape, backend="persistent")
-        assert Sampler(model, shape).backend == "eager"  # whose error then is the network's own
+        assert Sampler(model, shape).backend == "eager"  # the error is the network's own
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -192,7 +192,7 @@ def test_a_batch_may_be_split(n: int) -> None:
 
 @pytest.fixture(params=["interpreter", "native"])
 def kernels(request: pytest.FixtureRequest) -> None:
-    """Each of the kernels that run on a CPU."""
+    """Runs the test with each kernel that runs on a CPU."""
     if request.param == "interpreter":
         request.getfixturevalue("interpreter")
     elif not ops.has_native(CPU):
@@ -214,7 +214,7 @@ def test_tables_of_every_number_of_slots(slots: int) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the infinities that the test is about
 @pytest.mark.usefixtures("kernels")
 def test_another_slot_that_is_not_finite_is_reported_once_it_matters() -> None:
-    # From row 1 on the network is called with slot 1, which row 0 makes infinite and no Tanh tells of.
+    # From row 1 on the network is called with slot 1, which row 0 makes infinite, and which a Tanh hides.
     columns = {name: torch.zeros(3, 2, dtype=torch.float64) for name in "npbed"}
     columns["n"][0, 0] = columns["n"][1:, 1] = 1.0
     keep = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1)

@@ -1,4 +1,4 @@
-"""All processes of the registry: moment equations, derivatives, precision, priors, and what is written of them."""
+"""All processes of the registry: moment equations, derivatives, precision, priors, and how they are saved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def times(sde: Process, *fractions: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Trigonometric(Process):
-    """A process of a user, with nothing but what it must have: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+    """A user's process with only the required methods: alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
 
     name: str = "trigonometric"
 
@@ -117,7 +117,7 @@ def test_no_digits_are_lost_in_fp32(sde: Process) -> None:
     for name in ("alpha", "sigma", "sigma_dot", "drift_coefficient", "squared_diffusion"):
         value, exact = getattr(sde, name)(t), getattr(sde, name)(t.double())
         assert (value.dtype, value.shape) == (torch.float32, t.shape)
-        # A rounded angle of pi/2 or exponent of 10 has an error of some ulp, and so have what is made of them.
+        # A rounded angle of pi/2 or exponent of 10 has an error of some ulp, and so do the results.
         torch.testing.assert_close(value.double(), exact, rtol=40 * 2**-24, atol=0, msg=lambda m, n=name: f"{n}: {m}")
         assert getattr(sde, name)(0.5).dtype == torch.float64
 
@@ -144,8 +144,8 @@ def test_derivatives_exist_at_zero_where_they_should() -> None:
 
 @pytest.mark.parametrize("sde", [*DEFAULTS, *OTHERS, Trigonometric()], ids=str)
 def test_exact_steps_are_the_limit_of_small_ones(sde: Process) -> None:
-    # Two steps in a row are one, and a small one is x' = (1 - f h) x + g^2 h score + g sqrt(h) z: only the exact
-    # solution does both.
+    # Two steps in a row equal one step, and a small one is x' = (1 - f h) x + g^2 h score + g sqrt(h) z: only the exact
+    # solution satisfies both.
     for first, last in ((0.97, 0.0), (0.6, 0.1), (0.5, 0.499), (1e-3, 0.0)):
         whole = sde.exact_step(times(sde, first), times(sde, last))
         points = torch.linspace(first, last, 65, dtype=torch.float64) * sde.t_max
@@ -204,7 +204,7 @@ def test_every_engine_is_given_the_prior_of_the_process(backend: str, monkeypatc
         fastsde.sample(MLP(), (4, 2), sde=sde, solver="ddim", prediction="v", steps=3, x_init=torch.ones(4, 2))
     torch.testing.assert_close(given[0], EDM().prior_sampling((4, 2), seed=5), rtol=1e-5, atol=80 * 4e-6)
     torch.testing.assert_close(given[2], VPSDE().prior_sampling((4, 2), seed=5), rtol=0, atol=4e-6)
-    assert torch.equal(given[1], torch.ones(4, 2))  # a state of the user's own is taken as it is
+    assert torch.equal(given[1], torch.ones(4, 2))  # a state from the user is used as it is
     assert torch.equal(given[3], torch.ones(4, 2))
 
 

@@ -31,7 +31,7 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form() -> None:
     torch.manual_seed(0)
     a = torch.randn(4000, 3, dtype=torch.float64)
     assert frechet_distance(a, a) < 1e-4
-    # Equal but for a shift and a factor: |shift|^2 + sum (s - 1)^2 var.
+    # Equal except for a shift and a factor: |shift|^2 + sum (s - 1)^2 var.
     b = 2 * a + torch.tensor([1.0, 0.0, 0.0])
     expected = float((b.mean(0) - a.mean(0)).square().sum() + a.var(0).sum())
     assert abs(frechet_distance(a, b) - expected) < 1e-3

@@ -21,7 +21,7 @@ def normals(*shape, seed=0, dtype=FLOAT64):
 
 
 def easy_table(rows=4, clip=None, seed=0, **changes):
-    """A table with every coefficient nonzero, but for the columns given as a number; and its columns."""
+    """Returns a table with every coefficient nonzero, except for columns given as a number; and its columns."""
     columns = {name: 0.5 + normals(rows, seed=seed + i).abs() for i, name in enumerate(("time", *"abcdepq"))}
     columns.update({name: torch.full((rows,), float(value), dtype=FLOAT64) for name, value in changes.items()})
     return StepTable(**columns, clip=clip), columns
@@ -31,7 +31,7 @@ def easy_table(rows=4, clip=None, seed=0, **changes):
 
 
 def naive_step(x, f, row, clip, history, z, f_uncond=None, guidance=None):
-    """x' = a x + b f + e D + c H + d z and H' = D, an element at a time, on NumPy arrays."""
+    """Computes x' = a x + b f + e D + c H + d z and H' = D element by element, on NumPy arrays."""
     x_next, data = np.zeros_like(x), np.zeros_like(x)
     for i in np.ndindex(x.shape):
         out = f[i] if f_uncond is None else f_uncond[i] + guidance * (f[i] - f_uncond[i])
@@ -119,7 +119,7 @@ def test_solver_step_draws_the_noise_of_its_row_from_the_keys(row, dtype):
 def test_solver_step_without_noise_needs_no_keys_and_with_noise_does():
     x = normals(2, 3)
     reference.solver_step((x,), x, easy_table(c=0, d=0)[0], 0)
-    with pytest.raises(TypeError, match="keys must be given where noise is to be drawn, got None"):
+    with pytest.raises(TypeError, match="keys must be given to draw noise, got None"):
         reference.solver_step((x,), x, easy_table(c=0)[0], 0)
 
 
@@ -204,7 +204,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     table = solvers.build("euler_maruyama", VPSDE(), 10)
     together = reference.sample(affine_model, (5, 3), table, noise.sample_keys(7, 5))
     apart = [reference.sample(affine_model, (1, 3), table, noise.sample_keys(7, 1, i)) for i in range(5)]
-    # No reduction crosses samples, so only vectorised against scalar instructions differ: 1 ulp a row.
+    # No reduction crosses samples, so only vectorised and scalar instructions differ, by 1 ulp per row.
     torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=10 * 2**-24 * float(together.abs().max()))
 
 
@@ -252,12 +252,12 @@ def test_an_unconditional_output_that_is_not_finite_is_reported():
 
 
 def coefficients(batch, seed=9):
-    """Six numbers a sample, as no objective has them."""
+    """Returns six arbitrary numbers per sample, which no objective has."""
     return normals(batch, 6, seed=seed)
 
 
 def naive_terms(k, x, columns):
-    """The sum of coefficients times arrays, an element at a time, on NumPy arrays."""
+    """Returns the sum of coefficients times arrays, element by element, on NumPy arrays."""
     out = np.zeros(x[0].shape)
     for i in np.ndindex(out.shape):
         out[i] = sum(float(k[i[0], column]) * each[i] for column, each in zip(columns, x, strict=True))
@@ -289,7 +289,7 @@ def test_perturb_draws_noise_from_its_stream(shape):
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (2 / 255, -1.0), (1.0, 0.5), (3.0, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, FLOAT64])
 def test_perturb_scales_and_shifts_the_data(dtype, scale, shift):
-    # Every byte value, so that one that wrapped or saturated would show.
+    # Every byte value, so that wrapping or saturation would be noticed.
     x_0, z, k = torch.arange(256).reshape(4, 64).to(dtype), normals(4, 64), coefficients(4)
     x_in = reference.perturb(x_0, None, 0, k, scale=scale, shift=shift, z=z.to(torch.float32)).x_in
     assert x_in.dtype == (FLOAT64 if dtype == FLOAT64 else torch.float32)
@@ -307,7 +307,7 @@ def test_perturb_gathers_rows_by_index(dtype):
     expected = reference.perturb(data[[9, 0, 9, 4]], keys, 1, k, scale=0.1, shift=-1.0)
     assert torch.equal(got.x_in, expected.x_in)
     assert got.x_in.shape == (4, 3, 2)
-    # Rows 0 and 2 have the same data, and draws of their own.
+    # Rows 0 and 2 have the same data, but different draws.
     assert not torch.equal(got.x_in[0], got.x_in[2])
 
 
@@ -389,7 +389,7 @@ def test_training_draws_of_several_steps_equal_those_of_each():
 
 
 class TinyScore(nn.Module):
-    """A network of a few weights, the same for every instance."""
+    """A network with a few weights, the same for every instance."""
 
     def __init__(self):
         super().__init__()
@@ -403,7 +403,7 @@ class TinyScore(nn.Module):
 
 
 def train(steps=5, draws=None, batch=16, objective=Objective(), **options):  # noqa: B008 (immutable)
-    """The weights and losses of a short training run with Adam."""
+    """Returns the weights and losses of a short training run with Adam."""
     model, keys, data = TinyScore(), noise.sample_keys(3, batch), normals(40, 2, dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
@@ -491,6 +491,6 @@ def test_ema_update_moves_each_weight(decay):
     before = [weight.detach().clone() for weight in ema.parameters()]
     reference.ema_update(ema, model, decay)
     for old, new, target in zip(before, ema.parameters(), model.parameters(), strict=True):
-        # A lerp of numbers below 4 that lie 1 apart: two roundings of 2^-23.
+        # A lerp of numbers below 4 that differ by 1: two roundings of 2^-23.
         torch.testing.assert_close(new.detach(), decay * old + (1 - decay) * target.detach(), rtol=0, atol=2 * 2**-22)
     assert all(weight.requires_grad for weight in ema.parameters())

@@ -1,4 +1,4 @@
-"""Result files as tables, pictures and comparisons; the README's table is that of the result file it names."""
+"""Result files as tables, plots and comparisons; the README's table matches the result file that it names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets(resul
     for record in result["cases"]:
         for name, each in record["providers"].items():
             assert not {"wrong", "failed"} & set(each), (record["name"], name)
-            assert each.get("of_limit", 0) <= 1, (record["name"], name)  # or the limit is none
+            assert each.get("of_limit", 0) <= 1, (record["name"], name)  # otherwise the limit is wrong
 
 
 # Cases measured later -----------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_a_table_row_is_of_the_fastest_of_each(result: dict[str, Any]) -> None:
 def test_two_commits_are_compared_by_the_change_of_the_ratio(
     result: dict[str, Any], factor: float, verdict: str
 ) -> None:
-    """A machine that is slower throughout changes nothing; a provider that is slower does."""
+    """A machine that is slower throughout changes nothing, but a slower provider does."""
     after = copy.deepcopy(result)
     after["commit"] = "another"
     for record in after["cases"]:
@@ -145,7 +145,7 @@ def test_tables_and_comparisons_say_how_single_kernels_were_timed(result: dict[s
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {record['what']} |"))
     assert "(native, by calls)" in line
     assert "the host" not in report.markdown(result)
-    lines = [line for line in report.compare(result, after) if line.endswith("timed in another way")]
+    lines = [line for line in report.compare(result, after) if line.endswith("timed differently")]
     assert [line.split()[:3] for line in lines] == [["noise-sample", "fastsde", "native"]]
 
 
@@ -155,9 +155,9 @@ def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
         record["what"] += ", larger"
     after["threads_wait"] = "passive (set by fastsde)"
     lines = report.compare(result, after)
-    assert len(lines) == 4  # the titles alone
+    assert len(lines) == 4  # only the titles
     assert "2 threads, which wait: passive (set by fastsde), " in lines[1]
-    assert lines[2] == "with another threads_wait: ratios are hardly comparable"
+    assert lines[2] == "settings that differ: threads_wait; ratios are hardly comparable"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`fastsde.sample` and `Sampler`: backends agree, samples depend on the seed alone, and callers' things stay theirs."""
+"""`fastsde.sample` and `Sampler`: backends agree, samples depend only on the seed, and inputs are not changed."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("reference", "eager")
 SDE = VPSDE()
 U = 2.0**-24  # the unit roundoff of fp32
-# A row rounds each of its terms at most 18 times (see `rounding_bound`), each time by u = 6e-8 of a size of about 1.
+# A row rounds each term at most 18 times (see `rounding_bound`), each time by u = 6e-8 relative to about 1.
 ROW = 18 * U
 SHAPES = [(), (1,), (2,), (63,), (3, 5, 7)]
 
 
 def elementwise(x: Tensor, t: Tensor) -> Tensor:
-    """A nonlinear network of correctly rounded operations only: no libm, no matrix product, no order of a sum.
+    """A nonlinear network with only correctly rounded operations: no libm, matrix products or reductions.
 
-    Like a score it pulls to the origin, at a rate that depends on t and x and is that of Gaussian data or a little
-    less, so that states stay of size 1 in every solver that takes a score.
+    Like a score it pulls to the origin, at a rate that depends on t and x and is that of Gaussian data or slightly
+    less, so that states stay of size 1 with every solver for a score.
     """
     t = t.reshape(-1, *[1] * (x.ndim - 1))
     return -x * ((3 + t) * 0.25) * (1 - 0.25 / (1 + x * x))
 
 
 def conditional(x: Tensor, t: Tensor, label: Tensor, scale: float = 1.0) -> Tensor:
-    """The same, pulling to one point a sample."""
+    """The same, but pulling each sample to its own point."""
     return elementwise(x - label.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype), t) * scale
 
 
 class Mlp(nn.Module):
-    """A small network with matrix products, whose output is a score's in size."""
+    """A small network with matrix products, whose output has the size of a score."""
 
     def __init__(self, width: int = 2) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Mlp(nn.Module):
 
 
 class Scale(nn.Module):
-    """f = -w b x: one weight and one buffer, to watch what becomes of them."""
+    """f = -w b x: one weight and one buffer, to check what happens to them."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class Scale(nn.Module):
 
 
 def rounding_bound(table, x_init, keys, model=elementwise, *, guidance=None, kwargs=None, uncond=None):
-    """How far an fp32 run of an elementwise network may lie from the exact one, and the exact one's end (in float64).
+    """Returns a bound of the error of an fp32 run of an elementwise network, and the exact result (in float64).
 
-    Classic running error analysis. In a row of m slots every term of s' = A s + b f + e D + d z goes through at most
-    2 m + 6 roundings (two coefficients, two products, m sums of D, m + 2 more sums), and f itself through at most 10 in
-    the networks above, 3 more under guidance. So a row errs by at most 2 m + 16 (19) u times the sum of the terms'
-    sizes, to first order, and its error reaches the end multiplied by the derivative of the end with respect to the
-    row's result, which autograd gives in float64.
+    This is classic running error analysis. In a row of m slots, each term of s' = A s + b f + e D + d z goes through at
+    most 2 m + 6 roundings (two coefficients, two products, m sums of D, m + 2 more sums), and f itself through at most
+    10 in the networks above, 3 more with guidance. So the error of a row is at most 2 m + 16 (19) u times the sum of
+    the terms' sizes, to first order. It is multiplied by the derivative of the final state with respect to the row's
+    result, which autograd computes in float64.
     """
     kwargs, uncond = kwargs or {}, uncond or {}
     columns = {name: getattr(table, name).abs() for name in ("p", "q", "A", "b", "e", "d")}
@@ -96,7 +96,7 @@ def rounding_bound(table, x_init, keys, model=elementwise, *, guidance=None, kwa
             size_f = other.abs() * (1 + abs(guidance)) + abs(guidance) * f.abs()
             f = other + guidance * (f - other)
         z = noise.normal(keys, row + 1, x.shape[1:]).double()
-        # The row of absolute values is the size of each sum.
+        # The row with absolute values gives the size of each sum.
         sizes += solver_step([slot.abs() for slot in slots], size_f, absolute, row, z=z.abs())
         slots = solver_step(slots, f, table, row, z=z)
         injected += [torch.zeros_like(slot, requires_grad=True) for slot in slots]
@@ -175,7 +175,7 @@ def test_guidance_of_zero_and_one_are_the_two_networks(backend):
 
 @pytest.mark.parametrize("max_batch", [None, 1, 5])
 def test_model_kwargs_are_split_with_the_batch(max_batch):
-    # Tensors go with their samples; scalars, strings and None go through as they are.
+    # Tensors are split with their samples; scalars, strings and None are passed on unchanged.
     def model(x, t, label, scale, mode, nothing, flag):
         assert (scale, mode, nothing, flag) == (0.5, "on", None, True)
         assert len(label) == len(x)
@@ -310,7 +310,7 @@ def test_splits_agree_with_matrix_products(backend, max_batch):
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddpm"])
 def test_eager_splits_agree_within_rounding(solver):
-    # Noise is drawn for more rows at once in a smaller batch: 2,000 samples take the rows one by one.
+    # Smaller batches draw noise for more rows at once; 2,000 samples draw it row by row.
     table = solvers.build(solver, SDE, 9)
     keys = noise.sample_keys(0, 2000)
     bound, exact = rounding_bound(table, noise.normal(keys, 0, (8,)), keys)
@@ -342,7 +342,7 @@ def test_keys_are_taken_as_int64_and_as_uint64(backend):
     keys = noise.sample_keys(12, 6)
     expected = sample(elementwise, (6, 2), steps=4, seed=12, backend=backend)
     strided = torch.stack((keys, keys), -1)[..., 0]
-    assert (keys < 0).any()  # else nothing is shown of the words above 2^63
+    assert (keys < 0).any()  # otherwise words above 2^63 are not tested
     for given_keys in (keys, _as_uint64(keys), strided):
         assert torch.equal(sample(elementwise, (6, 2), steps=4, keys=given_keys, backend=backend), expected)
     order = torch.tensor([5, 0, 0, 3])
@@ -401,7 +401,7 @@ def test_defaults_of_torch_do_not_matter(backend):
 
 
 def _all_states(shape, steps, **options) -> Tensor:
-    """The initial state and that after each row, row by row by hand."""
+    """Returns the initial state and the state after each row, computed row by row by hand."""
     table = solvers.build("euler_maruyama", SDE, steps)
     keys = noise.sample_keys(options.get("seed", 0), shape[0])
     states = [noise.normal(keys, 0, shape[1:])]
@@ -434,7 +434,7 @@ def test_callback_is_called_after_each_row_with_row_time_and_state(backend):
     )
     assert [(row, time) for row, time, _ in calls] == [(row, pytest.approx(1 - row / 6)) for row in range(6)]
     assert all(isinstance(time, float) for _, time, _ in calls)
-    # The states are the callback's to keep: none was overwritten by a later row.
+    # The callback may keep the states: none was overwritten by a later row.
     assert torch.equal(torch.stack([state for _, _, state in calls]), states[1:])
     assert torch.equal(calls[-1][2], x)
 
@@ -544,7 +544,7 @@ def test_fp64_runs_network_and_state_in_fp64(explicit):
     copies: list[Scale] = []
     x, states = sample(model, (4, 2), steps=20, dtype=dtype, trajectory=20, callback=lambda r, t, x: copies.append(x))
     assert x.dtype == states.dtype == copies[0].dtype == torch.float64
-    # The noise is the same fp32 numbers.
+    # The noise consists of the same fp32 numbers.
     low = sample(lambda x, t: -x, (4, 2), steps=20, backend="reference")
     torch.testing.assert_close(x.float(), low, atol=20 * ROW, rtol=0)
     assert not torch.equal(x, low.double())
@@ -589,9 +589,9 @@ def test_a_half_precision_network_keeps_an_fp32_state(backend, low, guidance):
     x, states = sample(model, (6, 3), dtype=low, callback=lambda row, time, x: outside.add(x.dtype), **options)
     assert inside == {low, torch.float32}  # x is cast, t and conditions are not
     assert outside == {x.dtype, states.dtype} == {torch.float32}
-    assert not torch.equal(x, x.to(low).float())  # an fp32 state holds more than the network's dtype does
+    assert not torch.equal(x, x.to(low).float())  # an fp32 state has more digits than the network's dtype
 
-    # All that is rounded to the low dtype is what goes into the network; what comes out is taken up at once.
+    # Only the network's input is rounded to the low dtype; its output is converted at once.
     def by_hand(x, t, label):
         return model(x.to(low), t, label)
 
@@ -608,7 +608,7 @@ def test_the_dtype_of_the_weights_is_what_the_network_runs_in(backend, low):
     x = sample(model, (6, 3), steps=5, backend=backend)
     assert set(model.seen) == {(low, torch.float32, low)}
     assert x.dtype == torch.float32
-    # The same as fp32 weights, run in that dtype by way of a copy.
+    # The same as fp32 weights that run in that dtype as a copy.
     assert torch.equal(x, sample(Scale(), (6, 3), steps=5, backend=backend, dtype=low))
 
 
@@ -621,7 +621,7 @@ def test_x_init_of_another_dtype_is_brought_to_the_states(backend):
     assert half.dtype == torch.float32
 
 
-# The caller's things ------------------------------------------------------------------------------------------------
+# Inputs that stay unchanged -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
@@ -637,7 +637,7 @@ def test_weights_changed_between_calls_are_seen(dtype):
     with torch.no_grad():
         model.weight.div_(2)
         model.factor.mul_(2)
-    assert torch.equal(sampler(3), doubled)  # a buffer is seen just as a parameter is
+    assert torch.equal(sampler(3), doubled)  # a buffer is treated like a parameter
     model.load_state_dict(Scale().state_dict())
     assert torch.equal(sampler(3), before)
 
@@ -770,7 +770,7 @@ def test_results_share_no_memory_with_x_init(backend, solver):
 @pytest.mark.parametrize("prediction", solvers.PREDICTIONS)
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_a_network_that_returns_its_input_itself_does_no_harm(solver, prediction):
-    # f and x share memory: an engine that updated x in place would change f under its own hands.
+    # f and x share memory: an engine that updated x in place would also change f.
     options = {"solver": solver, "steps": 7, "prediction": prediction}
     for backend in BACKENDS:
         aliased = sample(lambda x, t: x, (5, 3), backend=backend, **options)
@@ -779,7 +779,7 @@ def test_a_network_that_returns_its_input_itself_does_no_harm(solver, prediction
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_network_that_writes_to_one_buffer_every_time_does_no_harm(backend):
-    # As a captured graph does. The second-order solver keeps the last row's data prediction.
+    # As in a captured graph. The second-order solver keeps the last row's data prediction.
     buffer = torch.empty(5, 3)
 
     def model(x, t):
@@ -894,9 +894,9 @@ def test_backends_that_cannot_run_here_name_those_that_can(backend):
 
 
 def _exact_moments(table, sde, mean, std):
-    """Mean and std of the solver's own output on N(mean, std^2) data with the exact score: a linear recursion.
+    """Returns mean and std of the solver's output for N(mean, std^2) data and the exact score: a linear recursion.
 
-    The slots are an affine image of the slots and z in every row, so that their mean and covariance follow exactly.
+    Each row maps the slots and z affinely to the new slots, so that their mean and covariance follow exactly.
     """
     m, cov = torch.zeros(table.slots, dtype=torch.float64), torch.zeros(table.slots, table.slots, dtype=torch.float64)
     cov[0, 0] = 1.0

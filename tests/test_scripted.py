@@ -1,4 +1,4 @@
-"""Networks that TorchScript, torch.export or torch.fx have made: sampled from as the module that they were made of."""
+"""Networks made by TorchScript, torch.export or torch.fx give the same samples as the original module."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastsde import Sampler
 from fastsde.engines.fingerprint import fingerprint
 from fastsde.models import ConcatTime
 
-# What PyTorch 2.11 says where a module of torch.export is copied.
+# PyTorch 2.11's warning when a module of torch.export is copied.
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 
 
 class Net(nn.Module):
-    """A small network with a buffer, layers inside of another, and attributes that are no tensors."""
+    """A small network with a buffer, nested layers, and attributes that are not tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 @contextmanager
 def deprecated() -> Iterator[None]:
-    """Without the news that TorchScript is, which newer versions give."""
+    """Ignores the warning of newer versions that TorchScript is deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is (deprecated|not supported in Python)", Warning)
         yield
@@ -74,7 +74,7 @@ def reference(net: Any, **options: Any) -> Tensor:
 
 
 def assert_close(ours: Tensor, theirs: Tensor, in_bf16: bool = False) -> None:
-    # Normals differ by 4e-6, and the state rounds a few times a row; in bf16 the network's argument rounds otherwise.
+    # Normals differ by 4e-6, and the state rounds a few times per row; in bf16 the network's input rounds differently.
     atol = 5 * (10 * 2**-8 if in_bf16 else 8 * 10 * 2**-24 + 4e-6)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
@@ -86,7 +86,7 @@ def assert_samples_of(model: Any, net: Any, **options: Any) -> None:
 
 
 def add_to_weights(value: float, *models: nn.Module) -> None:
-    """Adds to the weights of all, each once where they share them."""
+    """Adds to the weights of all networks, once for shared weights."""
     with torch.no_grad():
         for weight in {weight.data_ptr(): weight for model in models for weight in model.parameters()}.values():
             weight.add_(value)
@@ -99,7 +99,7 @@ def test_samples_are_those_of_the_module_and_follow_its_weights(kind: str) -> No
     networks = (model, Holder(model), lambda x, t: model(x, t))
     for network in networks:
         assert_samples_of(network, net)
-    if kind == "frozen":  # whose weights are constants, which cannot be cast
+    if kind == "frozen":  # its weights are constants, which cannot be cast
         return
     for _ in range(2):
         for network in networks[:2]:

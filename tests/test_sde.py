@@ -1,4 +1,4 @@
-"""The VP-SDE: its closed forms against numerical integration, its densities against PyTorch's and autograd's."""
+"""The VP-SDE: closed forms against numerical integration, densities against PyTorch's and autograd."""
 
 import math
 
@@ -14,7 +14,7 @@ TIMES = [1e-5, 1e-3, 0.1, 0.5, 1.0]
 
 
 def integrate(rate, start, end, steps=2000):
-    """The solution of y' = rate(t, y), y(0) = start, at ``end``, by the classical Runge-Kutta method."""
+    """Returns the solution of y' = rate(t, y), y(0) = start, at ``end``, by the classical Runge-Kutta method."""
     y, h = start, end / steps
     for k in range(steps):
         t = k * h
@@ -29,8 +29,8 @@ def integrate(rate, start, end, steps=2000):
 @pytest.mark.parametrize("sde", SDES, ids=str)
 @pytest.mark.parametrize("t", TIMES)
 def test_alpha_and_sigma_solve_the_moment_equations(sde, t):
-    # dm = -1/2 beta m dt and dV = beta (1 - V) dt. Runge-Kutta errs by (beta h)^4 = (20 / 2000)^4 = 1e-8, over 120
-    # and less where the solution decays: 1e-9 absolute, and relative for the small sigma^2.
+    # dm = -1/2 beta m dt and dV = beta (1 - V) dt. The error of Runge-Kutta is (beta h)^4 = (20 / 2000)^4 = 1e-8 over
+    # 120, and less where the solution decays: 1e-9 absolute, and relative for the small sigma^2.
     def beta(s):
         return sde.beta_min + s * (sde.beta_max - sde.beta_min)
 
@@ -77,7 +77,7 @@ def test_functions_of_time_keep_shape_and_dtype(name, shape, dtype):
     t = torch.linspace(0.1, 0.9, math.prod(shape), dtype=dtype).reshape(shape)
     value = getattr(VPSDE(), name)(t)
     assert (value.shape, value.dtype) == (t.shape, dtype)
-    rtol = 1e-14 if dtype == torch.float64 else 16 * 2**-24  # B reaches 8, which multiplies its rounding in exp(-B/2)
+    rtol = 1e-14 if dtype == torch.float64 else 16 * 2**-24  # B is up to 8, which multiplies its rounding in exp(-B/2)
     scalars = [float(getattr(VPSDE(), name)(float(one))) for one in t.flatten()]
     np.testing.assert_allclose(value.flatten().numpy(), scalars, rtol=rtol)
 

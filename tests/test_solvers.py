@@ -11,7 +11,7 @@ from fastsde import VPSDE, StepTable, noise, reference, solvers
 from fastsde.solvers import PREDICTIONS, REGISTRY, SOLVERS
 
 FLOAT64 = torch.float64
-# Every solver with the options that it names in the registry, by names such as "ddim eta=0.6".
+# Every solver with each set of options in the registry, under names such as "ddim eta=0.6".
 VARIANTS = {
     " ".join((name, *(f"{key}={value}" for key, value in variant.options.items()))): (kind, variant)
     for name, kind in REGISTRY.items()
@@ -21,12 +21,12 @@ DPM_SDE, DDIM_ETA = "dpm_solver_pp_2m stochastic=True", "ddim eta=0.6"
 
 
 def grid(sde, times):
-    """alpha and sigma at ``times``, and the times of the rows."""
+    """Returns alpha and sigma at ``times``, and the times of the rows."""
     return sde.alpha(times), sde.sigma(times), times[:-1]
 
 
 def make_table(name, sde, times, prediction="score", **options):
-    """The table of a variant on any times."""
+    """Returns the table of a variant at any times."""
     kind, variant = VARIANTS[name]
     arguments = grid(sde, times) if kind.is_on_schedule else (sde, times)
     return kind.builder(*arguments, prediction, **{**variant.options, **options})
@@ -37,7 +37,7 @@ def linspace(steps, end=0.0, start=1.0):
 
 
 def gaussian_score(sde, mean, std):
-    """The exact score of N(mean, std^2) data: the affine map -(x - alpha mean) / V, V = alpha^2 std^2 + sigma^2."""
+    """Returns the exact score of N(mean, std^2) data: -(x - alpha mean) / V with V = alpha^2 std^2 + sigma^2."""
 
     def model(x, t):
         alpha, sigma = sde.alpha(t), sde.sigma(t)
@@ -48,7 +48,7 @@ def gaussian_score(sde, mean, std):
 
 
 def consistent_model(sde, prediction):
-    """One smooth nonlinear eps network, in each prediction."""
+    """Returns a smooth nonlinear eps network, converted to a prediction."""
 
     def model(x, t):
         alpha, sigma = (value.reshape(-1, 1) for value in (sde.alpha(t), sde.sigma(t)))
@@ -66,7 +66,7 @@ def consistent_model(sde, prediction):
 
 
 def two_slots(table):
-    """The columns of the form x' = a x + b f + e D + c H + d z, by name."""
+    """Returns the columns of the form x' = a x + b f + e D + c H + d z, by name."""
     first = {name: getattr(table, name)[:, 0] for name in ("p", "b", "e", "d")}
     keep = table.A[:, 0]
     return {
@@ -79,7 +79,7 @@ def two_slots(table):
 
 
 def trajectory(model, table, x_init, noises=None):
-    """The states after every row, in float64: ``[K, B, ...]``; ``noises`` are ``[K, B, ...]``."""
+    """Returns the states after every row, in float64: ``[K, B, ...]``; ``noises`` are ``[K, B, ...]``."""
     states = []
     reference.sample(
         model,
@@ -120,7 +120,7 @@ def dummy_sample(table):
 
 
 def dummy_schedule(steps):
-    """alpha and sigma of the usual 1000 discrete betas, at integer ``steps``."""
+    """Returns alpha and sigma of the usual 1000 discrete betas, at integer ``steps``."""
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=FLOAT64), 0)[steps]
     return kept.sqrt(), (1 - kept).sqrt()
 
@@ -170,7 +170,7 @@ def test_euler_maruyama_published_moments():
 
 
 def flow_solution(sde, mean, std, end, x_init):
-    """The probability flow of N(mean, std^2) data: x - alpha mean scales with the marginal's standard deviation."""
+    """Solves the probability flow of N(mean, std^2) data: x - alpha mean scales with the marginal's deviation."""
 
     def spread(t):
         return math.sqrt(float(sde.alpha(t)) ** 2 * std**2 + float(sde.sigma(t)) ** 2)
@@ -182,12 +182,12 @@ def test_probability_flow_published_values():
     sde, end, x_init = VPSDE(), 1e-3, torch.tensor([-1.0, 1.0], dtype=FLOAT64)
     exact = flow_solution(sde, 1.0, 0.1, end, x_init)
     assert exact.tolist() == pytest.approx([0.8987393879, 1.0998291861], rel=0, abs=5e-11)  # ten published decimals
-    # Heun's error is C h^2 + D h^3 + ..: halving h quarters it, but for a remainder that h = 1/2000 keeps below 1 %.
+    # Heun's error is C h^2 + D h^3 + ..: halving h quarters it, up to a remainder below 1 % for h = 1/2000.
     model = gaussian_score(sde, 1.0, 0.1)
     column = [trajectory(model, solvers.heun(sde, linspace(n, end)), x_init)[-1] for n in (250, 500, 1000, 2000)]
     ratio = (column[2] - exact) / (column[3] - exact)
     assert ratio.tolist() == pytest.approx([4, 4], rel=0.01)
-    # Extrapolating h^2, h^3 and h^4 away, what is left lies within the last correction, itself 1e-10.
+    # After extrapolation of h^2, h^3 and h^4, the remainder is within the last correction, which is 1e-10.
     for power in (2, 3, 4):
         before = column[-1]
         column = [(2**power * fine - coarse) / (2**power - 1) for coarse, fine in pairwise(column)]
@@ -197,7 +197,7 @@ def test_probability_flow_published_values():
 
 
 # Textbook loops --------------------------------------------------------------------------------------------------
-# Each is written as its paper writes it, on NumPy arrays, with the network asked for eps.
+# Each is written as in its paper, on NumPy arrays, with a network that predicts eps.
 
 
 def textbook_euler_maruyama(sde, times, eps, x, z):
@@ -250,7 +250,7 @@ def textbook_ddim(sde, times, eps, x, z, eta=0.0):
 
 
 def textbook_dpm_solver_pp_2m(sde, times, eps, x, z, stochastic=False):
-    """Lu et al. 2022: algorithm 2, and SDE-DPM-Solver++(2M) of appendix B; the last step of first order."""
+    """Lu et al. 2022: algorithm 2, and SDE-DPM-Solver++(2M) of appendix B; the last step is of first order."""
     lam = [math.log(float(sde.alpha(t) / sde.sigma(t))) for t in times]
     data_before = None
     for k, (t, after) in enumerate(pairwise(times)):
@@ -284,8 +284,8 @@ TEXTBOOK = {
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", TEXTBOOK)
 def test_solver_equals_its_textbook_loop_for_every_prediction(name, prediction):
-    # Also the claim that all predictions of one network give one trajectory. Times are uneven, so that a swap of
-    # neighbouring coefficients shows.
+    # Also checks that all predictions of one network give the same trajectory. Times are uneven, so that swapped
+    # neighbouring coefficients are noticed.
     sde, rows = VPSDE(), 25
     times = 1 - 0.95 * torch.linspace(0, 1, rows + 1, dtype=FLOAT64) ** 1.5
     x_init, z = normals(6, 3), normals(rows, 6, 3, seed=1)
@@ -314,8 +314,8 @@ def test_clip_bounds_the_predicted_data_and_nothing_else(name, prediction, clip)
     row = clipped.row(4)
     free_data = row.p[0] * slots[0] + row.q * f
     data = free_data.clamp(-clip, clip)
-    assert float(free_data.abs().max()) > clip  # else the test would show nothing
-    # x' moves by e times what the clamp took off D, so DDIM's direction keeps the unclipped eps.
+    assert float(free_data.abs().max()) > clip  # otherwise the test would not show anything
+    # x' changes by e times the change of D by the clamp, so DDIM's direction keeps the unclipped eps.
     torch.testing.assert_close(got, free + row.e[0] * (data - free_data), rtol=1e-12, atol=1e-12)
 
 
@@ -346,7 +346,7 @@ def test_euler_maruyama_table_is_the_formula_of_the_design():
     torch.testing.assert_close(table.b[:, 0], rate, rtol=1e-14, atol=0)
     torch.testing.assert_close(table.d[:, 0], rate.sqrt(), rtol=1e-14, atol=0)
     assert not table.e.any()
-    assert (table.d > 0).all()  # noise on every row, the last too: the tutorial's sampler
+    assert (table.d > 0).all()  # noise in every row, including the last one: the tutorial's sampler
 
 
 def test_exponential_euler_maruyama_is_exact_for_a_constant_score():
@@ -371,7 +371,7 @@ def test_exponential_euler_maruyama_is_exact_for_a_constant_score():
 
 
 def one_row_tables(sde, times, prediction):
-    """SDE-DPM-Solver++ of first order: its 2M tables of one row each, end to end."""
+    """Returns SDE-DPM-Solver++ of first order: one-row tables of 2M, joined."""
     rows = [
         solvers.dpm_solver_pp_2m(*grid(sde, times[k : k + 2]), prediction, stochastic=True)
         for k in range(len(times) - 1)
@@ -385,7 +385,7 @@ def test_first_order_sde_dpm_solver_pp_is_ddpm_is_ddim_at_eta_one(prediction, en
     sde, times = VPSDE(), linspace(40, end)
     ddpm, ddim = solvers.ddpm(*grid(sde, times), prediction), solvers.ddim(*grid(sde, times), prediction, eta=1.0)
     first_order = one_row_tables(sde, times, prediction)
-    # Variances come from differences that keep a tenth of their terms and more, and log(alpha / sigma) is up to 5 with
+    # Variances are differences that keep at least a tenth of their terms, and log(alpha / sigma) is up to 5 with
     # steps from 0.25: at most some hundred roundings of 1.1e-16.
     torch.testing.assert_close(ddim.packed, ddpm.packed, rtol=2e-14, atol=0)
     torch.testing.assert_close(first_order, ddpm.packed, rtol=2e-14, atol=0)
@@ -396,7 +396,7 @@ def test_only_the_first_and_last_row_of_dpm_solver_pp_2m_are_of_first_order():
     for final in (True, False):
         table = solvers.dpm_solver_pp_2m(*grid(sde, times), lower_order_final=final)
         assert (two_slots(table)["c"] != 0).tolist() == [False, True, True, True, True, not final]
-    # At sigma = 0 log(alpha / sigma) is infinite, and the last row is of first order whatever was asked.
+    # At sigma = 0 log(alpha / sigma) is infinite, and the last row is always of first order.
     assert two_slots(solvers.dpm_solver_pp_2m(*grid(sde, linspace(6)), lower_order_final=False))["c"][-1] == 0
 
 
@@ -415,9 +415,9 @@ def test_without_clip_the_data_term_is_folded_away():
 
 
 def gaussian_recursion(table, sde, mean, std, start=(0.0, 1.0)):
-    """Mean and variance of x after each row, in closed form, for N(mean, std^2) data with the exact score.
+    """Returns mean and variance of x after each row, in closed form, for N(mean, std^2) data and the exact score.
 
-    With f affine in x, a row maps the slots affinely; so it does their mean [m] and covariance [m, m].
+    Since f is affine in x, a row maps the slots affinely, and their mean [m] and covariance [m, m] follow.
     """
     q, n, p, b, e, d, A = (getattr(table, name).numpy() for name in ("q", "n", "p", "b", "e", "d", "A"))
     alpha, sigma = (value(table.time).numpy() for value in (sde.alpha, sde.sigma))
@@ -438,8 +438,8 @@ def gaussian_recursion(table, sde, mean, std, start=(0.0, 1.0)):
 @pytest.mark.parametrize("end", [0.0, 0.02])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sampled_gaussian_moments_follow_the_closed_recursion_row_by_row(name, end):
-    # The trajectory is affine in its sources x(1) and z_k. Sample 0 has none, which is the mean; sample j has the
-    # j-th source alone, at 1, and its distance from sample 0 is that source's weight: the variance is exact.
+    # The trajectory is affine in its sources x(1) and z_k. Sample 0 has none and is the mean; in sample j only the j-th
+    # source is 1, and the difference from sample 0 is its weight: the variance is exact.
     sde, mean, std = VPSDE(), 1.0, 0.4
     times = linspace(30, end)
     table = make_table(name, sde, times)
@@ -458,12 +458,12 @@ def test_sampled_gaussian_moments_follow_the_closed_recursion_row_by_row(name, e
 
 
 def observed_orders(errors):
-    """log2 of the ratio of errors whose step halves from one to the next."""
+    """Returns log2 of the ratios of successive errors, whose step is halved each time."""
     return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
 
 
 def check_order(errors, order):
-    """Both slopes near the order, the second nearer by half: the next term of the expansion is h times smaller."""
+    """Checks that both slopes are near the order, the second twice as near: the next term is h times smaller."""
     coarse, fine = (abs(observed - order) for observed in observed_orders(errors))
     assert coarse < 0.15
     assert fine < coarse / 1.6
@@ -472,7 +472,7 @@ def check_order(errors, order):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_order_of_convergence(name):
     # Started from the marginal at t = 1, mean and variance differ from the marginal's at the end by the solver's error.
-    # The steps grow from next to nothing, so that what the first rows of a multistep method lack in order is not seen.
+    # The steps grow from almost zero, so that the lower order of a multistep method's first rows does not matter.
     sde, mean, std, end = VPSDE(), 1.0, 0.5, 0.2
     kind, variant = VARIANTS[name]
     options = {"lower_order_final": False} if "lower_order_final" in kind.options else {}
@@ -491,7 +491,7 @@ def test_order_of_convergence(name):
     if name in ("euler_maruyama", "heun"):
         check_order([mean for mean, _ in errors], variant.order)
     else:
-        # The others have the linear part exact, and on the marginal the mean score is 0 and the mean D is the data's:
+        # The others treat the linear part exactly; on the marginal the mean score is 0 and the mean D is the data's:
         # their mean is exact, up to 1280 rows of a few roundings.
         assert max(mean for mean, _ in errors) < 1280 * 8 * 2**-53
 
@@ -516,7 +516,7 @@ def test_euler_maruyama_strong_order_is_one():
         z = increments / math.sqrt((1 - end) / steps)
         x = trajectory(gaussian_score(sde, 1.0, 1.0), solvers.euler_maruyama(sde, linspace(steps, end)), x_init, z)[-1]
         errors.append(float((x - exact).square().mean().sqrt()))
-    # A root mean square over 500 paths is known to 1 / sqrt(1000) = 3 %, and consecutive ones are correlated: 0.1.
+    # A root mean square over 500 paths is accurate to 1 / sqrt(1000) = 3 %, and successive ones are correlated: 0.1.
     assert observed_orders(errors) == pytest.approx([1, 1], abs=0.1)
 
 
@@ -591,7 +591,7 @@ def test_build_passes_the_clip_on(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_build_takes_an_sde_whose_noise_starts_at_zero(name):
-    # beta(0) = 0, which no row divides by.
+    # beta(0) = 0, and no row divides by it.
     assert len(solvers.build(name, VPSDE(0.0, 20.0), 5)) == 5
 
 

@@ -1,4 +1,4 @@
-"""Solvers from pure noise, where alpha is 0 (zero terminal SNR), and where alpha is next to that."""
+"""Solvers that start from pure noise, with alpha = 0 (zero terminal SNR) or almost 0."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ for _name, _kind in solvers.REGISTRY.items():
         _title = " ".join((_name, *(f"{key}={value}" for key, value in _variant.options.items())))
         BUILDERS[_title] = functools.partial(_kind.builder, **_variant.options)
         STOCHASTIC += [_title] * _variant.noise
-IN_LOG_SNR = ("dpm", "deis")  # whose rows weigh earlier ones by ratios of steps in log(alpha / sigma)
+IN_LOG_SNR = ("dpm", "deis")  # their rows weight earlier ones by ratios of steps in log(alpha / sigma)
 
 
 def rescaled(alpha: Tensor) -> Tensor:
-    """Algorithm 1 of Lin et al. (2024), arXiv:2305.08891, on alpha instead of beta: the last is 0, the first stays."""
+    """Algorithm 1 of Lin et al. (2024), arXiv:2305.08891, for alpha instead of beta: keeps the first, the last is 0."""
     return (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
 
 
@@ -42,14 +42,14 @@ def stable_diffusion_alpha() -> Tensor:
 
 
 def zero_terminal_snr(steps: int) -> Schedule:
-    """alpha, sigma and times of the paper's schedule at "trailing" steps, down to clean data."""
+    """Returns alpha, sigma and times of the paper's schedule at "trailing" steps, down to clean data."""
     time = torch.linspace(1000, 0, steps + 1, dtype=torch.float64)[:-1].round() - 1
     alpha = torch.cat((rescaled(stable_diffusion_alpha())[time.long()], torch.ones(1, dtype=torch.float64)))
     return alpha, (1 - alpha**2).sqrt(), time
 
 
 def gaussian(schedule: Schedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The exact prediction for data N(MEAN, STD^2), which is affine in x."""
+    """Returns the exact prediction for N(MEAN, STD^2) data, which is affine in x."""
     alpha, sigma, time = (each.tolist() for each in schedule)
     levels = dict(zip(time, zip(alpha, sigma, strict=True), strict=False))
 
@@ -64,9 +64,9 @@ def gaussian(schedule: Schedule, prediction: str) -> Callable[[Tensor, Tensor], 
 
 
 def moments(model: Callable[[Tensor, Tensor], Tensor], table: StepTable) -> tuple[float, float]:
-    """Mean and standard deviation of the samples of a table and an affine network, without error.
+    """Returns the exact mean and standard deviation of the samples of a table and an affine network.
 
-    The response to each normal that is drawn is measured: of one sample none is 1, of each other one of them is.
+    The response to each normal is measured: one sample has only zeros, and each other sample has a single 1.
     """
     draws = torch.eye(len(table) + 2, len(table) + 1, dtype=torch.float64).flip(0)
     x = reference.sample(
@@ -83,7 +83,7 @@ def moments(model: Callable[[Tensor, Tensor], Tensor], table: StepTable) -> tupl
 
 def test_the_schedule_is_the_papers() -> None:
     alpha = stable_diffusion_alpha()
-    assert alpha[-1] == pytest.approx(0.068265, abs=5e-7)  # its table 1
+    assert alpha[-1] == pytest.approx(0.068265, abs=5e-7)  # table 1 of the paper
     assert (alpha[-1] ** 2 / (1 - alpha[-1] ** 2)).item() == pytest.approx(0.004682, abs=5e-7)
     ours, sigma, time = zero_terminal_snr(10)
     assert (ours[0], sigma[0], time[0], time[-1]) == (0, 1, 999, 99)
@@ -96,7 +96,7 @@ def test_exact_predictions_give_the_data_to_first_order(name: str, prediction: s
     for steps in (50, 100, 200):
         schedule = zero_terminal_snr(steps)
         mean, std = moments(gaussian(schedule, prediction), BUILDERS[name](*schedule, prediction))
-        assert mean == pytest.approx(MEAN, abs=1e-12)  # every exact prediction is of this mean
+        assert mean == pytest.approx(MEAN, abs=1e-12)  # every exact prediction has this mean
         errors.append(abs(std - STD))
     assert errors[0] < 0.06
     assert errors[1] < max(0.65 * errors[0], 5e-4)
@@ -105,7 +105,7 @@ def test_exact_predictions_give_the_data_to_first_order(name: str, prediction: s
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
-@pytest.mark.parametrize("name", [name for name in BUILDERS if not name.startswith("unipc")])  # its corrector has none
+@pytest.mark.parametrize("name", [name for name in BUILDERS if not name.startswith("unipc")])  # no limit
 def test_the_table_is_the_limit_of_small_alpha(name: str, prediction: str, clip: float | None) -> None:
     alpha, sigma, time = (each[:-1] for each in zero_terminal_snr(8))  # without the clean end
     table = BUILDERS[name](alpha, sigma, time, prediction, clip=clip)
@@ -114,7 +114,7 @@ def test_the_table_is_the_limit_of_small_alpha(name: str, prediction: str, clip:
         start = torch.cat((torch.tensor([small], dtype=torch.float64), alpha[1:]))
         other = BUILDERS[name](start, sigma, time, prediction, clip=clip)
         distances.append(float((table.packed - other.packed).abs().max()))
-    # A multistep row weighs the one before it by the ratio of their h, which goes to 0 as 1 / log(alpha) does.
+    # A multistep row weights the one before it by the ratio of their h, which tends to 0 like 1 / log(alpha).
     assert distances[-1] < (1e-3 if name.startswith(IN_LOG_SNR) else 1e-12)
     assert distances[0] < (0.05 if name.startswith(IN_LOG_SNR) else 1e-6)
 
@@ -126,7 +126,7 @@ def test_the_first_row_takes_the_prediction_and_noise(name: str) -> None:
     stochastic = name in STOCHASTIC
     assert (row.time, row.q) == (999.0, 1.0)
     assert not any((*row.p, *row.A[0][1:]))
-    # eps is x where alpha is 0
+    # eps is x if alpha is 0
     x, z = (0.0, float(sigma[1])) if stochastic else (float(sigma[1]), 0.0)
     assert (row.e[0], row.A[0][0], row.d[0]) == pytest.approx((float(alpha[1]), x, z), abs=1e-15)
     assert not (stochastic and row.b[0])
@@ -156,7 +156,7 @@ def test_every_engine_samples_from_pure_noise(backend: str) -> None:
 @pytest.mark.parametrize("prediction", solvers.PREDICTIONS)
 @pytest.mark.parametrize("name", ["euler_maruyama", "exponential_euler_maruyama", "heun"])
 def test_solvers_without_a_data_prediction_need_no_alpha(name: str, prediction: str) -> None:
-    sde = VPSDE(beta_max=2000.0)  # alpha(1) is 7e-218, which fp32 does not hold
+    sde = VPSDE(beta_max=2000.0)  # alpha(1) is 7e-218, which underflows in fp32
     table = solvers.build(name, sde, 400, prediction=prediction, t_end=0.001)
     if name == "euler_maruyama" and prediction in ("score", "eps"):
         time = torch.linspace(1, 0.001, 401, dtype=torch.float64)
@@ -183,4 +183,4 @@ def test_points_that_differ_by_a_rounding_make_finite_rows(name: str) -> None:
         alpha = torch.tensor([0.3 + 0.003 * k, 0.3 + 0.003 * k + step * (k % 3 + 1)], dtype=torch.float64)
         sigma = torch.tensor([0.5, 0.5], dtype=torch.float64)
         if alpha[0] < alpha[1]:
-            assert len(BUILDERS[name](alpha, sigma, [1.0], "v")) == 1  # whose columns are finite, or it raises
+            assert len(BUILDERS[name](alpha, sigma, [1.0], "v")) == 1  # its columns are finite, or it raises

@@ -18,7 +18,7 @@ UNREAD = torch.full((4,), torch.nan, dtype=torch.float64)
 
 
 def table_of(rows: int = 3, **columns: object) -> StepTable:
-    """Rows that are all the same, but for columns of a value a row."""
+    """Returns a table whose rows are all the same, except for columns with a value per row."""
     shapes = {"A": 3, "n": 2, "p": 2, "b": 2, "e": 2, "d": 2, "q": 1}
     made = {}
     for name, value in columns.items():
@@ -43,7 +43,7 @@ def test_a_history_moves_on_and_slot_0_goes_where_nobody_is_left() -> None:
 def test_what_no_later_row_reads_is_dead() -> None:
     live = [HISTORY.terms(row) for row in range(3)]
     assert [terms.computed for terms in live] == [(0,)] * 3
-    # The last row needs no history, and the one before only what the last reads.
+    # The last row needs no history, and the one before it only what the last row reads.
     assert [terms.sources for terms in live] == [(None, 0, 1), (None, 0, 1), (None, None, None)]
     data = table_of(A=[[1.0, 0], [0, 0]], e=[[0.5, 1.0], [0, 1.0], [0.0, 1.0]], p=[1.0, 0], q=[2.0] * 3)
     assert [terms.has_data for terms in map(data.terms, range(3))] == [True, False, False]  # slot 1 is never read
@@ -99,11 +99,11 @@ def test_random_tables_have_every_kind_of_term() -> None:
 
 
 def run(table: StepTable, f: Callable[[Tensor, int], Tensor], terms_of: Callable[[int], Terms]) -> list[Tensor]:
-    """Slot 0 after each row as an engine goes about it: in m places and one for the input; what is not read is NaN."""
+    """Returns slot 0 after each row, computed like an engine in m places and one for the input; the rest is NaN."""
     places = [torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))]
     places += [torch.zeros_like(places[0]) for _ in range(1, table.slots)]
     states, network_input = [], reference.network_input(places, table, 0)
-    slots = list(range(table.slots))  # of each, its place
+    slots = list(range(table.slots))  # the place of each slot
     for row in range(len(table)):
         k, terms = table.row(row), terms_of(row)
         output = f(network_input, row)
@@ -133,7 +133,7 @@ def run(table: StepTable, f: Callable[[Tensor, int], Tensor], terms_of: Callable
 
 
 def weighted(coefficients: tuple[float, ...], values: tuple[Tensor, ...], kinds: tuple[int, ...]) -> Tensor:
-    """The sum of the terms that are known not to be absent; a kind must be true of the coefficient."""
+    """Returns the sum of the terms that are not absent; the kind of each must match its coefficient."""
     total = torch.zeros_like(UNREAD)
     for coefficient, value, kind in zip(coefficients, values, kinds, strict=True):
         if kind != ABSENT:
@@ -143,7 +143,7 @@ def weighted(coefficients: tuple[float, ...], values: tuple[Tensor, ...], kinds:
 
 
 def plain(table: StepTable, f: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
-    """The same by matrices, with nothing left out."""
+    """Returns the same computed with matrices, with nothing left out."""
     s = torch.zeros(table.slots, 4, dtype=torch.float64)
     s[0] = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states = []
@@ -165,6 +165,6 @@ def test_renaming_and_leaving_out_what_is_dead_changes_nothing(slots: int, rows:
         return torch.sin(x + row)
 
     expected = plain(table, f)
-    for terms_of in (table.terms, lambda row: table.terms()):  # as an eager engine, and as a graph
+    for terms_of in (table.terms, lambda row: table.terms()):  # as in an eager engine, and as in a graph
         for ours, theirs in zip(run(table, f, terms_of), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Spacing of times: what the papers' formulas say, for every process."""
+"""Spacing of times: the formulas of the papers, for every process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_each_spacing_is_equidistant_in_its_own_way() -> None:
     for spacing, of in maps.items():
         steps = of(spaced(spacing, sde, 12, 0.9, 0.05)).diff()
         torch.testing.assert_close(steps, steps.mean().expand(12), rtol=1e-9, atol=0)
-    # Down to clean data, the last interval starts where the process was trained last, at t_min.
+    # Down to clean data, the last interval starts at t_min, the smallest time of training.
     steps = maps["log_snr"](spaced("log_snr", sde, 12, 1.0, 0.0)[:-1]).diff()
     torch.testing.assert_close(steps, steps.mean().expand(11), rtol=1e-9, atol=0)
     assert spaced("log_snr", sde, 12, 1.0, 0.0)[-2] == pytest.approx(sde.t_min, rel=1e-9)

@@ -1,4 +1,4 @@
-"""The U-Net's inference form against the U-Net: layer by layer, as a whole, and as its weights change."""
+"""The U-Net's inference form against the U-Net: layer by layer, as a whole, and after its weights change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastsde.benchmarks.suite.measure import fp32_products
 from fastsde.engines.unet_inference import UNetInference, log_sigmoid_, supports
 from fastsde.models import UNet
 
-# What an operation rounds its result to. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
+# Rounding of an operation's result. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 DTYPES = list(ROUNDING)
 ARCHITECTURES = {
@@ -46,7 +46,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """What torch.empty returns holds NaN, so that an element that no kernel wrote shows."""
+    """Makes torch.empty return NaN, so that elements which no kernel writes are noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -80,7 +80,7 @@ class _Convolutions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def listen_to_the_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The one that is a kernel."""
+        """Also records the last convolution, which is a kernel."""
         module = importlib.import_module("fastsde.kernels.head_convolution")
         launch = module.head_convolution
 
@@ -94,14 +94,14 @@ class _Convolutions(TorchFunctionMode):
 def _layer(
     layer: nn.Module, signal: Tensor, dtype: torch.dtype, activate: bool = True, time: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """A layer of a float64 U-Net, and how far one in ``dtype`` may be from it. ``time``: the time's part, absolute."""
+    """Returns a layer of a float64 U-Net, and the error allowed in ``dtype``; ``time`` is the time's part, absolute."""
     u = ROUNDING[dtype]
     sums = min(u, 2.0**-24)
     absolute = copy.deepcopy(layer)
     for parameter in absolute.parameters():
         parameter.abs_()
-    # A sum of n products is off by as many roundings of at most its absolute terms, which grow like sqrt(n); 9 more are
-    # of the folded time. The result is rounded, before bias and time are added to it.
+    # A sum of n products has n roundings of at most its absolute terms, whose error grows like sqrt(n); 9 more come
+    # from the folded time. The result is rounded, before bias and time are added to it.
     terms = 9 * layer.weight.shape[0 if isinstance(layer, nn.ConvTranspose2d) else 1]
     v, size = layer(signal), absolute(signal.abs())
     bound = sums * (terms**0.5 + 9) * size + u * (v.abs() + layer.bias.abs()[:, None, None] + time)
@@ -120,7 +120,7 @@ def _pool(a: Tensor) -> Tensor:
 
 
 def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """What the second and each further convolution should read, and the result, from what the ones before it read."""
+    """Returns what each convolution after the first should read, and the result, from the inputs of earlier ones."""
     read = [signal.double() for signal in read]
     plane = t.double()[:, None, None, None].expand(-1, 1, *x.shape[2:])
     read[0] = torch.cat((x.double(), plane), dim=1)
@@ -162,7 +162,7 @@ def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monke
         assert (excess <= 0).all(), f"layer {number}: {excess.max():.3g} beyond a bound of {bound.max():.3g}"
 
 
-# The whole ----------------------------------------------------------------------------------------------------------
+# The whole network --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -180,7 +180,7 @@ def test_the_whole_is_as_near_to_the_exact_result_as_the_unet(path: str, name: s
 
 
 def _assert_about_as_near(unet: UNet, ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Within twice PyTorch's own error, and per layer one rounding of a result of size 1 and, as in test_models, 68."""
+    """Checks that errors are within twice PyTorch's own, plus a rounding and, as in test_models, 68 more per layer."""
     per_layer = max(ROUNDING[dtype], 68 * min(ROUNDING[dtype], 2.0**-24))
     excess = (ours - exact).abs().max() - 2 * (theirs - exact).abs().max()
     assert excess <= (2 * len(unet.channels) + 1) * per_layer
@@ -191,7 +191,7 @@ def test_the_tutorials_unet(path: str) -> None:
     unet = UNet()
     x, t = inputs(unet, 1)
     with torch.no_grad():
-        # Both are within 11 layers' rounding, as in test_models, of the exact result.
+        # Both are within 11 layers' rounding of the exact result, as in test_models.
         torch.testing.assert_close(UNetInference(unet)(x, t), unet(x, t), atol=2 * 11 * 68 * 2.0**-24, rtol=0)
 
 
@@ -386,10 +386,10 @@ def test_the_log_sigmoid_is_accurate_everywhere(dtype: torch.dtype) -> None:
     finite = v.isfinite()
     assert torch.equal(ours[~finite].double(), exact[~finite])
     # In u = exp(-|v|) the factor log2(e), their product and exp2 are off by (2 |v| + 1) roundings, and log1p and the
-    # difference round once; fp16 and bf16 round the result besides.
+    # difference round once; fp16 and bf16 also round the result.
     u = 2.0**-24 if narrow else ROUNDING[dtype]
     bound = u * ((2 * v.double().abs() + 3) * torch.exp(-v.double().abs()) + exact.abs())
-    bound += narrow * (exact.abs() * ROUNDING[dtype] + 2.0**-25) + 2.0**-126  # what may be flushed to 0
+    bound += narrow * (exact.abs() * ROUNDING[dtype] + 2.0**-25) + 2.0**-126  # values that may be flushed to 0
     assert ((ours.double() - exact).abs()[finite] <= bound[finite]).all()
     assert log_sigmoid_(torch.tensor([float("nan")], dtype=dtype)).isnan().all()
 

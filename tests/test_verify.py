@@ -1,4 +1,4 @@
-"""`fastsde verify`: right backends pass, wrong ones are found, and what cannot run is said."""
+"""`fastsde verify`: correct backends pass, wrong ones are found, and those that cannot run are listed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FP32 = [torch.float32]
 
 
 def _replace_eager(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Tensor]) -> None:
-    """Puts ``change(x, model, table)`` of the reference's samples in the eager backend's place."""
+    """Replaces the eager backend by ``change(x, model, table)`` of the reference's samples."""
 
     def engine(network: Any, request: Request) -> Tensor:
         return change(engines.get("reference")(network, request), network, request.table)
@@ -86,7 +86,7 @@ def test_normals_within_the_noise_contract_pass(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(engines._ENGINES, "eager", engine)
     result = _of(verify("swiss-roll", device="cpu", dtypes=FP32, steps=200), "eager")
     assert result.verdict == verdict
-    # Not by a wide margin: the constant is the contract's.
+    # The margin is not wide: the constant is that of the contract.
     assert error > 1 or result.whole.rms > result.whole.allowed / 10
 
 

@@ -1,4 +1,4 @@
-"""The words of the command line are those that the package knows."""
+"""The command line accepts exactly the names that the package knows."""
 
 from __future__ import annotations
 

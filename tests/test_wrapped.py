@@ -1,4 +1,4 @@
-"""Wrapped networks are looked into, samplers can be sent elsewhere, and measuring leaves no trace."""
+"""Wrapped networks are unwrapped, samplers can be pickled, and measuring has no side effects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_wrapped_networks_run_as_what_is_inside(wrap: Any, dtype: torch.dtype | 
         plain, wrapped = (Sampler(each, shape, steps=3, dtype=dtype) for each in (model, wrap(model)))
         assert wrapped.backend == plain.backend
         assert isinstance(wrapped._network._run, UNetInference) == isinstance(plain._network._run, UNetInference)
-        if not isinstance(wrap(model), AveragedModel):  # which holds a copy of the weights
+        if not isinstance(wrap(model), AveragedModel):  # it has a copy of the weights
             assert torch.equal(wrapped(4), plain(4))
 
 
@@ -148,7 +148,7 @@ def test_a_sampler_can_be_pickled_and_copied(model: nn.Module, options: dict[str
     copied = copy.deepcopy(sampler)
     with torch.no_grad():
         next(model.parameters()).mul_(2)
-    assert torch.equal(copied(3, seed=4), expected)  # its weights are its own
+    assert torch.equal(copied(3, seed=4), expected)  # it has its own weights
     assert not torch.equal(sampler(3, seed=4), expected)
 
 
@@ -181,7 +181,7 @@ class Normalised(nn.Module):
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has been warned of anything yet."""
+    """Resets warnings that are shown only once."""
     monkeypatch.setattr(notices, "_told", {})
 
 
@@ -220,7 +220,7 @@ def test_random_layers_are_warned_of_once(told: None) -> None:
 
 
 class Held:
-    """A network that is no module and holds one."""
+    """A network that is not a module but holds one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.models = {"first": [model]}

@@ -1,9 +1,9 @@
-"""``torch.compile`` of the whole step, network included, in the mode that makes it fastest.
+"""``torch.compile`` of the whole step, including the network, in its fastest mode.
 
-On a GPU that is ``max-autotune`` with CUDA graphs, but convolutions from ATEN alone: Inductor's own templates gave
-wrong 3x3 results in PyTorch 2.11. Of a single kernel a graph would first copy the inputs, so that it has none. On a
-CPU it is the default, since neither ``max_autotune`` nor weights as constants (``freezing``) were faster, with channels
-last and with normals from ATEN (``fallback_random``): Inductor draws its own one by one there.
+On a GPU this is ``max-autotune`` with CUDA graphs, but with convolutions only from ATEN: Inductor's own templates gave
+wrong results for 3x3 convolutions in PyTorch 2.11. Single kernels run without CUDA graphs, which would copy the inputs
+first. On a CPU it is the default mode, since neither ``max_autotune`` nor constant weights (``freezing``) were faster,
+with channels last and with normals from ATEN (``fallback_random``), since Inductor draws its own one by one there.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .tutorial import Steps
 
 
 def compiled(function: Callable[..., Any], device: torch.device, graph: bool = False) -> Callable[..., Any]:
-    """For inputs of one size, as one whole: what cannot be compiled raises.
+    """Compiles a function for inputs of one size as a single graph; raises if a part of it cannot be compiled.
 
     Args:
-        graph: whether a GPU is to replay it as a CUDA graph, whose outputs the next call overwrites.
+        graph: whether a GPU replays it as a CUDA graph, so that the next call overwrites the outputs.
     """
     options: dict[str, Any] = {"fallback_random": True}
     if device.type == "cuda":
@@ -43,7 +43,7 @@ def compiled(function: Callable[..., Any], device: torch.device, graph: bool = F
 
 
 class Step:
-    """One row of any table of `fastsde.solvers`; the row is an input, so that one graph serves all of them."""
+    """One row of any table of `fastsde.solvers`. The row is an input, so that all rows share one compiled graph."""
 
     def __init__(self, task: Trajectory, precision: str) -> None:
         self._task, self._precision = task, precision
@@ -55,7 +55,7 @@ class Step:
         self._table, self._terms, m = table, table.terms(), table.slots
         self._has_data, self._has_noise = self._terms.has_data, self._terms.has_noise
         self._reads_slot_0 = all(table.row(k).reads_slot_0 for k in range(len(table)))
-        self._widths = [1, 1, m, m, m, m, m, *[m] * m]  # of time, q, n, p, b, e, d and the rows of A
+        self._widths = [1, 1, m, m, m, m, m, *[m] * m]  # time, q, n, p, b, e, d and the rows of A
         self.rows = table.packed.to(task.device, torch.float32)
         self._fast = compiled(self._step, task.device, graph=True)
 
@@ -82,11 +82,11 @@ class Step:
     @torch.no_grad()
     def __call__(self, slots: list[Tensor], row: Tensor) -> list[Tensor]:
         new: list[Tensor] = self._fast(slots, row)
-        # On a GPU the outputs are the graph's own memory.
+        # On a GPU the outputs are memory of the CUDA graph.
         return [slot.clone() for slot in new] if self._task.device.type == "cuda" else new
 
     def run(self) -> Tensor:
-        """A whole trajectory."""
+        """Runs a whole trajectory."""
         with self._task.precision_of_products(self._precision):
             slots = [torch.randn(self._task.shape, device=self._task.device)]
             slots += [torch.zeros_like(slots[0]) for _ in range(1, self._table.slots)]
@@ -96,13 +96,16 @@ class Step:
 
     @torch.no_grad()
     def prove(self) -> Figures:
-        """A row in the middle: its noise, and without it at most twice as far from float64 as plain PyTorch is."""
+        """Checks a row in the middle: its noise, and that without noise its error is at most twice plain PyTorch's.
+
+        Errors are relative to float64.
+        """
         task, k = self._task, len(self.rows) // 2
         slots = list(torch.randn((self._table.slots, *task.shape), device=task.device))
         quiet = self.rows[k].clone()
         quiet.split(self._widths)[6].zero_()
         with task.precision_of_products(self._precision):
-            for _ in range(3):  # the first calls warm up and capture
+            for _ in range(3):  # the first calls warm up and capture the graph
                 found = self(slots, quiet)[0]
             noisy = self(slots, self.rows[k])[0]
             index = torch.linspace(0, task.n - 1, min(task.n, 20)).long().to(task.device)
@@ -116,18 +119,18 @@ class Step:
         error = float((own - right).square().mean().sqrt())
         figures = check("a row", float((found[index] - right).square().mean().sqrt()), 2 * error + 1e-6)
         if d := self._table.row(k).d[0]:
-            check_normals("its noise", (noisy - found).double() / d)
+            check_normals("the noise of a row", (noisy - found).double() / d)
         return figures
 
     def _without_noise(self, slots: list[Tensor], f: Tensor, k: int) -> Tensor:
-        """Slot 0 after row k in float64, of coefficients as the compiled row reads them."""
+        """Returns slot 0 after row k in float64, with the coefficients rounded as the compiled row reads them."""
         names = ("time", "n", "p", "q", "A", "b", "e", "d")
         row = {name: getattr(self._table, name)[k : k + 1].float().double() for name in names}
         return reference.solver_step(slots, f, replace(self._table, **row), 0, z=torch.zeros_like(f))[0]
 
 
 def _sum(coefficients: Sequence[Tensor], values: Sequence[Tensor], kinds: Sequence[int] | None = None) -> Tensor:
-    """The sum of the terms that are not zero in the whole table, by their kinds."""
+    """Returns the sum of the terms, by their kinds, without those that are zero in all rows."""
     kinds = kinds or [ANY] * len(values)
     used = [
         value if kind == ONE else coefficient * value
@@ -142,14 +145,14 @@ def sampling(task: Trajectory, precision: str) -> Run:
 
 
 def prove(run: Any, x: Tensor) -> Figures:
-    """The samples are finite, and a row is right: its noise is compiled, and can be that of nobody else."""
+    """Checks that the samples are finite and that a row is correct. The compiled noise cannot be replaced for this."""
     step: Step = run.__self__
     check("the samples", 0.0 if x.isfinite().all() else math.inf, 0.0)
     return step.prove()
 
 
 def training(recipe: Recipe) -> Steps:
-    """The loss, its gradients and the network as one graph; Adam is fused."""
+    """Returns training steps with the network, the loss and its gradients as one graph, and with fused Adam."""
     fast = compiled(lean.loss, recipe.device, graph=True)
 
     def loss(network: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""diffusers' loops on the same network: `ScoreSdeVpScheduler`, `DDPMScheduler`, `DPMSolverMultistepScheduler`."""
+"""diffusers' loops with the same network: `ScoreSdeVpScheduler`, `DDPMScheduler` and `DPMSolverMultistepScheduler`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _imported(name: str) -> ModuleType:
 
 
 def _score_sde_vp(rows: int, device: torch.device) -> Any:
-    """Steps of 1/rows on linspace(1, 1/rows, rows), which are the tutorial's; it wants the network's eps."""
+    """Returns a scheduler with steps of 1/rows on linspace(1, 1/rows, rows), as in the tutorial. It expects eps."""
     module = _imported("diffusers.schedulers.deprecated.scheduling_sde_vp")
     scheduler = module.ScoreSdeVpScheduler(beta_min=BETA_MIN, beta_max=BETA_MAX, sampling_eps=1 / rows)
     scheduler.set_timesteps(rows, device=device)
@@ -40,7 +40,7 @@ def _score_sde_vp(rows: int, device: torch.device) -> Any:
 
 
 def score_sde_vp_step(rows: int, row: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """One step, for eps."""
+    """Returns a function that takes one step, from x and eps."""
     scheduler = _score_sde_vp(rows, device)
     t = scheduler.timesteps[row]
     return lambda x, eps: scheduler.step_pred(eps, x, t)[0]
@@ -61,7 +61,7 @@ def score_sde_vp(task: Trajectory, precision: str) -> Run:
 
 
 def _ddpm(task: Trajectory) -> Any:
-    """Ancestral sampling on the discrete chain of as many steps, whose betas are beta(t) / rows."""
+    """Returns a scheduler for ancestral sampling on a discrete chain of as many steps, with betas beta(t) / rows."""
     if task.rows < 2 * BETA_MAX:
         raise UnavailableError(f"a DDPM chain of beta(t) / rows needs at least {2 * BETA_MAX} rows, got {task.rows}")
     diffusers = _imported("diffusers")
@@ -77,14 +77,14 @@ def ddpm(task: Trajectory, precision: str) -> Run:
 
 
 def ddpm_task(task: Trajectory) -> Trajectory:
-    """The same by this package: its own DDPM on the alphas of that chain."""
+    """Returns the equivalent task for fastsde: its own DDPM on the alphas of that chain."""
     scheduler = _ddpm(task)
     alpha = torch.cat((scheduler.alphas_cumprod.double().flip(0).sqrt(), torch.ones(1, dtype=torch.float64)))
     return _as_task(task, scheduler, solvers.ddpm, alpha)
 
 
 def _dpm_solver(task: Trajectory) -> Any:
-    """DPM-Solver++(2M) as diffusers runs it: on a thousand training steps, its last step of first order."""
+    """Returns a scheduler for DPM-Solver++(2M) with a thousand training steps; its last step is of first order."""
     diffusers = _imported("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
         1000, beta_start=BETA_MIN / 1000, beta_end=BETA_MAX / 1000, final_sigmas_type="zero"
@@ -98,19 +98,19 @@ def dpm_solver(task: Trajectory, precision: str) -> Run:
 
 
 def dpm_solver_task(task: Trajectory) -> Trajectory:
-    """The same by this package, on the alphas of that scheduler."""
+    """Returns the equivalent task for fastsde, on the alphas of that scheduler."""
     scheduler = _dpm_solver(task)
     alpha = (1 + scheduler.sigmas.double().square()).rsqrt()
     return _as_task(task, scheduler, partial(solvers.dpm_solver_pp_2m, lower_order_final=False), alpha)
 
 
 def _times(scheduler: Any) -> Tensor:
-    """Step i of the discrete chain is at t = (i + 1) / steps."""
+    """Returns the times of a scheduler's steps: step i of the discrete chain is at t = (i + 1) / steps."""
     return ((scheduler.timesteps.cpu() + 1).double() / scheduler.config.num_train_timesteps).clamp(max=1)
 
 
 def _as_task(task: Trajectory, scheduler: Any, solver: Callable[..., solvers.StepTable], alpha: Tensor) -> Trajectory:
-    """On a network that predicts eps, and a table of its own."""
+    """Returns a task with a network that predicts eps, and with the table of the solver at the scheduler's steps."""
     times = _times(scheduler)
     here = task.checkpoint
     eps = Checkpoint(Score(here.model, here, times, "eps"), here.sde, "eps")
@@ -124,7 +124,7 @@ def _loop(task: Trajectory, precision: str, scheduler: Any) -> Run:
 
     def run() -> Tensor:
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_timesteps(task.rows)  # which also forgets the last trajectory
+            scheduler.set_timesteps(task.rows)  # this also resets the history of the last trajectory
         with torch.no_grad(), task.precision_of_products(precision):
             x = torch.randn(task.shape, device=task.device)
             for i, t in zip(scheduler.timesteps, on_device, strict=True):

@@ -1,4 +1,4 @@
-"""Eager PyTorch without waste: constants in Python, operations in place, data on the device, fused Adam."""
+"""Eager PyTorch without overhead: constants in Python, in-place operations, data on the device, fused Adam."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..tasks.recipe import Recipe
 from ..tasks.trajectory import Trajectory
 from .tutorial import T_MIN, Loss, Steps, integral
 
-Used = list[tuple[int, float]]  # the terms of a sum: which, and its coefficient
+Used = list[tuple[int, float]]  # the terms of a sum: the index of a value, and its coefficient
 
 
 def step(x: Tensor, f: Tensor, a: float, b: float, d: float) -> Tensor:
-    """x' = a x + b f + d z, in four operations and out of place."""
+    """Returns x' = a x + b f + d z in new memory, computed in four operations."""
     return torch.randn_like(x).mul_(d).add_(x, alpha=a).add_(f, alpha=b)
 
 
 def sampling(task: Trajectory, precision: str) -> Run:
-    """Any table of `fastsde.solvers`, row by row, its coefficients as numbers."""
+    """Returns a function that runs any table of `fastsde.solvers` row by row, with coefficients as Python numbers."""
     network, table = task.network(precision, channels_last=task.device.type == "cuda"), task.table
     rows = [_row(table, row) for row in range(len(table))]
     times = table.time.to(task.device, torch.float32)
@@ -41,7 +41,7 @@ def sampling(task: Trajectory, precision: str) -> Run:
 
 
 def _row(table: StepTable, row: int) -> tuple[Used | None, Callable[[list[Tensor], Tensor], list[Tensor]]]:
-    """The network's input, None for slot 0, and the step, without terms that are zero and what nobody reads."""
+    """Returns the terms of the network's input (None for slot 0), and the step without zero or unused terms."""
     k, terms = table.row(row), table.terms(row)
     n, data_of = None if k.reads_slot_0 else _used(k.n), _used((*k.p, k.q))
     if table.slots == 1 and terms.has_noise and not terms.has_data:
@@ -72,7 +72,7 @@ def _used(coefficients: Sequence[float]) -> Used:
 
 
 def _sum(total: Tensor | None, used: Used, values: list[Tensor]) -> Tensor:
-    """The sum in the memory of ``total``, or in new memory."""
+    """Returns the sum of the terms, added to ``total`` in place, or in new memory without it."""
     if total is None:
         if not used:
             return torch.zeros_like(values[0])
@@ -84,7 +84,7 @@ def _sum(total: Tensor | None, used: Used, values: list[Tensor]) -> Tensor:
 
 
 def perturb(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t, t, the noise and sigma for data ``[B, d]``."""
+    """Returns x_t, t, the noise and sigma for data ``[B, d]``."""
     t = torch.empty((len(x), 1), dtype=x.dtype, device=x.device).uniform_(T_MIN, 1)
     area = integral(t)
     z, sigma = torch.randn_like(x), area.neg().expm1_().neg_().sqrt_()
@@ -92,13 +92,13 @@ def perturb(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def loss(network: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """The tutorial's loss, with the noise where the tutorial finds it again: the mean of (sigma score + z)^2."""
+    """Returns the tutorial's loss as the mean of (sigma score + z)^2, with z kept instead of recomputed from x_t."""
     x_t, t, z, sigma = perturb(x)
     return torch.addcmul(z, network(x_t, t), sigma).square().mean()
 
 
 def batches(recipe: Recipe) -> Iterator[Tensor]:
-    """Without a loader."""
+    """Yields batches of the data in random order, without a data loader."""
     size, x_0 = recipe.config.batch_size, recipe.x_0
     while True:
         for index in torch.randperm(len(x_0), device=recipe.device)[: len(x_0) // size * size].split(size):
@@ -106,5 +106,5 @@ def batches(recipe: Recipe) -> Iterator[Tensor]:
 
 
 def training(recipe: Recipe, of: Loss = loss) -> Steps:
-    """Steps by a loss ``of(network, x)``; nothing is read before the end."""
+    """Returns training steps with a loss ``of(network, x)``, which is read only after the last step."""
     return Steps(recipe, of, batches(recipe), recipe.work().model, fused=True)

@@ -21,8 +21,8 @@ from ..tasks.trajectory import SEED, Proof, Trajectory, dtype_of
 
 
 def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: bool = False, anew: bool = False) -> Run:
-    """A sampler, or ``anew`` by `fastsde.sample`, which makes one in each call."""
-    model = copy.deepcopy(task.checkpoint.model)  # of its own, since of a network few captures are kept
+    """Returns a function that calls a sampler or, with ``anew``, `fastsde.sample`, which creates one in each call."""
+    model = copy.deepcopy(task.checkpoint.model)  # its own copy, since only a few captures are kept per network
     options = {**task.options, "backend": backend, "dtype": dtype_of(precision), "compile": compile}
     reason = None if backend == "auto" else unavailable_reason(backend, task.device)
     if reason is not None:
@@ -41,7 +41,7 @@ def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: b
 def sampler(
     task: Trajectory, proof: Proof, backend: str, precision: str, compile: bool = False, anew: bool = False
 ) -> Provider:
-    """One of the backends in one precision."""
+    """Returns the provider for a backend in one precision."""
     words = ("fastsde.sample()" if anew else "fastsde", backend, "compiled" if compile else "")
     return Provider(
         f"{' '.join(filter(None, words))}, {precision}",
@@ -71,7 +71,7 @@ def captured_steps(recipe: Recipe, compile: bool = False) -> Run:
 
 
 def trainers(recipe: Recipe, precision: str) -> list[Provider]:
-    """The ways to take steps, in one precision."""
+    """Returns a provider for each way to take training steps, in one precision."""
     compiled = replace(recipe.config, compile=True)
     return [
         Provider(f"fastsde eager, {precision}", partial(eager_steps, recipe), prove_finite, precision),

@@ -1,4 +1,4 @@
-"""What people use instead of fastsde to sample, side by side."""
+"""The alternatives to fastsde for sampling, side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import compiled, diffusers, lean, torchsde, tutorial
 
 
 def precisions(task: Trajectory) -> tuple[str, ...]:
-    """Those that the network is run in, first PyTorch's default: TF32 for convolutions on a GPU."""
+    """Returns the precisions to run the network in. The first is PyTorch's default: TF32 for convolutions on a GPU."""
     if task.device.type == "cuda":
         return ("TF32", "fp32", "bf16") if task.has_images else ("fp32", "bf16")
     has_bf16 = task.has_images and any(name.endswith("bf16") for name in cpu_instructions())
@@ -29,7 +29,7 @@ def baseline(task: Trajectory) -> str:
 
 
 def case(task: Trajectory, subject: str, name: str, what: str, providers: Sequence[Provider], **options: Any) -> Case:
-    """Of a whole trajectory; the first provider is the baseline."""
+    """Returns a case of a whole trajectory; the first provider is the baseline."""
     return Case(
         subject=subject,
         name=name,
@@ -44,7 +44,7 @@ def case(task: Trajectory, subject: str, name: str, what: str, providers: Sequen
 
 
 def others(task: Trajectory, proof: Proof) -> list[Provider]:
-    """The tutorial's loop and whatever else takes the same steps of the SDE."""
+    """Returns the tutorial's loop and the other providers that take steps of the same SDE."""
     default, *rest = precisions(task)
     loops = [
         (LOOP, tutorial.sampling, default),
@@ -66,18 +66,18 @@ def others(task: Trajectory, proof: Proof) -> list[Provider]:
 def as_task(
     equivalent: Callable[[Trajectory], Trajectory], task: Trajectory, precision: str, run: Run, x: Tensor
 ) -> Figures:
-    """Proves a loop that takes steps of its own, by this package's table of those steps."""
+    """Checks a loop with different steps against fastsde's table of those steps."""
     return prove(equivalent(task)).given_noise(precision, run, x)
 
 
 def loop(name: str, make: Callable[[Trajectory, str], Run], task: Trajectory, proof: Proof, precision: str) -> Provider:
-    """One that draws by torch.randn, and takes the very steps of the task."""
+    """Returns a provider for a loop that draws its noise with torch.randn and takes exactly the steps of the task."""
     shows = partial(proof.given_noise, precision)
     return Provider(f"{name}, {precision}", partial(make, task, precision), shows, precision)
 
 
 def compilations(task: Trajectory) -> list[Provider]:
-    """By ``torch.compile``."""
+    """Returns the providers that use ``torch.compile``, one for each precision."""
     return [
         Provider(
             f"torch.compile, {precision}",

@@ -1,7 +1,7 @@
-"""torchsde's ``sdeint`` on the same network, by its Euler method.
+"""torchsde's ``sdeint`` with the same network and the Euler method.
 
-The Brownian motion is a `BrownianInterval` that knows the step, which is the fastest: 1.5 times as fast as the default
-for a thousand points and 999 rows, and 16 times for 100 rows.
+The Brownian motion is a `BrownianInterval` that is given the step size, the fastest choice: 1.5 times as fast as the
+default for a thousand points and 999 rows, and 16 times for 100 rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tutorial import beta_at
 
 
 class ReverseSDE(nn.Module):
-    """The reverse SDE in s = 1 - t, from 0 to 1, of a state ``[B, d]``."""
+    """The reverse SDE of a state ``[B, d]``, with s = 1 - t from 0 to 1."""
 
     noise_type, sde_type = "diagonal", "ito"
 
@@ -41,7 +41,7 @@ class ReverseSDE(nn.Module):
 
 
 class Sdeint:
-    """Its Brownian motion is replaced by independent normals where it is to be proved."""
+    """Calls ``sdeint``. For the check, its Brownian motion is replaced by independent normals."""
 
     def __init__(self, task: Trajectory, precision: str, package: Any) -> None:
         times = torch.linspace(1, 0, task.rows + 1, dtype=torch.float64)[:-1]
@@ -68,7 +68,7 @@ class Sdeint:
 
 
 class Increments:
-    """Of a Brownian motion, each drawn by ``torch.randn``, as ``sdeint`` asks for them."""
+    """A Brownian motion for ``sdeint`` whose increments are independent draws of ``torch.randn``."""
 
     levy_area_approximation = "none"
 

@@ -1,4 +1,4 @@
-"""The tutorial's loops as they stand: the baseline. Its formulas, operation for operation, in words of our own."""
+"""The tutorial's loops as they stand: the baseline. Same formulas, operation for operation, in code written anew."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def beta_at(t: Tensor) -> Tensor:
 
 
 def integral(t: Tensor) -> Tensor:
-    """Of beta, from 0 to t."""
+    """Returns the integral of beta from 0 to t."""
     return (BETA_MIN + 0.5 * (BETA_MAX - BETA_MIN) * t) * t
 
 
 def step(x: Tensor, score: Tensor, beta: Tensor, size: Tensor) -> Tensor:
-    """One Euler-Maruyama step of the reverse SDE."""
+    """Takes one Euler-Maruyama step of the reverse SDE."""
     return x - (-0.5 * beta * x - beta * score) * size + (beta * size).sqrt() * torch.randn_like(x)
 
 
 def sample(network: Callable[..., Tensor], shape: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
-    """The sampling loop, for a network that predicts the score of x and t."""
+    """Runs the sampling loop, for a network that predicts the score from x and t."""
     with torch.no_grad():
         times = torch.linspace(1, 0, rows + 1, device=device)
         x = torch.randn(*shape, device=device)
@@ -56,14 +56,14 @@ def sampling(task: Trajectory, precision: str) -> Run:
 
 
 def perturb(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t, t, its mean and its variance for data ``[B, d]``."""
+    """Returns x_t, t, and the mean and variance of x_t, for data ``[B, d]``."""
     t = torch.rand((len(x), 1), dtype=x.dtype, device=x.device) * (1 - T_MIN) + T_MIN
     mean, variance = x * torch.exp(-0.5 * integral(t)), -torch.expm1(-integral(t))
     return torch.randn_like(x) * variance**0.5 + mean, t, mean, variance
 
 
 def loss(network: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """The denoising loss of data ``[B, d]``; the network takes x and t ``[B, 1]``."""
+    """Returns the denoising loss for data ``[B, d]``; the network takes x and t ``[B, 1]``."""
     x_t, t, mean, variance = perturb(x)
     target = -(x_t - mean) / variance
     return (variance * (network(x_t, t) - target) ** 2).mean()
@@ -73,12 +73,12 @@ Loss = Callable[[Callable[..., Tensor], Tensor], Tensor]
 
 
 class Steps:
-    """Steps of training that are timed, and what they consist of."""
+    """Training steps to be timed, with their network, loss, data and optimizer."""
 
     def __init__(self, recipe: Recipe, loss: Loss, batches: Iterator[Tensor], model: nn.Module, fused: bool) -> None:
         self.recipe, self.loss, self.model = recipe, loss, model
         self.network = recipe.network(model)
-        self._reads = not fused  # the loss after each step, as the tutorial does
+        self._reads = not fused  # whether the loss is read after each step, as in the tutorial
         self._batches = batches
         self._optimizer = torch.optim.Adam(model.parameters(), lr=recipe.config.lr, fused=fused or None)
 
@@ -95,7 +95,7 @@ class Steps:
 
 
 def training(recipe: Recipe) -> Steps:
-    """With the data loader, and the loss read after each step."""
+    """Returns training steps with a data loader, whose loss is read after each step."""
     loader = DataLoader(
         TensorDataset(recipe.x_0.cpu()), batch_size=recipe.config.batch_size, shuffle=True, drop_last=True
     )
@@ -109,9 +109,9 @@ def training(recipe: Recipe) -> Steps:
 
 
 def prove_training(run: Steps, losses: Tensor) -> Figures:
-    """Loss and gradient are those of `fastsde.compat.tutorial`, over many draws of time and noise; and weights moved.
+    """Checks that the weights moved, and that loss and gradient agree with `fastsde.compat.tutorial`.
 
-    Both are means over draws, and lie as far apart as chance has them, in standard errors.
+    Both are means over many draws of time and noise, and their difference is measured in standard errors.
     """
     recipe = run.recipe
     started = recipe.work().model.parameters()

@@ -1,4 +1,4 @@
-"""A case: one task, the providers that do it side by side, and the proof that each must give before it gets a time."""
+"""A case: one task, the providers that do it side by side, and the check that each must pass before it is timed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class UnavailableError(Exception):
 
 
 class WrongError(Exception):
-    """A provider computes the wrong thing."""
+    """A provider computes wrong results."""
 
 
 def check(name: str, error: float, bound: float) -> Figures:
-    """Stops what is wrong before it gets a time.
+    """Checks an error against its bound, so that a wrong provider is not timed, and returns both.
 
     Raises:
-        WrongError: for an error beyond the bound, or NaN.
+        WrongError: if the error exceeds the bound or is NaN.
     """
     if not error <= bound:
-        raise WrongError(f"{name} is off by {error:.3g}, where at most {bound:.3g} is due")
+        raise WrongError(f"{name} is off by {error:.3g}, at most {bound:.3g} is allowed")
     return {"error": error, "allowed": bound}
 
 
@@ -42,13 +42,13 @@ class Provider:
     """One way to do the task of a case.
 
     Args:
-        name: as tables show it; those of this package start with "fastsde".
-        make: returns what is to be timed, or raises `UnavailableError`.
-        prove: called with that and the result of one of its first calls; raises `WrongError`, or returns what it
-            compared.
-        precision: "fp32", "TF32" or "bf16", whose rate its limit is reckoned by.
-        compiles: for so long that it is left out where a run has little time left.
-        work: where it can do with less than the others.
+        name: as shown in tables; names of fastsde's own providers start with "fastsde".
+        make: returns the function to be timed, or raises `UnavailableError`.
+        prove: called with that function and the result of one of its first calls; raises `WrongError`, or returns what
+            it compared.
+        precision: "fp32", "TF32" or "bf16"; the limit is computed from the rate of this precision.
+        compiles: whether it compiles for so long that it is left out if little time remains.
+        work: its minimum work, if that is less than for the others.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Target:
-    """What the project wants of the fastest of some providers: a time, or a ratio to the fastest of others."""
+    """A goal of the project for the fastest of some providers: a time, or a speed relative to the fastest of others."""
 
     what: str
     of: tuple[str, ...]
@@ -90,25 +90,25 @@ def _fastest(providers: Figures, names: Sequence[str]) -> float | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A task of one size, cheap to make: nothing is loaded or computed before it runs.
+    """A task of one size. It is cheap to create: nothing is loaded or computed before it runs.
 
     Args:
-        subject: the file that it comes from.
-        name: its own.
-        what: the task, in words of a table.
-        prepare: makes what all providers share, so that no first call has to.
-        about: its sizes, as JSON takes them.
+        subject: the name of the file that defines it.
+        name: its own name.
+        what: a description of the task for tables.
+        about: its sizes, as JSON values.
         providers: in the order of the table.
-        baseline: the name of the one that ratios refer to, and that takes part twice.
-        work: what one of the ``per`` things cannot do without.
-        per: how many things a run does; times are of one.
-        calls: runs between two events of a GPU, or of one round.
-        rounds: at most.
-        enough: seconds after which a provider takes part in three rounds alone.
-        is_kernel: a run is a kernel or a few, so that a GPU is timed while it replays a CUDA graph of some runs.
-        timer: returns the seconds of a run that are to count; all of them by default.
-        run_s: seconds of a run, about, where its work does not tell, since it is a new process.
-        targets: what the project wants to reach.
+        baseline: the name of the provider that ratios refer to; it takes part twice.
+        work: the minimum work of one item.
+        per: the number of items that a run processes; times are per item.
+        calls: the number of runs timed together in one round.
+        rounds: the maximum number of rounds.
+        enough: seconds after which a provider takes part in only three rounds.
+        is_kernel: whether a run is one kernel or a few, to be timed on a GPU by replaying a CUDA graph of several runs.
+        timer: returns the seconds of a run that count; by default all of them.
+        run_s: the approximate seconds of a run in a new process, which cannot be estimated from its work.
+        targets: goals of the project.
+        prepare: creates what all providers share, so that it does not count towards the first call of any.
     """
 
     subject: str
@@ -129,14 +129,14 @@ class Case:
     prepare: Callable[[], Any] | None = None
 
     def head(self) -> Figures:
-        """What its record starts with."""
+        """Returns the start of its record."""
         names = {"subject": self.subject, "name": self.name, "what": self.what, **self.about}
         return {**names, "baseline": self.baseline, "providers": {}, "targets": []}
 
 
 @dataclass
 class Outcome:
-    """The record of a case, as JSON takes it, and the seconds of each round."""
+    """The record of a case, as JSON values, and the seconds of each round."""
 
     record: Figures
     times: dict[str, list[float]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a machine can do at most, measured in each run, and how long the least work of a task takes it."""
+"""The ceilings of a machine, measured in each run, and the least time in which it can do a given amount of work."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fastsde.verify import machine
 
 from .measure import Figures, fp32_products, seconds
 
-SPECIAL_FLOP = 12  # on a CPU, which has no unit for exp and log: 6 fused multiply-adds in each at the least
+SPECIAL_FLOP = 12  # on a CPU, which has no unit for exp and log: each needs at least 6 fused multiply-adds
 _RIVALS = ("diffusers", "torchsde", "pytest-benchmark")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run cannot do without, however it is written.
+    """The minimum work of a run, however it is implemented.
 
     Args:
-        bytes: read or written once, of what no cache holds.
+        bytes: memory traffic, of data that no cache holds and that is read or written once.
         flop: floating-point operations of matrix products and convolutions, or of an elementwise formula.
-        specials: exponentials, logarithms, roots, sines and cosines.
-        launches: kernels of a GPU that wait for one another.
-        clocks: of a GPU's chain of operations that wait for one another in one kernel.
+        specials: number of exponentials, logarithms, roots, sines and cosines.
+        launches: number of GPU kernels that depend on one another.
+        clocks: clock cycles of a chain of dependent operations within one GPU kernel.
     """
 
     bytes: float = 0
@@ -52,11 +52,11 @@ class Ceilings:
 
     Args:
         kind: "cpu" or "cuda".
-        bytes: copied a second, reads and writes, outside of any cache.
-        flop: a second, by precision.
-        specials: special functions a second.
-        launch: seconds from one kernel of a CUDA graph to the next that waits for it; 0 on a CPU.
-        clock: of a GPU, in Hz, at the highest; infinite on a CPU.
+        bytes: bytes per second of a copy that no cache holds, reads plus writes.
+        flop: FLOP per second, by precision.
+        specials: special functions per second.
+        launch: seconds from one kernel of a CUDA graph to the next that depends on it; 0 on a CPU.
+        clock: the highest clock rate of a GPU, in Hz; infinite on a CPU.
     """
 
     kind: str
@@ -67,10 +67,10 @@ class Ceilings:
     clock: float = math.inf
 
     def limit(self, work: Work, precision: str) -> Figures:
-        """The time below which no program for this device can come, and what sets it.
+        """Returns the least time that any program can take on this device, and what limits it.
 
-        On a GPU the units work beside one another, so that the slowest counts. On a CPU special functions are
-        arithmetic like the rest.
+        The units of a GPU work in parallel, so that the slowest one counts. On a CPU special functions count as
+        arithmetic.
         """
         flop = self.flop.get(precision, self.flop["fp32"])
         parts = {
@@ -90,19 +90,19 @@ class Ceilings:
 
 
 def ceilings(device: torch.device, rounds: int = 7) -> Ceilings:
-    """Measures a device, in seconds."""
+    """Measures a device, which takes some seconds."""
     bandwidth, flop = _copy_bandwidth(device, rounds), _products(device, rounds)
     if device.type != "cuda":
         return Ceilings(device.type, bandwidth, flop, flop["fp32"] / SPECIAL_FLOP)
     clock = _gpu_clock()
-    # Of compute capability 8 and 9. Others may have more units. Half of the functions may be polynomials, which other
-    # units compute, as three of four logarithms of `mlp_sampler` are.
+    # 16 units per multiprocessor, as in compute capability 8 and 9; others may have more. Twice as many, since half of
+    # the functions may be polynomials on other units, as three of four logarithms of `mlp_sampler` are.
     specials = 2 * 16 * torch.cuda.get_device_properties(device).multi_processor_count * clock
     return Ceilings(device.type, bandwidth, flop, specials, _launch(device), clock)
 
 
 def _best(run: Callable[[], object], device: torch.device, rounds: int, calls: int = 5) -> float:
-    """The fastest round: what else the machine does must not lower a ceiling."""
+    """Returns the seconds of the fastest round, so that other work on the machine does not lower a ceiling."""
     for _ in range(2):
         run()
     return min(seconds(run, device, calls) for _ in range(rounds))
@@ -115,10 +115,10 @@ def _copy_bandwidth(device: torch.device, rounds: int) -> float:
 
 
 def _products(device: torch.device, rounds: int) -> dict[str, float]:
-    """FLOP/s in each precision, of random numbers: the most that PyTorch reaches in a matrix product or a convolution.
+    """Returns the FLOP/s that PyTorch reaches in each precision, in matrix products or convolutions of random numbers.
 
-    Neither is always the faster: on some CPUs the convolution reaches 2.5 times the product's rate in fp32. Three
-    products in TF32 make one in fp32 (kernels/mlp_sampler.py).
+    Neither is always faster: on some CPUs the convolution reaches 2.5 times the product's rate in fp32. Three products
+    in TF32 can replace one in fp32 (kernels/mlp_sampler.py).
     """
     cuda = device.type == "cuda"
     size, images, channels, width = (8192, 256, 256, 28) if cuda else (1024, 8, 256, 14)
@@ -140,7 +140,7 @@ def _products(device: torch.device, rounds: int) -> dict[str, float]:
 
 
 def _gpu_clock() -> float:
-    """The highest that the driver names, in Hz, or infinity where it names none."""
+    """Returns the highest clock rate that the driver reports, in Hz, or infinity if it reports none."""
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 1e6
@@ -159,7 +159,7 @@ def _launch(device: torch.device, kernels: int = 500) -> float:
 
 
 def settings(device: torch.device) -> Figures:
-    """Device, versions and commit."""
+    """Returns the device, the versions of the software, and the commit."""
     return {
         **machine(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -180,7 +180,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file lies in; an installed package lies in none."""
+    """Returns the commit of the checkout that contains fastsde, or None for an installed package."""
     checkout = Path(fastsde.__file__).parents[1]
     if shutil.which("git") is None or not (checkout / "pyproject.toml").is_file():
         return None
@@ -199,6 +199,6 @@ def _cpu_name() -> str:
 
 
 def cpu_instructions() -> list[str]:
-    """Those of a CPU that kernels are written for."""
+    """Returns the instruction-set extensions of this CPU that matter for the kernels."""
     info = _cpu_info()
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in info]

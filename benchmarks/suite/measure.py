@@ -1,4 +1,4 @@
-"""Time, in interleaved rounds: a call of each provider, then again a call of each, so that all share every disturbance.
+"""Timing in interleaved rounds: each round calls every provider once, so that disturbances affect all of them alike.
 
 The baseline takes part twice, and the difference between its two medians is the noise of the measurement.
 """
@@ -17,14 +17,15 @@ import torch
 Run = Callable[[], Any]
 Figures = dict[str, Any]
 Inputs = TypeVar("Inputs")
-FEWEST_ROUNDS = 3  # of what is slow
+FEWEST_ROUNDS = 3  # for slow providers
 
 
 def seconds(run: Run, device: torch.device, calls: int = 1, lead: Run = lambda: None) -> float:
-    """Seconds a call, of ``calls`` of them: on a GPU between two events, so that the launch of one hides in another.
+    """Returns the mean seconds per call; on a GPU measured between two events, so that launches overlap with work.
 
     Args:
-        lead: what a GPU does before the first event, so that it does not wait for the launch of the first call either.
+        calls: the number of calls to time together.
+        lead: work for a GPU before the first event, so that it does not wait for the launch of the first call either.
     """
     if device.type != "cuda":
         started = time.perf_counter()
@@ -50,15 +51,15 @@ def measure(
     ends: float = math.inf,
     say: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The seconds of every round of each provider, and why others failed in one. They are to be warm.
+    """Returns the seconds of every round of each provider, and the errors of those that failed in a round.
 
-    Each round begins with another provider.
+    Each round begins with a different provider. The providers must be warm.
 
     Args:
-        timer: runs what it is given and returns the seconds that it took.
-        enough: seconds after which a provider takes part in no more rounds, once it has had three.
-        ends: when, by ``time.monotonic``, no round may last any longer; the first one is always taken.
-        say: is told which round it is.
+        timer: runs its argument and returns the seconds that it took.
+        enough: total seconds after which a provider takes part in no more rounds, once it has had three.
+        ends: the time, by ``time.monotonic``, at which the last round must have ended; the first one always runs.
+        say: called with the number of each round, in words.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     failures: dict[str, str] = {}
@@ -73,7 +74,7 @@ def measure(
             started = time.perf_counter()
             try:
                 times[name].append(timer(providers[name]))
-            except Exception as error:  # whatever it is, the others are still to be seen
+            except Exception as error:  # whatever it is, the other providers are still measured
                 failures[name] = in_words(error)
                 del times[name]
             spent[name] += time.perf_counter() - started
@@ -81,12 +82,12 @@ def measure(
 
 
 def in_words(error: Exception) -> str:
-    """An error in a line."""
+    """Returns an error as one line."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def summary(times: Sequence[float]) -> Figures:
-    """Median, and 20th and 80th percentile, in seconds."""
+    """Returns the median and the 20th and 80th percentiles, in seconds, and the number of rounds."""
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
     return {
         "median_s": statistics.median(times),
@@ -97,7 +98,7 @@ def summary(times: Sequence[float]) -> Figures:
 
 
 class Rotated(Generic[Inputs]):
-    """Calls ``run`` on one of ``inputs`` after the other: together larger than a cache, so that none holds the next."""
+    """Calls ``run`` on each of ``inputs`` in turn. If they are larger than the cache, the next one is never in it."""
 
     def __init__(self, run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> None:
         self.inputs = inputs
@@ -105,7 +106,7 @@ class Rotated(Generic[Inputs]):
 
     @property
     def last(self) -> Inputs:
-        """Those of the last call."""
+        """The inputs of the last call."""
         return self.inputs[self._turn]
 
     def __call__(self) -> Any:
@@ -115,7 +116,7 @@ class Rotated(Generic[Inputs]):
 
 @contextmanager
 def fp32_products(kind: Any, precision: str) -> Iterator[None]:
-    """Computes fp32 products of a kind, such as ``torch.backends.cuda.matmul``, in "ieee" or "tf32"."""
+    """Computes fp32 products of one kind, such as ``torch.backends.cuda.matmul``, in "ieee" or "tf32" precision."""
     before, kind.fp32_precision = kind.fp32_precision, precision
     try:
         yield

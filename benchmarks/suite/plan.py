@@ -1,4 +1,4 @@
-"""What a run of the suite is asked for."""
+"""The settings of a run of the suite."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Plan:
-    """A device, and whether small sizes are enough, which take three minutes on two cores."""
+    """A device, and whether to use small sizes, which take three minutes on two cores."""
 
     device: torch.device
     quick: bool = False
 
     @property
     def enough_s(self) -> float:
-        """Seconds of a provider, after which three rounds of it are enough."""
+        """Seconds of a provider after which three rounds are enough."""
         return 0.7 if self.quick else 2.0 if self.has_gpu else 6.0
 
     @property

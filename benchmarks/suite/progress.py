@@ -1,4 +1,4 @@
-"""What a run is doing and how far it has come, on stderr."""
+"""Shows on stderr what a run is doing and how far it has got."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 
 
 class Progress:
-    """On a terminal one line that is written anew, elsewhere a line for each case.
+    """Shows one line that is updated in place on a terminal, and elsewhere one line per case.
 
     Args:
-        cases: how many there are.
-        expected_s: how long all of them take, at a guess.
+        cases: the number of cases.
+        expected_s: the expected seconds for all of them.
     """
 
     def __init__(self, cases: int, expected_s: float) -> None:
@@ -20,19 +20,19 @@ class Progress:
         self._rewrites, self._case, self._number = sys.stderr.isatty(), "", 0
 
     def begin(self, case: str) -> None:
-        """The next case."""
+        """Starts the next case."""
         self._number, self._case = self._number + 1, case
         if not self._rewrites:
             print(self._line(), file=sys.stderr, flush=True)
 
     def say(self, what: str) -> None:
-        """What is being done for the case, such as a provider and which of how many it is."""
+        """Shows the current step of the case, such as the provider and its number."""
         if self._rewrites:
             width = shutil.get_terminal_size().columns
             print(f"\r\x1b[K{f'{self._line()}: {what}'[: width - 1]}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Before something else is printed."""
+        """Clears the line, before something else is printed."""
         if self._rewrites:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -42,5 +42,5 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Returns a time as minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

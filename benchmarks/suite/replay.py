@@ -1,7 +1,7 @@
-"""The time of a kernel on a GPU without that of Python: some calls are captured as a CUDA graph, which is replayed.
+"""The GPU time of a kernel, without the time of Python: several calls are captured as a CUDA graph and replayed.
 
-A launch from Python takes the host several times as long as a small kernel takes the GPU, so that calls one after the
-other measure the host. What the host takes for a call is a figure of its own.
+Launching a small kernel from Python takes the host several times as long as the kernel takes the GPU, so that a loop of
+calls measures the host. The host's time per call is recorded separately.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fastsde.engines import capture
 from .measure import Rotated, Run, seconds
 
 _HOST_ROUNDS = 5
-_HOST_CALLS = 5  # whose launches a GPU queues, so that the host waits for none of them
+_HOST_CALLS = 5  # few enough that the GPU queues their launches, and the host does not wait
 
 
 class Replay:
-    """Calls of a run as one CUDA graph.
+    """Several calls of a run, captured as one CUDA graph.
 
     Args:
-        run: is to be warm.
-        calls: how many at the least; each of its inputs has the same number of them.
+        run: a warm run.
+        calls: the minimum number of calls; it is rounded up so that all inputs are used equally often.
 
     Raises:
-        CaptureError: where a call does what no graph can hold.
+        CaptureError: if a call cannot be captured.
     """
 
     def __init__(self, run: Run, device: torch.device, calls: int) -> None:
@@ -45,17 +45,17 @@ class Replay:
         self._result = run()
 
     def __call__(self) -> Any:
-        """Returns the result of the last call, in memory of the graph."""
+        """Replays the graph and returns the result of its last call, which is memory of the graph."""
         self._replay()
         return self._result
 
     def seconds(self) -> float:
-        """Of the device, a call."""
+        """Returns the seconds per call on the device."""
         return seconds(self._replay, self._device, lead=self._replay) / self.calls
 
 
 def host_seconds(run: Run, device: torch.device) -> float:
-    """Seconds a call that the host is busy, while the device works on the calls before."""
+    """Returns the seconds per call for which the host is busy while the device works on earlier calls."""
     rounds = []
     for _ in range(_HOST_ROUNDS):
         capture.wait(device)

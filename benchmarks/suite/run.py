@@ -1,4 +1,4 @@
-"""A run of the suite: its subjects in order, shown and kept as they come."""
+"""A run of the suite: its subjects in order, with each result shown and saved as soon as it is known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .table import is_cut, is_ours, overview, show
 
 SEED = 1
 QUICK_MINUTES = 3.0
-# In the order in which they run: where the time is short, the last are left out.
+# In the order in which they run: if time is short, the last ones are left out.
 SUBJECTS = (
     "noise",
     "solver_step",
@@ -45,7 +45,7 @@ SUBJECTS = (
 
 
 def cases(plan: Plan, subjects: Sequence[str] = ()) -> list[Case]:
-    """Those of some subjects, or of all. Nothing is loaded or computed yet."""
+    """Returns the cases of some subjects, or of all. Nothing is loaded or computed yet."""
     found: list[Case] = []
     for subject in SUBJECTS:
         if not subjects or subject in subjects:
@@ -54,9 +54,9 @@ def cases(plan: Plan, subjects: Sequence[str] = ()) -> list[Case]:
 
 
 def new_result(plan: Plan) -> tuple[Figures, Ceilings]:
-    """What a result file starts with, and the ceilings of the device, measured now."""
+    """Returns the start of a result file, and the ceilings of the device, which are measured now."""
     if plan.has_gpu:
-        torch.cuda.set_device(plan.device)  # of events and graphs
+        torch.cuda.set_device(plan.device)  # for events and graphs
     torch.manual_seed(SEED)
     most = ceilings(plan.device)
     return {**settings(plan.device), "quick": plan.quick, "ceilings": most.describe(), "cases": []}, most
@@ -69,34 +69,34 @@ def outcomes(
     ends: float = math.inf,
     progress: Progress | None = None,
 ) -> Iterator[Outcome]:
-    """Runs cases one after the other, each in its share of the time until ``ends`` (by ``time.monotonic``)."""
+    """Runs cases one after the other, each within its share of the time until ``ends`` (by ``time.monotonic``)."""
     limited = [replace(case, enough=min(case.enough, plan.enough_s)) for case in chosen]
     for case, case_ends in deadlines(limited, most, ends):
         if progress is not None:
             progress.begin(f"{case.name}, {len(case.providers)} providers")
         least = least_s(case, most)
         if time.monotonic() + least >= case_ends:
-            reason = f"{LEFT_OUT}it takes {least:.2g} s at the least, more than its share of the time"
+            reason = f"{LEFT_OUT}it takes at least {least:.2g} s, more than its share of the time"
             yield Outcome({**case.head(), "failed": reason})
             continue
         say = (lambda what: None) if progress is None else progress.say
         try:
             yield run_case(case, plan.device, most, case_ends, say)
-        except Exception as error:  # what all its providers share cannot be made; the other cases are still to be seen
+        except Exception as error:  # what its providers share cannot be created; the other cases still run
             yield Outcome({**case.head(), "failed": in_words(error)})
-        torch.compiler.reset()  # its graphs keep their memory, and of one function it compiles no more than eight
+        torch.compiler.reset()  # its graphs keep their memory, and it compiles one function at most eight times
         if plan.has_gpu:
             torch.cuda.empty_cache()
 
 
 def run(plan: Plan, chosen: Sequence[Case], minutes: float | None, out: Path | None) -> Figures:
-    """Runs and shows cases, and keeps the result after each, so that a run that is cut short has not been in vain.
+    """Runs cases and shows the results, which are saved after each case, so that an interrupted run keeps its results.
 
     Args:
-        minutes: for all of it; with ``plan.quick`` three by default.
+        minutes: the time limit for all cases; with ``plan.quick`` three minutes by default.
 
     Raises:
-        ClickException: at the end, where a provider was wrong, or one of fastsde failed.
+        ClickException: at the end, if a provider was wrong, or one of fastsde's failed.
     """
     if minutes is None and plan.quick:
         minutes = QUICK_MINUTES
@@ -120,22 +120,22 @@ def run(plan: Plan, chosen: Sequence[Case], minutes: float | None, out: Path | N
 
 
 def _announcement(cases: int, expected: float, minutes: float | None) -> str:
-    """How long it will take, and how to have it otherwise."""
-    about = f"about {clock(expected)} min on this machine as it is now"
+    """Returns a line that says how long the run will take, and how to change that."""
+    about = f"about {clock(expected)} min on this machine in its present state"
     if minutes is None:
-        return f"{cases} cases, {about}; --minutes M cuts them to M, and --quick takes small ones"
+        return f"{cases} cases, {about}; --minutes M limits the time to M, and --quick uses small sizes"
     if expected <= 60 * minutes:
         return f"{cases} cases, {about}"
-    return f"{cases} cases, {about}, cut to {minutes:g}; --minutes M gives more"
+    return f"{cases} cases, {about}, limited to {minutes:g}; --minutes M sets another limit"
 
 
 def _tell_what_is_missing(records: Sequence[Figures]) -> None:
-    """Cases that the time has cut, and what to do about it."""
+    """Prints the cases that were cut by the time limit, and what to do about it."""
     left_out = [record["name"] for record in records if record.get("failed", "").startswith(LEFT_OUT)]
     cut = [record["name"] for record in records if is_cut(record)]
     for what, names in (("left out", left_out), ("with fewer rounds or providers", cut)):
         if names:
-            click.echo(f"for want of time {what}: {', '.join(names)}; --minutes gives more", err=True)
+            click.echo(f"{what} due to the time limit: {', '.join(names)}; raise it with --minutes", err=True)
 
 
 def _wrong(record: Figures) -> Iterator[str]:
@@ -147,6 +147,6 @@ def _wrong(record: Figures) -> Iterator[str]:
 
 
 def write_json(path: Path, result: Figures) -> None:
-    """Writes figures whole or not at all."""
+    """Writes figures atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""A case is run: every provider is proved, and those that are right are timed."""
+"""Runs a case: checks every provider, and times those with correct results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .machine import Ceilings
 from .measure import Figures, Run, in_words, measure, seconds, summary
 from .replay import Replay, host_seconds
 
-_LONG_S = 2.0  # of a first call, after which it is warm
-_GRACE = 0.25  # of what the proofs took, for a round that comes late: so they have not been in vain
+_LONG_S = 2.0  # a provider whose first call takes longer counts as warm after it
+_GRACE = 0.25  # a last round may exceed the limit by this share of the time spent on checks, so as not to waste them
 
 
 def run_case(
@@ -31,12 +31,12 @@ def run_case(
     ends: float = math.inf,
     say: Callable[[str], None] = lambda what: None,
 ) -> Outcome:
-    """Proves every provider, times those that are right, and compares them with what is physically possible.
+    """Checks every provider, times those that are correct, and compares them with the limits of the device.
 
     Args:
-        ends: when, by ``time.monotonic``, it is to be over. Then providers are left out, first those that compile, and
-            there are fewer rounds; a case of which not one round fits, or nearly so, has no figures.
-        say: is told what is being done.
+        ends: when, by ``time.monotonic``, it must be finished. If time is short, providers are left out, first those
+            that compile, and there are fewer rounds; a case in which not even one round fits has no figures.
+        say: called with a description of each step.
     """
     outcome, started = Outcome(case.head()), time.monotonic()
     if case.prepare is not None:
@@ -62,10 +62,11 @@ def run_case(
 def _prove_all(
     case: Case, outcome: Outcome, device: torch.device, ends: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Run], float]:
-    """What is right, to be timed, and how many seconds a round of it takes.
+    """Returns the correct providers, ready to be timed, and the seconds that a round of them takes.
 
-    The baseline comes first, then this package, and what compiles last: where the time ends, the last are left out.
-    Of the others none is expected to take longer than the baseline did, but to compile.
+    The baseline comes first, then fastsde, and providers that compile come last: if time runs out, the last ones are
+    left out. A provider is expected to take as long to check as the baseline, plus the time to compile, and as long to
+    run as the slowest so far.
     """
     figures: Figures = outcome.record["providers"]
     figures.update({provider.name: {} for provider in case.providers})  # in the order of the table
@@ -83,7 +84,7 @@ def _prove_all(
             run_s = min(own["first_call_s"], slowest) if slowest and case.timer is None else own["first_call_s"]
         figures[provider.name] = own
         if case.timer is not None:
-            own.pop("first_call_s", None)  # not all of it is what counts
+            own.pop("first_call_s", None)  # which includes time that does not count
         if run is not None:
             runs[provider.name] = run
             round_s += run_s * case.calls * (2 if provider.name == case.baseline else 1)
@@ -95,7 +96,7 @@ def _prove_all(
 def _time(
     case: Case, runs: dict[str, Run], outcome: Outcome, device: torch.device, ends: float, say: Callable[[str], None]
 ) -> None:
-    """Times what is right, the baseline twice, and notes what fails in doing so."""
+    """Times the correct providers, the baseline twice, and records those that fail."""
     if case.baseline in runs:
         runs[case.baseline + AGAIN] = runs[case.baseline]
     timer = case.timer or partial(_seconds, device=device, calls=case.calls)
@@ -113,7 +114,7 @@ def _seconds(run: Run, device: torch.device, calls: int) -> float:
 
 
 def _prove(case: Case, provider: Provider, device: torch.device) -> tuple[Figures, Run | None, float | None]:
-    """What came of a provider before it was timed: its proof, or why it has no time; and seconds of a warm run."""
+    """Returns a provider's check, or why it has no time; the function to be timed; and the seconds of a warm run."""
     figures: Figures = {}
     try:
         run, result = _first_call(provider.make, device, figures)
@@ -128,12 +129,12 @@ def _prove(case: Case, provider: Provider, device: torch.device) -> tuple[Figure
         return {"unavailable": str(error)}, None, 0.0
     except WrongError as error:
         return {"wrong": str(error)}, None, 0.0
-    except Exception as error:  # whatever it is, the others are still to be seen
+    except Exception as error:  # whatever it is, the other providers still run
         return {"failed": in_words(error)}, None, 0.0
 
 
 def _captured(case: Case, provider: Provider, run: Run, device: torch.device, figures: Figures) -> Run:
-    """A graph of some calls, whose replay is proved as well; or the run itself, where no graph can hold it."""
+    """Returns a CUDA graph of several calls, whose replay is checked as well, or the run itself if capture fails."""
     figures["host_s"] = host_seconds(run, device)
     try:
         replay = Replay(run, device, case.calls)
@@ -149,9 +150,9 @@ def _captured(case: Case, provider: Provider, run: Run, device: torch.device, fi
 
 
 def _warm(run: Run) -> tuple[Any, float]:
-    """Calls it twice, or once where that takes long, so that what is proved is what is timed; and seconds of the last.
+    """Calls it twice, or once if that takes long, and returns the result and the seconds of the last call.
 
-    A CUDA graph of ``torch.compile`` is replayed in the third call only.
+    So the check applies to what is timed: a CUDA graph of ``torch.compile`` is replayed only from the third call on.
     """
     started = time.perf_counter()
     result = run()
@@ -164,9 +165,9 @@ def _warm(run: Run) -> tuple[Any, float]:
 
 
 def _first_call(make: Callable[[], Run], device: torch.device, figures: Figures) -> tuple[Run, Any]:
-    """Makes and calls it, in seconds and memory.
+    """Creates a provider's function and calls it once; records the seconds and the peak memory.
 
-    The time has what kernels take to compile that nothing before has used, ``torch.compile``, and the capture.
+    The time includes ``torch.compile``, the capture of CUDA graphs, and compiling kernels that nothing used before.
     """
     cuda = device.type == "cuda"
     if cuda:
@@ -175,7 +176,7 @@ def _first_call(make: Callable[[], Run], device: torch.device, figures: Figures)
         torch.cuda.reset_peak_memory_stats(device)
     before, started = torch.cuda.memory_allocated(device) if cuda else 0, time.perf_counter()
     with warnings.catch_warnings():
-        # The network would go on without it, and stand in the table as compiled.
+        # The network would run uncompiled, but the table would show it as compiled.
         warnings.filterwarnings("error", "torch.compile failed", RuntimeWarning)
         run = make()
         result = run()

@@ -1,4 +1,4 @@
-"""Records as tables: one of all providers of a case, and one of all cases, in which a case is a row or two."""
+"""Records as tables: one per case with all its providers, and one of all cases with one or two rows per case."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .case import AGAIN, CALLED, LEFT_OUT, SPENT
 from .measure import Figures
 
 PRECISIONS = ("fp32", "TF32", "bf16")  # from fine to coarse
-_REASONS = {"wrong": "WRONG", "failed": "FAILED", "unavailable": "not here"}
+_REASONS = {"wrong": "WRONG", "failed": "FAILED", "unavailable": "unavailable"}
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Returns a time with three digits and a unit."""
     unit, scale = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1)
     value = seconds * scale
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
@@ -28,13 +28,13 @@ def is_ours(name: str) -> bool:
 
 
 def timed(record: Figures) -> dict[str, Figures]:
-    """The providers that have a time, without the second turn of the baseline."""
+    """Returns the providers that have a time, without the baseline's second one."""
     found = record.get("providers", {}).items()
     return {name: each for name, each in found if "median_s" in each and not name.endswith(AGAIN)}
 
 
 def without_time(record: Figures) -> list[str]:
-    """Why some have no time here, but those that are not for this device at all."""
+    """Returns why providers have no time here, except for those that are meant for another device."""
     if "failed" in record:
         return [record["failed"]]
     found = []
@@ -46,23 +46,23 @@ def without_time(record: Figures) -> list[str]:
 
 
 def is_cut(record: Figures) -> bool:
-    """Returns whether the time was too short for all rounds of all providers."""
+    """Returns whether the time limit left out rounds or providers."""
     spent = any(each.get("unavailable") == SPENT for each in record["providers"].values())
     return bool(record.get("cut")) or spent
 
 
 def has_replays(record: Figures) -> bool:
-    """Returns whether it was timed by replayed CUDA graphs, where there can be one."""
+    """Returns whether it was timed by replaying CUDA graphs, except for providers that cannot be captured."""
     return any("host_s" in each for each in timed(record).values())
 
 
 def timed_by_calls(record: Figures, name: str) -> bool:
-    """Returns whether a provider's time has the host in it, where those of others are of a replayed CUDA graph."""
+    """Returns whether a provider's time includes the host, while others are timed by replaying a CUDA graph."""
     return bool(record["providers"][name].get("timed_by") == CALLED)
 
 
 def noise(record: Figures) -> float | None:
-    """How far the two medians of the baseline lie apart, as a share of the first."""
+    """Returns the relative difference between the two medians of the baseline, or None without them."""
     both = [record["providers"].get(record["baseline"] + end, {}).get("median_s") for end in ("", AGAIN)]
     return abs(both[1] / both[0] - 1) if all(both) else None
 
@@ -71,7 +71,7 @@ def noise(record: Figures) -> float | None:
 
 
 def show(record: Figures) -> list[str]:
-    """The lines of a case's table."""
+    """Returns the lines of a case's table."""
     lines = [f"{record['name']}: {record['what']}"]
     if "failed" in record:
         return [*lines, f"  {'' if record['failed'].startswith(LEFT_OUT) else 'failed: '}{record['failed']}"]
@@ -99,7 +99,7 @@ def _line(record: Figures, name: str, each: Figures) -> str:
 
 
 def speed(record: Figures, name: str) -> str:
-    """How many times as fast as the baseline it is; "slower" where that is beyond the spread of both."""
+    """Returns the speed relative to the baseline, with "slower" if the difference exceeds the spread of both."""
     base, each = record["providers"].get(record["baseline"], {}), record["providers"][name]
     if "median_s" not in base:
         return ""
@@ -110,19 +110,19 @@ def speed(record: Figures, name: str) -> str:
 def _notes(record: Figures) -> Iterable[str]:
     if is_cut(record):
         rounds = max((each["rounds"] for each in timed(record).values()), default=0)
-        yield f"  for want of time {rounds} rounds at most, or fewer providers; --minutes gives more"
+        yield f"  cut by the time limit: at most {rounds} rounds, or fewer providers; raise it with --minutes"
     if has_replays(record):
-        yield "  median: of the GPU, a call in a replayed CUDA graph; host: of Python and the driver, a call"
+        yield "  median: GPU time per call in a replayed CUDA graph; host: time of Python and the driver per call"
     for name, each in timed(record).items():
         if timed_by_calls(record, name):
-            yield f"  {name} is timed by calls, the host included: {each['not_captured']}"
+            yield f"  {name} is timed by calls, including the host: {each['not_captured']}"
     apart = noise(record)
     if apart is not None:
-        yield f"  noise, the baseline against itself: {apart:.1%}"
+        yield f"  noise (the baseline compared with itself): {apart:.1%}"
     limits = {(each["limited_by"], each["limit_s"], each["precision"]) for each in timed(record).values()}
     for by, limit, precision in sorted(limits, key=lambda each: -each[1]):
         if limit:
-            yield f"  limit in {precision}: {duration(limit)}, by {by}"
+            yield f"  limit in {precision}: {duration(limit)}, set by {by}"
     for target in record["targets"]:
         verdict = {True: "met", False: "NOT met", None: "not measured"}[target["met"]]
         value = "" if target["value"] is None else f": {target['value']:.3g}"
@@ -134,7 +134,7 @@ def _notes(record: Figures) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Headline:
-    """A case in one precision or a finer one: the baseline, the fastest of the others, and the fastest of ours."""
+    """A case in one precision or a finer one: the baseline, the fastest other provider, and fastsde's fastest."""
 
     record: Figures
     precision: str
@@ -160,13 +160,13 @@ class Headline:
         )
 
     def _timed(self, name: str, shown: str) -> str:
-        """A median, whose it is, and how it was timed where that was not as the others were."""
+        """Returns a median with the provider's name, and "by calls" if it was timed differently from the others."""
         words = ", ".join(filter(None, (shown, "by calls" if timed_by_calls(self.record, name) else "")))
         return f"{duration(self.median(name))} ({words})" if words else duration(self.median(name))
 
 
 def headlines(record: Figures) -> list[Headline]:
-    """One for each precision in which ours is faster than in any finer one."""
+    """Returns one headline for each precision in which fastsde is faster than in any finer one."""
     rows, found = [], timed(record)
     for place, precision in enumerate(PRECISIONS):
         allowed = {name: each for name, each in found.items() if each["precision"] in PRECISIONS[: place + 1]}
@@ -183,7 +183,7 @@ TITLES = ("task", "baseline", "fastest other", "fastsde", "faster than baseline"
 
 
 def overview(records: Sequence[Figures]) -> list[str]:
-    """All cases as lines of aligned columns."""
+    """Returns the table of all cases as lines with aligned columns."""
     rows = [TITLES, *(row.cells for record in records for row in headlines(record))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(TITLES))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

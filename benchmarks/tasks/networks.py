@@ -1,4 +1,4 @@
-"""The networks that are sampled from, and what a call of them costs at the least."""
+"""The networks to sample from, and the minimum work of a call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastsde.checkpoints import Checkpoint
 
 DIGITS = (1, 28, 28)
 CHANNELS = (32, 64, 128, 256, 256)  # of the tutorial's U-Net
-UNET_KERNELS = 11  # a convolution each
+UNET_KERNELS = 11  # one per convolution
 
 
 def unet_work(channels: Sequence[int] = CHANNELS, size: int = 28, images: int = 1) -> tuple[int, int]:
-    """(FLOP, special functions) a sample of `fastsde.models.UNet`, without what convolutions multiply with padding.
+    """Returns (FLOP, special functions) per sample of `fastsde.models.UNet`, without products with padding.
 
-    A 3x3 convolution has 3 h - 2 taps along a side of h. A transposed one of stride 2 has 3 h - 1 along a side of h
-    that it doubles, or 3 h - 2 where it comes to 2 h - 1. A LogSigmoid has an exponential and a logarithm.
+    A 3x3 convolution has 3 h - 2 taps along a side of h pixels. A transposed one of stride 2 has 3 h - 1 along a side
+    of h pixels if the output has 2 h, and 3 h - 2 if it has 2 h - 1. A LogSigmoid takes an exponential and a logarithm.
     """
     sides = [size]
     for _ in channels[1:]:
@@ -40,25 +40,28 @@ def unet_work(channels: Sequence[int] = CHANNELS, size: int = 28, images: int = 
 
 
 def mlp_work(hidden: Sequence[int] = (64, 64, 64), dimensions: int = 2) -> tuple[int, int]:
-    """(FLOP, special functions) a sample of `fastsde.models.MLP`."""
+    """Returns (FLOP, special functions) per sample of `fastsde.models.MLP`."""
     widths = (dimensions + 1, *hidden, dimensions)
     return 2 * sum(i * o for i, o in pairwise(widths)), 2 * sum(hidden)
 
 
 def unet_training_work() -> tuple[int, int]:
-    """(FLOP, special functions) a sample of a training step: all layers but the first pass a gradient on."""
+    """Returns (FLOP, special functions) per sample of a training step of the tutorial's U-Net.
+
+    All layers except the first also compute the gradient of their input.
+    """
     flop, specials = unet_work()
     return 3 * flop - 2 * (3 * 28 - 2) ** 2 * 2 * CHANNELS[0], specials
 
 
 def mlp_training_work() -> tuple[int, int]:
-    """The same of the swiss roll's MLP."""
+    """Returns the same for the swiss roll's MLP."""
     flop, specials = mlp_work()
     return 3 * flop - 2 * 3 * 64, specials
 
 
 class Unknown(nn.Module):
-    """A network as a user's own is: nothing of this package knows what is inside."""
+    """A network whose structure fastsde does not recognize, like a user's own."""
 
     def __init__(self, inside: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -70,14 +73,14 @@ class Unknown(nn.Module):
 
 
 def fresh(architecture: Callable[[], nn.Module]) -> Checkpoint:
-    """One of the tutorial's networks before its training, which is of the score."""
+    """Returns one of the tutorial's networks before training; it predicts the score."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Checkpoint(architecture(), prediction="score")
 
 
 def random_unet(width: int, known: bool = True) -> Checkpoint:
-    """An untrained U-Net ``width`` times as wide as the tutorial's, which predicts v."""
+    """Returns an untrained U-Net that is ``width`` times as wide as the tutorial's and predicts v."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: nn.Module = models.UNet(channels=[width * each for each in CHANNELS])
@@ -85,7 +88,7 @@ def random_unet(width: int, known: bool = True) -> Checkpoint:
 
 
 def random_mlp(width: int) -> Checkpoint:
-    """An untrained MLP for points, which predicts v."""
+    """Returns an untrained MLP for points that predicts v."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Checkpoint(models.MLP(2, (width,) * 3), prediction="v")

@@ -1,4 +1,4 @@
-"""Training: a recipe and its data."""
+"""The task of training: a recipe and its data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..suite.measure import Figures, Run, fp32_products
 
 @dataclass(frozen=True)
 class Recipe:
-    """``steps`` steps of training on data that lie on the device."""
+    """``steps`` training steps on data that are on the device."""
 
     config: TrainConfig
     load: Callable[[], data.Dataset]
@@ -42,14 +42,14 @@ class Recipe:
         return load_batch(self.dataset.x, None, self.dataset.scale, self.dataset.shift).flatten(1)
 
     def work(self, config: TrainConfig | None = None) -> Work:
-        """A new network and its optimizer, always the same."""
+        """Returns a new network and its optimizer, always with the same initial weights."""
         config = config or self.config
-        with tempfile.TemporaryDirectory() as folder:  # which it writes to while it trains, and it does not
+        with tempfile.TemporaryDirectory() as folder:  # the trainer writes there only while it trains
             trainer = Trainer(config, Path(folder) / "run", device=self.device, dataset=self.dataset)
         return Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, self.device)
 
     def network(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The model as the tutorial calls it, with x ``[B, d]`` and t ``[B, 1]``."""
+        """Returns the model with the tutorial's signature: x ``[B, d]`` and t ``[B, 1]``."""
         shape = self.dataset.shape
 
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -63,12 +63,15 @@ class Recipe:
 def prove_weights(
     recipe: Recipe, kind: Callable[[Work], Any], config: TrainConfig, run: Run, losses: Tensor
 ) -> Figures:
-    """After some steps the weights are those of eager ones, by the tolerance of tests/test_captured_training.py."""
+    """Checks that the weights after some steps agree with those of eager steps.
+
+    The tolerances are those of tests/training/test_captured.py.
+    """
     points = len(recipe.dataset.shape) == 1
     share = 0.2 if recipe.config.precision == "bf16" else 1e-3 if points else 1e-2
     count = 33 if points else 8
     weights = []
-    with fp32_products(torch.backends.cudnn.conv, "ieee"):  # rounding in TF32 is no small share of Adam's step
+    with fp32_products(torch.backends.cudnn.conv, "ieee"):  # rounding to TF32 can change Adam's steps considerably
         for make, each in ((kind, config), (partial(EagerSteps, here=Ranks()), recipe.config)):
             work = recipe.work(each)
             taker, first = make(work), 0
@@ -81,7 +84,7 @@ def prove_weights(
 
 
 def prove_finite(run: Run, losses: Tensor) -> Figures:
-    """Steps that are the reference's own, or whose loss has been checked, have come to a loss."""
+    """Checks only that the loss is finite, for steps that are the reference or have been checked otherwise."""
     loss = float(losses.float().mean())
     check("the loss", 0.0 if math.isfinite(loss) else math.inf, 0.0)
     return {"loss": loss}

@@ -1,4 +1,4 @@
-"""Sampling: a network, a number of samples and of rows; and what samples must be like to be right."""
+"""The task of sampling: a network, a number of samples and of rows, and the check of the samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..suite.machine import Work
 from ..suite.measure import Figures, Run, fp32_products
 
 SEED = 1
-_FEW, _MANY = 20, 1000  # images in float64, and points, that are compared
+_FEW, _MANY = 20, 1000  # how many images (in float64) and points are compared
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Trajectory:
     """A whole trajectory of ``n`` samples.
 
     Args:
-        load: returns the network on the CPU and how to sample from it.
-        sample_shape: of one sample.
-        flop: of the network, a sample and call.
-        specials: the same in exponentials and logarithms.
-        kernels: the fewest that a call takes on a GPU, each waiting for the last; 0 where all rows are one.
-        clocks: of a GPU's chain of operations that a call is, where all rows are one kernel.
+        load: returns a checkpoint with the network on the CPU.
+        sample_shape: the shape of one sample.
+        flop: FLOP of the network per sample and call.
+        specials: exponentials and logarithms of the network per sample and call.
+        kernels: the fewest dependent GPU kernels in a call of the network; 0 if all rows run in one kernel.
+        clocks: the latency of a call in GPU clock cycles, if all rows run in one kernel.
     """
 
     load: Callable[[], Checkpoint]
@@ -74,7 +74,7 @@ class Trajectory:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `fastsde.sample` and `fastsde.Sampler` need to know."""
+        """The options for `fastsde.sample` and `fastsde.Sampler`."""
         here = self.checkpoint
         if isinstance(self.solver, solvers.StepTable):
             return {"solver": self.solver}
@@ -82,7 +82,7 @@ class Trajectory:
 
     @property
     def work(self) -> Work:
-        """The network in every row, and the samples written once."""
+        """The minimum work: the network in every row, and the samples written once."""
         row = Work(flop=self.flop * self.n, specials=self.specials * self.n, launches=self.kernels, clocks=self.clocks)
         return replace(row * self.rows, bytes=4 * self.n * math.prod(self.sample_shape))
 
@@ -91,7 +91,7 @@ class Trajectory:
         return fp32_products(kind, "tf32" if precision == "TF32" else "ieee")
 
     def reference(self, n: int, precision: str, **options: Any) -> Tensor:
-        """Plain PyTorch, with this package's noise."""
+        """Returns samples computed in plain PyTorch with the contract's noise."""
         options = {"dtype": dtype_of(precision), **self.options, **options}
         with self.precision_of_products(precision):
             shape = (n, *self.sample_shape)
@@ -99,7 +99,7 @@ class Trajectory:
         return x
 
     def network(self, precision: str, channels_last: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-        """The network in a precision, fp32 in and out; a copy where it is in bf16, or of images in channels last."""
+        """Returns the network in a precision, with fp32 inputs and outputs; it is a copy for bf16 or channels last."""
         dtype = dtype_of(precision) or torch.float32
         if precision != "bf16" and not (channels_last and self.has_images):
             return self.checkpoint.model
@@ -118,13 +118,13 @@ def dtype_of(precision: str) -> torch.dtype | None:
 
 
 class Score(nn.Module):
-    """A network of any prediction as one of the score, or of eps, by two factors known for each row.
+    """Converts a network with any prediction to one that predicts the score or eps, with two known factors per row.
 
-    The tutorial's network needs no such factors, so they must cost next to nothing: one or two operations a row, where
-    alpha and sigma of t would take a dozen. Calls follow one another in the order of the rows.
+    The tutorial's network needs no conversion, so it must cost next to nothing: one or two operations per row, instead
+    of a dozen to compute alpha and sigma from t. The network must be called in the order of the rows.
 
     Args:
-        times: float64 ``[rows]``, at which it is called.
+        times: the times of the calls, float64 ``[rows]``.
         of: "score" or "eps".
     """
 
@@ -150,7 +150,7 @@ class Score(nn.Module):
 
 
 class ContractNoise(TorchFunctionMode):
-    """Gives the contract's noise to a loop that draws by ``torch.randn`` and ``torch.randn_like``, first the prior."""
+    """Replaces draws of ``torch.randn`` and ``torch.randn_like`` by the contract's noise, starting with the prior."""
 
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
@@ -165,20 +165,20 @@ class ContractNoise(TorchFunctionMode):
 
 
 class Proof:
-    """What samples must be like: those of the reference that have the same noise."""
+    """Checks samples against those of the reference with the same noise."""
 
     def __init__(self, task: Trajectory) -> None:
         self.task = task
 
     def same_noise(self, precision: str, run: Run, x: Tensor) -> Figures:
-        """Samples spread over the batch, of a provider that draws the contract's noise."""
+        """Checks samples spread over the batch, of a provider that draws the contract's noise."""
         return self._near(precision, x, 0.0)
 
     def given_noise(self, precision: str, run: Run, x: Tensor) -> Figures:
-        """The same, of a loop that draws by ``torch.randn`` and is given that noise.
+        """Checks a loop that draws with ``torch.randn``, by running it again with the contract's noise.
 
-        It may be off by 1e-3 as well: loops reckon in fp32 what the tables hold in float64, and where sigma^2 is small
-        the rounding of 1 - alpha^2, or of the times, is no longer: 6e-8 of 1e-4.
+        It may be off by another 1e-3: loops compute in fp32 what tables hold in float64, and when sigma^2 is small, the
+        rounding of 1 - alpha^2 or of the times is not negligible (6e-8 relative to 1e-4).
         """
         self.check_samples(x)
         with ContractNoise(noise.sample_keys(SEED, self.task.n, device=self.task.device)):
@@ -193,16 +193,16 @@ class Proof:
             raise WrongError(f"samples must be finite and {self.task.shape}, got {tuple(x.shape)}")
 
     def _chosen(self, count: int) -> tuple[Tensor, Tensor]:
-        """Indices spread over the batch, and their keys."""
+        """Returns indices spread over the batch, and their keys."""
         task = self.task
         index = torch.linspace(0, task.n - 1, min(task.n, count)).long().to(task.device)
         return index, noise.sample_keys(SEED, task.n, device=task.device)[index]
 
 
 class PointsProof(Proof):
-    """Number for number in full fp32, to 1e-4 as in the tests of the kernels, else by the distance of distributions.
+    """Compares points number for number in fp32, to 1e-4 as in the kernels' tests, otherwise as distributions.
 
-    Both are of points of the size of 1; samples that diverge may be off by as much more as they are larger.
+    These bounds are for points of size 1; for samples that diverge they grow in proportion to the size.
     """
 
     @cached_property
@@ -220,7 +220,7 @@ class PointsProof(Proof):
 
 
 class ImagesProof(Proof):
-    """Images as near to those in float64 as `fastsde.verify` asks, in the median: one in some is chaotic."""
+    """Checks that images are as close to float64 as `fastsde.verify` requires, in the median since some are chaotic."""
 
     def __init__(self, task: Trajectory) -> None:
         super().__init__(task)

@@ -98,7 +98,7 @@ class Frozen:
             f: Tensor = alive()(*args, **kwargs)  # type: ignore[misc]
             return f
 
-        network.__code__ = network.__code__.replace()  # a code object of its own, by which PyTorch finds compiled code
+        network.__code__ = network.__code__.replace()  # its own code object, since PyTorch finds compiled code by it
         self._compiled: Model = torch.compile(network)
 
     def is_of(self, run: Model) -> bool:

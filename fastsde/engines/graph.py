@@ -52,7 +52,7 @@ def run(network: Network, request: Request) -> Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """Everything that a capture fixes. Whatever else varies is in device memory."""
+    """Everything that is fixed in a capture. Everything else is in device memory and may vary."""
 
     device: torch.device
     shape: tuple[int, ...]

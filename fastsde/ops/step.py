@@ -197,7 +197,7 @@ def sample_keys(seed: int, n: int, first_sample: int = 0, *, device: torch.devic
     """Runs `fastsde.noise.sample_keys`, in one launch where the kernel runs.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
     """
     device = torch.device(device)
     if not has_kernels(device):
@@ -213,7 +213,7 @@ def normal(keys: Tensor, step: int, shape: Sequence[int], stream: int = noise.ST
     """Runs `fastsde.noise.normal` for one step, in one launch where the kernel runs.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
     """
     keys = check_keys(keys, len(check_tensor("keys", keys)), keys.device)
     check_int("step", step, 0, 2**28), check_int("stream", stream, 0, 16), check_shape("shape", shape)
@@ -239,7 +239,7 @@ def solver_step(
     """Runs `fastsde.reference.solver_step` for fp32 or float64 slots and f of any floating-point dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+        ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
     """
     check_instance("table", table, StepTable)
     if not isinstance(slots, (list, tuple)):

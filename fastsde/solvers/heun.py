@@ -39,7 +39,7 @@ def heun(
             log(sigma), such as theirs, needs it there whatever it predicts.
 
     Raises:
-        TypeError, ValueError: naming the argument; also if the velocity is needed where it is not finite.
+        TypeError, ValueError: for an invalid argument, or if the velocity is needed where it is not finite.
     """
     times = continuous_times(sde, times, prediction)
     if euler_final is None:

@@ -5,7 +5,7 @@ The state is up to eight arrays of the sample's shape, the *slots* s[0], s[1], .
 is the result. Row k of a `StepTable` runs the network once and takes one step (`fastsde.reference.solver_step`):
 
     f  = model(n.s, time[k])
-    D  = p.s + q f                      clamped to [-clip, clip] where clip is set
+    D  = p.s + q f                      clamped to [-clip, clip] if clip is set
     s' = A s + b f + e D + d z          z: this row's noise
 
 The prediction kind is folded into the coefficients when a table is built, so nothing downstream depends on it. Terms
@@ -69,7 +69,7 @@ class StepTable:
     slots:
 
         f  = model(x, time[k])
-        D  = p x + q f                      clamped to [-clip, clip] where clip is set
+        D  = p x + q f                      clamped to [-clip, clip] if clip is set
         x' = a x + b f + e D + c H + d z    H: the D of the previous row, 0 in the first
 
     Args:

@@ -36,7 +36,7 @@ def config_of(metadata: dict[str, Any], path: str | Path) -> TrainConfig:
 
 
 def _json(config: TrainConfig) -> dict[str, Any]:
-    """Returns a config as it is read from a checkpoint, where a tuple is a list."""
+    """Returns a config as read from a checkpoint, with lists instead of tuples."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return values
 

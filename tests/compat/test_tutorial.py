@@ -1,4 +1,4 @@
-"""`fastsde.compat.tutorial` against the tutorial's own loops, written out here in their arithmetic and order."""
+"""`fastsde.compat.tutorial` against the tutorial's own loops, reproduced here with the same operations in order."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def beta(t: Tensor) -> Tensor:
 
 
 def tutorial_samples(score: object, x: Tensor, time_points: Tensor | None = None) -> Tensor:
-    """Its Euler-Maruyama loop from the prior's x: 1000 fp32 time points, one randn_like after each network call."""
+    """Its Euler-Maruyama loop from a draw of the prior: 1000 fp32 times, one randn_like after each network call."""
     time_points = torch.linspace(1, 0, 1000) if time_points is None else time_points
     with torch.no_grad():
         for i in range(len(time_points) - 1):
             t, dt = time_points[i], time_points[i + 1] - time_points[i]
             slope = -0.5 * beta(t) * x - beta(t) * score(x, t.expand(len(x), 1))
             x = x + slope * dt + beta(t).sqrt() * torch.randn_like(x) * dt.abs().sqrt()
-            assert x.abs().max() < 20  # the comparison means something only in states of size 1
+            assert x.abs().max() < 20  # the comparison is meaningful only for states of size 1
     return x
 
 
 def tutorial_loss(score: object, x: Tensor) -> Tensor:
-    """Its loss: a time in [1e-4, 1] a sample, then the noise, then the score of the Gaussian as it is written."""
+    """Its loss: draws a time in [1e-4, 1] per sample, then the noise, then computes the score of the Gaussian."""
     t = torch.rand((len(x), 1), dtype=x.dtype) * (1 - 1e-4) + 1e-4
     int_beta = (0.1 + 0.5 * (20 - 0.1) * t) * t
     mu, var = x * torch.exp(-0.5 * int_beta), -torch.expm1(-int_beta)
@@ -50,7 +50,7 @@ def concatenated(network: nn.Module) -> object:
 
 
 class ConvNet(nn.Module):
-    """Called as the MNIST notebook's network, x [B, 784] and t [B, 1]; small, and with a score's pull to the origin."""
+    """Called like the MNIST notebook's network, x [B, 784] and t [B, 1]; small, and pulling to the origin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def roll() -> Tensor:
 
 @pytest.fixture(scope="module")
 def mlp(roll: Tensor) -> nn.Sequential:
-    """The swiss-roll network, trained far enough with `calc_loss` that it is a score: a fresh one lets states grow."""
+    """The swiss-roll network, briefly trained with `calc_loss`; with an untrained one the states would grow."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Linear(3, 64),
@@ -93,7 +93,7 @@ def mlp(roll: Tensor) -> nn.Sequential:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])  # it learns, by the loss that is under test here
+    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])  # it learns with the loss under test
     return network.requires_grad_(False)
 
 
@@ -119,8 +119,8 @@ def _loss_and_gradient(loss_function, network, x, seed=0):
 def test_loss_and_gradient_are_the_swiss_roll_notebooks(mlp, roll, batch, seed):
     ours = _loss_and_gradient(calc_loss, mlp, roll[:batch], seed)
     theirs = _loss_and_gradient(lambda network, x: tutorial_loss(concatenated(network), x), mlp, roll[:batch], seed)
-    # x_t - mu cancels: it gives back the noise to u |x| / sigma, with u = 6e-8. The mean of 1 / sigma over the times
-    # is about 2 and errors of single samples average, so that a few u remain of the loss, and of the gradient, which
+    # x_t - mu cancels: it recovers the noise to u |x| / sigma, with u = 6e-8. The mean of 1 / sigma over the times
+    # is about 2 and errors of single samples average, so the loss is off by a few u, and so is the gradient, which
     # is relative to its own, smaller, size.
     assert abs(ours[0] - theirs[0]) <= 1e-6 * max(1, theirs[0])
     assert (ours[1] - theirs[1]).norm() <= 5e-6 * theirs[1].norm()
@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_the_swiss_roll_notebooks(mlp, roll, batch, seed):
 
 @pytest.mark.parametrize("batch", [1, 5, 256])
 def test_loss_and_gradient_are_the_same_function_in_float64(mlp, roll, batch):
-    # Here the cancellation leaves u |x| / sigma <= 1e-16 * 4 / 3e-3 = 1.4e-13 of a sample, so any mistake shows.
+    # Here the cancellation leaves u |x| / sigma <= 1e-16 * 4 / 3e-3 = 1.4e-13 of a sample, so that any mistake shows.
     x = roll[:batch].double()
     ours = _loss_and_gradient(calc_loss, mlp, x)
     theirs = _loss_and_gradient(lambda network, x: tutorial_loss(concatenated(network), x), mlp, x)
@@ -178,7 +178,7 @@ def test_samples_are_the_swiss_roll_notebooks(mlp, n, seed):
 
 
 def test_samples_are_the_swiss_roll_notebooks_in_float64(mlp):
-    # The same grid of fp32 times, all else in float64: nothing but rounding stands behind the tolerance above.
+    # The same grid of fp32 times, everything else in float64: the tolerance above is due to rounding only.
     network = copy.deepcopy(mlp).double()
     torch.manual_seed(0)
     start = torch.randn((3, 2), dtype=torch.float64)
@@ -283,5 +283,5 @@ def test_adapt_keeps_the_network_itself(mlp):
 def test_an_adapted_network_is_run_in_its_own_dtype(mlp):
     double = fastsde.sample(adapt(copy.deepcopy(mlp).double()), (3, 2), steps=20)
     assert double.dtype == torch.float64
-    # 20 rows of the learned score in fp32 against float64: the rounding of above, in fewer and longer steps.
+    # 20 rows of the learned score in fp32 against float64: the same rounding as above, in fewer and longer steps.
     torch.testing.assert_close(fastsde.sample(adapt(mlp), (3, 2), steps=20), double.float(), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Tables of coefficients as no objective has them, which tell each column's part."""
+"""Tables of arbitrary coefficients, which no objective has, to test the part of each column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATTERNS = {
 
 
 def table_of(pattern: str, batch: int) -> Tensor:
-    """Coefficients fp32 ``[batch, 6]``, of order 1 or zero."""
+    """Returns coefficients fp32 ``[batch, 6]``, each of order 1 or zero."""
     table = torch.randn(batch, 6)
     columns = PATTERNS[pattern]
     if columns is None:

@@ -1,4 +1,4 @@
-"""Where kernels run: Triton's interpreted on the CPU or compiled on a GPU, and the native ones in three builds.
+"""Where kernels run: Triton kernels interpreted on the CPU or compiled on a GPU, and native ones in three builds.
 
 Triton decides when it defines a kernel whether it is interpreted (tests/conftest.py).
 """
@@ -19,14 +19,14 @@ import torch
 import fastsde
 
 _TRITON = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
-# The native build is that of the machine's own CPU.
+# The native build for the machine's own CPU.
 _NATIVE = {"native": "", "avx2": "-march=x86-64-v3", "baseline": "-march=x86-64"}
 _BUILDS = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "baseline"))]
-_taken: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # what is loaded and found of a build
+_taken: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # the loaded state of a build
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests on CUDA of what is marked ``not_on_cuda``."""
+    """Leaves out tests marked ``not_on_cuda`` for CUDA devices."""
     kept, left_out = [], []
     for item in items:
         on_cuda = item.get_closest_marker("gpu") is not None
@@ -64,19 +64,19 @@ def _native(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 @pytest.fixture(params=[*_TRITON, *_BUILDS])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels run. `fastsde.ops` sends to them there."""
+    """Where the kernels run; `fastsde.ops` uses them there."""
     return _native(request.param, monkeypatch) if request.param in _NATIVE else _triton_on(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[*_TRITON, _BUILDS[0]])
 def main_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """`device`, less the other native builds: for full grids of cases."""
+    """`device` without the other native builds, for full grids of cases."""
     return _native(request.param, monkeypatch) if request.param in _NATIVE else _triton_on(request.param, monkeypatch)
 
 
 @pytest.fixture(params=_TRITON)
 def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where Triton's kernels run."""
+    """Where the Triton kernels run."""
     return _triton_on(request.param, monkeypatch)
 
 
@@ -88,7 +88,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 @pytest.fixture
 def tiles_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the interpreter cut few elements into small tiles, too, as a GPU does; many take too long there."""
+    """Makes the interpreter use small tiles for few elements, as a GPU does; many small tiles would be too slow."""
     params = request.node.callspec.params
     if importlib.util.find_spec("triton") is not None and params["batch"] * math.prod(params["shape"]) < 5000:
         monkeypatch.setattr("fastsde.kernels.tile._MANY", 2 * 132)
@@ -96,7 +96,7 @@ def tiles_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """What torch.empty returns holds NaN, so that an element that no kernel wrote shows."""
+    """Makes torch.empty return NaN, so that elements which no kernel writes are noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -105,7 +105,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiler_environment() -> dict[str, str]:
-    """The environment of a process that compiles the kernels of this very package, whatever this one does."""
+    """The environment of a process that compiles this package's kernels, even if they are interpreted in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = (str(Path(fastsde.__file__).parents[1]), environment.get("PYTHONPATH"))
     return environment | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

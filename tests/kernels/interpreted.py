@@ -12,7 +12,7 @@ __all__ = ["jit"]
 
 
 def jit(**options: Any) -> Callable[..., Any]:
-    """`triton.jit`, interpreted where the package's kernels are."""
+    """`triton.jit`, interpreted if the package's kernels are."""
     triton = pytest.importorskip("triton")
 
     def decorate(function: Callable[..., None]) -> Any:

@@ -1,4 +1,4 @@
-"""What follows a convolution, in one kernel: against float64, within the rounding of its operations."""
+"""The kernel for everything after a convolution, against float64, within the rounding of its operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def device(triton_device: torch.device) -> torch.device:
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 EPS = 2.0**-24
-# Of the result, to its dtype. The interpreter truncates to bf16, where hardware rounds.
+# Rounding of the result to its dtype. The interpreter truncates to bf16, while hardware rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TRUNCATION = ROUNDING | {torch.bfloat16: 2.0**-7}
 NAN = float("nan")
@@ -32,12 +32,12 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """What the kernel is called with."""
+    """The arguments of the kernel."""
 
     dtype: torch.dtype = torch.float32
     pools: bool = False
     timed: bool = False
-    before: int = 0  # channels of `out` before the ones that are written, and after
+    before: int = 0  # channels of `out` before and after the ones that are written
     after: int = 0
     in_place: bool = False
 
@@ -73,13 +73,13 @@ def _inputs(case: Case, shape: tuple[int, ...], device: torch.device) -> dict[st
 
 
 def _truth(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The activation in float64, and how far the kernel may be from it before it rounds."""
+    """Returns the activation in float64, and the error allowed for the kernel before it rounds the result."""
     y, bias = inputs["y"].double(), inputs["bias"].double()[:, None, None]
     time = torch.zeros_like(y)
     if "t" in inputs:
         time = inputs["t"].double()[:, None, None, None] * inputs["plane"].double().permute(2, 0, 1)
     v = y + bias + time
-    # Two sums and a product, of which the log sigmoid keeps at most all, and its own error.
+    # The roundings of two sums and a product, which the log sigmoid does not amplify, and its own error.
     sums = 3 * EPS * (y.abs() + bias.abs() + time.abs())
     return F.logsigmoid(v), sums + 4e-7 + EPS * v.abs()
 
@@ -108,7 +108,7 @@ def test_it_is_bias_time_activation_and_pool_and_touches_nothing_else(
     if case.in_place:
         out, written = inputs["y"], inputs["y"]
     else:
-        # Whole samples around it, which an offset out of bounds would reach.
+        # Whole samples around the output, which an offset out of bounds would reach.
         around = (batch + 2, case.before + channels + case.after, height, width)
         whole = _images(*around, device=device, dtype=case.dtype)
         out, written = whole[1:-1], whole[1:-1, case.before : case.before + channels]
@@ -133,7 +133,7 @@ def test_the_log_sigmoid_is_accurate_everywhere(device: torch.device) -> None:
     exact = F.logsigmoid(v.double())
     error, u = (ours.double().flatten() - exact).abs(), torch.exp(-v.double().abs())
     assert (error <= 4e-7 + EPS * v.abs()).all()
-    # Large v: the result is small, and as accurate for its size.
+    # Large v: the result is small, with the same relative accuracy.
     small = (u < 2.0**-7) & (v > 0)
     bound = (5e-7 + 2.0**-23.4 * v) * exact.abs() + 2.0**-126
     assert (error <= bound)[small].all()
@@ -174,7 +174,7 @@ def test_programs_cover_a_batch_and_depend_on_the_image_alone(
     assert blocks < 2**16
 
 
-# What the compiler makes of it, on any machine ----------------------------------------------------------------------
+# The compiled code, on any machine ----------------------------------------------------------------------------------
 
 
 def _count_variants() -> int:

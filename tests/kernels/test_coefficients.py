@@ -1,4 +1,4 @@
-"""Times and coefficients by kernels, beside `fastsde.objective`."""
+"""Times and coefficients computed by kernels, compared with `fastsde.objective`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastsde import VPSDE, noise, ops
 from fastsde.objective import Objective
 
 OBJECTIVES = [Objective(prediction="v"), Objective(VPSDE(0.1, 5.0), "x0", "target", "edm", t_min=0.01)]
-BOUND = 1.3 * 2.0**-23  # of the interpolation (tests/test_interpolation.py), and two roundings of its cubics
+BOUND = 1.3 * 2.0**-23  # the interpolation (tests/test_interpolation.py), and two roundings of its cubics
 
 
 @pytest.mark.parametrize("steps", [1, 3])

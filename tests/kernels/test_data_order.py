@@ -1,4 +1,4 @@
-"""The kernel of the data order beside the reference: exact for data of any size."""
+"""The kernel of the data order agrees exactly with the reference, for data of any size."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from fastsde import noise, ops, reference
 
-# One row, a few, the largest N for which N times a 24-bit word is exact in float64, one beyond it, and one for which
-# the float64 of N is rounded too.
+# One row, a few, the largest N for which N times a 24-bit word is exact in float64, the next one, and one for which
+# N itself is rounded in float64.
 SIZES = [1, 3, 60_000, 2**29 - 1, 2**29 + 1, 2**40 + 12345, 2**53 + 1]
 
 

@@ -86,7 +86,7 @@ def test_calls_go_to_the_kernel_that_takes_them(
 
 @pytest.mark.parametrize("run", [_step, _perturb, _loss])
 def test_a_gradient_that_no_kernel_has_is_that_of_the_reference(device: torch.device, run: Callable[..., Any]) -> None:
-    # In the state and the data: the loss's kernel has only the gradient of the network's output.
+    # Gradients of the state and the data: the kernel of the loss computes only that of the network's output.
     x, keys = _wants_grad(torch.randn(3, 5, device=device)), noise.sample_keys(0, 3, device=device)
     run(x, keys).square().sum().backward()
     assert x.grad is not None

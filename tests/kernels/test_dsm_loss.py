@@ -17,8 +17,8 @@ from fastsde import noise, ops, reference
 from fastsde.objective import Coefficients, Objective
 
 EPS = 2.0**-24
-ADDITIONS = 64  # at most so many in a row, in the two stages of the sum
-# Of the gradient, to its dtype. The interpreter truncates to bf16, where hardware rounds.
+ADDITIONS = 64  # the most additions in sequence, in the two stages of the sum
+# Rounding of the gradient to its dtype. The interpreter truncates to bf16, while hardware rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TRUNCATION = ROUNDING | {torch.bfloat16: 2.0**-7}
 SUBNORMAL = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
@@ -28,7 +28,7 @@ OBJECTIVE = Objective(prediction="v")
 
 @dataclass(frozen=True)
 class Case:
-    """What the loss is called with."""
+    """The arguments of the loss."""
 
     pixels: bool = False
     gathers: bool = False
@@ -50,7 +50,7 @@ IMAGES = (3, (1, 28, 28))
 
 
 def _every_shape_of_every_case() -> Iterator[Any]:
-    """On CUDA, which compiles two kernels for each, all shapes in fp32 and images in the other cases."""
+    """Yields all cases and shapes; CUDA, which compiles two kernels for each, runs only fp32 and images."""
     for name, case in CASES.items():
         for shape in SHAPES:
             marks = [] if name == "fp32" or shape == IMAGES else [pytest.mark.not_on_cuda, pytest.mark.slow]
@@ -75,7 +75,7 @@ def _inputs(case: Case, batch: int, shape: tuple[int, ...], device: torch.device
 
 
 class Truth(NamedTuple):
-    """Loss and gradient in float64, and how far the kernels may be from each."""
+    """Loss and gradient in float64, and the error allowed for each."""
 
     loss: Tensor
     grad: Tensor
@@ -94,7 +94,7 @@ def _truth(inputs: dict[str, Any], grad_output: float = 1.0) -> Truth:
     k = Coefficients(*(each.abs().reshape(-1, *[1] * (f.ndim - 1)) for each in table.unbind(-1)))
     scale, shift = abs(inputs.get("scale", 1.0)), abs(inputs.get("shift", 0.0))
     data = reference.load_batch(x_0.abs(), inputs.get("index"), scale, 0.0) + shift
-    # Three products, of which that of the data has 2 more roundings, and two sums; then the factors of the gradient.
+    # Three products (with the data, 2 more roundings) and two sums; then the factors of the gradient.
     terms = k.w_f * f.detach().abs() + k.w_x * data + k.w_z * given["z"].abs()
     error = 6 * EPS * terms + drawn * NORMAL_ERROR * k.w_z
     share = 2 * abs(grad_output) / f.numel() * k.w_f
@@ -184,7 +184,7 @@ def test_equal_inputs_give_equal_bits(kernels: torch.device) -> None:
 def test_the_second_stage_adds_chunks(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = importlib.import_module("fastsde.kernels.dsm_loss")
     monkeypatch.setattr(kernel, "_CHUNK", 4)  # instead of more than 1024 tiles
-    for batch in (96, 128, 129, 300):  # of 32 samples a tile: 3 partial sums, 4, 5 and 10
+    for batch in (96, 128, 129, 300):  # 32 samples per tile: 3, 4, 5 and 10 partial sums
         _assert_within(_inputs(CASES["fp32"], batch, (63,), triton_device))
 
 
@@ -229,7 +229,7 @@ def _training_loss(weight: Tensor, x_0: Tensor, keys: Tensor, index: Tensor | No
 
 
 def _assert_compiles(device: torch.device, gathers: bool) -> None:
-    # Without its code generator on the CPU, where a compiler of C++ takes longer than all these tests.
+    # Without code generation on the CPU, where the C++ compiler takes longer than all these tests.
     compiled = torch.compile(
         _training_loss, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager"
     )

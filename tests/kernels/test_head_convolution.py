@@ -1,4 +1,4 @@
-"""The U-Net's last convolution in one kernel: against float64, within the rounding of its sums."""
+"""The kernel of the U-Net's last convolution, against float64, within the rounding of its sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ kernel = pytest.importorskip("fastsde.kernels.head_convolution")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 EPS = 2.0**-24
-# Of the result, to its dtype. The interpreter truncates to bf16, where hardware rounds.
+# Rounding of the result to its dtype. The interpreter truncates to bf16, while hardware rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TRUNCATION = ROUNDING | {torch.bfloat16: 2.0**-7}
 # Batch, channels, height and width: single pixels, edges on all sides, several programs, several blocks of channels.
@@ -29,7 +29,7 @@ def _channels_last(values: Tensor, device: torch.device, dtype: torch.dtype) -> 
 def _inputs(
     shape: tuple[int, ...], out: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, weight and bias, and where the result goes: NaN, between two samples that must stay so."""
+    """Returns y, weight, bias and an output of NaN, which lies between two samples that must stay NaN."""
     batch, channels, height, width = shape
     y, weight = (_channels_last(torch.randn(each), device, dtype) for each in (shape, (out, channels, 3, 3)))
     around = torch.full((batch + 2, out, height, width), torch.nan, device=device, dtype=dtype)
@@ -37,7 +37,7 @@ def _inputs(
 
 
 def _bound(y: Tensor, weight: Tensor, bias: Tensor, expected: Tensor) -> Tensor:
-    """Each lane adds nine products a block of 64 channels, then at most 64 lanes and the bias are added."""
+    """Returns an error bound: each lane adds nine products per 64 channels; then at most 64 lanes and the bias."""
     depth = 9 * -(-y.shape[1] // 64) + 64 + 2
     sums = depth * EPS * F.conv2d(y.double().abs(), weight.double().abs(), bias.double().abs(), padding=1)
     rounding = (ROUNDING if y.is_cuda else TRUNCATION)[y.dtype]
@@ -59,7 +59,7 @@ def test_it_is_the_convolution_and_touches_nothing_else(
 
 
 def test_padding_reads_no_neighbour(triton_device: torch.device) -> None:
-    # NaN in the first and last image would show in the one between, were a tap to reach across.
+    # NaN in the first and last image would spread to the one in between if a tap reached across.
     y, weight, bias, around = _inputs((3, 4, 3, 3), 1, torch.float32, triton_device)
     y[0::2] = torch.nan
     kernel.head_convolution(y, weight, bias, around[1:-1])

@@ -1,4 +1,4 @@
-"""Activations on a tile of either form, and the polynomial logarithm beside its bound."""
+"""Activations on tiles of both forms, and the error of the polynomial logarithm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ tl = pytest.importorskip("triton.language")
 mlp_network = pytest.importorskip("fastsde.kernels.mlp_network")
 tile = pytest.importorskip("fastsde.kernels.tile")
 
-# The error of log2(1 + u) relative to itself in `mlp_network._log2_1p`; in fp32 that of a few roundings.
+# The relative error of log2(1 + u) in `mlp_network._log2_1p`; in fp32 a few roundings.
 LOGARITHM = {"fp32": 0.0, "tf32": 5.7e-5, "bf16": 3.94e-4}
 
 
@@ -46,7 +46,7 @@ def _activate(x: Tensor, name: str, transposed: bool, precision: str) -> Tensor:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_activations_of_a_tile(triton_device: torch.device, name: str, precision: str, transposed: bool) -> None:
     assert name in mlp_network.ACTIVATIONS
-    # Every element meets every part of the tile, of which some take the polynomial.
+    # Every value occurs in every part of the tile, since only some parts use the polynomial.
     x = torch.linspace(-30, 30, 16 * 64, device=triton_device)[torch.randperm(16 * 64)].reshape(16, 64)
     binary = name in mlp_network.BINARY_LOGARITHM
     exact = ACTIVATIONS[name].build()(x.double() * math.log(2) if binary else x.double())
@@ -54,7 +54,7 @@ def test_activations_of_a_tile(triton_device: torch.device, name: str, precision
     error = (_activate(x, name, transposed, precision).double() - exact).abs()
     relative = 0.0 if transposed or not binary else LOGARITHM[precision]
     logarithm = torch.log2(1 + torch.exp2(-x.double().abs()))
-    # Beside the polynomial: roundings to fp32 and special functions, each 2^-22 of numbers up to |x| and of order 1.
+    # Besides the polynomial: roundings to fp32 and special functions, each 2^-22 of numbers up to |x| and of order 1.
     assert (error <= relative * logarithm + 2**-22 * (2 + x.abs())).all()
 
 

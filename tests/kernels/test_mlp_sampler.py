@@ -23,9 +23,9 @@ TABLE = solvers.euler_maruyama(SDE, torch.linspace(1, 0, 6))
 
 
 def _assert_close(ours: Tensor, theirs: Tensor, scale: float = 1.0, table: StepTable = TABLE) -> None:
-    """To fp32: five rows, each of some 8 roundings of a state that grows from row to row, and an error with it.
+    """Compares to fp32 accuracy: five rows of some 8 roundings each; the state and its error grow from row to row.
 
-    The normals may be other ones on a GPU, within the noise contract.
+    On a GPU the normals may differ within the tolerance of the noise contract.
     """
     largest = max(1.0, float(theirs.abs().max())) if theirs.numel() else 1.0
     normals = noise_error(table) if torch.cuda.is_available() else 0.0
@@ -33,14 +33,14 @@ def _assert_close(ours: Tensor, theirs: Tensor, scale: float = 1.0, table: StepT
 
 
 def _tame(model: MLP) -> MLP:
-    """The model with a last layer so small that it hardly moves the state, and does not amplify an error."""
+    """Returns the model with a last layer so small that it hardly moves the state and does not amplify errors."""
     with torch.no_grad():
         model.net[-1].weight.mul_(0.05)
     return model
 
 
 def _sizes(device: torch.device) -> tuple[int, int]:
-    """Few samples and many, by what a GPU takes for them."""
+    """Returns batch sizes that a GPU treats as few and as many samples."""
     return 9, 16 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1) + 1
 
 
@@ -92,7 +92,7 @@ def test_an_activation_without_a_formula_is_no_identity(
     [
         *((2, ()), (5, (1,)), (17, (16,)), (2, (64, 64, 64)), (5, (65,)), (2, (8,) * 7), (1, (20, 33)), (4, (65, 7))),
         *(pytest.param(*wide, marks=pytest.mark.slow) for wide in ((16, (64, 64, 64)), (64, (65,)), (64, ()))),
-        # 20 seconds of compilation each.
+        # Each takes 20 seconds to compile.
         *(pytest.param(*wide, marks=pytest.mark.not_on_cuda) for wide in ((5, (128, 100)), (2, (256, 256)))),
     ],
 )
@@ -125,7 +125,7 @@ def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int
 def test_every_solver(device: torch.device, solver: str, prediction: str) -> None:
     table = solvers.build(solver, SDE, 5, prediction=prediction)
     model = _tame(MLP(2, (16, 16)))
-    scale = 1 + table.A.abs().max().item() * 10  # a row of a bad fit may blow a state up
+    scale = 1 + table.A.abs().max().item() * 10  # a row with a bad fit may let a state explode
     expected = _expected(model, 9, table)
     _assert_close(_run(model, 9, device, table), expected, scale, table)
 
@@ -134,7 +134,7 @@ def test_every_solver(device: torch.device, solver: str, prediction: str) -> Non
 
 
 def _assert_as_exact(ours: list[Tensor], model: MLP, n: int, table: StepTable, every: int, **options: Any) -> None:
-    """The error of the samples and states is at most twice that of the reference in fp32, and some of a rounding."""
+    """Checks that the error of samples and states is at most twice that of the fp32 reference, plus some rounding."""
 
     def run(network: MLP, dtype: torch.dtype) -> list[Tensor]:
         start = options.get("x_init")
@@ -152,7 +152,7 @@ def _assert_as_exact(ours: list[Tensor], model: MLP, n: int, table: StepTable, e
 
 @pytest.mark.parametrize("slots", [1, 3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (2, 5, 8))])
 def test_tables_of_every_kind_of_coefficient(device: torch.device, slots: int) -> None:
-    """Each of ``slots`` is zero, one, moved, or anything, as noise, D and the network's input are."""
+    """Coefficients of ``slots``, noise, D and the network's input are zero, one, moved, or anything."""
     generator = torch.Generator().manual_seed(slots)
     for case in range(4 if device.type == "cpu" else 2):  # each compiles on a GPU
         n, every = _sizes(device)[case % 2], 1 + case
@@ -165,7 +165,7 @@ def test_tables_of_every_kind_of_coefficient(device: torch.device, slots: int) -
 
 
 def _table(rows: int, slots: int = 2, **columns: list[tuple[int, ...]]) -> StepTable:
-    """A table of zeros but for, by name, the elements (place, value) that are given."""
+    """Returns a table of zeros except for the given elements (place, value) of each column."""
     shapes = {"A": (rows, slots, slots), "q": (rows,), **dict.fromkeys("npbed", (rows, slots))}
     tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     for name, elements in columns.items():
@@ -176,7 +176,7 @@ def _table(rows: int, slots: int = 2, **columns: list[tuple[int, ...]]) -> StepT
 
 @pytest.mark.parametrize("first", [1.0, 0.5, 0.0])
 def test_the_first_row_has_an_input_of_its_own(device: torch.device, first: float) -> None:
-    # From row 1 on the network is called with slot 1 alone, which is zero before the first row.
+    # From row 1 on the network is called with slot 1 only, which is zero before the first row.
     rows = range(1, 4)
     columns = {"n": [(0, 0, first), (0, 1, 0.7), *((row, 1, 1.0) for row in rows)], "b": [(0, 1, 1.0), (3, 0, 1.0)]}
     columns |= {"A": [*((row, 0, 0, 0.5) for row in range(4)), *((row, 1, 1, 0.9) for row in rows)]}
@@ -185,7 +185,7 @@ def test_the_first_row_has_an_input_of_its_own(device: torch.device, first: floa
 
 
 def test_what_no_row_reads_is_not_computed() -> None:
-    # Slot 0 is made of slot 1, slot 1 of slot 2, and nothing of slot 3, which keeps a D that nothing else takes.
+    # Slot 0 depends on slot 1, slot 1 on slot 2, and nothing on slot 3, which stores a D that is not used elsewhere.
     columns: dict[str, Any] = {"n": [(0, 0, 1.0), (1, 0, 1.0)], "A": [(1, 0, 1, 0.5), (0, 1, 2, 0.5), (1, 3, 2, 0.5)]}
     columns |= {"b": [(0, 2, 1.0)], "e": [(0, 3, 1.0)], "p": [(0, 0, 1.0)], "d": [(0, 3, 1.0)]}
     terms = _table(2, 4, **columns).trajectory_terms
@@ -194,9 +194,9 @@ def test_what_no_row_reads_is_not_computed() -> None:
 
 
 KEEPS = [(row, 0, 0, 1.0) for row in range(4)]
-HUGE = (0, 1, 0, 3e38)  # in row 0 slot 1 takes so much of slot 0 that it is infinite, where slot 0 is not below 2
+HUGE = (0, 1, 0, 3e38)  # in row 0 slot 1 is such a multiple of slot 0 that it is infinite unless slot 0 is below 2
 PASSED = [(0, 1, 0, 1.0), *((row, 1, 1, 1.0) for row in (1, 2, 3))]  # slot 0 to slot 1 in row 0, where it stays
-# What later rows make of slot 1, and whether it then matters.
+# How later rows use slot 1, and whether its value then matters.
 NOT_FINITE = {
     "taken": ({"A": [*KEEPS, HUGE, (1, 1, 1, 1.0), (2, 0, 1, 0.5)]}, True),
     "an input, which Tanh hides": (
@@ -215,7 +215,7 @@ NOT_FINITE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the infinities that the test is about
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the infinities that the test is about
 @pytest.mark.parametrize("name", NOT_FINITE)
 def test_what_is_not_finite_stays_so_to_the_end_once_it_matters(device: torch.device, name: str) -> None:
     columns, matters = NOT_FINITE[name]
@@ -235,8 +235,8 @@ def test_lower_precisions_are_as_close_as_their_products(
     model = _tame(MLP(2, hidden))
     for n in _sizes(triton_device):
         error = (_run(model, n, triton_device, precision=precision) - _expected(model, n)).abs().max()
-        # A product's operands are rounded to 8 or 11 bits (the interpreter truncates to bf16); |f| is of order 1, and
-        # the five rows weigh it by beta h, at most 4 each.
+        # Operands of products are rounded to 8 or 11 bits (the interpreter truncates to bf16); |f| is of order 1, and
+        # the five rows weight it by beta h, at most 4 each.
         assert error <= 5 * 4 * 4 * {"bf16": 2**-7, "tf32": 2**-10}[precision] * 0.5
 
 

@@ -1,4 +1,4 @@
-"""Native training steps of an MLP beside `fastsde.reference.train_step` with PyTorch's Adam."""
+"""Native training steps of an MLP compared with `fastsde.reference.train_step` and PyTorch's Adam."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def threads() -> Iterator[None]:
 def _native_gradients(
     model: nn.Module, data: Tensor, keys: Tensor, step: int, objective: Objective, **given: Any
 ) -> tuple[Tensor, list[Any]]:
-    """The loss and the gradients of a step: ten times Adam's average after its first."""
+    """Returns the loss and the gradients of a step, as ten times Adam's first moment after the first step."""
     from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
 
     linears, activations = linear_layers(model) or ([], [])
@@ -57,7 +57,7 @@ def _assert_gradients(
     objective: Objective = SCORE,
     **given: Any,
 ) -> None:
-    """As near to float64 as PyTorch's own fp32 is, which is measured, with the error of the noise beside it."""
+    """Checks that gradients are as close to float64 as PyTorch's in fp32, apart from the error of the noise."""
     keys, step = noise.sample_keys(3, batch), 5
     draws = reference.training_draws(keys, step, len(data), data.shape[1:], objective)
     (t,) = ops.training_times(objective, keys, step)
@@ -93,7 +93,7 @@ def test_any_objective(objective: Objective) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [(), (1,), (64, 64, 64), (33, 5)])
 def test_every_activation_and_depth(activation: str, hidden: tuple[int, ...]) -> None:
-    if activation == "ReLU":  # whose derivative jumps: of fresh numbers, one in some millions rounds to its other side
+    if activation == "ReLU":  # its derivative jumps: of new numbers, one in millions would round to the other side
         torch.manual_seed(0)
     _assert_gradients(MLP(3, hidden, activation), torch.randn(50, 3), 40)
 
@@ -152,7 +152,7 @@ def test_a_run_comes_to_the_weights_of_eager_steps(tmp_path: Path, ema: float) -
         assert ours[name].shape == value.shape
         if name.startswith("adam.step"):
             assert torch.equal(ours[name], value)
-        else:  # Adam moves a weight by about lr a step, and rounding changes a thousandth of that
+        else:  # Adam moves a weight by about lr per step, of which rounding changes a thousandth
             torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=config.steps * config.lr * 1e-3)
     logs = [(tmp_path / str(natively) / "log.jsonl").read_text().splitlines() for natively in (True, False)]
     assert len(logs[0]) == len(logs[1])

@@ -1,4 +1,4 @@
-"""What is the native kernels' own: exact words, independence of the number of threads, the GIL, and no bad access."""
+"""Properties of the native kernels: exact words, independence of the number of threads, the GIL, memory safety."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_words_are_exactly_those_of_the_contract(n: int, size: int, step: int, s
 
 @pytest.mark.usefixtures("native")
 def test_the_published_known_answer() -> None:
-    # Random123, kat_vectors: philox4x32 10, counter and key of zeros.
+    # Random123, kat_vectors: philox4x32 10, with a counter and key of zeros.
     words = _bits(torch.zeros(1, 2, dtype=torch.int64), 0, 0, (4,))
     assert [f"{word:08x}" for word in words[0].tolist()] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
 def _results(batch: int, size: int) -> list[Tensor]:
-    """Of every operation but training, on inputs that depend on the shape alone."""
+    """Returns the results of every operation except training, on inputs that depend only on the shape."""
     generator = torch.Generator().manual_seed(batch * size)
     x, f, z = torch.randn(3, batch, size, generator=generator)
     keys, t = noise.sample_keys(1, batch), torch.rand(batch, generator=generator)
@@ -109,7 +109,7 @@ def test_few_samples_of_wide_layers_do_not_depend_on_how_many_threads_share_them
         torch.set_num_threads(count)
         few, kept = trajectory(model, TABLE, keys[:batch], every=2)
         assert torch.equal(few, alone)
-        # Up to 16 samples are summed in another order: n terms in fp32, a row and layer, of a state of about 1.
+        # Up to 16 samples are summed in another order: n terms in fp32 per row and layer, of a state of about 1.
         tolerance = len(TABLE) * 1000 * 2**-24 if batch <= 16 else 0
         torch.testing.assert_close(few, whole[:batch], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(kept, states[:, :batch], rtol=tolerance, atol=tolerance)
@@ -167,7 +167,7 @@ def test_pieces_are_short_and_as_few_as_that_allows() -> None:
     for rows, batch, width, threads in product((1, 50, 999), (1, 17, 1000, 10**7), (10, 10**4, 6 * 10**6), (1, 2, 64)):
         rows_each, samples = piece(rows, batch, width, threads)
         assert 1 <= rows_each <= rows
-        each = math.ceil(min(samples, batch) / threads / 16) * 16  # samples of a thread
+        each = math.ceil(min(samples, batch) / threads / 16) * 16  # samples per thread
         assert each * rows_each * width <= most
         whole = math.ceil(batch / threads / 16) * 16 * rows * width
         assert ((rows_each, samples) == (rows, batch)) == (whole <= most)
@@ -272,7 +272,7 @@ def test_torch_compile_takes_each_operation_whole() -> None:
     torch._dynamo.reset()
 
 
-# What must not reach a kernel --------------------------------------------------------------------------------------
+# Arguments that must not reach a kernel -----------------------------------------------------------------------------
 
 
 def _linears(*shapes: tuple[int, int]) -> nn.Sequential:
@@ -356,7 +356,7 @@ def _cut(x: Tensor) -> None:
 def test_a_state_whose_memory_is_changed_is_refused_before_it_is_read(
     change: Callable[[Tensor], None], slots: int
 ) -> None:
-    mixed = torch.full((4, slots), 0.5, dtype=torch.float64)  # the network's input is memory of its own
+    mixed = torch.full((4, slots), 0.5, dtype=torch.float64)  # the network's input has its own memory
     A = torch.eye(slots, dtype=torch.float64).expand(4, slots, slots)
     table = StepTable(torch.ones(4, dtype=torch.float64), A=A, b=mixed, n=mixed if slots > 1 else None)
 
@@ -395,7 +395,7 @@ def test_tensors_without_memory_are_refused() -> None:
 @pytest.mark.usefixtures("native")
 def test_an_output_that_is_marked_as_negated_is_read_as_such() -> None:
     def conjugate(x: Tensor, t: Tensor) -> Tensor:
-        f = torch.complex(x, x).conj().imag  # contiguous, as all is that has one element
+        f = torch.complex(x, x).conj().imag  # contiguous, like every tensor with one element
         assert f.is_neg()
         return f
 
@@ -429,7 +429,7 @@ print(bool((small * 1.0 != 0).all()))  # nothing flushes subnormals now
     assert run.stdout == expected, run.stderr
 
 
-# A run of every kernel on odd sizes, of tensors that end where their memory does.
+# Runs every kernel on odd sizes, with tensors that end at the end of their memory.
 _EVERYTHING = """
 import torch
 from fastsde import noise, ops, solvers

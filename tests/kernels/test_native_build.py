@@ -1,4 +1,4 @@
-"""How the native kernels are compiled, kept, found again and done without."""
+"""How the native kernels are compiled, cached and found again, and what happens without a compiler."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_user_without_a_home_has_them_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_what_one_source_lacks_the_others_have(tmp_path: Path) -> None:
-    # A compiler that fails on the U-Net and on training.
+    # A compiler that fails for the U-Net and for training.
     compiler = tmp_path / "compiler"
     real = " ".join(build.find_compiler() or [])
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *unet.cpp*|*mlp_training.cpp*) exit 1;; esac\nexec {real} "$@"\n')

@@ -1,4 +1,4 @@
-"""The kernel of normals beside the noise contract in PyTorch."""
+"""The kernel of normals compared with the noise contract in PyTorch."""
 
 from __future__ import annotations
 

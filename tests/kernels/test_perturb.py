@@ -17,7 +17,7 @@ from fastsde.objective import Coefficients
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 EPS = 2.0**-24
-# Of the result, to its dtype. The interpreter truncates to bf16, where hardware rounds.
+# Rounding of the result to its dtype. The interpreter truncates to bf16, while hardware rounds.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TRUNCATION = ROUNDING | {torch.bfloat16: 2.0**-7}
 NAN = float("nan")
@@ -26,7 +26,7 @@ SCALING = {"scale": 1 / 127.5, "shift": -1.0}
 
 @dataclass(frozen=True)
 class Case:
-    """What the noising is called with."""
+    """The arguments of the noising."""
 
     pixels: bool = False
     gathers: bool = False
@@ -62,7 +62,7 @@ def _inputs(case: Case, batch: int, shape: tuple[int, ...], device: torch.device
 
 
 def _truth(inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_in in float64, and how far the kernel may be from it."""
+    """Returns x_in in float64, and the error allowed for the kernel."""
     x_0 = inputs["x_0"].double()
     drawn = "z" not in inputs
     given = {name: value for name, value in inputs.items() if name not in ("x_0", "keys", "step", "coefficients")}
@@ -71,7 +71,7 @@ def _truth(inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     expected = reference.perturb(x_0, None, 0, table, **given | {"z": z.double()}).x_in
     k = Coefficients(*(each.reshape(-1, *[1] * (x_0.ndim - 1)) for each in table.unbind(-1)))
     data = reference.load_batch(x_0.abs(), inputs.get("index"), abs(inputs.get("scale", 1.0)), 0.0)
-    # Loading the data, the product and the sum are 5 roundings, those of the noise 2.
+    # Loading the data, the product and the sum take 5 roundings, those of the noise 2.
     bound = EPS * (5 * k.u_x.abs() * (data + abs(inputs.get("shift", 0.0))) + 2 * k.u_z.abs() * z.abs())
     bound = bound + drawn * NORMAL_ERROR * k.u_z.abs()
     rounding = (ROUNDING if x_0.is_cuda else TRUNCATION)[dtype]
@@ -166,7 +166,7 @@ def test_the_operation_takes_what_is_not_contiguous(device: torch.device, case: 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (0, 2, 3), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("case", [CASES["fp32"], CASES["uint8 to bf16"]], ids=["fp32", "uint8 to bf16"])
 def test_nothing_becomes_nothing(device: torch.device, case: Case, shape: tuple[int, ...]) -> None:
-    # A batch of samples without elements still has its times.
+    # Samples without elements still have their times.
     inputs = _inputs(case, shape[0], shape[1:], device)
     x_in, tau, _ = ops.perturb(dtype=case.dtype, **inputs)
     assert x_in.shape == shape

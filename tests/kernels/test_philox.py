@@ -1,4 +1,4 @@
-"""The noise contract inside a kernel: integers exactly, normals to 4e-6."""
+"""The noise contract inside a kernel: integers are exact, normals to 4e-6."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_box_muller_holds_at_extreme_words(device: torch.device) -> None:
-    # u is least at 0, exactly 1 at the largest words, and 1 - u from 2^-24 to 2^-6 where a logarithm loses its digits.
+    # u is smallest for word 0, exactly 1 for the largest; for 1 - u from 2^-24 to 2^-6 a logarithm loses digits.
     near_one = [2**32 - 2**k + shift for k in range(27) for shift in (-1, 0, 1) if 2**32 - 2**k + shift < 2**32]
     quarters = [k * 2**29 + shift for k in range(8) for shift in (-129, -1, 0, 1, 129) if k * 2**29 + shift >= 0]
     extreme = torch.tensor([*range(64), 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, *near_one])
     radius, angle = torch.cartesian_prod(extreme, torch.tensor([0, 1, 2**32 - 1, *quarters])).unbind(1)
     n = triton.next_power_of_2(len(radius))
-    # Filled up with random words, which meet every exponent of u.
+    # The rest are random words, which cover every exponent of u.
     fill = torch.randint(0, 2**32, (2, n - len(radius)))
     fill[0, ::2] = 2**32 - 1 - (fill[0, ::2] >> torch.randint(0, 32, fill[0, ::2].shape))
     radius, angle = torch.cat([radius, fill[0]]), torch.cat([angle, fill[1]])

@@ -1,4 +1,4 @@
-"""The kernel of keys beside the noise contract in PyTorch: exact."""
+"""The kernel of keys agrees exactly with the noise contract in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EDGES = [0, 1, 2**31 - 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 def _random() -> int:
-    return random.SystemRandom().getrandbits(64)  # new ones in every run; a failure shows them
+    return random.SystemRandom().getrandbits(64)  # new ones in every run, shown on failure
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 127, 128, 129, 1030])
@@ -36,7 +36,7 @@ def test_seeds_and_samples_of_all_sizes(device: torch.device) -> None:
 
 
 def test_check_value(device: torch.device) -> None:
-    # Random123, kat_vectors: philox4x32 10, counter and key of zeros.
+    # Random123, kat_vectors: philox4x32 10, with a counter and key of zeros.
     words = ops.sample_keys(0, 1, device=device).view(torch.int32)[0] & 0xFFFFFFFF
     assert words.tolist() == [w - 2**32 if w >= 2**31 else w for w in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, on any machine: nothing spills, and accesses are as wide as they can be."""
+"""The compiled kernels, on any machine: nothing spills, and memory accesses are as wide as possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from fastsde.benchmarks.sass import SMALL, UNET_HEADS, UNET_LAYERS
 
-# Per variant of fp32 tensors whose rows start on 16 bytes: how many [B, *shape] tensors it reads and writes.
+# How many [B, *shape] tensors each variant reads and writes; they are fp32, with rows aligned to 16 bytes.
 pytestmark = pytest.mark.slow  # everything is compiled for three generations of GPUs
 
 TENSORS = {
@@ -24,13 +24,13 @@ TENSORS = {
     "solver_step, no history yet, clip": (2, 2),  # the slot of the history is not read
     "normal": (0, 1),
     "perturb": (1, 1),
-    "dsm_loss": (2, 0),  # the data are read where their coefficient is not zero
+    "dsm_loss": (2, 0),  # the data are read only if their coefficient is not zero
     "dsm_loss, backward": (2, 1),
 }
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ACCESSES = 4  # of 128 bits, for the 16 elements of a thread
 TILES = {name: (ACCESSES, *TENSORS[name]) for name in TENSORS}
-TILES |= {f"{name}, few elements": (1, *TENSORS[name]) for name in SMALL}  # 4 elements a thread
+TILES |= {f"{name}, few elements": (1, *TENSORS[name]) for name in SMALL}  # 4 elements per thread
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_every_program_stores_its_result(reports: list[dict[str, Any]]) -> None:
     assert not _names(reports, lambda report: not any(op.startswith("STG") for op in report["global_accesses"]))
 
 
-# Instructions of a warp in a row, rounded up from what Triton 3.6 and 3.8 give.
+# Instructions per warp and row, rounded up from those of Triton 3.6 and 3.8.
 @pytest.mark.parametrize(("precision", "instructions"), [("bf16", 300), ("tf32", 380), ("fp32", 610)])
 def test_a_row_of_few_samples_is_short(reports: list[dict[str, Any]], precision: str, instructions: int) -> None:
     report = _of(reports, f"mlp_sampler, {precision}, few samples of 2, width 64")
@@ -96,10 +96,10 @@ def test_a_row_of_many_samples_balances_its_units(
 ) -> None:
     report = _of(reports, f"mlp_sampler, {precision}, many samples of 2, width 64")
     assert 500 < report["loop_instructions"] <= instructions
-    # 96 LogSigmoids of a thread, of which each takes an exponential and in fp32, else one in four, a logarithm; 8 are
+    # 96 LogSigmoids per thread take an exponential each, and a logarithm each in fp32, otherwise one in four; 8 are
     # the normals'.
     assert report["loop_special"] == special
-    if precision != "fp32":  # A quarter of a multiprocessor issues an instruction a clock, and a special one in 8.
+    if precision != "fp32":  # a quarter of a multiprocessor issues 1 instruction per clock, or 1/8 special function
         assert 0.8 < 8 * report["loop_special"] / report["loop_instructions"] < 1.25
 
 
@@ -113,7 +113,7 @@ def test_the_counts_kept_for_this_triton_are_those_it_gives(reports: list[dict[s
     assert kept
     if triton.__version__ not in kept:
         pytest.skip(f"no counts are kept for Triton {triton.__version__}, only for {', '.join(kept)}")
-    assert kept[triton.__version__] == reports  # python -m fastsde.benchmarks.sass --out FILE makes them anew
+    assert kept[triton.__version__] == reports  # python -m fastsde.benchmarks.sass --out FILE regenerates them
 
 
 def test_tensors_are_accessed_by_128_bits(reports: list[dict[str, Any]]) -> None:
@@ -131,20 +131,20 @@ def test_tensors_are_accessed_by_128_bits(reports: list[dict[str, Any]]) -> None
 
 def test_the_noisy_step_is_bound_by_memory(reports: list[dict[str, Any]]) -> None:
     step = _of(reports, "solver_step")
-    assert step["instructions_per_element"] < 36  # 40 would still hide behind 12 bytes an element; 31 today
+    assert step["instructions_per_element"] < 36  # 40 would still be hidden by 12 bytes per element; it is 31 now
 
 
 def test_a_key_is_one_store_and_a_position_one_philox_call(reports: list[dict[str, Any]]) -> None:
     for report in (each for each in reports if each["name"] in ("sample_keys", "data_order")):
         assert report["shared_bytes"] == 0, report
-        assert report["instructions_per_element"] < 120, report  # 40 of them are the products of ten rounds
+        assert report["instructions_per_element"] < 120, report  # 40 of them are the products of the ten rounds
     keys = [each["global_accesses"] for each in reports if each["name"] == "sample_keys"]
     assert keys == [{"STG.E.128": 1}] * 3
 
 
 def test_the_step_exchanges_nothing_but_its_status(reports: list[dict[str, Any]]) -> None:
     def exchanges(report: dict[str, Any]) -> bool:
-        status = 4 * 4 if "status" in report["name"] else 0  # a word of each warp: the first that is not finite
+        status = 4 * 4 if "status" in report["name"] else 0  # a word per warp: the first value that is not finite
         return report["name"].startswith("solver_step") and report["shared_bytes"] > status
 
     assert not _names(reports, exchanges)
@@ -154,16 +154,16 @@ def test_the_step_exchanges_nothing_but_its_status(reports: list[dict[str, Any]]
 def test_a_layer_of_the_unet_accesses_128_bits_and_is_bound_by_memory(reports: list[dict[str, Any]], name: str) -> None:
     images, _, _, pools, timed = UNET_LAYERS[name]
     report = _of(reports, name)
-    # 8 elements of a thread at each of the 4 pixels of a window or at its only one: 16 bytes of bf16, 32 of fp32.
+    # 8 elements per thread at each pixel of a window (4 or 1): 16 bytes in bf16, 32 in fp32.
     pixels, accesses = 4 if pools else 1, 1 if images == "*bf16" else 2
     wide = [
         sum(n for op, n in report["global_accesses"].items() if op.startswith(kind) and ".128" in op)
         for kind in ("LDG", "STG")
     ]
-    # Biases take up to two more, and the time plane, fp32, two a pixel.
+    # Biases take up to two more, and the time plane, in fp32, two per pixel.
     assert 0 <= wide[0] - pixels * (accesses + 2 * timed) <= 2, report["global_accesses"]
     assert wide[1] == pixels * accesses + pools * accesses, report["global_accesses"]
-    # An H200 issues 31 thread-instructions in the time that it reads and writes a bf16 element, at 4.3 TB/s.
+    # An H200 issues 31 thread-instructions in the time of reading and writing a bf16 element at 4.3 TB/s.
     assert report["instructions_per_element"] < 26
 
 
@@ -173,6 +173,6 @@ def test_the_last_convolution_reads_128_bits(reports: list[dict[str, Any]], name
         wide = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" in op)
         narrow = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" not in op)
         assert narrow == UNET_HEADS[name][1]  # the biases
-        assert wide >= 9 * (2 if "bf16" in name else 4)  # the 16 elements of a thread, at each tap
+        assert wide >= 9 * (2 if "bf16" in name else 4)  # the 16 elements per thread, at each tap
         if name != "head_convolution, bf16, colour":
-            assert report["instructions_per_element"] < 48  # 15 hide behind reading two bytes, 31 behind four
+            assert report["instructions_per_element"] < 48  # 15 are hidden by reading two bytes, 31 by four

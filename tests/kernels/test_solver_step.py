@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 NAN = float("nan")
 SLOTS = (1, 2, 3, 5, 8)
 FEW_SLOTS = [slots if slots in (1, 3) else pytest.param(slots, marks=pytest.mark.slow) for slots in SLOTS]
-# Batch and shape of a sample: single elements, samples that share a tile and fill one exactly or not, several tiles.
+# Batch and sample shape: single elements, samples that share a tile and fill it exactly or not, several tiles.
 SHAPES = [(1, ()), (3, (2,)), (300, (63,)), (3, (1, 28, 28)), (2, (5, 1001))]
 SLOW_SHAPES = [(300, (1,)), (2, (2048,)), (3, (1000,))]
 GRID = [
@@ -40,7 +40,7 @@ GRID = [
 
 @dataclass(frozen=True)
 class Options:
-    """What a step is called with beside its table."""
+    """The arguments of a step besides its table."""
 
     clip: float | None = None
     dtype: torch.dtype = torch.float32
@@ -55,7 +55,7 @@ OPTIONS = (PLAIN, Options(0.5, torch.bfloat16, 2.5, draws=False), ALL, Options(g
 
 @dataclass
 class Step:
-    """A row and tensors to take it with."""
+    """A row and the tensors for it."""
 
     table: StepTable
     row: int
@@ -97,7 +97,7 @@ class Step:
         return ops.solver_step(self.slots, self.f, self.table, self.row, **self.given)
 
     def launch(self, out: Sequence[Tensor | None], row: int | None = None, **options: Any) -> int:
-        """Launches the kernel. Returns the status of row 0 of a native one."""
+        """Launches the kernel, and returns the status of row 0 for a native one."""
         module, x = ops.dispatch.kernel("solver_step", self.f.device), self.slots[0]
         given = {"terms": self.table.terms(self.row), "clip": self.table.clip, **self.given, **options}
         row = self.row if row is None else row
@@ -107,7 +107,7 @@ class Step:
 
 
 def chosen(slots: Sequence[Any], terms: Terms) -> list[Any]:
-    """Those that are computed, and None for the others."""
+    """Returns the slots that are computed, and None for the others."""
     return [slot if i in terms.computed else None for i, slot in enumerate(slots)]
 
 
@@ -136,7 +136,7 @@ def test_a_step_is_the_row_and_touches_nothing_else(
         for buffer in buffers:
             assert torch.cat([buffer[:64], buffer[64 + n :]]).isnan().all()
         assert all(torch.equal(*pair) for pair in zip(before, step.tensors, strict=True))
-        # In place: each in the memory of an old slot.
+        # In place: each output is the memory of an old slot.
         places = [step.slots[place] for place in terms.places]
         step.launch(chosen(places, terms))
         assert all(torch.equal(places[slot], out[slot]) for slot in terms.computed)
@@ -249,7 +249,7 @@ def test_a_counter_walks_the_table(triton_device: torch.device, slots: int, batc
         *(torch.zeros(batch, *shape, device=device) for _ in range(1, slots)),
     ]
     network_input = reference.network_input(buffers, table, 0).clone()
-    for row in range(rows):  # the same launch each time, but that the slots exchange their places
+    for row in range(rows):  # the same launch each time, except that the slots swap places
         f = network(network_input, time[:batch])
         places = [buffers[place] for place in terms.places]
         ops.counted_step(
@@ -287,7 +287,7 @@ def test_a_row_is_added_to_the_counter(triton_device: torch.device) -> None:
     assert torch.equal(*outputs)
 
 
-# What is not finite -------------------------------------------------------------------------------------------------
+# Values that are not finite -----------------------------------------------------------------------------------------
 
 
 def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
@@ -299,11 +299,11 @@ def test_a_clip_does_not_hide_what_is_not_finite(device: torch.device) -> None:
         step.by_op(), reference.solver_step(step.slots, step.f, step.table, 0, **step.given), strict=True
     ):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-    assert ours.isnan().tolist() == [[True, False, False, False]]  # half of D, clamped to the clip where f is infinite
+    assert ours.isnan().tolist() == [[True, False, False, False]]  # half of D, clamped if f is infinite
 
 
 def noted(device: torch.device, spoil: str | None, value: float, shape: tuple[int, ...]) -> int:
-    """The status after row 2 of a table, with one value of ``spoil`` that is not finite."""
+    """Returns the status after row 2 of a table, with one value of ``spoil`` that is not finite."""
     table = random_table(3, seed=6)
     table.A[2, 0], table.b[2, 0] = torch.tensor([0.5, -0.5, 0.25], dtype=torch.float64), 0.5
     step = Step.of(table, 2, shape, device, Options(guidance=2.0))
@@ -314,7 +314,7 @@ def noted(device: torch.device, spoil: str | None, value: float, shape: tuple[in
     if ops.has_native(device):
         kind = step.launch(out)
         return 2 * 2 + kind if kind < 2 else int(status)
-    with np.errstate(invalid="ignore"):  # the interpreter's NumPy warns of inf - inf
+    with np.errstate(invalid="ignore"):  # the interpreter's NumPy warns about inf - inf
         step.launch(out, status=status)
     return int(status)
 

@@ -35,12 +35,12 @@ def _small(*shape: int) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """But for the sign."""
+    """Returns the bits without the sign."""
     return x.view(torch.int32) & 0x7FFFFFFF
 
 
 def _table(f: float = 0.0) -> StepTable:
-    """A row that computes what it began with, and adds so much of f."""
+    """Returns a table of one row that keeps the state and adds a multiple of f."""
     one = torch.ones(1, dtype=torch.float64)
     return StepTable(time=one, a=one, b=f * one)
 
@@ -89,7 +89,7 @@ def _unet() -> Tensor:
 
 
 def _draws() -> Tensor:
-    """No draw is subnormal: these are of interest for the mode that they leave."""
+    """Draws are never subnormal; these calls test only the mode that they leave behind."""
     keys = noise.sample_keys(0, BATCH)
     ops.dispatch.kernel("normal", keys.device).bits(keys, 0, 0, (SIZE,))
     return ops.normal(keys, 0, (SIZE,)) * 0
@@ -122,7 +122,7 @@ KERNELS: list[Callable[[], Tensor]] = [
 
 
 def _flushes() -> list[bool]:
-    """Whether this thread flushes, in fp32 and in float64, and whether any of PyTorch's threads does."""
+    """Returns whether this thread flushes, in fp32 and in float64, and whether any of PyTorch's threads does."""
     small = 1e-300
     of_all = _small(1 << 18) * 1.0
     return [bool((_small(1) * 1.0 == 0).any()), small * 1e-20 == 0, bool((_bits(of_all) == 0).any())]

@@ -1,4 +1,4 @@
-"""How a batch is cut into tiles, and that small and large ones give the same."""
+"""How a batch is cut into tiles, and that small and large tiles give the same results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsde import VPSDE, noise, ops, reference, solvers
 tile = pytest.importorskip("fastsde.kernels.tile")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-FEW, MANY, H100 = 2**62, 0, 2 * 132  # of `tile._MANY`: small tiles for everything, large ones, and what a GPU has
+FEW, MANY, H100 = 2**62, 0, 2 * 132  # `tile._MANY`: small tiles for everything, large ones, and as on a GPU
 SDE = VPSDE()
 TABLE = solvers.build("ddpm", SDE, 6, prediction="eps", clip=2.0)
 
@@ -45,7 +45,7 @@ def test_few_elements_fill_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _results(device: torch.device, batch: int, size: int) -> Iterator[Tensor]:
-    """Of every kernel that works on tiles."""
+    """Returns the results of every kernel that works on tiles."""
     keys = noise.sample_keys(5, batch, device=device)
     x, f, z = (ops.normal(keys, step, (size,)) for step in range(3))
     yield from (x, *ops.solver_step([x], f, TABLE, 1, keys=keys))

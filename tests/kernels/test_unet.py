@@ -1,4 +1,4 @@
-"""The native U-Net beside the U-Net in float64, in fp32 and bf16, and its place in `UNetInference`."""
+"""The native U-Net in fp32 and bf16 compared with the U-Net in float64, and its use in `UNetInference`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _inputs(model: UNet, batch: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _errors(model: UNet, batch: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Of the kernel and of the U-Net in PyTorch in that dtype, and the largest value."""
+    """Returns the errors of the kernel and of PyTorch's U-Net in that dtype, and the largest value."""
     x, t = _inputs(model, batch)
     exact = copy.deepcopy(model).double()(x.double(), t.double())
     plain = copy.deepcopy(model).to(dtype)(x.to(dtype), t.to(dtype))

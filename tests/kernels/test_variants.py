@@ -1,4 +1,4 @@
-"""How many variants of a kernel a run compiles: numbers that vary make none."""
+"""How many variants of a kernel a run compiles: numbers that vary need no new ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 
 
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
-    """Name, kernel and launches that must share its variant, or two of them."""
+    """Yields names, kernels, and launches that must share one variant, or two."""
     from fastsde import ops, solvers
     from fastsde.kernels import coefficients, dsm_loss, mlp_sampler, normal, perturb, solver_step, uniform
     from fastsde.sde import VPSDE
@@ -87,13 +87,13 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         given = {"terms": multistep.trajectory_terms, "clip": n / 7, "every": rows}
         mlp_sampler.mlp_sampler(packed, torch.empty(rows, width), keys, **given, out=out)
 
-    # A low tile for few samples (here, where no GPU says how many processors it has, 16), and a high one for many.
+    # A low tile for few samples (16, since no GPU reports its number of processors here), and a high one for many.
     for name, batches in (("few", range(1, 17)), ("many", BATCHES[4:])):
         yield f"mlp_sampler, {name}", mlp_sampler.mlp_sampler_kernel, [partial(trajectories, n, n) for n in batches]
 
 
 class _Driver:
-    """As much of a driver as compiling takes, without a GPU."""
+    """The parts of a driver that compiling needs, without a GPU."""
 
     def get_current_device(self) -> int:
         return 0
@@ -133,7 +133,7 @@ def _count() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
-    """The variants of each of `_runs`, compiled in a process where Triton's interpreter is off and no GPU is used."""
+    """The variants of each of `_runs`, compiled in a process without Triton's interpreter and without a GPU."""
     pytest.importorskip("triton")
     command = [sys.executable, str(Path(__file__))]
     run = subprocess.run(command, env=compiler_environment, capture_output=True, text=True)
@@ -146,7 +146,7 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
     assert len(runs) == 17
-    # Of tiles two: small ones for few samples, large ones for many (fastsde.kernels.tile).
+    # Two for tiles: small ones for few samples, large ones for many (fastsde.kernels.tile).
     assert runs == {name: 2 if "(" in name else 1 for name in runs}
 
 

@@ -1,4 +1,4 @@
-"""Hooks, of one module and of all: whoever runs a network by other code must leave it alone then."""
+"""Hooks of one module and of all modules: a network with hooks must not be run by other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped architectures: the tutorial's own, to the parameter, and general in size."""
+"""The shipped architectures: exactly the tutorial's by default, and general in size."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_unet_layers_have_the_tutorials_sizes(unet):
 
 
 def straight_line_unet(weights: list[Tensor], x: Tensor, t: Tensor) -> Tensor:
-    """The tutorial's U-Net with nothing general about it: eleven layers one after the other."""
+    """The tutorial's U-Net written out: eleven layers one after the other."""
     w = iter(weights)
 
     def activate(y: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ def test_unet_is_the_straight_line_one(unet):
     exact = straight_line_unet([p.detach().double() for p in unet.parameters()], x.double(), t.double())
     with torch.no_grad():
         torch.testing.assert_close(model(x.double(), t.double()), exact, atol=1e-12, rtol=1e-12)
-        # fp32: every layer rounds sums of at most 4608 products, whose error grows like their root, 68 u, relative to
-        # signals of size 1; 11 layers of it, none of which amplifies.
+        # fp32: every layer rounds sums of at most 4608 products, whose error grows like the root, 68 u, relative to
+        # signals of size 1; there are 11 layers, none of which amplifies errors.
         torch.testing.assert_close(unet(x, t).double(), exact, atol=11 * 68 * 2.0**-24, rtol=0)
     assert exact.std() > 1e-2  # there is something to compare
 
@@ -104,7 +104,7 @@ def test_unet_of_two_levels_is_the_straight_line_one_on_a_half_odd_rectangle():
     x, t = x.double(), t.double()
     w = [parameter.detach() for parameter in model.parameters()]
     top = F.logsigmoid(F.conv2d(torch.cat((x, t.reshape(2, 1, 1, 1).expand(2, 1, 7, 16)), 1), w[0], w[1], padding=1))
-    # Only the odd side, 7, has an edge to be rounded up to 4.
+    # Only the odd side, 7, is rounded up, to 4.
     pooled = F.max_pool2d(F.pad(top, (0, 0, 1, 1), value=-float("inf")), 2, 2)
     assert pooled.shape == (2, 4, 4, 8)
     y = F.logsigmoid(F.conv2d(pooled, w[2], w[3], padding=1))
@@ -126,7 +126,7 @@ def test_unet_treats_samples_apart(unet):
     x, t = inputs(4, 1, 28, 28)
     with torch.no_grad():
         whole = unet(x, t)
-        # 1e-5: a convolution may sum in another order for another batch.
+        # 1e-5: a convolution may sum in another order for another batch size.
         torch.testing.assert_close(unet(x[2:3], t[2:3]), whole[2:3], atol=1e-5, rtol=0)
         assert unet(x[:0], t[:0]).shape == (0, 1, 28, 28)
 
@@ -161,7 +161,7 @@ def test_one_number_is_a_square_image():
 @pytest.mark.parametrize("image_channels", [1, 3])
 def test_unet_in_channels_last_is_so_from_its_first_convolution_to_its_gradients(image_channels, monkeypatch):
     torch.manual_seed(0)
-    # PyTorch's own has a contiguous result on a CPU, and on a GPU one in the layout of its argument, as this.
+    # PyTorch's returns a contiguous result on a CPU, and on a GPU the layout of its argument, as this one does.
     monkeypatch.setattr(F, "logsigmoid", lambda v: -F.softplus(-v))
     model, seen = UNet(image_channels, (7, 12), (3, 4, 5)), []
     other = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -281,7 +281,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_describes_its_model(name):
     model = MODELS[name]()
-    config = json.loads(json.dumps(model.config))  # as a checkpoint keeps it
+    config = json.loads(json.dumps(model.config))  # as stored in a checkpoint
     assert config == model.config
     twin = from_config(config)
     assert type(twin) is type(model)

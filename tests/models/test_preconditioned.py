@@ -1,4 +1,4 @@
-"""EDM's preconditioning around a network, beside its paper and what training compares."""
+"""EDM's preconditioning of a network, compared with its paper and with the training objective."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsde.sde import Process
 
 
 class Seen(nn.Module):
-    """Keeps what it is called with."""
+    """Keeps its arguments."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.x, self.t = x, t
@@ -33,7 +33,7 @@ def test_it_is_the_denoiser_that_the_objective_trains(sde: Process) -> None:
     k = [each[:, None] for each in Objective(sde, "x0", "target", "edm", 0.7).coefficients(t, torch.float64)]
     torch.testing.assert_close(network.x, k[1] * x_0 + k[2] * z)
     torch.testing.assert_close(network.t, k[0][:, 0])
-    # The weight of the paper times its squared error is what the objective has.
+    # The paper's weight times its squared error is the objective's loss.
     level = (sde.sigma(t) / sde.alpha(t))[:, None]
     residual = k[3] * torch.tanh(3 * network.x + network.t[:, None]) + k[4] * x_0 + k[5] * z
     weighted = (level**2 + 0.7**2) / (level * 0.7) ** 2 * (denoised - x_0) ** 2

@@ -1,4 +1,4 @@
-"""What is inside of PyTorch's wrappers of networks."""
+"""The networks inside PyTorch's wrappers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
-    """A process group of this process alone, which DistributedDataParallel asks for."""
+    """A process group with only this process, which DistributedDataParallel needs."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -61,7 +61,7 @@ def test_other_modules_come_back_as_they_are() -> None:
 
 
 def test_it_does_not_import_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import of it is an error
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it raises an error
     monkeypatch.setitem(sys.modules, "torch._dynamo.eval_frame", None)
     fresh = runpy.run_path(sys.modules[unwrap.__module__].__file__ or "")["unwrap"]
     model = MLP()

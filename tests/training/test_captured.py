@@ -1,4 +1,4 @@
-"""Training steps captured as CUDA graphs, on the CPU by the tape of tests/cuda_graphs.py, beside those taken singly."""
+"""Training steps captured as CUDA graphs (on the CPU by the tape of tests/cuda_graphs.py), compared with eager ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def losses(directory: Path) -> list[tuple[int, float]]:
 
 
 def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: float) -> None:
-    """Adam moves a weight by at most about lr a step, and rounding changes only a ``share`` of that."""
+    """Compares states. Adam moves a weight by at most about lr per step, of which rounding changes a ``share``."""
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         if name.startswith(("model.", "weights.")):
@@ -80,7 +80,7 @@ def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: floa
         pytest.param(
             replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3, marks=pytest.mark.slow
         ),
-        # The loss takes the network's output before it is widened.
+        # The loss is computed from the network's output before it is converted to fp32.
         pytest.param(replace(POINTS, precision="bf16"), 0.2, marks=pytest.mark.slow),
         pytest.param(IMAGES, 1e-2, marks=pytest.mark.slow),
     ],
@@ -116,7 +116,7 @@ def test_a_run_that_is_cut_comes_to_the_same_weights(graphs: Any, tmp_path: Path
     assert taken == [1, 1, 1, 5, 1, 1, 5, 5, 5]
     resumed = trained(POINTS, tmp_path / "cut", eagerly=False, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    # And by the other kind of steps, either way.
+    # And by the other kind of steps, in both directions.
     eager = trained(replace(POINTS, steps=33), tmp_path / "eager", eagerly=True)
     assert_same(resumed, eager, POINTS, 1e-3)
 
@@ -148,7 +148,7 @@ def test_images_train_in_channels_last(
     whole = checkpoints.read(tmp_path / "whole" / "checkpoint.safetensors")[0]
     assert all(each.is_contiguous() for each in whole.values())
     assert_same(whole, contiguous, config, share)
-    # A run that is cut comes to the same, and one that begins in another layout goes on from the same weights.
+    # An interrupted run has the same result, and one that starts in another layout continues from the same weights.
     trained(replace(config, steps=4), tmp_path / "cut", eagerly=False)
     resumed = trained(config, tmp_path / "cut", eagerly=False, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -169,7 +169,7 @@ def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> 
     assert len(graphs.recorded) == 3  # 20, 5 and 1
     assert len(graphs.made) == 1
     # 17 after the three that warm up: 5, 5, 5, 1, 1. One launch draws the data order of all five, and so on.
-    launches = graphs.recorded[0]  # none of a GPU are told
+    launches = graphs.recorded[0]  # none of them is on a GPU
     once = ("data_order_kernel", "uniform_kernel", "coefficients_kernel")
     assert not launches or [launches.count(name) for name in (*once, "perturb_kernel")] == [1, 1, 1, 5]
 
@@ -273,7 +273,7 @@ def test_a_network_that_cannot_be_captured_is_trained_step_by_step(
 @pytest.mark.slow
 def test_neither_the_default_dtype_nor_that_of_the_data_enters(graphs: Any, tmp_path: Path) -> None:
     config = replace(POINTS, steps=5, log_every=5)
-    x = torch.randn(20, 2).bfloat16().float()  # which the other dtypes hold exactly
+    x = torch.randn(20, 2).bfloat16().float()  # exact in the other dtypes
     expected = trained(config, tmp_path / "fp32", eagerly=False, dataset=Dataset("own", x))
     dtypes, before = (torch.bfloat16, torch.float16, torch.float64), torch.get_default_dtype()
     for dtype in dtypes:

@@ -1,4 +1,4 @@
-"""Objectives beyond the VP-SDE's through every way to take steps, and a process that this package does not have."""
+"""Objectives other than the VP-SDE's with every way to take steps, and a process that is not in this package."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _assert_same(found: tuple[Tensor, Tensor], config: TrainConfig, folder: Path
 
 @dataclass(frozen=True)
 class Mine(VPSDE):
-    """A process of one's own."""
+    """A user's own process."""
 
 
 def test_what_cannot_be_interpolated_is_trained_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_a_run_with_edms_preconditioning_samples_and_resumes(tmp_path: Path) -> 
     assert torch.equal(loaded.model(x, t), checkpoint.model(x, t))
     assert fastsde.sample(loaded, (4, 2), solver="ddim", steps=5, t_end=0.01).isfinite().all()
     assert Trainer(CONFIGS["edm"], tmp_path, resume=True).step == 40
-    # And another run starts from its weights, but not one that means something else by them.
+    # Another run may start from its weights, unless they have another meaning there.
     init = replace(CONFIGS["edm"], init=str(tmp_path))
     weights = Trainer(init, tmp_path / "further").model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in loaded.network.state_dict().items())

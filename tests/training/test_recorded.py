@@ -1,7 +1,7 @@
-"""Training of a given seed gives the losses and weights that it gave before, to rounding.
+"""Training with a given seed keeps giving the same losses and weights, up to rounding.
 
 The values were recorded before the objective became a table of coefficients; ``python tests/training/test_recorded.py``
-prints them anew.
+prints current ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIGS = {
     "digits": DIGITS,
     "digits, v, sigma2": replace(DIGITS, weighting="sigma2"),
 }
-# Of each config the losses of the steps, and what the steps have changed (`_change`) in units of the learning rate.
+# For each config the losses of the steps, and the change of the weights (`_change`) in units of the learning rate.
 RECORDED: dict[str, tuple[list[float], float]] = {
     "points": ([1.450726, 1.402366, 1.358056, 1.1652, 1.332102, 0.886959], -3.781784),
     "points, score, likelihood": ([26.25978, 12.29729, 21.60371, 19.13255, 17.71751, 12.55989], -2.483773),
@@ -64,7 +64,7 @@ def _weights(trainer: Trainer) -> torch.Tensor:
 
 
 def _change(difference: torch.Tensor) -> float:
-    """A sum over all weights, each with a factor of its own."""
+    """Returns a sum over all weights, each with its own factor."""
     return float((difference * torch.cos(torch.arange(len(difference)) ** 2)).sum()) / math.sqrt(len(difference))
 
 

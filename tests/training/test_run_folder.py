@@ -28,7 +28,7 @@ def test_lines_are_written_in_groups_and_none_is_lost(tmp_path: Path, clock: lis
         log.append({"step": step})
         written.append(len(path.read_text().splitlines()))
         clock[0] += run_folder.LOG_SECONDS / 2
-    assert written == [1, 1, 3, 3, 5]  # the first one at once, then every other half of the interval
+    assert written == [1, 1, 3, 3, 5]  # the first one at once, then once per interval
     log.append({"step": 5})
     assert len(path.read_text().splitlines()) == 5
     log.flush()

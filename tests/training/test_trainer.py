@@ -61,7 +61,7 @@ def log_of(directory: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("config", [TINY, IMAGES], ids=["mlp", "unet"])
 def test_a_run_is_a_function_of_its_config(tmp_path: Path, config: TrainConfig) -> None:
     for name in ("a", "b"):
-        torch.manual_seed(hash(name))  # torch's own state must not enter
+        torch.manual_seed(hash(name))  # torch's own state must not matter
         Trainer(config, tmp_path / name).train(progress=False)
     assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
     Trainer(replace(config, seed=1), tmp_path / "c").train(progress=False)
@@ -77,7 +77,7 @@ def test_training_leaves_the_generator_of_torch_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of an MLP too: tests/kernels/test_mlp_training.py has the native ones."""
+    """Uses eager steps also for MLPs; native steps are tested in tests/kernels/test_mlp_training.py."""
     monkeypatch.setattr("fastsde.training.trainer.can_run_natively", lambda *args: False)
 
 
@@ -99,7 +99,7 @@ def test_the_trainer_takes_the_steps_of_the_reference(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: TrainConfig, stop: int) -> None:
     Trainer(config, tmp_path / "whole").train(progress=False)
-    # A kill is a run that stops after some checkpoint, with more log lines than that checkpoint has steps. The first
+    # A killed run stops after some checkpoint, with more log lines than that checkpoint has steps. The first
     # checkpoint is that of step 0.
     trainer = Trainer(config, tmp_path / "cut")
     saves = 0
@@ -112,11 +112,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, config: Tra
         original()
 
     trainer._save = save_then_die  # type: ignore[method-assign]
-    with contextlib.suppress(KeyboardInterrupt):  # the run may end before
+    with contextlib.suppress(KeyboardInterrupt):  # the run may end earlier
         trainer.train(progress=False)
     Trainer(config, tmp_path / "cut", resume=True).train(progress=False)
     assert_same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
-    # Of the log lines only the speed may differ.
+    # In the log lines only the speed may differ.
     whole, cut = (
         [{k: v for k, v in x.items() if k != "steps_per_s"} for x in log_of(tmp_path / n)] for n in ("whole", "cut")
     )
@@ -150,7 +150,7 @@ def test_kill_9_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
         ]
 
     subprocess.run(command("whole"), check=True, capture_output=True, timeout=300)
-    # A checkpoint every 5 steps spends much of the run in writing them, so that a kill hits a write often.
+    # With a checkpoint every 5 steps the run spends much of its time on writing, so that a kill often hits a write.
     for delay in (0.05, 0.4):
         process = subprocess.Popen(command("cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         seen = saved_step(tmp_path / "cut")
@@ -188,7 +188,7 @@ def test_checkpoints_that_come_fast_are_left_out(tmp_path: Path, monkeypatch: py
     trainer = Trainer(TINY, tmp_path / "few")
     trainer.train(progress=False)
     assert steps == [0, 60]
-    assert lines == [0, 6]  # the lines of its steps are there before a checkpoint is
+    assert lines == [0, 6]  # log lines are written before the checkpoint of their steps
     assert_same(tensors(tmp_path / "each"), tensors(tmp_path / "few"))
 
 
@@ -229,7 +229,7 @@ def test_a_run_that_failed_before_its_first_step_is_none(tmp_path: Path, monkeyp
     other.train(progress=False)
     Trainer(TINY, tmp_path / "b").train(progress=False)
     assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
-    # What is no run is not overwritten either.
+    # A folder that is not a run is not overwritten either.
     for name, write in (
         ("exported", lambda path: checkpoints.save(path, other.checkpoint())),
         ("text", lambda path: path.write_text("mine")),
@@ -283,7 +283,7 @@ def test_a_run_that_an_error_ends_has_all_its_lines(
 
 
 class _Reads(TorchDispatchMode):
-    """Counts the numbers that PyTorch gives to Python."""
+    """Counts the numbers that Python reads from PyTorch."""
 
     count = 0
 
@@ -306,7 +306,7 @@ def test_losses_are_read_for_log_lines_alone(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("eager_steps")
 @pytest.mark.parametrize("when", ["optimizer", "average", "log"])
 def test_ctrl_c_ends_the_step_and_saves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     config = replace(TINY, checkpoint_every=1000, log_every=1)
     Trainer(config, tmp_path / "whole").train(progress=False)
     trainer = Trainer(config, tmp_path / "cut")
@@ -368,9 +368,9 @@ def test_a_diverging_run_is_reported_and_keeps_its_last_checkpoint(
         with pytest.raises(NonFiniteError, match="loss became nan before step 10"):
             trainer.train(progress=False)
     assert saved_step(tmp_path / "a") == 0
-    Trainer(TINY, tmp_path / "a").train(progress=False)  # a run without a step is begun anew
+    Trainer(TINY, tmp_path / "a").train(progress=False)  # a run without a step starts again
     assert [line["step"] for line in log_of(tmp_path / "a")] == [10, 20, 30, 40, 50, 60]
-    # Weights may break before a loss tells of it.
+    # Weights may become non-finite before the loss does.
     wild = replace(TINY, lr=1e38, checkpoint_every=3, log_every=1000)
     with pytest.raises(NonFiniteError, match="weights became NaN or infinity before step"):
         Trainer(wild, tmp_path / "b").train(progress=False)
@@ -620,7 +620,7 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path: Path) -> None:
 
 
 class _Loss:
-    """A loss that is there, or has to be waited for."""
+    """A loss that is available or must be waited for."""
 
     def __init__(self, is_there: bool) -> None:
         self.is_ready = lambda: is_there
