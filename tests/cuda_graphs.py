@@ -154,7 +154,7 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(kind, "recorded", [])
     monkeypatch.setattr("fastsde.engines.capture.Recording", kind)
     if request.param == "cuda":
-        with fp32_products(torch.backends.cudnn.conv, "ieee"), torch.device("cuda"):
+        with fp32_products(torch.backends.cudnn, "ieee"), torch.device("cuda"):
             yield kind
         return
     if torch.cuda.is_available():
