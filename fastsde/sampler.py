@@ -67,7 +67,7 @@ class Sampler:
         dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
             integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
             dtype if the network accepts it. The state is fp32; state and t are float64 if ``dtype`` is. On a GPU,
-            PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.conv.fp32_precision`` is "ieee".
+            PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False.
         device: by default the network's own device, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a

@@ -6,6 +6,7 @@ import gc
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,7 @@ wait_passively()  # in this process and those that tests start
 import torch  # noqa: E402
 from cuda_graphs import graphs as graphs  # noqa: E402 (a fixture)
 
+from fastsde.benchmarks.suite.measure import fp32_products  # noqa: E402
 from fastsde.ops import dispatch  # noqa: E402
 
 
@@ -53,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def full_fp32() -> Iterator[None]:
+    """Keeps fp32 convolutions on a GPU out of TF32, PyTorch's default, which rounds their arguments to 2^-11."""
+    with fp32_products(torch.backends.cudnn, "ieee"):
+        yield
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ The tape cannot test the following; only the tests marked ``gpu`` can:
 - where a tensor is: host and device tensors in one operation, and copies between them that name the device by a
   `torch.device`. A list or the word "cpu" is detected; setting a mask to one element on the device is not;
 - waiting that is not an operation of PyTorch (events, ``synchronize``, another library), kernels that wait only for
-  some sizes (``mode``), and waiting inside an operation that tests/waiting.py does not know. A few operations that wait
-  only on a CPU are refused, too (``one_hot`` with a known number of classes);
+  some sizes (``mode``), and waiting inside an operation that tests/waiting.py does not know. A few calls that do not
+  wait on a GPU are refused, too (``one_hot`` with a known number of classes, ``equal`` of a tensor and itself);
 - kernels other than the CPU's: dtypes, layouts and shapes that CUDA lacks, TF32, results that vary;
 - random numbers of PyTorch's generator, whose state CUDA advances in each replay by its own rule.
 """
@@ -154,7 +154,7 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(kind, "recorded", [])
     monkeypatch.setattr("fastsde.engines.capture.Recording", kind)
     if request.param == "cuda":
-        with fp32_products(torch.backends.cudnn.conv, "ieee"), torch.device("cuda"):
+        with fp32_products(torch.backends.cudnn, "ieee"), torch.device("cuda"):
             yield kind
         return
     if torch.cuda.is_available():

@@ -121,6 +121,21 @@ def test_a_second_attempt_has_a_pool_of_its_own_and_the_memory_of_the_first(
         recording.record(lambda: cuda("rows"))
 
 
+@pytest.mark.parametrize(
+    ("message", "line"), [("it waits\nSearch for it in https://...\n", "it waits"), ("", "KeyError")]
+)
+def test_the_message_is_one_line_and_the_cause_has_the_rest(
+    cuda: Cuda, recording: capture.Recording, message: str, line: str
+) -> None:
+    recording.warm_up(lambda: None)
+    error = RuntimeError(message) if message else KeyError()
+    cuda.raises["rows"] = [error] * 2
+    with pytest.raises(CaptureError) as caught:
+        recording.record(lambda: cuda("rows"))
+    assert str(caught.value) == f"it cannot be captured as a CUDA graph: {line}"
+    assert caught.value.__cause__ is error
+
+
 @pytest.mark.parametrize("cleaned_up", [False, True])
 def test_what_went_wrong_first_is_what_is_raised(cuda: Cuda, recording: capture.Recording, cleaned_up: bool) -> None:
     recording.warm_up(lambda: None)

@@ -16,21 +16,13 @@ import torch
 
 import fastsde
 from fastsde import NonFiniteError, checkpoints, noise, ops, reference, solvers
-from fastsde.benchmarks.suite.measure import fp32_products
 from fastsde.models import MLP, UNet
 from fastsde.objective import Objective
 from fastsde.training import Trainer, default_config
 from fastsde.training.captured import CapturedSteps
 from fastsde.training.steps import Work
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def full_fp32() -> Iterator[None]:
-    # PyTorch runs fp32 convolutions in TF32 by default, with an error of 2^-11 per call.
-    with fp32_products(torch.backends.cudnn.conv, "ieee"):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_fp32")]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (63,), (1000,), (2**16 + 17,)])

@@ -472,7 +472,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     unet = build(name, dtype).cuda()
     assert ops.has_triton(torch.device("cuda"))
     x, t = (value.cuda() for value in inputs(unet, 5, dtype))
-    with torch.no_grad(), fp32_products(torch.backends.cudnn.conv, "ieee"):
+    with torch.no_grad(), fp32_products(torch.backends.cudnn, "ieee"):
         form = UNetInference(unet)
         ours, theirs = form(x, t).double(), unet(x, t).double()
         exact = unet.double()(x.double(), t.double())

@@ -24,7 +24,6 @@ _UNTAGGED = {
     "linalg_lstsq",
     "linalg_matrix_exp",
     "linalg_pinv",
-    "multinomial",
 }
 _INDEXED = {"index", "_unsafe_index"}
 _WRITTEN = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}

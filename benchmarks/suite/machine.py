@@ -132,7 +132,7 @@ def _products(device: torch.device, rounds: int) -> dict[str, float]:
         kind = "tf32" if precision == "TF32" else "ieee"
         with torch.inference_mode(), fp32_products(torch.backends.cuda.matmul, kind):
             product = product_flop / _best(lambda a=a: a @ a, device, rounds)  # type: ignore[misc]
-        with torch.inference_mode(), fp32_products(torch.backends.cudnn.conv, kind):
+        with torch.inference_mode(), fp32_products(torch.backends.cudnn, kind):
             taken = _best(lambda b=b, w=w: F.conv2d(b, w, padding=1), device, rounds)  # type: ignore[misc]
         rates[precision] = max(product, convolution_flop / taken)
     rates["fp32"] = max(rates["fp32"], rates.get("TF32", 0) / 3)

@@ -116,9 +116,13 @@ class Rotated(Generic[Inputs]):
 
 @contextmanager
 def fp32_products(kind: Any, precision: str) -> Iterator[None]:
-    """Computes fp32 products of one kind, such as ``torch.backends.cuda.matmul``, in "ieee" or "tf32" precision."""
-    before, kind.fp32_precision = kind.fp32_precision, precision
+    """Computes fp32 products in "ieee" or "tf32": those of ``torch.backends.cuda.matmul`` or ``torch.backends.cudnn``.
+
+    PyTorch's older switches also set its newer ones. A newer one alone would make PyTorch's own reads of the older ones
+    fail, as in ``torch.export``.
+    """
+    before, kind.allow_tf32 = kind.allow_tf32, precision == "tf32"
     try:
         yield
     finally:
-        kind.fp32_precision = before
+        kind.allow_tf32 = before

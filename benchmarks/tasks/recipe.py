@@ -71,7 +71,7 @@ def prove_weights(
     share = 0.2 if recipe.config.precision == "bf16" else 1e-3 if points else 1e-2
     count = 33 if points else 8
     weights = []
-    with fp32_products(torch.backends.cudnn.conv, "ieee"):  # rounding to TF32 can change Adam's steps considerably
+    with fp32_products(torch.backends.cudnn, "ieee"):  # rounding to TF32 can change Adam's steps considerably
         for make, each in ((kind, config), (partial(EagerSteps, here=Ranks()), recipe.config)):
             work = recipe.work(each)
             taker, first = make(work), 0

@@ -87,7 +87,7 @@ class Trajectory:
         return replace(row * self.rows, bytes=4 * self.n * math.prod(self.sample_shape))
 
     def precision_of_products(self, precision: str) -> AbstractContextManager[None]:
-        kind = torch.backends.cudnn.conv if self.has_images else torch.backends.cuda.matmul
+        kind = torch.backends.cudnn if self.has_images else torch.backends.cuda.matmul
         return fp32_products(kind, "tf32" if precision == "TF32" else "ieee")
 
     def reference(self, n: int, precision: str, **options: Any) -> Tensor:

@@ -62,6 +62,8 @@ class CapturedSteps:
         Raises:
             CaptureError: if the steps cannot be captured; none of them has then been taken.
         """
+        if count not in self._graphs:
+            _detach_from_other_graphs(self._work.model)
         if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
             self._write(first, count)
             self._recording.warm_up(lambda: self._steps(count))
@@ -112,6 +114,18 @@ class CapturedSteps:
             self._work.optimizer.zero_grad(set_to_none=True)
         else:
             self._copy.refresh()
+
+
+def _detach_from_other_graphs(model: nn.Module) -> None:
+    """Makes the next backward pass independent of autograd graphs that somebody still holds, such as that of a loss.
+
+    Such a graph keeps the node that adds to a parameter's gradient, and the node keeps the stream that was current when
+    it was made, which a recording must not wait for. PyTorch makes a new node after the dtype of the data has changed.
+    """
+    for parameter in model.parameters():
+        data = parameter.data
+        parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+        parameter.data = data
 
 
 def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:

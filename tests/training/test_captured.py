@@ -191,7 +191,7 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     captured = CapturedSteps(work)
     for step in range(3):
         captured.take(step, 1)
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     captured._graphs[2] = captured._recording.record(lambda: captured._steps(2))
     assert all(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
     result = captured.take(3, 2)
@@ -200,6 +200,29 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     captured.take(5, 2)
     assert torch.equal(result, kept)
     assert not any(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_graphs_that_a_caller_holds_are_not_in_the_way(graphs: Any, tmp_path: Path) -> None:
+    """On a GPU, a recording with a node made on another stream fails."""
+    trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
+    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    captured, parameters = CapturedSteps(work), list(trainer.model.parameters())
+
+    def nodes() -> list[Any]:
+        return [parameter.view_as(parameter).grad_fn.next_functions[0][0] for parameter in parameters]  # type: ignore[union-attr]
+
+    held = [parameter.sum() for parameter in parameters]  # whose graphs hold the nodes
+    for step in range(_WARM_UPS + 1):
+        kept, places = nodes(), [(each.data_ptr(), each.stride(), each.dtype) for each in parameters]
+        assert kept == nodes()
+        captured.take(step, 1)
+        assert not set(kept) & set(nodes())
+        assert places == [(each.data_ptr(), each.stride(), each.dtype) for each in parameters]
+    assert len(graphs.recorded) == 1
+    for parameter, value in zip(parameters, held, strict=True):
+        parameter.grad = None
+        value.backward()
+        assert torch.equal(parameter.grad, torch.ones_like(parameter))  # type: ignore[arg-type]
 
 
 def test_a_step_of_another_thread_warms_it_up(graphs: Any, tmp_path: Path) -> None:
