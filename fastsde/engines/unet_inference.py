@@ -51,10 +51,10 @@ def log_sigmoid_(v: Tensor) -> Tensor:
 class UNetInference(nn.Module):
     """A `UNet` for inference, called in the same way. It has no gradients.
 
-    Weights and activations are channels last. Where the Triton kernels run, one kernel follows each convolution: it
+    Weights and activations are channels last. Where the Triton kernels run, each convolution is one kernel, which also
     adds the bias, applies the log sigmoid, pools, and writes into the buffer from which the decoder reads signal and
-    skip, so that nothing is concatenated. For the first convolution this kernel also adds the contribution of the time,
-    t times a fixed image. The last convolution, to at most four channels, is one kernel with its bias. On the CPU the
+    skip, so that nothing is concatenated. The first one also adds the contribution of the time, t times a fixed image.
+    fp32 is multiplied in TF32 if PyTorch's convolutions are, else by three TF32 products, nearly as exact. On the CPU the
     whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples of
     16. Elsewhere, and under torch.compile, it is the U-Net in plain PyTorch.
 
@@ -93,8 +93,10 @@ class UNetInference(nn.Module):
         images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
         self.register_buffer("image_weight", images)
         self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
+        for level, layer in enumerate(self.decoder):  # [out, 3, 3, in]
+            self.register_buffer(f"decoder_taps_{level}", layer.weight.permute(1, 2, 3, 0).contiguous())
         self._packed: tuple[Any, Any] | None = None  # the weights it was made from, and the native kernel's form
-        self._fold_time()
+        self._derive()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}
@@ -114,10 +116,12 @@ class UNetInference(nn.Module):
             return  # the comparison costs less than packing them again
         torch._foreach_copy_(ours, theirs)
         self._packed = None
-        self._fold_time()
+        self._derive()
 
     @torch.no_grad()
-    def _fold_time(self) -> None:
+    def _derive(self) -> None:
+        for level, layer in enumerate(self.decoder):
+            self.get_buffer(f"decoder_taps_{level}").copy_(layer.weight.permute(1, 2, 3, 0))
         weight = self.encoder[0].weight
         self.image_weight.copy_(weight[:, :-1])
         # Sums the taps that the zero padding leaves, one axis after the other; a convolution might use TF32.
@@ -138,10 +142,11 @@ class UNetInference(nn.Module):
         check_tensor("x", x, shape=(len(x), *self.shape))
         check_tensor("t", t, shape=(len(x),))
         # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
-        if not torch.compiler.is_compiling() and x.dtype != torch.float64:
+        is_own = x.dtype == self.image_weight.dtype != torch.float64 and not torch.is_autocast_enabled(x.device.type)
+        if is_own and not torch.compiler.is_compiling():
             if ops.has_triton(x.device):
                 return self._fused(x, t)
-            if self.is_native and x.dtype == self.image_weight.dtype and ops.is_plain(x, t):
+            if self.is_native and ops.is_plain(x, t):
                 return self._native(x, t)
         return self._plain(x, t)
 
@@ -197,36 +202,54 @@ class UNetInference(nn.Module):
         return out.to(x.dtype)
 
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:
-        """Runs one kernel after each convolution except the last, which is a kernel itself."""
-        from ..kernels.bias_activation import bias_activation
+        """Runs one kernel for each convolution."""
+        from ..kernels.convolution import convolution
         from ..kernels.head_convolution import MAX_OUT, head_convolution
+        from ..kernels.stem_convolution import stem_convolution
 
+        precision, last_level = _precision(), len(self.encoder) - 1
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
         signal = x.contiguous(memory_format=torch.channels_last)
         for level, layer in enumerate(self.encoder):
-            weight = layer.weight if level else self.image_weight
-            y = _channels_last(F.conv2d(signal, weight, padding=1))
-            channels, height, width = y.shape[1:]
-            time = {} if level else {"t": t.contiguous(), "plane": self.plane}
-            if level == len(self.encoder) - 1:
-                bias_activation(y, layer.bias, y, **time)
-                signal = y
+            channels, (height, width) = len(layer.weight), signal.shape[2:]
+            if level == last_level:
+                out = _empty(signal, channels, (height, width))
+                convolution(signal, _taps(layer.weight), layer.bias, out, precision=precision)
+                signal = out
                 continue
-            buffers.append(_empty(y, 2 * channels, (height, width)))
-            signal = _empty(y, channels, ((height + 1) // 2, (width + 1) // 2))
-            bias_activation(y, layer.bias, buffers[-1], first=channels, pooled=signal, **time)
-        for layer in self.decoder:
-            y = _channels_last(_upsample(layer, signal, None))
-            signal = buffers.pop()
-            bias_activation(y, layer.bias, signal)
+            buffers.append(_empty(signal, 2 * channels, (height, width)))
+            pooled = _empty(signal, channels, ((height + 1) // 2, (width + 1) // 2))
+            to = {"out": buffers[-1], "first": channels, "pooled": pooled}
+            if level:
+                convolution(signal, _taps(layer.weight), layer.bias, **to, precision=precision)
+            else:
+                stem_convolution(signal, _taps(self.image_weight), layer.bias, t.contiguous(), self.plane, **to)
+            signal = pooled
+        for level, layer in enumerate(self.decoder):
+            out = buffers.pop()
+            weight = self.get_buffer(f"decoder_taps_{level}")
+            convolution(signal, weight, layer.bias, out, transposed=True, precision=precision)
+            signal = out
         first, last = self.head
-        y = _channels_last(F.conv2d(signal, first.weight, padding=1))
-        bias_activation(y, first.bias, y)
-        if len(last.weight) > MAX_OUT or y.dtype != last.weight.dtype:
+        y = _empty(signal, len(first.weight), signal.shape[2:])
+        convolution(signal, _taps(first.weight), first.bias, y, precision=precision)
+        if len(last.weight) > MAX_OUT:
             return F.conv2d(y, last.weight, last.bias, padding=1).contiguous()
         out = torch.empty((len(y), len(last.weight), *y.shape[2:]), dtype=y.dtype, device=y.device)
         head_convolution(y, last.weight, last.bias, out)
         return out
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """Returns a convolution's weights as the kernels read them, ``[out, 3, 3, in]``: a view if they are channels last."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def _precision() -> str:
+    """Returns how fp32 numbers are multiplied, by PyTorch's switch for convolutions."""
+    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends)  # type: ignore[attr-defined]
+    precision = next((each.fp32_precision for each in switches if each.fp32_precision != "none"), "ieee")
+    return "tf32" if precision == "tf32" else "tf32x3"
 
 
 def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:
@@ -239,8 +262,3 @@ def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:
 def _empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     shape = (len(like), channels, *size)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _channels_last(y: Tensor) -> Tensor:
-    """Converts to channels last; returns y itself if the convolution has kept the layout of its weights."""
-    return y.contiguous(memory_format=torch.channels_last)
