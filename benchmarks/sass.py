@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Case:
     constants: dict[str, Any]
     elements: int  # per program (for `mlp_sampler`: samples)
     num_warps: int
+    num_stages: int = 3  # Triton's default
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def _cases(capability: int) -> Iterator[Case]:
         yield from _tile_cases(few, constants)
     yield from _integer_cases()
     yield from _unet_cases()
+    yield from _stem_cases()
     yield from _head_cases()
     yield from _mlp_cases(capability)
 
@@ -160,46 +162,82 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], elements: int, num_
     return Case(name, kernel, types, values, elements, num_warps)
 
 
-# Type of the images, size (height and width), channels, whether the layer pools, whether it adds the time.
+# Type of the images, size of x (height and width), its channels and those of the result, the kind, and the precision.
 UNET_LAYERS = {
-    "bias_activation, bf16, first": ("*bf16", 28, 32, True, True),
-    "bias_activation, bf16, encoder": ("*bf16", 7, 128, True, False),
-    "bias_activation, bf16, decoder": ("*bf16", 14, 64, False, False),
-    "bias_activation, fp32, encoder": ("*fp32", 14, 64, True, False),
-    "bias_activation, fp32, decoder": ("*fp32", 4, 256, False, False),
+    "pooled_convolution, bf16": ("*bf16", 7, 64, 128, "pooled", "narrow"),
+    "pooled_convolution, fp32 as tf32x3": ("*fp32", 14, 32, 64, "pooled", "tf32x3"),
+    "convolution, bf16, transposed": ("*bf16", 14, 128, 32, "transposed", "narrow"),
+    "convolution, bf16, head": ("*bf16", 28, 64, 32, "head", "narrow"),
+    "convolution, fp32 as tf32, head": ("*fp32", 28, 64, 32, "head", "tf32"),
+    "convolution, fp32 as tf32x3, head": ("*fp32", 28, 64, 32, "head", "tf32x3"),
+    "convolution, fp32 as tf32x3, transposed": ("*fp32", 14, 128, 32, "transposed", "tf32x3"),
 }
+# The batch for which each tile is chosen.
+UNET_BATCHES = {"few pixels": 1, "many pixels": 10_000}
 
 
 def _unet_cases() -> Iterator[Case]:
-    from fastsde.kernels import bias_activation as kernel
+    from fastsde.kernels import convolution, pooled_convolution
 
-    for name, (images, size, channels, pools, timed) in UNET_LAYERS.items():
-        side = 2 if pools else 1
-        constants, _ = kernel.launch_config(64, size, size, channels, side)
-        arguments: dict[str, Any] = {"y_ptr": images, "bias_ptr": images, "out_ptr": images, "batch": "i64"}
-        arguments |= {"t_ptr": images, "plane_ptr": "*fp32"} if timed else {"t_ptr": None, "plane_ptr": None}
-        arguments |= {"pooled_ptr": images if pools else None, "HEIGHT": size, "WIDTH": size, "CHANNELS": channels}
-        arguments |= {"OUT_CHANNELS": 2 * channels, "FIRST": channels, "FAST": True, **constants}
-        elements = constants["WINDOWS"] * constants["C"] * side**2
-        yield _case(name, kernel.bias_activation_kernel, arguments, elements, kernel.WARPS)
+    for few_or_many, batch in UNET_BATCHES.items():
+        for name, (images, size, channels, out, kind, precision) in UNET_LAYERS.items():
+            pixels, itemsize = batch * size**2, 2 if images == "*bf16" else 4
+            arguments: dict[str, Any] = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), images)
+            arguments |= {"batch": "i32", "HEIGHT": size, "WIDTH": size, "IN": channels, "OUT": out}
+            arguments |= {"OUT_CHANNELS": 2 * out, "FIRST": out if kind == "pooled" else 0, "FAST": True}
+            arguments |= {"PRECISION": precision}
+            if kind == "pooled":
+                kernel: Any = pooled_convolution.pooled_convolution_kernel
+                constants = pooled_convolution.launch_config(pixels, out, channels, itemsize)
+                arguments |= {"pooled_ptr": images}
+            else:
+                kernel, kinds, head = convolution.convolution_kernel, 2 if kind == "transposed" else 1, kind == "head"
+                constants = convolution.launch_config(pixels, out, channels, itemsize, kinds, head)
+                arguments |= {"out_ptr": None if head else images, "head_ptr": images if head else None}
+                arguments |= {"products_ptr": "*fp32" if head else None, "HEAD": 9 if head else 0, "H": 16}
+                arguments |= {"OUT_HEIGHT": kinds * size, "OUT_WIDTH": kinds * size, "TRANSPOSED": kinds == 2}
+            arguments |= constants
+            num_warps, num_stages = arguments.pop("num_warps"), arguments.pop("num_stages")
+            elements = constants["PIXELS"] * constants["N"] * (2 if kind == "transposed" else 1)
+            case = _case(f"{name}, {few_or_many}", kernel, arguments, elements, num_warps)
+            yield replace(case, num_stages=num_stages)
 
 
-# Type of the images, their channels, and the channels of the layer before.
+# Type of the images, their channels, size and the channels of the result.
+UNET_STEMS = {
+    "stem_convolution, bf16": ("*bf16", 1, 28, 32),
+    "stem_convolution, fp32": ("*fp32", 1, 28, 32),
+}
+
+
+def _stem_cases() -> Iterator[Case]:
+    from fastsde.kernels import stem_convolution as kernel
+
+    for name, (images, channels, size, out) in UNET_STEMS.items():
+        constants, _ = kernel.launch_config(64, size, size, out)
+        pointers = ("x_ptr", "weight_ptr", "bias_ptr", "t_ptr", "out_ptr", "pooled_ptr")
+        arguments: dict[str, Any] = {**dict.fromkeys(pointers, images), "plane_ptr": "*fp32", "batch": "i32"}
+        arguments |= {"HEIGHT": size, "WIDTH": size, "IN": channels, "CHANNELS": out, "OUT_CHANNELS": 2 * out}
+        arguments |= {"FIRST": out, "PRECISION": "narrow" if images == "*bf16" else "tf32x3", "FAST": True, **constants}
+        elements = 4 * constants["WINDOWS"] * constants["C"]
+        yield _case(name, kernel.stem_convolution_kernel, arguments, elements, kernel.WARPS)
+
+
+# Type of the images, and their channels.
 UNET_HEADS = {
-    "head_convolution, bf16": ("*bf16", 1, 32),
-    "head_convolution, fp32": ("*fp32", 1, 32),
-    "head_convolution, bf16, colour": ("*bf16", 3, 128),
+    "head_convolution, bf16": ("*bf16", 1),
+    "head_convolution, fp32": ("*fp32", 1),
+    "head_convolution, bf16, colour": ("*bf16", 3),
 }
 
 
 def _head_cases() -> Iterator[Case]:
     from fastsde.kernels import head_convolution as kernel
 
-    for name, (images, out, channels) in UNET_HEADS.items():
-        constants, _ = kernel.launch_config(64, 28, 28, channels)
-        arguments: dict[str, Any] = {**dict.fromkeys(("y_ptr", "weight_ptr", "bias_ptr", "out_ptr"), images)}
-        arguments |= {"batch": "i64", "HEIGHT": 28, "WIDTH": 28, "CHANNELS": channels, "OUT": out, **constants}
-        yield _case(name, kernel.head_convolution_kernel, arguments, constants["PIXELS"] * constants["C"], kernel.WARPS)
+    for name, (images, out) in UNET_HEADS.items():
+        arguments: dict[str, Any] = {"products_ptr": "*fp32", "bias_ptr": images, "out_ptr": images, "batch": "i32"}
+        arguments |= {"HEIGHT": 28, "WIDTH": 28, "OUT": out, "ELEMENTS": kernel._ELEMENTS}
+        yield _case(name, kernel.head_convolution_kernel, arguments, kernel._ELEMENTS, kernel.WARPS)
 
 
 def _mlp_cases(capability: int) -> Iterator[Case]:
@@ -244,7 +282,8 @@ def compile_case(case: Case, capability: int) -> Report:
 
     source = ASTSource(fn=case.kernel, **_specialization(case))
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
     sass = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(_disassemble(compiled.asm["cubin"]))]
     found = Counter(op for _, op, _ in sass)
     loop = _longest_loop(sass)
@@ -265,7 +304,7 @@ def compile_case(case: Case, capability: int) -> Report:
         local_accesses=sum(chosen("LDL", "STL").values()),
         loop_instructions=len(loop),
         loop_special=sum(op.startswith("MUFU") for op in loop),
-        global_accesses=chosen("LDG", "STG"),
+        global_accesses=chosen("LDG", "LDGSTS", "STG"),
         matrix={op: n for op, n in sorted(found.items()) if "MMA" in op and "HFMA" not in op},
     )
 
@@ -342,12 +381,12 @@ def main(out: Path | None) -> None:
     result = survey()
     print(f"Triton {result['triton']}")
     print(
-        f"{'kernel':40} {'sm':>4} {'instr':>6} {'/elem':>6} {'regs':>5} {'shared':>7} {'stack':>5} {'local':>5}  access"
+        f"{'kernel':50} {'sm':>4} {'instr':>6} {'/elem':>6} {'regs':>5} {'shared':>7} {'stack':>5} {'local':>5}  access"
     )
     for r in result["kernels"]:
         accesses = ", ".join(f"{n} {op}" for op, n in {**r["global_accesses"], **r["matrix"]}.items())
         print(
-            f"{r['name']:40} {r['capability']:>4} {r['instructions']:>6} {r['instructions_per_element']:>6} "
+            f"{r['name']:50} {r['capability']:>4} {r['instructions']:>6} {r['instructions_per_element']:>6} "
             f"{r['registers']:>5} {r['shared_bytes']:>7} {r['stack_bytes']:>5} {r['local_accesses']:>5}  {accesses}"
         )
     if out is not None:

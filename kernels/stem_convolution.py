@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .convolution import log_sigmoid, nan_maximum
+from .log_sigmoid import log_sigmoid, rounded
+from .pooled_convolution import nan_maximum
 from .tile import WARPS, fast_math, on_device
 
 _ELEMENTS = 1024  # per program, for each pixel of a window: 8 per thread, 128 bits of bf16
@@ -32,52 +33,69 @@ def stem_convolution_kernel(
     plane_ptr,
     out_ptr,
     pooled_ptr,
-    batch: tl.int64,
+    batch,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     IN: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
     WINDOWS: tl.constexpr,
     C: tl.constexpr,
     FAST: tl.constexpr,
 ):
     columns: tl.constexpr = (WIDTH + 1) // 2
     count: tl.constexpr = (HEIGHT + 1) // 2 * columns  # windows of a sample
-    window = tl.program_id(0).to(tl.int64) * WINDOWS + tl.arange(0, WINDOWS)
+    window = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)
     sample = window // count
-    place = (window % count).to(tl.int32)
+    place = window % count
     # An odd size is padded at the front: its first window begins at -1.
     top, left = place // columns * 2 - HEIGHT % 2, place % columns * 2 - WIDTH % 2
     channel = tl.program_id(1) * C + tl.arange(0, C)
     real, known = sample < batch, channel < CHANNELS
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     t = tl.load(t_ptr + sample, mask=real, other=0.0).to(tl.float32)[:, None]
+    corner = ((sample * HEIGHT + top) * WIDTH + left).to(tl.int64)  # the window's first pixel
+    sums = ()  # of the window's four pixels
+    for _ in tl.static_range(4):
+        sums = sums + (tl.zeros((WINDOWS, C), tl.float32),)  # noqa: RUF005
+    for c in range(IN):
+        pixels = ()  # the 4x4 pixels that the window's products take
+        for i in tl.static_range(4):
+            for j in tl.static_range(4):
+                row, column = top + (i - 1), left + (j - 1)
+                exists = real & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+                source = (corner + ((i - 1) * WIDTH + (j - 1))) * IN + c
+                x = tl.load(x_ptr + source, mask=exists, other=0.0).to(tl.float32)
+                pixels = pixels + (x[:, None],)  # noqa: RUF005
+        for tap in tl.static_range(9):
+            at = (channel * 9 + tap) * IN + c
+            weight = tl.load(weight_ptr + at, mask=known, other=0.0).to(tl.float32)[None, :]
+            sums = _add_tap(sums, pixels, weight, tap)
     largest = tl.full((WINDOWS, C), float("-inf"), tl.float32)
-    for corner in tl.static_range(4):
-        row, column = top + corner // 2, left + corner % 2
-        inside = real & (row >= 0) & (column >= 0)
-        mask = inside[:, None] & known[None, :]
-        pixel = (sample * HEIGHT + row) * WIDTH + column
-        planar = (row * WIDTH + column) * CHANNELS
-        v = bias + t * tl.load(plane_ptr + planar[:, None] + channel[None, :], mask=mask, other=0.0)
-        for c in range(IN):
-            for i in tl.static_range(3):
-                for j in tl.static_range(3):
-                    above, beside = row + (i - 1), column + (j - 1)
-                    exists = inside & (above >= 0) & (above < HEIGHT) & (beside >= 0) & (beside < WIDTH)
-                    source = (pixel + ((i - 1) * WIDTH + (j - 1))) * IN + c
-                    x = tl.load(x_ptr + source, mask=exists, other=0.0).to(tl.float32)
-                    at = (channel * 9 + (3 * i + j)) * IN + c
-                    w = tl.load(weight_ptr + at, mask=known, other=0.0).to(tl.float32)
-                    v += x[:, None] * w[None, :]
-        a = log_sigmoid(v, FAST)
-        to = (pixel * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
-        tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
-        largest = nan_maximum(largest, tl.where(inside[:, None], a, float("-inf")))
-    to = (window * CHANNELS)[:, None] + channel[None, :]
+    for i in tl.static_range(2):
+        for j in tl.static_range(2):
+            row, column = top + i, left + j
+            inside = (real & (row >= 0) & (column >= 0))[:, None]
+            mask = inside & known[None, :]
+            planar = (row * WIDTH + column) * CHANNELS
+            plane = tl.load(plane_ptr + planar[:, None] + channel[None, :], mask=mask, other=0.0)
+            a = rounded(log_sigmoid(sums[2 * i + j] + bias + t * plane, FAST), PRECISION)
+            to = ((corner + (i * WIDTH + j)) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
+            tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
+            largest = nan_maximum(largest, tl.where(inside, a, float("-inf")))
+    to = (window.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
     tl.store(pooled_ptr + to, largest.to(pooled_ptr.dtype.element_ty), mask=real[:, None] & known[None, :])
+
+
+@triton.jit
+def _add_tap(sums, pixels, weight, TAP: tl.constexpr):
+    """Adds the products of one tap to the sums of a window's four pixels."""
+    out = ()
+    for k in tl.static_range(4):
+        out = out + (sums[k] + pixels[(k // 2 + TAP // 3) * 4 + k % 2 + TAP % 3] * weight,)  # noqa: RUF005
+    return out
 
 
 def launch_config(batch: int, height: int, width: int, channels: int) -> tuple[dict[str, int], tuple[int, int]]:
@@ -89,7 +107,16 @@ def launch_config(batch: int, height: int, width: int, channels: int) -> tuple[d
 
 
 def stem_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, t: Tensor, plane: Tensor, out: Tensor, pooled: Tensor, *, first: int = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    t: Tensor,
+    plane: Tensor,
+    out: Tensor,
+    pooled: Tensor,
+    *,
+    first: int = 0,
+    precision: str,
 ) -> None:
     """Writes the activation to channels ``first``, ``first + 1``, ... of ``out``, and its maxima to ``pooled``.
 
@@ -100,6 +127,7 @@ def stem_convolution(
         t, plane: ``[B]``, and contiguous fp32 ``[H, W, O]``.
         out: ``[B, O', H, W]``.
         pooled: ``[B, O, ceil(H / 2), ceil(W / 2)]``.
+        precision: of the products that the results are for: "narrow", "tf32x3" or "tf32", for which they are rounded.
     """
     if not out.numel():
         return
@@ -121,6 +149,7 @@ def stem_convolution(
             CHANNELS=len(weight),
             OUT_CHANNELS=out.shape[1],
             FIRST=first,
+            PRECISION=precision,
             FAST=fast_math(x),
             num_warps=WARPS,
             **constants,

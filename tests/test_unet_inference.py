@@ -6,7 +6,7 @@ import copy
 import importlib
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,31 +17,43 @@ from torch.overrides import TorchFunctionMode
 
 from fastsde import ops
 from fastsde.benchmarks.suite.measure import fp32_products
-from fastsde.engines.unet_inference import UNetInference, log_sigmoid_, supports
+from fastsde.engines.unet_inference import UNetInference, _precision, log_sigmoid_, supports
 from fastsde.models import UNet
 
 # Rounding of an operation's result. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 DTYPES = list(ROUNDING)
 ARCHITECTURES = {
-    "of one channel": (1, 28, (8, 12, 16, 20, 24)),
+    "of one channel": (1, 14, (8, 12, 16, 20)),
     "of three channels": (3, (9, 14), (4, 6, 8)),
     "of two levels, half odd": (3, (7, 16), (4, 8)),
     "of one pixel": (2, (1, 1), (3, 4, 5)),
     "narrow": (1, (17, 1), (1, 2, 3)),
+    "of five channels": (5, (3, 4), (4, 6)),
+    "wide": (1, (2, 3), (70, 3)),
 }
+UNFUSED = ("of five channels", "wide")  # whose last layer is not a kernel
 
 
 @pytest.fixture(params=["plain", "kernel"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The code that runs: plain PyTorch, or the Triton kernel in the interpreter."""
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The code that runs: plain PyTorch, or the Triton kernels in the interpreter, without rounding to TF32."""
     if request.param == "kernel":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled where there is a GPU, not interpreted")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        for name in ("convolution", "pooled_convolution"):  # each program of the interpreter takes milliseconds
+            kernel = importlib.import_module(f"fastsde.kernels.{name}")
+            monkeypatch.setattr(kernel, "launch_config", _large_tile)
     assert ops.has_triton(torch.device("cpu")) == (request.param == "kernel")
-    return str(request.param)
+    with fp32_products(torch.backends.cudnn, "ieee"):
+        yield str(request.param)
+
+
+def _large_tile(pixels: int, out: int, channels: int, *_: int) -> dict[str, int]:
+    sizes = {"PIXELS": min(max(pixels, 16), 1024), "N": max(out, 16), "K": max(channels, 16)}
+    return {name: 1 << (size - 1).bit_length() for name, size in sizes.items()}
 
 
 @pytest.fixture
@@ -79,16 +91,18 @@ class _Convolutions(TorchFunctionMode):
             self.read.append(args[0].clone())
         return function(*args, **(kwargs or {}))
 
-    def listen_to_the_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Also records the last convolution, which is a kernel."""
-        module = importlib.import_module("fastsde.kernels.head_convolution")
-        launch = module.head_convolution
+    def listen_to_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also records convolutions that are kernels."""
+        for name in ("stem_convolution", "pooled_convolution", "convolution"):
+            module = importlib.import_module(f"fastsde.kernels.{name}")
+            monkeypatch.setattr(module, name, self._recording(getattr(module, name)))
 
-        def recorded(y: Tensor, *rest: Any) -> None:
-            self.read.append(y.clone())
-            launch(y, *rest)
+    def _recording(self, launch: Callable[..., None]) -> Callable[..., None]:
+        def recorded(x: Tensor, *args: Any, **kwargs: Any) -> None:
+            self.read.append(x.clone())
+            launch(x, *args, **kwargs)
 
-        monkeypatch.setattr(module, "head_convolution", recorded)
+        return recorded
 
 
 def _layer(
@@ -120,7 +134,10 @@ def _pool(a: Tensor) -> Tensor:
 
 
 def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Returns what each convolution after the first should read, and the result, from the inputs of earlier ones."""
+    """Returns what each convolution after the first should read, and the result, from the inputs of earlier ones.
+
+    Each comes with the error allowed for it.
+    """
     read = [signal.double() for signal in read]
     plane = t.double()[:, None, None, None].expand(-1, 1, *x.shape[2:])
     read[0] = torch.cat((x.double(), plane), dim=1)
@@ -134,8 +151,13 @@ def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch
     for layer in unet.decoder:
         pair = zip(_layer(layer, next(remaining), dtype), skips.pop(), strict=True)
         results.append(tuple(torch.cat(both, dim=1) for both in pair))
-    results.append(_layer(unet.head[0], next(remaining), dtype))
-    results.append(_layer(unet.head[1], next(remaining), dtype, activate=False))
+    a, bound = _layer(unet.head[0], next(remaining), dtype)
+    last, between = unet.head[1], next(remaining, None)
+    if between is None:  # one kernel multiplies by the weights of both
+        result, error = _layer(last, a, dtype, activate=False)
+        results.append((result, error + F.conv2d(bound, last.weight.abs(), padding=1)))
+    else:
+        results += [(a, bound), _layer(last, between, dtype, activate=False)]
     assert next(remaining, None) is None
     return results
 
@@ -148,18 +170,55 @@ def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monke
     x, t = inputs(unet, dtype=dtype)
     convolutions = _Convolutions()
     if path == "kernel":
-        convolutions.listen_to_the_last(monkeypatch)
+        convolutions.listen_to_kernels(monkeypatch)
     with torch.no_grad(), convolutions:
         result = UNetInference(unet)(x, t)
     with torch.no_grad():
         expected = _expected(unet.double(), x, t, convolutions.read, dtype)
     ours = [*convolutions.read[1:], result]
-    assert len(ours) == len(expected)
+    fused = path == "kernel" and dtype != torch.float64 and name not in UNFUSED  # the last two layers
+    assert len(ours) == len(expected) == 2 * len(unet.channels) + (not fused)
     for number, (value, (exact, bound)) in enumerate(zip(ours, expected, strict=True)):
         assert value.dtype == dtype
         assert value.shape == exact.shape
         excess = (value.double() - exact).abs() - bound
         assert (excess <= 0).all(), f"layer {number}: {excess.max():.3g} beyond a bound of {bound.max():.3g}"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", "tf32"), ("ieee", "tf32x3")])
+@pytest.mark.parametrize("switch", ["older", "of convolutions", "of cuDNN", "of all"])
+def test_fp32_products_follow_pytorchs_switch(switch: str, precision: str, expected: str) -> None:
+    backends: Any = torch.backends
+    switches = {"of convolutions": backends.cudnn.conv, "of cuDNN": backends.cudnn, "of all": backends}
+    if switch == "older":
+        with fp32_products(backends.cudnn, precision):
+            assert _precision(torch.float32) == expected
+        return
+    with fp32_products(backends.cudnn, "ieee"):
+        newer = switches[switch]
+        before, newer.fp32_precision = newer.fp32_precision, precision
+        try:
+            assert _precision(torch.float32) == expected
+        finally:
+            newer.fp32_precision = before
+
+
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
+def test_in_tf32_weights_and_activations_are_rounded(path: str) -> None:
+    unet = build("of three channels")
+    form = UNetInference(unet)
+    buffers = [buffer for name, buffer in form.named_buffers() if name.startswith("tf32_taps")]
+    layers = [*((each, (0, 2, 3, 1)) for each in unet.encoder[1:]), *((each, (1, 2, 3, 0)) for each in unet.decoder)]
+    layers += [(each, (0, 2, 3, 1)) for each in unet.head]
+    for buffer, (layer, order) in zip(buffers, layers, strict=True):
+        exact = layer.weight.detach().permute(order)
+        assert ((buffer - exact).abs() <= 2.0**-11 * exact.abs()).all()
+        assert not (buffer.contiguous().view(torch.int32) & 0x1FFF).any()
+    x, t = inputs(unet)
+    with torch.no_grad(), fp32_products(torch.backends.cudnn, "tf32"):
+        result, expected = form(x, t), unet(x, t)
+    difference = (result - expected).abs().max()
+    assert 1e-5 < difference < 7 * 2.0**-10  # a rounding of weights and one of activations in each layer
 
 
 # The whole network --------------------------------------------------------------------------------------------------
@@ -226,6 +285,16 @@ def test_an_empty_batch_and_samples_apart(path: str) -> None:
         assert form(x[:0], t[:0]).shape == (0, *unet.shape)
         # 1e-5: a convolution may sum in another order for another batch.
         torch.testing.assert_close(form(x[2:3], t[2:3]), whole[2:3], atol=1e-5, rtol=0)
+
+
+def test_a_batch_with_too_many_pixels_is_cut(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = build("of three channels")
+    form = UNetInference(unet)
+    x, t = inputs(unet, 5)
+    with torch.no_grad():
+        whole = form(x, t)
+        monkeypatch.setattr("fastsde.engines.unet_inference._MAX_PIXELS", 2 * 9 * 14 + 1)
+        torch.testing.assert_close(form(x, t), whole, atol=1e-5, rtol=0)
 
 
 def test_calls_share_no_memory(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from ..models.unet import UNet
 from ..validation import check_tensor
 
 __all__ = ["UNetInference", "log_sigmoid_", "supports"]
+
+_MAX_PIXELS = 2**29  # of a batch in the Triton kernels, which count them, with padding, in int32
 
 
 def supports(model: object) -> bool:
@@ -54,9 +57,9 @@ class UNetInference(nn.Module):
     Weights and activations are channels last. Where the Triton kernels run, each convolution is one kernel, which also
     adds the bias, applies the log sigmoid, pools, and writes into the buffer from which the decoder reads signal and
     skip, so that nothing is concatenated. The first one also adds the contribution of the time, t times a fixed image.
-    fp32 is multiplied in TF32 if PyTorch's convolutions are, else by three TF32 products, nearly as exact. On the CPU the
-    whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples of
-    16. Elsewhere, and under torch.compile, it is the U-Net in plain PyTorch.
+    fp32 is multiplied in TF32 if PyTorch's convolutions are, else by three TF32 products, nearly as exact. On the CPU
+    the whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples
+    of 16. Elsewhere, under torch.compile and under autocast, it is the U-Net in plain PyTorch.
 
     The weights are copies, which `refresh` updates in place. If the copies are written to through ``.data``, which
     PyTorch does not count as a write, the native kernel does not see that before the next `refresh`.
@@ -93,8 +96,14 @@ class UNetInference(nn.Module):
         images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
         self.register_buffer("image_weight", images)
         self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
-        for level, layer in enumerate(self.decoder):  # [out, 3, 3, in]
-            self.register_buffer(f"decoder_taps_{level}", layer.weight.permute(1, 2, 3, 0).contiguous())
+        self._has_taps = ops.has_triton(weight.device)
+        if self._has_taps:
+            for level, layer in enumerate(self.decoder):
+                taps = layer.weight.permute(1, 2, 3, 0)
+                self.register_buffer(f"decoder_taps_{level}", taps.new_empty(taps.shape))
+            if weight.dtype == torch.float32:
+                for number, taps in enumerate(self._taps()):
+                    self.register_buffer(f"tf32_taps_{number}", taps.new_empty(taps.shape))
         self._packed: tuple[Any, Any] | None = None  # the weights it was made from, and the native kernel's form
         self._derive()
 
@@ -118,10 +127,29 @@ class UNetInference(nn.Module):
         self._packed = None
         self._derive()
 
+    def _taps(self) -> list[Tensor]:
+        """Returns the weights of all convolutions but the first as the Triton kernels read them, [out, 3, 3, in]."""
+        return [
+            *(layer.weight.permute(0, 2, 3, 1) for layer in self.encoder[1:]),
+            *(self.get_buffer(f"decoder_taps_{level}") for level in range(len(self.decoder))),
+            *(layer.weight.permute(0, 2, 3, 1) for layer in self.head),
+        ]
+
+    def _tf32_taps(self) -> list[Tensor]:
+        """Returns `_taps` rounded to TF32, since tensor cores would truncate them."""
+        return [self.get_buffer(f"tf32_taps_{number}") for number in range(len(self.encoder) + len(self.decoder) + 1)]
+
     @torch.no_grad()
     def _derive(self) -> None:
-        for level, layer in enumerate(self.decoder):
-            self.get_buffer(f"decoder_taps_{level}").copy_(layer.weight.permute(1, 2, 3, 0))
+        if self._has_taps:
+            for level, layer in enumerate(self.decoder):
+                self.get_buffer(f"decoder_taps_{level}").copy_(layer.weight.permute(1, 2, 3, 0))
+            if self.image_weight.dtype == torch.float32:
+                # The nearest numbers of 11 significant bits (T. J. Dekker, A floating-point technique for extending the
+                # available precision, 1971).
+                taps = self._taps()
+                scaled = torch._foreach_mul(taps, 2.0**13 + 1)
+                torch._foreach_copy_(self._tf32_taps(), torch._foreach_sub(scaled, torch._foreach_sub(scaled, taps)))
         weight = self.encoder[0].weight
         self.image_weight.copy_(weight[:, :-1])
         # Sums the taps that the zero padding leaves, one axis after the other; a convolution might use TF32.
@@ -144,7 +172,7 @@ class UNetInference(nn.Module):
         # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
         is_own = x.dtype == self.image_weight.dtype != torch.float64 and not torch.is_autocast_enabled(x.device.type)
         if is_own and not torch.compiler.is_compiling():
-            if ops.has_triton(x.device):
+            if ops.has_triton(x.device) and self._has_taps:
                 return self._fused(x, t)
             if self.is_native and ops.is_plain(x, t):
                 return self._native(x, t)
@@ -203,50 +231,57 @@ class UNetInference(nn.Module):
 
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:
         """Runs one kernel for each convolution."""
-        from ..kernels.convolution import convolution
-        from ..kernels.head_convolution import MAX_OUT, head_convolution
+        from ..kernels.convolution import MAX_HEAD, MAX_HEAD_CHANNELS, convolution
+        from ..kernels.head_convolution import head_convolution
+        from ..kernels.pooled_convolution import pooled_convolution
         from ..kernels.stem_convolution import stem_convolution
 
-        precision, last_level = _precision(), len(self.encoder) - 1
+        most = _MAX_PIXELS // math.prod(x.shape[2:])
+        if len(x) > most:
+            return torch.cat(
+                [self._fused(*part) for part in zip(torch.split(x, most), torch.split(t, most), strict=True)]
+            )
+        precision = _precision(x.dtype)
+        taps = iter(self._tf32_taps() if precision == "tf32" else self._taps())
+        convolve = functools.partial(convolution, precision=precision)
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
         signal = x.contiguous(memory_format=torch.channels_last)
-        for level, layer in enumerate(self.encoder):
-            channels, (height, width) = len(layer.weight), signal.shape[2:]
-            if level == last_level:
-                out = _empty(signal, channels, (height, width))
-                convolution(signal, _taps(layer.weight), layer.bias, out, precision=precision)
-                signal = out
-                continue
-            buffers.append(_empty(signal, 2 * channels, (height, width)))
+        for level, layer in enumerate(self.encoder[:-1]):
+            channels, (height, width) = len(layer.bias), signal.shape[2:]
+            out = _empty(signal, 2 * channels, (height, width))
             pooled = _empty(signal, channels, ((height + 1) // 2, (width + 1) // 2))
-            to = {"out": buffers[-1], "first": channels, "pooled": pooled}
+            to: dict[str, Any] = {"out": out, "pooled": pooled, "first": channels, "precision": precision}
             if level:
-                convolution(signal, _taps(layer.weight), layer.bias, **to, precision=precision)
+                pooled_convolution(signal, next(taps), layer.bias, **to)
             else:
-                stem_convolution(signal, _taps(self.image_weight), layer.bias, t.contiguous(), self.plane, **to)
+                weight = self.image_weight.permute(0, 2, 3, 1)
+                stem_convolution(signal, weight, layer.bias, t.contiguous(), self.plane, **to)
+            buffers.append(out)
             signal = pooled
-        for level, layer in enumerate(self.decoder):
-            out = buffers.pop()
-            weight = self.get_buffer(f"decoder_taps_{level}")
-            convolution(signal, weight, layer.bias, out, transposed=True, precision=precision)
-            signal = out
+        layer = self.encoder[-1]
+        out = _empty(signal, len(layer.bias), signal.shape[2:])
+        convolve(signal, next(taps), layer.bias, out)
+        for layer in self.decoder:
+            signal, out = out, buffers.pop()
+            convolve(signal, next(taps), layer.bias, out, transposed=True)
         first, last = self.head
-        y = _empty(signal, len(first.weight), signal.shape[2:])
-        convolution(signal, _taps(first.weight), first.bias, y, precision=precision)
-        if len(last.weight) > MAX_OUT:
+        channels, size = len(last.bias), out.shape[2:]
+        if channels > MAX_HEAD or len(first.bias) > MAX_HEAD_CHANNELS:
+            y = _empty(out, len(first.bias), size)
+            convolve(out, next(taps), first.bias, y)
             return F.conv2d(y, last.weight, last.bias, padding=1).contiguous()
-        out = torch.empty((len(y), len(last.weight), *y.shape[2:]), dtype=y.dtype, device=y.device)
-        head_convolution(y, last.weight, last.bias, out)
-        return out
+        weight, head = next(taps), next(taps).flatten(0, 2)
+        products = torch.empty((len(head), len(x), *size), dtype=torch.float32, device=x.device)
+        convolve(out, weight, first.bias, None, head=head, products=products)
+        result = torch.empty((len(x), channels, *size), dtype=x.dtype, device=x.device)
+        head_convolution(products, last.bias, result)
+        return result
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """Returns a convolution's weights as the kernels read them, ``[out, 3, 3, in]``: a view if they are channels last."""
-    return weight.permute(0, 2, 3, 1).contiguous()
-
-
-def _precision() -> str:
-    """Returns how fp32 numbers are multiplied, by PyTorch's switch for convolutions."""
+def _precision(dtype: torch.dtype) -> str:
+    """Returns how the kernels multiply; in fp32 by PyTorch's switch for convolutions."""
+    if dtype != torch.float32:
+        return "narrow"
     switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends)  # type: ignore[attr-defined]
     precision = next((each.fp32_precision for each in switches if each.fp32_precision != "none"), "ieee")
     return "tf32" if precision == "tf32" else "tf32x3"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastsde.benchmarks.sass import SMALL, UNET_HEADS, UNET_LAYERS
+from fastsde.benchmarks.sass import SMALL, UNET_BATCHES, UNET_HEADS, UNET_LAYERS, UNET_STEMS
 
 # How many [B, *shape] tensors each variant reads and writes; they are fp32, with rows aligned to 16 bytes.
 pytestmark = pytest.mark.slow  # everything is compiled for three generations of GPUs
@@ -27,6 +27,7 @@ TENSORS = {
     "dsm_loss": (2, 0),  # the data are read only if their coefficient is not zero
     "dsm_loss, backward": (2, 1),
 }
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ACCESSES = 4  # of 128 bits, for the 16 elements of a thread
 TILES = {name: (ACCESSES, *TENSORS[name]) for name in TENSORS}
@@ -62,12 +63,11 @@ def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
 
 
 def test_large_tiles_multiply_on_the_tensor_cores_of_their_generation(reports: list[dict[str, Any]]) -> None:
-    instruction = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
     tiles = [report for report in reports if report["name"].endswith("many samples of 2, width 64")]
     assert len(tiles) == 9
     for report in tiles:
         kind = "BF16" if "bf16" in report["name"] else "TF32"
-        used = [op for op in report["matrix"] if op.startswith(instruction[report["capability"]])]
+        used = [op for op in report["matrix"] if op.startswith(TENSOR_CORES[report["capability"]])]
         assert used, report
         assert report["capability"] == 100 or all(kind in op for op in used), report
 
@@ -151,28 +151,45 @@ def test_the_step_exchanges_nothing_but_its_status(reports: list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("name", UNET_LAYERS)
-def test_a_layer_of_the_unet_accesses_128_bits_and_is_bound_by_memory(reports: list[dict[str, Any]], name: str) -> None:
-    images, _, _, pools, timed = UNET_LAYERS[name]
-    report = _of(reports, name)
-    # 8 elements per thread at each pixel of a window (4 or 1): 16 bytes in bf16, 32 in fp32.
-    pixels, accesses = 4 if pools else 1, 1 if images == "*bf16" else 2
-    wide = [
-        sum(n for op, n in report["global_accesses"].items() if op.startswith(kind) and ".128" in op)
-        for kind in ("LDG", "STG")
-    ]
-    # Biases take up to two more, and the time plane, in fp32, two per pixel.
-    assert 0 <= wide[0] - pixels * (accesses + 2 * timed) <= 2, report["global_accesses"]
-    assert wide[1] == pixels * accesses + pools * accesses, report["global_accesses"]
-    # An H200 issues 31 thread-instructions in the time of reading and writing a bf16 element at 4.3 TB/s.
-    assert report["instructions_per_element"] < 26
+@pytest.mark.parametrize("pixels", UNET_BATCHES)
+def test_a_convolution_moves_128_bits(reports: list[dict[str, Any]], name: str, pixels: str) -> None:
+    kind = UNET_LAYERS[name][4]
+    for capability in TENSOR_CORES:
+        accesses = _of(reports, f"{name}, {pixels}", capability)["global_accesses"]
+        assert any(op.startswith("LDGSTS") for op in accesses), accesses  # from memory to shared memory directly
+        assert all(".128" in op for op in accesses if op.startswith("LDGSTS")), accesses
+        narrow = sum(n for op, n in accesses.items() if op.startswith("STG") and ".128" not in op)
+        # Nine products for each pixel are stored one by one; a pool of few pixels may be stored by 64 bits.
+        assert kind == "head" or narrow <= (kind == "pooled" and "few" in pixels), accesses
+
+
+@pytest.mark.parametrize("name", UNET_LAYERS)
+@pytest.mark.parametrize("pixels", UNET_BATCHES)
+def test_a_convolution_multiplies_on_the_tensor_cores_of_its_generation(
+    reports: list[dict[str, Any]], name: str, pixels: str
+) -> None:
+    for capability, instruction in TENSOR_CORES.items():
+        matrix = _of(reports, f"{name}, {pixels}", capability)["matrix"]
+        assert matrix, (name, capability)
+        assert all(op.startswith(instruction) for op in matrix), (capability, matrix)
+
+
+@pytest.mark.parametrize("name", UNET_STEMS)
+def test_the_first_convolution_writes_128_bits(reports: list[dict[str, Any]], name: str) -> None:
+    for report in (each for each in reports if each["name"] == name):
+        # A thread has 8 channels of the four pixels of a window, and of their pool: 16 bytes each in bf16, 32 in fp32.
+        stores = {op: n for op, n in report["global_accesses"].items() if op.startswith("STG")}
+        assert stores == {"STG.E.128": 5 * (1 if "bf16" in name else 2)}
+        wide = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" in op)
+        assert wide >= 4 * 2  # the time plane, which is fp32
+        assert not report["shared_bytes"]
+        assert report["instructions_per_element"] < 45
 
 
 @pytest.mark.parametrize("name", UNET_HEADS)
-def test_the_last_convolution_reads_128_bits(reports: list[dict[str, Any]], name: str) -> None:
+def test_the_last_convolution_reads_nine_products_for_each_result(reports: list[dict[str, Any]], name: str) -> None:
     for report in (each for each in reports if each["name"] == name):
-        wide = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" in op)
-        narrow = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG") and ".128" not in op)
-        assert narrow == UNET_HEADS[name][1]  # the biases
-        assert wide >= 9 * (2 if "bf16" in name else 4)  # the 16 elements per thread, at each tap
-        if name != "head_convolution, bf16, colour":
-            assert report["instructions_per_element"] < 48  # 15 are hidden by reading two bytes, 31 by four
+        loads = sum(n for op, n in report["global_accesses"].items() if op.startswith("LDG"))
+        assert loads == 2 * 9 + 1  # of a thread's two results, and a bias
+        assert not report["shared_bytes"]
+        assert report["instructions_per_element"] < 110

@@ -21,7 +21,19 @@ STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     """Yields names, kernels, and launches that must share one variant, or two."""
     from fastsde import ops, solvers
-    from fastsde.kernels import coefficients, dsm_loss, mlp_sampler, normal, perturb, solver_step, uniform
+    from fastsde.kernels import (
+        coefficients,
+        convolution,
+        dsm_loss,
+        head_convolution,
+        mlp_sampler,
+        normal,
+        perturb,
+        pooled_convolution,
+        solver_step,
+        stem_convolution,
+        uniform,
+    )
     from fastsde.sde import VPSDE
 
     multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
@@ -87,6 +99,38 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         given = {"terms": multistep.trajectory_terms, "clip": n / 7, "every": rows}
         mlp_sampler.mlp_sampler(packed, torch.empty(rows, width), keys, **given, out=out)
 
+    def image(n: int, channels: int, size: int) -> torch.Tensor:
+        return torch.empty(n, channels, size, size).to(memory_format=torch.channels_last)
+
+    def encoding(n: int) -> None:
+        given = {"out": image(n, 64, 7), "pooled": image(n, 32, 4), "first": 32, "precision": "tf32"}
+        pooled_convolution.pooled_convolution(image(n, 16, 7), torch.empty(32, 3, 3, 16), torch.empty(32), **given)
+
+    def decoding(n: int) -> None:
+        weight, bias = torch.empty(16, 3, 3, 32), torch.empty(16)
+        convolution.convolution(image(n, 32, 4), weight, bias, image(n, 32, 7), transposed=True, precision="tf32")
+
+    def heading(n: int) -> None:
+        weight, head, products = torch.empty(16, 3, 3, 32), torch.empty(9, 16), torch.empty(9, n, 7, 7)
+        given = {"head": head, "products": products, "precision": "tf32x3"}
+        convolution.convolution(image(n, 32, 7), weight, torch.empty(16), None, **given)
+
+    def first(n: int) -> None:
+        given = {"t": torch.empty(n), "plane": torch.empty(7, 7, 16), "out": image(n, 32, 7), "pooled": image(n, 16, 4)}
+        given |= {"first": 16, "precision": "tf32"}
+        stem_convolution.stem_convolution(image(n, 1, 7), torch.empty(16, 3, 3, 1), torch.empty(16), **given)
+
+    def last(n: int) -> None:
+        head_convolution.head_convolution(torch.empty(9, n, 7, 7), torch.empty(1), torch.empty(n, 1, 7, 7))
+
+    for name, kernel, layer in (
+        ("pooled_convolution ()", pooled_convolution.pooled_convolution_kernel, encoding),
+        ("convolution (transposed)", convolution.convolution_kernel, decoding),
+        ("convolution (head)", convolution.convolution_kernel, heading),
+        ("stem_convolution", stem_convolution.stem_convolution_kernel, first),
+        ("head_convolution", head_convolution.head_convolution_kernel, last),
+    ):
+        yield name, kernel, [partial(layer, n) for n in BATCHES]
     # A low tile for few samples (16, since no GPU reports its number of processors here), and a high one for many.
     for name, batches in (("few", range(1, 17)), ("many", BATCHES[4:])):
         yield f"mlp_sampler, {name}", mlp_sampler.mlp_sampler_kernel, [partial(trajectories, n, n) for n in batches]
@@ -145,8 +189,8 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if name != INTS}
-    assert len(runs) == 17
-    # Two for tiles: small ones for few samples, large ones for many (fastsde.kernels.tile).
+    assert len(runs) == 22
+    # Two for tiles: small ones for few samples, large ones for many (fastsde.kernels.tile, and the convolutions).
     assert runs == {name: 2 if "(" in name else 1 for name in runs}
 
 
