@@ -80,13 +80,14 @@ def captured_steps(recipe: Recipe, compile: bool = False) -> Run:
 def trainers(recipe: Recipe, precision: str) -> list[Provider]:
     """Returns a provider for each way to take training steps, in one precision."""
     compiled = replace(recipe.config, compile=True)
+    on_cpu, on_gpu = (Rank.NEEDED, Rank.USUAL) if recipe.device.type == "cpu" else (Rank.USUAL, Rank.NEEDED)
     return [
         Provider(
             f"fastsde eager, {precision}",
             partial(eager_steps, recipe),
             prove_finite,
             precision,
-            rank=Rank.USUAL if recipe.device.type == "cuda" else Rank.NEEDED,  # all that a CPU has for a U-Net
+            rank=on_cpu,  # where U-Nets have no faster way
         ),
         Provider(
             f"fastsde eager compiled, {precision}",
@@ -100,14 +101,14 @@ def trainers(recipe: Recipe, precision: str) -> list[Provider]:
             partial(native_steps, recipe),
             partial(prove_weights, recipe, NativeSteps, recipe.config),
             precision,
-            rank=Rank.NEEDED,
+            rank=on_cpu,
         ),
         Provider(
             f"fastsde captured, {precision}",
             partial(captured_steps, recipe),
             partial(prove_weights, recipe, CapturedSteps, recipe.config),
             precision,
-            rank=Rank.NEEDED,
+            rank=on_gpu,
         ),
         Provider(
             f"fastsde captured compiled, {precision}",
