@@ -12,7 +12,7 @@ from fastsde import checkpoints, models
 from fastsde.checkpoints import Checkpoint
 
 from .providers import lean, ours, sampling
-from .suite.case import LEAN, Case
+from .suite.case import LEAN, Case, Rank
 from .suite.plan import Plan
 from .tasks.networks import Unknown, fresh, mlp_work
 from .tasks.trajectory import PointsProof, Trajectory
@@ -38,13 +38,14 @@ def _case(task: Trajectory, name: str, what: str, backend: str, calls: int = 1) 
     proof = PointsProof(task)
     return sampling.case(
         task,
+        proof,
         subject="call",
         name=name,
         what=what,
         providers=[
             sampling.loop(LEAN, lean.sampling, task, proof, "fp32"),
             ours.sampler(task, proof, "reference", "fp32"),
-            ours.sampler(task, proof, backend, "fp32"),
+            ours.sampler(task, proof, backend, "fp32", rank=Rank.NEEDED),
             ours.sampler(task, proof, backend, "fp32", anew=True),
         ],
         calls=calls,

@@ -19,7 +19,7 @@ from fastsde import noise, ops, reference
 
 from .perturb import OBJECTIVE, STEP
 from .providers.compiled import compiled
-from .suite.case import LEAN, LOOP, Case, Provider, check
+from .suite.case import LEAN, LOOP, Case, Provider, Rank, check
 from .suite.machine import Work
 from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
@@ -96,12 +96,14 @@ def _case(batches: Batches, name: str) -> Case:
         "fastsde reference": lambda: partial(_ours, reference.dsm_loss),
         kernels_name(batches.plan): partial(_kernel, device),
     }
+    ranks = {LEAN: Rank.NEEDED, kernels_name(batches.plan): Rank.NEEDED, "fastsde reference": Rank.LAST}
     providers = [
         Provider(
             provider,
             partial(_with_gradient, batches, make),
             _prove,
             compiles=provider == "torch.compile",
+            rank=ranks.get(provider, Rank.USUAL),
         )
         for provider, make in losses.items()
     ]

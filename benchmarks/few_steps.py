@@ -34,6 +34,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         ]
         yield sampling.case(
             task,
+            proof,
             subject="few_steps",
             name=f"few-steps-{n}",
             what=f"DPM-Solver++(2M), U-Net, {n:,} images x {ROWS}",

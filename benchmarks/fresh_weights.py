@@ -15,24 +15,27 @@ from .suite.case import LEAN, LOOP, Case, Provider
 from .suite.plan import Plan
 from .swiss_roll import CLOCKS, mlp_samplers
 from .tasks.networks import DIGITS, UNET_KERNELS, fresh, mlp_work, unet_work
-from .tasks.trajectory import Trajectory, proof
+from .tasks.trajectory import Proof, Trajectory, proof
 
 
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields the MLP and the U-Net; with --quick only the MLP. All rows take the same time."""
     rows = 100 if plan.quick else 250
     points = Trajectory(partial(fresh, MLP), (2,), 1000, rows, plan.device, *mlp_work(), clocks=CLOCKS)
-    yield _case(points, "fresh-mlp", "untrained MLP", mlp_samplers(points, proof(points)))
+    shows = proof(points)
+    yield _case(points, shows, "fresh-mlp", "untrained MLP", mlp_samplers(points, shows))
     if not plan.quick:
         digits = Trajectory(partial(fresh, UNet), DIGITS, 20, 20, plan.device, *unet_work(), kernels=UNET_KERNELS)
-        yield _case(digits, "fresh-unet", "untrained U-Net", unet_samplers(digits, proof(digits)))
+        shows = proof(digits)
+        yield _case(digits, shows, "fresh-unet", "untrained U-Net", unet_samplers(digits, shows))
 
 
-def _case(task: Trajectory, name: str, words: str, ours: list[Provider]) -> Case:
-    precision, shows = sampling.precisions(task)[0], proof(task)
+def _case(task: Trajectory, shows: Proof, name: str, words: str, ours: list[Provider]) -> Case:
+    precision = sampling.precisions(task)[0]
     loops = ((LOOP, tutorial.sampling), (LEAN, lean.sampling))
     return sampling.case(
         task,
+        shows,
         subject="fresh_weights",
         name=name,
         what=f"{words}, {task.n:,} x {task.rows}",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from .providers import ours, sampling
-from .suite.case import Case
+from .suite.case import Case, Rank
 from .suite.plan import Plan
 from .tasks.networks import CHANNELS, DIGITS, UNET_KERNELS, mlp_work, random_mlp, random_unet, unet_work
 from .tasks.trajectory import Trajectory, proof
@@ -40,13 +40,14 @@ def _case(task: Trajectory, name: str, words: str, quick: bool) -> Case:
     others = [each for each in sampling.others(task, shows) if not each.name.startswith(("diffusers", "torchsde"))]
     return sampling.case(
         task,
+        shows,
         subject="network_size",
         name=name,
         what=f"{words}, {task.n:,} x {task.rows}",
         providers=[
             *others,
             *(
-                ours.sampler(task, shows, "auto", precision, compiled)
+                ours.sampler(task, shows, "auto", precision, compiled, rank=sampling.rank(task, precision, Rank.NEEDED))
                 for precision in sampling.precisions(task)
                 for compiled in (False, True)
                 if not compiled or (task.has_images and not quick)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsde import noise, ops
 
 from .providers.compiled import compiled
-from .suite.case import Case, Provider, Target, check
+from .suite.case import Case, Provider, Rank, Target, check
 from .suite.machine import Work
 from .suite.measure import Figures, Run
 from .suite.plan import Plan
@@ -38,8 +38,13 @@ def _case(plan: Plan, name: str, shape: tuple[int, ...]) -> Case:
         providers=[
             Provider(RANDN, lambda: lambda: torch.randn(shape, device=device), _prove_normal),
             Provider("torch.compile", partial(_compiled, shape, device), _prove_normal, compiles=True),
-            Provider("fastsde reference", partial(_contract, noise.normal, shape, device), partial(_prove_ours, shape)),
-            Provider(ours, partial(_kernel, shape, device), partial(_prove_ours, shape)),
+            Provider(
+                "fastsde reference",
+                partial(_contract, noise.normal, shape, device),
+                partial(_prove_ours, shape),
+                rank=Rank.LAST,
+            ),
+            Provider(ours, partial(_kernel, shape, device), partial(_prove_ours, shape), rank=Rank.NEEDED),
         ],
         baseline=RANDN,
         work=Work(traffic(0, 4 * math.prod(shape), plan), specials=SPECIALS * math.prod(shape), launches=1),

@@ -16,7 +16,7 @@ from fastsde.objective import Objective
 
 from .providers import lean, tutorial
 from .providers.compiled import compiled
-from .suite.case import LEAN, LOOP, Case, Provider, check
+from .suite.case import LEAN, LOOP, Case, Provider, Rank, check
 from .suite.machine import Work
 from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
@@ -84,10 +84,10 @@ def _case(batches: Batches, name: str) -> Case:
     drawn, exact = partial(_prove_drawn, batches), partial(_prove_ours, batches)
     providers = [
         Provider(LOOP, partial(_on, batches, tutorial.perturb), drawn),
-        Provider(LEAN, partial(_on, batches, lean.perturb), drawn),
+        Provider(LEAN, partial(_on, batches, lean.perturb), drawn, rank=Rank.NEEDED),
         Provider("torch.compile", partial(_compiled, batches), drawn, compiles=True),
-        Provider("fastsde reference", partial(_contract, batches, _reference), exact),
-        Provider(kernels_name(plan), partial(_kernel, batches), exact),
+        Provider("fastsde reference", partial(_contract, batches, _reference), exact, rank=Rank.LAST),
+        Provider(kernels_name(plan), partial(_kernel, batches), exact, rank=Rank.NEEDED),
     ]
     return Case(
         subject="perturb",

@@ -14,7 +14,7 @@ from fastsde import ops, reference, solvers
 
 from .providers import diffusers, lean, tutorial
 from .providers.compiled import compiled
-from .suite.case import LEAN, LOOP, Case, Provider, check
+from .suite.case import LEAN, LOOP, Case, Provider, Rank, check
 from .suite.machine import Work
 from .suite.measure import Figures, Rotated
 from .suite.plan import Plan
@@ -66,7 +66,7 @@ def _case(state: State, name: str) -> Case:
     plain = partial(lean.step, **lean_factors())
     providers = [
         Provider(LOOP, partial(on, partial(tutorial_step, state.plan.device)), partial(_prove_any, state, 1.0)),
-        Provider(LEAN, partial(on, lambda: plain), partial(_prove_any, state, 1.0)),
+        Provider(LEAN, partial(on, lambda: plain), partial(_prove_any, state, 1.0), rank=Rank.NEEDED),
         Provider(
             "torch.compile", partial(on, lambda: compile_it(plain)), partial(_prove_any, state, 1.0), compiles=True
         ),
@@ -75,8 +75,15 @@ def _case(state: State, name: str) -> Case:
             partial(on, partial(diffusers.score_sde_vp_step, len(TABLE), ROW, state.plan.device), _as_eps),
             partial(_prove_any, state, -1 / _SIGMA),
         ),
-        Provider("fastsde reference", partial(on, partial(_reference, state)), partial(_prove_ours, state)),
-        Provider(kernels_name(state.plan), partial(on, partial(_kernel, state)), partial(_prove_ours, state)),
+        Provider(
+            "fastsde reference", partial(on, partial(_reference, state)), partial(_prove_ours, state), rank=Rank.LAST
+        ),
+        Provider(
+            kernels_name(state.plan),
+            partial(on, partial(_kernel, state)),
+            partial(_prove_ours, state),
+            rank=Rank.NEEDED,
+        ),
         Provider(
             f"{kernels_name(state.plan)}, bf16 network",
             partial(on, partial(_kernel, state), Tensor.bfloat16),

@@ -19,7 +19,7 @@ import torch
 import fastsde
 from fastsde import checkpoints
 
-from .suite.case import LOOP, Case, Provider, Target, check
+from .suite.case import LOOP, Case, Provider, Rank, Target, check
 from .suite.measure import Figures, Run
 from .suite.plan import Plan
 from .suite.table import is_ours
@@ -61,7 +61,12 @@ def cases(plan: Plan) -> Iterator[Case]:
         what="import in a new process",
         about={},
         providers=[
-            Provider(module, partial(_import, module), lambda run, result: check("the import", 0.0, result[1][0] - 1))
+            Provider(
+                module,
+                partial(_import, module),
+                lambda run, result: check("the import", 0.0, result[1][0] - 1),
+                rank=Rank.NEEDED,
+            )
             for module in ("torch", "fastsde")
         ],
         baseline="torch",
@@ -98,6 +103,7 @@ def _first_calls(plan: Plan, model: str, n: int, rows: int, warm: bool) -> Case:
                 way,
                 partial(_prove, plan, model, n, rows, is_ours(name)),
                 compiles="compile" in name,
+                rank=Rank.NEEDED if name == "fastsde" else Rank.USUAL,
             )
             for name, way in ways.items()
         ],

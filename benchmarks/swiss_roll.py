@@ -12,7 +12,7 @@ from functools import partial
 from fastsde import checkpoints
 
 from .providers import ours, sampling
-from .suite.case import Case, Provider, Target
+from .suite.case import Case, Provider, Rank, Target
 from .suite.plan import Plan
 from .tasks.networks import mlp_work
 from .tasks.trajectory import PointsProof, Proof, Trajectory
@@ -38,6 +38,7 @@ def _case(plan: Plan, n: int, rows: int) -> Case:
     persistent = ("fastsde persistent, fp32",)
     return sampling.case(
         task,
+        proof,
         subject="swiss_roll",
         name=f"swiss-roll-{n}",
         what=f"swiss roll, {n:,} samples x {rows}",
@@ -53,7 +54,8 @@ def mlp_samplers(task: Trajectory, proof: Proof) -> list[Provider]:
     ways = [("reference", "fp32"), ("eager", "fp32"), ("persistent", "fp32")]
     if task.device.type == "cuda":
         ways += [("graph", "fp32"), ("graph", "bf16"), ("persistent", "TF32"), ("persistent", "bf16")]
-    found = [ours.sampler(task, proof, backend, precision) for backend, precision in ways]
+    fastest = {("persistent", "fp32"), ("graph", "fp32")}
+    found = [ours.sampler(task, proof, *way, rank=Rank.NEEDED if way in fastest else Rank.USUAL) for way in ways]
     found.append(ours.sampler(task, proof, "auto", "fp32", anew=True))
     if task.device.type == "cuda":
         found.append(ours.sampler(task, proof, "graph", "fp32", compile=True))

@@ -44,5 +44,6 @@ def cases(plan: Plan) -> Iterator[Case]:
         baseline=f"{LOOP}, {default}",
         work=replace(Work(784, *unet_training_work()) * config.batch_size, launches=3 * UNET_KERNELS - 1),
         per=steps,
+        network_calls=3 * steps,
         targets=targets,
     )

@@ -11,7 +11,7 @@ from fastsde.training import tutorial_config
 
 from .providers import compiled, lean, ours, tutorial
 from .providers.tutorial import prove_training
-from .suite.case import LEAN, LOOP, Case, Provider, Target
+from .suite.case import LEAN, LOOP, Case, Provider, Rank, Target
 from .suite.machine import Work
 from .suite.plan import Plan
 from .tasks.networks import mlp_training_work
@@ -38,6 +38,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         baseline=f"{LOOP}, fp32",
         work=replace(Work(8, *mlp_training_work()) * config.batch_size, launches=1),
         per=recipe.steps,
+        network_calls=3 * recipe.steps,  # forwards, backwards and the optimizer
         targets=targets,
     )
 
@@ -46,6 +47,13 @@ def rivals(recipe: Recipe, precision: str) -> list[Provider]:
     """Returns the alternatives to fastsde, all with the tutorial's loss."""
     ways = {LOOP: tutorial.training, LEAN: lean.training, "torch.compile": compiled.training}
     return [
-        Provider(f"{name}, {precision}", partial(make, recipe), prove_training, precision, name == "torch.compile")
+        Provider(
+            f"{name}, {precision}",
+            partial(make, recipe),
+            prove_training,
+            precision,
+            compiles=name == "torch.compile",
+            rank=Rank.NEEDED if name == LEAN and precision != "bf16" else Rank.USUAL,
+        )
         for name, make in ways.items()
     ]

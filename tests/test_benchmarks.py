@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 
 from fastsde import VPSDE, checkpoints, data, ops
+from fastsde import noise as contract
 from fastsde.benchmarks import dsm_loss, noise, perturb, solver_step
 from fastsde.benchmarks.providers import compiled, lean, sampling, tutorial
 from fastsde.benchmarks.suite import budget, measure, progress, run, runner, table
@@ -29,7 +30,7 @@ from fastsde.benchmarks.suite.case import Case, Provider, Target
 from fastsde.benchmarks.suite.machine import Ceilings, Work
 from fastsde.benchmarks.suite.plan import Plan
 from fastsde.benchmarks.suite.replay import Replay
-from fastsde.benchmarks.tasks import elements
+from fastsde.benchmarks.tasks import elements, trajectory
 from fastsde.benchmarks.tasks.networks import mlp_work, unet_work
 from fastsde.benchmarks.tasks.recipe import Recipe
 from fastsde.benchmarks.tasks.trajectory import Score, Trajectory, proof
@@ -138,21 +139,22 @@ def test_where_the_time_is_short_providers_rounds_and_whole_cases_are_left_out(c
 
     names = (cases.LOOP, "compiled", "another", "fastsde")
     case = Case("subject", "case", "a task", {}, [provider(name, call, compiles=name == "compiled") for name in names])
-    # Three warm-up calls each, then rounds of 0.4 s; there is no time for the fourth provider and a round.
+    # Three calls each to warm up, then rounds of 0.4 s; there is no time for the fourth provider and three rounds.
     said: list[str] = []
-    record = runner.run_case(case, CPU, MOST, 1.75, said.append).record
+    record = runner.run_case(case, CPU, MOST, budget.Ends(2.15, 2.15), said.append).record
     order = [f"{cases.LOOP}, 1 of 4", "fastsde, 2 of 4", "another, 3 of 4", "compiled, 4 of 4"]
-    assert said == [*order, "round 1 of 10", "round 2 of 10"]
-    assert clock[0] == pytest.approx(1.7)
+    assert said == [*order, *(f"round {number} of 10" for number in (1, 2, 3))]
+    assert clock[0] == pytest.approx(2.1)
     figures = record["providers"]
     assert tuple(figures) == (*names, cases.LOOP + cases.AGAIN)  # still in the order of the table
     assert figures["compiled"] == {"unavailable": cases.SPENT}
-    assert {figures[name]["rounds"] for name in (cases.LOOP, "another", "fastsde")} == {2}
+    assert {figures[name]["rounds"] for name in (cases.LOOP, "another", "fastsde")} == {3}
     assert record["cut"]
-    assert any("cut by the time limit: at most 2 rounds" in line and "--minutes" in line for line in table.show(record))
-    # If not even one round fits, the case is reported; if its baseline does not fit, it is not started.
-    late = runner.run_case(case, CPU, MOST, clock[0] + 0.3).record
-    assert late["failed"].startswith(f"{cases.LEFT_OUT}a round takes")
+    assert any("cut by the time limit: at most 3 rounds" in line and "--minutes" in line for line in table.show(record))
+    # If not even one round of the baseline fits, the case is reported; if nothing fits, it is not started.
+    soon = clock[0] + 0.3
+    late = runner.run_case(case, CPU, MOST, budget.Ends(soon, soon)).record
+    assert late["failed"].startswith(f"{cases.LEFT_OUT}the providers that it needs take at least")
     (unbegun,) = run.outcomes([case], QUICK, MOST, ends=clock[0] - 1)
     assert unbegun.record["failed"].startswith(f"{cases.LEFT_OUT}it takes")
     assert f"  {unbegun.record['failed']}" in table.show(unbegun.record)
@@ -168,32 +170,89 @@ def test_a_first_call_that_compiled_kernels_is_not_taken_for_a_run(clock: list[f
 
     providers = [provider(cases.LOOP, lambda: clock.__setitem__(0, clock[0] + 0.1)), provider("fastsde", compiles_once)]
     case = Case("subject", "case", "a task", {}, providers)
-    record = runner.run_case(case, CPU, MOST, 6.25).record  # after 5.3 s there is time for three rounds
+    record = runner.run_case(case, CPU, MOST, budget.Ends(6.4, 6.4)).record  # after 5.4 s, three rounds fit
     assert {each["rounds"] for each in record["providers"].values()} == {3}
 
 
-def test_each_case_gets_the_share_of_what_is_left_that_it_is_expected_to_need(
+def test_a_case_gets_what_it_needs_even_late_or_is_left_out_as_a_whole(clock: list[float]) -> None:
+    def call() -> None:
+        clock[0] += 0.1
+
+    needed = cases.Rank.NEEDED
+    providers = [
+        provider(cases.LOOP, call),
+        provider(cases.LEAN, call, rank=needed),
+        provider("fastsde reference", call, rank=cases.Rank.LAST),
+        provider("fastsde eager", call),
+        provider("fastsde", call, rank=needed),
+        provider("diffusers", call),
+        provider("fastsde compiled", call, rank=needed, compiles=True),
+    ]
+    case = Case("subject", "case", "a task", {}, providers)
+    names = [cases.LOOP, "fastsde", cases.LEAN, "fastsde eager", "diffusers", "fastsde reference", "fastsde compiled"]
+    assert [each.name for each in case.in_order] == names
+    record = runner.run_case(case, CPU, MOST, budget.Ends(due=0.3, latest=5.0)).record
+    rounds = {name: each.get("rounds") for name, each in record["providers"].items()}
+    assert rounds == {**dict.fromkeys([*names[:3], f"{cases.LOOP}, again"], 3), **dict.fromkeys(names[3:])}
+    # After the baseline it is known that the others cannot be finished.
+    clock[0] = 0.0
+    record = runner.run_case(case, CPU, MOST, budget.Ends(due=0.8, latest=0.8)).record
+    assert clock[0] < 0.5
+    assert record["failed"].startswith(f"{cases.LEFT_OUT}the providers that it needs take at least another 0.6 s")
+    # One of them turns out to be slower, so that not even a round fits.
+    clock[0] = 0.0
+    slow = provider("fastsde", lambda: clock.__setitem__(0, clock[0] + 1.0), rank=needed)
+    record = runner.run_case(replace(case, providers=[providers[0], slow]), CPU, MOST, budget.Ends(3.0, 3.0)).record
+    assert record["failed"].startswith(f"{cases.LEFT_OUT}a round takes 1.2 s")
+
+
+def test_every_case_gets_its_first_stage_before_any_gets_its_second() -> None:
+    stages = [(10.0, 30.0, 90.0), (5.0, 10.0, 20.0), (50.0, 60.0, 70.0), (0.0, 4.0, 8.0), (1.0, 2.0, 3.0)]
+    assert budget.shares(stages, 16.0, 40.0) == [10.0, 5.0, 0.0, 0.0, 1.0]
+    assert budget.shares(stages, 30.0, 40.0) == [24.0, 5.0, 0.0, 0.0, 1.0]
+    assert budget.shares(stages, 48.0, 40.0) == [32.0, 10.0, 0.0, 4.0, 2.0]
+    assert budget.shares(stages, 1000.0, 40.0) == [40.0, 20.0, 0.0, 8.0, 3.0]  # no more than 40 s each
+    assert budget.shares(stages, torch.inf, torch.inf) == [90.0, 20.0, 70.0, 8.0, 3.0]
+
+
+def test_a_case_that_does_not_fit_waits_and_follows_if_time_remains(
     monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
-    monkeypatch.setattr(budget, "expected_s", lambda case, ceilings: {"a": 1.0, "b": 3.0, "c": 4.0}[case.name])
-    chosen = [Case("subject", name, "a task", {}, []) for name in "abc"]
-    shares = {}
-    for case, ends in budget.deadlines(chosen, MOST, 80.0):
-        shares[case.name] = ends - clock[0]
-        clock[0] += 5.0 if case.name == "a" else shares[case.name]
-    assert shares == pytest.approx({"a": 10.0, "b": 75 * 3 / 7, "c": 75 * 4 / 7})  # the rest of a's time is shared
-    assert [ends for _, ends in budget.deadlines(chosen, MOST, torch.inf)] == [torch.inf] * 3
+    expected = {
+        "a": (10.0, 20.0, 40.0),
+        "b": (60.0, 70.0, 80.0),
+        "c": (10.0, 30.0, 30.0),
+        "d": (99.0,) * 3,
+        "e": (1.0,) * 3,
+    }
+    monkeypatch.setattr(budget, "_stages", lambda case, ceilings: expected[case.name])
+    chosen = [Case("subject", name, "a task", {}, []) for name in "abcde"]
+    found = {}
+    for case, ends in budget.schedule(chosen, MOST, 100.0):
+        found[case.name] = ends and (round(ends.due - clock[0]), round(ends.latest - clock[0]))
+        clock[0] += 5.0
+    # At most a quarter each, until only cases are left that need more; b gets half of the time that it does not need.
+    assert found == {"a": (25, 25), "c": (25, 25), "e": (25, 25), "b": (72, 85), "d": None}
+    assert list(found) == ["a", "c", "e", "b", "d"]
+    assert list(budget.schedule(chosen[:1], MOST, clock[0] + 12.0)) == [(chosen[0], (clock[0] + 12.0,) * 2)]
+    assert [ends for _, ends in budget.schedule(chosen, MOST, torch.inf)] == [budget.UNLIMITED] * 5
 
 
 def test_what_a_case_is_expected_to_take_grows_with_its_work_its_rounds_and_what_compiles() -> None:
     case = Case("subject", "case", "a task", {}, [provider(cases.LOOP)], work=Work(flop=1e11), rounds=5)
-    assert budget.least_s(case, MOST) == pytest.approx(39.0)  # 13 runs of 1 s at the limit
     plain, fewer, nothing = (
         budget.expected_s(each, MOST) for each in (case, replace(case, rounds=2), replace(case, work=Work()))
     )
     assert plain > fewer > nothing
-    assert budget.expected_s(replace(case, providers=[provider(cases.LOOP, compiles=True)]), MOST) > plain
-    assert budget.expected_s(replace(case, work=Work(), run_s=4.0), MOST) > 6 * 4.0
+    assert budget.needed_s(case, MOST) == pytest.approx(0.5 + 10 * 3.0)  # four calls, and two in each of three rounds
+    more = replace(case, providers=[provider(cases.LOOP), provider("diffusers"), provider("fastsde", compiles=True)])
+    assert budget.needed_s(more, MOST) == budget.needed_s(case, MOST)
+    assert budget.expected_s(more, MOST) > budget.expected_s(replace(more, providers=more.providers[:2]), MOST) > plain
+    processes = replace(case, work=Work(), run_s=4.0)
+    assert budget.expected_s(processes, MOST) > 6 * 4.0
+    assert budget._stages(processes, MOST)[0] == 0.0  # they wait for the second stage of the others
+    gpu, rows = replace(MOST, kind="cuda"), replace(case, work=Work(), network_calls=1000)
+    assert budget.expected_s(rows, gpu) > budget.expected_s(rows, MOST) + 5.0  # its host launches every operation
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -347,6 +406,17 @@ def test_a_wrong_loop_is_found_out(monkeypatch: pytest.MonkeyPatch, model: str, 
     monkeypatch.setattr(tutorial, "step", step)
     with pytest.raises((cases.WrongError, RuntimeError)):  # a smaller batch may fail by itself
         shows.given_noise("fp32", own, own())
+
+
+def test_a_loop_is_given_the_noise_of_the_contract_several_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectory, "_DRAWN", 2 * 3 * 4)
+    keys = contract.sample_keys(1, 3)
+    with trajectory.ContractNoise(keys, 5):
+        draws = [torch.randn(3, 4), *(torch.randn_like(torch.empty(3, 2, 2)) for _ in range(4))]
+        with pytest.raises(cases.WrongError, match="more often than once per row"):
+            torch.randn(3, 4)
+    for row, z in enumerate(draws):
+        assert torch.equal(z.flatten(1), contract.normal(keys, row, (4,)))
 
 
 def test_convolutions_are_those_of_aten_while_a_step_for_a_gpu_compiles_and_only_then() -> None:
@@ -549,11 +619,15 @@ def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:
         assert len({case.name for case in found}) == len(found)
         assert {case.about["n"] for case in found if case.subject == "swiss_roll"} == {1000, 20_000, 1_000_000}
         assert {case.about["n"] for case in found if case.subject == "mnist"} == {1, 20, 256, 1000}
+        assert [case.name for case in run.by_priority(found)[: len(run.HEADLINES)]] == list(run.HEADLINES)
         for case in found:
             names = [each.name for each in case.providers]
             assert case.baseline in names
             assert len(set(names)) == len(names)
-            assert any(map(table.is_ours, names))
+            needed = [each.name for each in case.providers if case.needs(each)]
+            assert any(map(table.is_ours, needed))
+            assert case.subject in ("noise", "startup") or any(name.startswith(cases.LEAN) for name in needed)
+            assert not any("reference" in name for name in needed)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from fastsde.plan import unavailable_reason
 from fastsde.training.captured import CapturedSteps, can_capture
 from fastsde.training.steps import EagerSteps, NativeSteps, can_run_natively
 
-from ..suite.case import Provider, UnavailableError
+from ..suite.case import Provider, Rank, UnavailableError
 from ..suite.measure import Run
 from ..tasks.recipe import Recipe, prove_finite, prove_weights
 from ..tasks.trajectory import SEED, Proof, Trajectory, dtype_of
@@ -39,7 +39,13 @@ def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: b
 
 
 def sampler(
-    task: Trajectory, proof: Proof, backend: str, precision: str, compile: bool = False, anew: bool = False
+    task: Trajectory,
+    proof: Proof,
+    backend: str,
+    precision: str,
+    compile: bool = False,
+    anew: bool = False,
+    rank: Rank = Rank.USUAL,
 ) -> Provider:
     """Returns the provider for a backend in one precision."""
     words = ("fastsde.sample()" if anew else "fastsde", backend, "compiled" if compile else "")
@@ -49,6 +55,7 @@ def sampler(
         partial(proof.same_noise, precision),
         precision,
         compiles=compile,
+        rank=Rank.LAST if backend == "reference" else rank,
     )
 
 
@@ -73,8 +80,15 @@ def captured_steps(recipe: Recipe, compile: bool = False) -> Run:
 def trainers(recipe: Recipe, precision: str) -> list[Provider]:
     """Returns a provider for each way to take training steps, in one precision."""
     compiled = replace(recipe.config, compile=True)
+    on_cpu, on_gpu = (Rank.NEEDED, Rank.USUAL) if recipe.device.type == "cpu" else (Rank.USUAL, Rank.NEEDED)
     return [
-        Provider(f"fastsde eager, {precision}", partial(eager_steps, recipe), prove_finite, precision),
+        Provider(
+            f"fastsde eager, {precision}",
+            partial(eager_steps, recipe),
+            prove_finite,
+            precision,
+            rank=on_cpu,  # where U-Nets have no faster way
+        ),
         Provider(
             f"fastsde eager compiled, {precision}",
             partial(eager_steps, recipe, compile=True),
@@ -87,12 +101,14 @@ def trainers(recipe: Recipe, precision: str) -> list[Provider]:
             partial(native_steps, recipe),
             partial(prove_weights, recipe, NativeSteps, recipe.config),
             precision,
+            rank=on_cpu,
         ),
         Provider(
             f"fastsde captured, {precision}",
             partial(captured_steps, recipe),
             partial(prove_weights, recipe, CapturedSteps, recipe.config),
             precision,
+            rank=on_gpu,
         ),
         Provider(
             f"fastsde captured compiled, {precision}",

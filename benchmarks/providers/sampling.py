@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..suite.case import LEAN, LOOP, Case, Provider
+from ..suite.case import LEAN, LOOP, Case, Provider, Rank
 from ..suite.machine import cpu_instructions
 from ..suite.measure import Figures, Run
 from ..tasks.trajectory import Proof, Trajectory
@@ -28,7 +28,9 @@ def baseline(task: Trajectory) -> str:
     return f"{LOOP}, {precisions(task)[0]}"
 
 
-def case(task: Trajectory, subject: str, name: str, what: str, providers: Sequence[Provider], **options: Any) -> Case:
+def case(
+    task: Trajectory, proof: Proof, subject: str, name: str, what: str, providers: Sequence[Provider], **options: Any
+) -> Case:
     """Returns a case of a whole trajectory; the first provider is the baseline."""
     return Case(
         subject=subject,
@@ -38,7 +40,8 @@ def case(task: Trajectory, subject: str, name: str, what: str, providers: Sequen
         providers=providers,
         baseline=providers[0].name,
         work=task.work,
-        prepare=lambda: task.checkpoint,
+        prepare=lambda: proof.prepare(precisions(task)[0]),
+        network_calls=task.rows,
         **options,
     )
 
@@ -70,10 +73,17 @@ def as_task(
     return prove(equivalent(task)).given_noise(precision, run, x)
 
 
+def rank(task: Trajectory, precision: str, in_default: Rank = Rank.USUAL) -> Rank:
+    """Returns the rank of a provider: the last for fp32 where TF32 is the default, since it is several times slower."""
+    default = precisions(task)[0]
+    return in_default if precision == default else Rank.LAST if precision == "fp32" else Rank.USUAL
+
+
 def loop(name: str, make: Callable[[Trajectory, str], Run], task: Trajectory, proof: Proof, precision: str) -> Provider:
     """Returns a provider for a loop that draws its noise with torch.randn and takes exactly the steps of the task."""
     shows = partial(proof.given_noise, precision)
-    return Provider(f"{name}, {precision}", partial(make, task, precision), shows, precision)
+    place = rank(task, precision, Rank.NEEDED if name == LEAN else Rank.USUAL)
+    return Provider(f"{name}, {precision}", partial(make, task, precision), shows, precision, rank=place)
 
 
 def compilations(task: Trajectory) -> list[Provider]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from .machine import Work
@@ -16,6 +17,14 @@ AGAIN = ", again"
 REPLAYED, CALLED = "graph replay", "calls"  # how a single kernel was timed on a GPU
 LEFT_OUT = "left out: "
 SPENT = f"{LEFT_OUT}its share of the time was spent"
+
+
+class Rank(IntEnum):
+    """The order in which providers are checked, after the baseline: if time is short, the last ones are left out."""
+
+    NEEDED = 0  # fastsde's fastest candidates and lean PyTorch: without them the case tells nothing and does not run
+    USUAL = 1
+    LAST = 2  # slow by design, such as fastsde's reference, which only shows what the kernels gain
 
 
 class UnavailableError(Exception):
@@ -47,7 +56,8 @@ class Provider:
         prove: called with that function and the result of one of its first calls; raises `WrongError`, or returns what
             it compared.
         precision: "fp32", "TF32" or "bf16"; the limit is computed from the rate of this precision.
-        compiles: whether it compiles for so long that it is left out if little time remains.
+        compiles: whether it compiles for so long that it is checked after all others, whatever its rank.
+        rank: its place in the order in which providers are checked.
         work: its minimum work, if that is less than for the others.
     """
 
@@ -56,6 +66,7 @@ class Provider:
     prove: Callable[[Run, Any], Figures]
     precision: str = "fp32"
     compiles: bool = False
+    rank: Rank = Rank.USUAL
     work: Work | None = None
 
     @property
@@ -106,6 +117,7 @@ class Case:
         enough: seconds after which a provider takes part in only three rounds.
         is_kernel: whether a run is one kernel or a few, to be timed on a GPU by replaying a CUDA graph of several runs.
         timer: returns the seconds of a run that count; by default all of them.
+        network_calls: how often a run calls a network, one call after the other; a GPU's host launches each of them.
         run_s: the approximate seconds of a run in a new process, which cannot be estimated from its work.
         targets: goals of the project.
         prepare: creates what all providers share, so that it does not count towards the first call of any.
@@ -124,9 +136,23 @@ class Case:
     enough: float = 6.0
     is_kernel: bool = False
     timer: Callable[[Run], float] | None = None
+    network_calls: int = 0
     run_s: float = 0.0
     targets: Sequence[Target] = ()
     prepare: Callable[[], Any] | None = None
+
+    @property
+    def in_order(self) -> list[Provider]:
+        """The providers in the order in which they are checked."""
+
+        def place(provider: Provider) -> tuple[bool, bool, Rank, bool]:
+            return provider.name != self.baseline, provider.compiles, provider.rank, not provider.is_ours
+
+        return sorted(self.providers, key=place)
+
+    def needs(self, provider: Provider) -> bool:
+        """Returns whether the case is not worth running without a provider."""
+        return provider.name == self.baseline or (provider.rank is Rank.NEEDED and not provider.compiles)
 
     def head(self) -> Figures:
         """Returns the start of its record."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -14,13 +13,15 @@ import torch
 
 from fastsde.engines import capture
 
-from .budget import LEAST_COMPILE_S
+from .budget import UNLIMITED, Ends, compile_s
 from .case import AGAIN, CALLED, LEFT_OUT, REPLAYED, SPENT, Case, Outcome, Provider, UnavailableError, WrongError
 from .machine import Ceilings
-from .measure import Figures, Run, in_words, measure, seconds, summary
+from .measure import FEWEST_ROUNDS, Figures, Run, in_words, measure, seconds, summary
 from .replay import Replay, host_seconds
 
 _LONG_S = 2.0  # a provider whose first call takes longer counts as warm after it
+_SHORT_S = 0.2  # a provider whose second call takes less is called once more before it is checked
+_MARGIN = 1.25  # a round may take longer than expected
 _GRACE = 0.25  # a last round may exceed the limit by this share of the time spent on checks, so as not to waste them
 
 
@@ -28,25 +29,30 @@ def run_case(
     case: Case,
     device: torch.device,
     ceilings: Ceilings,
-    ends: float = math.inf,
+    ends: Ends = UNLIMITED,
     say: Callable[[str], None] = lambda what: None,
 ) -> Outcome:
     """Checks every provider, times those that are correct, and compares them with the limits of the device.
 
     Args:
-        ends: when, by ``time.monotonic``, it must be finished. If time is short, providers are left out, first those
-            that compile, and there are fewer rounds; a case in which not even one round fits has no figures.
+        ends: when it should be finished. If time is short, providers are left out, the last of `Case.in_order` first,
+            and there are fewer rounds; a case in which one round of the providers that it needs does not fit, not even
+            until ``ends.latest``, has no figures.
         say: called with a description of each step.
     """
     outcome, started = Outcome(case.head()), time.monotonic()
     if case.prepare is not None:
         case.prepare()
-    runs, round_s = _prove_all(case, outcome, device, ends, say)
+    try:
+        runs, round_s = _prove_all(case, outcome, device, ends, say)
+    except TooLongError as error:
+        return Outcome({**case.head(), "failed": f"{LEFT_OUT}{error}"})
     now = time.monotonic()
-    if now + round_s > ends and round_s > _GRACE * (now - started):
-        reason = f"{LEFT_OUT}a round takes {round_s:.2g} s, more than is left of its share of the time"
+    if now + round_s > ends.latest and round_s > _GRACE * (now - started):
+        reason = f"{LEFT_OUT}a round takes {round_s:.2g} s, more than is left"
         return Outcome({**case.head(), "failed": reason})
-    _time(case, runs, outcome, device, ends, say)
+    due = max(ends.due, min(ends.latest, now + _MARGIN * FEWEST_ROUNDS * round_s))
+    _time(case, runs, outcome, device, due, say)
     figures: Figures = outcome.record["providers"]
     for provider in case.providers:
         if provider.name in outcome.times:
@@ -59,24 +65,36 @@ def run_case(
     return outcome
 
 
+class TooLongError(Exception):
+    """A case cannot be finished in time; the message says what it takes."""
+
+
 def _prove_all(
-    case: Case, outcome: Outcome, device: torch.device, ends: float, say: Callable[[str], None]
+    case: Case, outcome: Outcome, device: torch.device, ends: Ends, say: Callable[[str], None]
 ) -> tuple[dict[str, Run], float]:
     """Returns the correct providers, ready to be timed, and the seconds that a round of them takes.
 
-    The baseline comes first, then fastsde, and providers that compile come last: if time runs out, the last ones are
-    left out. A provider is expected to take as long to check as the baseline, plus the time to compile, and as long to
-    run as the slowest so far.
+    A provider is expected to take as long to check as the baseline, plus the time to compile, and as long to run as the
+    slowest so far, and is left out if this and a few rounds do not fit. Those that the case needs are checked in any
+    case.
+
+    Raises:
+        TooLongError: after the baseline, if not even their calls and a round would end before ``ends.latest``.
     """
     figures: Figures = outcome.record["providers"]
     figures.update({provider.name: {} for provider in case.providers})  # in the order of the table
     runs, round_s, slowest, usual = dict[str, Run](), 0.0, 0.0, 0.0
-    order = sorted(case.providers, key=lambda each: (each.name != case.baseline, each.compiles, not each.is_ours))
-    for number, provider in enumerate(order):
-        say(f"{provider.name}, {number + 1} of {len(order)}")
+    others = sum(map(case.needs, case.providers)) - 1
+    for number, provider in enumerate(case.in_order):
+        say(f"{provider.name}, {number + 1} of {len(case.providers)}")
         started = time.monotonic()
-        needed = usual + round_s + slowest * case.calls + LEAST_COMPILE_S * provider.compiles
-        if number and started + needed > ends:
+        if number == 1:
+            rest = others * slowest * (1 + case.calls) + round_s  # each is called, and then there is a round
+            if started + rest > ends.latest:
+                raise TooLongError(f"the providers that it needs take at least another {rest:.2g} s, too long")
+        rounds_s = FEWEST_ROUNDS * (round_s + slowest * case.calls)
+        checked = started + usual + compile_s(case, provider, device.type)
+        if number and not case.needs(provider) and checked + rounds_s > ends.due:
             figures[provider.name] = {"unavailable": SPENT}
             continue
         own, run, run_s = _prove(case, provider, device)
@@ -150,14 +168,15 @@ def _captured(case: Case, provider: Provider, run: Run, device: torch.device, fi
 
 
 def _warm(run: Run) -> tuple[Any, float]:
-    """Calls it twice, or once if that takes long, and returns the result and the seconds of the last call.
+    """Calls it once, or twice if it is short, and returns the result and the seconds of the last call.
 
-    So the check applies to what is timed: a CUDA graph of ``torch.compile`` is replayed only from the third call on.
+    So the check applies to what is timed: a CUDA graph of ``torch.compile`` is replayed only from the third call on,
+    and a longer run has many calls.
     """
     started = time.perf_counter()
     result = run()
     taken = time.perf_counter() - started
-    if taken < _LONG_S:
+    if taken < _SHORT_S:
         started = time.perf_counter()
         result = run()
         taken = time.perf_counter() - started

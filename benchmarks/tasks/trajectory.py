@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..suite.measure import Figures, Run, fp32_products
 
 SEED = 1
 _FEW, _MANY = 20, 1000  # how many images (in float64) and points are compared
+_DRAWN = 1 << 22  # normals computed at once for a loop that is given the contract's noise
 
 
 @dataclass(frozen=True)
@@ -150,18 +152,31 @@ class Score(nn.Module):
 
 
 class ContractNoise(TorchFunctionMode):
-    """Replaces draws of ``torch.randn`` and ``torch.randn_like`` by the contract's noise, starting with the prior."""
+    """Replaces draws of ``torch.randn`` and ``torch.randn_like`` by the contract's noise, starting with the prior.
 
-    def __init__(self, keys: Tensor) -> None:
+    Several draws are computed at once: one by one they would take a GPU's host longer than the loop itself.
+
+    Args:
+        draws: how many there will be.
+    """
+
+    def __init__(self, keys: Tensor, draws: int) -> None:
         super().__init__()
-        self._keys, self._draws = keys, 0
+        self._keys, self._left = keys, iter(range(draws))
+        self._ready: Iterator[Tensor] = iter(())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.randn, torch.randn_like):
             return func(*args, **(kwargs or {}))
         shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
-        self._draws += 1
-        return noise.normal(self._keys, self._draws - 1, shape[1:])
+        z = next(self._ready, None)
+        if z is None:
+            some = list(islice(self._left, max(1, _DRAWN // math.prod(shape))))
+            if not some:
+                raise WrongError("it draws noise more often than once per row")
+            self._ready = iter(noise.normal(self._keys, torch.tensor(some, device=self._keys.device), shape[1:]))
+            z = next(self._ready)
+        return z.view(shape)
 
 
 class Proof:
@@ -169,6 +184,10 @@ class Proof:
 
     def __init__(self, task: Trajectory) -> None:
         self.task = task
+
+    def prepare(self, precision: str) -> None:
+        """Computes what the checks of several providers need, in one precision."""
+        raise NotImplementedError
 
     def same_noise(self, precision: str, run: Run, x: Tensor) -> Figures:
         """Checks samples spread over the batch, of a provider that draws the contract's noise."""
@@ -181,7 +200,7 @@ class Proof:
         rounding of 1 - alpha^2 or of the times is not negligible (6e-8 relative to 1e-4).
         """
         self.check_samples(x)
-        with ContractNoise(noise.sample_keys(SEED, self.task.n, device=self.task.device)):
+        with ContractNoise(noise.sample_keys(SEED, self.task.n, device=self.task.device), self.task.rows + 1):
             again = run()
         return self._near(precision, again, 1e-3)
 
@@ -210,6 +229,9 @@ class PointsProof(Proof):
         index, keys = self._chosen(_MANY)
         return index, self.task.reference(len(keys), "fp32", keys=keys)
 
+    def prepare(self, precision: str) -> None:
+        assert self._expected
+
     def _near(self, precision: str, x: Tensor, more: float) -> Figures:
         self.check_samples(x)
         index, expected = self._expected
@@ -230,6 +252,9 @@ class ImagesProof(Proof):
     def _truth(self) -> tuple[Tensor, Tensor, Tensor]:
         index, keys = self._chosen(_FEW)
         return index, keys, self.task.reference(len(keys), "fp32", keys=keys, dtype=torch.float64)
+
+    def prepare(self, precision: str) -> None:
+        self._own(precision)
 
     def _error(self, x: Tensor) -> float:
         return float((x - self._truth[2]).square().flatten(1).mean(1).sqrt().median())
