@@ -64,6 +64,19 @@ def full_fp32() -> Iterator[None]:
         yield
 
 
+def _large_tile(pixels: int, out: int, channels: int, *_: int) -> dict[str, int]:
+    sizes = {"PIXELS": min(max(pixels, 16), 1024), "N": max(out, 16), "K": max(channels, 16)}
+    return {name: 1 << (size - 1).bit_length() for name, size in sizes.items()}
+
+
+@pytest.fixture
+def large_convolution_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the interpreter few large tiles of a convolution: each of its programs takes milliseconds."""
+    if needs_interpreter:
+        for name in ("convolution", "pooled_convolution"):
+            monkeypatch.setattr(f"fastsde.kernels.{name}.launch_config", _large_tile)
+
+
 @pytest.fixture
 def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes every checkpoint, however quickly they follow each other."""

@@ -153,7 +153,7 @@ def test_an_untraced_function_is_that_function() -> None:
         seen.append(torch.compiler.is_compiling())
         return value * scale
 
-    assert (scaled.__name__, scaled.__doc__) == ("scaled", "Its words.")
+    assert (scaled.__name__, scaled.__doc__) == ("scaled", "The docstring.")
     both(lambda x: torch.sin(x) * scaled(3, scale=5) + scaled(1), (X,))
     assert seen == [False] * 4  # twice for each
     with pytest.raises(RuntimeError, match="scaled"):  # what breaks the graph

@@ -91,6 +91,7 @@ def calls(network: str, backend: str) -> tuple[Counter[str], Counter[str]]:
     return found[0], found[1]
 
 
+@pytest.mark.usefixtures("large_convolution_tiles")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_a_row_and_what_is_around_all_rows(backend: str, network: str) -> None:

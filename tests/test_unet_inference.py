@@ -43,17 +43,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled where there is a GPU, not interpreted")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        for name in ("convolution", "pooled_convolution"):  # each program of the interpreter takes milliseconds
-            kernel = importlib.import_module(f"fastsde.kernels.{name}")
-            monkeypatch.setattr(kernel, "launch_config", _large_tile)
+        request.getfixturevalue("large_convolution_tiles")
     assert ops.has_triton(torch.device("cpu")) == (request.param == "kernel")
     with fp32_products(torch.backends.cudnn, "ieee"):
         yield str(request.param)
-
-
-def _large_tile(pixels: int, out: int, channels: int, *_: int) -> dict[str, int]:
-    sizes = {"PIXELS": min(max(pixels, 16), 1024), "N": max(out, 16), "K": max(channels, 16)}
-    return {name: 1 << (size - 1).bit_length() for name, size in sizes.items()}
 
 
 @pytest.fixture
