@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastsde import ops
 from fastsde.benchmarks.suite.measure import fp32_products
-from fastsde.engines.unet_inference import UNetInference, _precision, log_sigmoid_, supports
+from fastsde.engines.unet_inference import UNetInference, log_sigmoid_, supports
 from fastsde.models import UNet
 
 # Rounding of an operation's result. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
@@ -36,8 +36,8 @@ UNFUSED = ("of five channels", "wide")  # whose last layer is not a kernel
 
 
 @pytest.fixture(params=["plain", "kernel"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The code that runs: plain PyTorch, or the Triton kernels in the interpreter, without rounding to TF32."""
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The code that runs: plain PyTorch, or the Triton kernels in the interpreter."""
     if request.param == "kernel":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
@@ -45,8 +45,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         request.getfixturevalue("large_convolution_tiles")
     assert ops.has_triton(torch.device("cpu")) == (request.param == "kernel")
-    with fp32_products(torch.backends.cudnn, "ieee"):
-        yield str(request.param)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -178,26 +177,9 @@ def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monke
         assert (excess <= 0).all(), f"layer {number}: {excess.max():.3g} beyond a bound of {bound.max():.3g}"
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("tf32", "tf32"), ("ieee", "tf32x3")])
-@pytest.mark.parametrize("switch", ["older", "of convolutions", "of cuDNN", "of all"])
-def test_fp32_products_follow_pytorchs_switch(switch: str, precision: str, expected: str) -> None:
-    backends: Any = torch.backends
-    switches = {"of convolutions": backends.cudnn.conv, "of cuDNN": backends.cudnn, "of all": backends}
-    if switch == "older":
-        with fp32_products(backends.cudnn, precision):
-            assert _precision(torch.float32) == expected
-        return
-    with fp32_products(backends.cudnn, "ieee"):
-        newer = switches[switch]
-        before, newer.fp32_precision = newer.fp32_precision, precision
-        try:
-            assert _precision(torch.float32) == expected
-        finally:
-            newer.fp32_precision = before
-
-
 @pytest.mark.parametrize("path", ["kernel"], indirect=True)
-def test_in_tf32_weights_and_activations_are_rounded(path: str) -> None:
+def test_in_tf32_weights_and_activations_are_rounded(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsde.tf32.may_multiply", lambda **_: True)
     unet = build("of three channels")
     form = UNetInference(unet)
     buffers = [buffer for name, buffer in form.named_buffers() if name.startswith("tf32_taps")]
@@ -208,7 +190,7 @@ def test_in_tf32_weights_and_activations_are_rounded(path: str) -> None:
         assert ((buffer - exact).abs() <= 2.0**-11 * exact.abs()).all()
         assert not (buffer.contiguous().view(torch.int32) & 0x1FFF).any()
     x, t = inputs(unet)
-    with torch.no_grad(), fp32_products(torch.backends.cudnn, "tf32"):
+    with torch.no_grad():
         result, expected = form(x, t), unet(x, t)
     difference = (result - expected).abs().max()
     assert 1e-5 < difference < 7 * 2.0**-10  # a rounding of weights and one of activations in each layer

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 import fastsde
 from fastsde import noise, solvers
 from fastsde.checkpoints import Checkpoint
+from fastsde.tf32 import with_rounded_products
 
 from ..quality import sliced_wasserstein
 from ..suite.case import WrongError, check
@@ -92,12 +93,12 @@ class Trajectory:
         kind = torch.backends.cudnn if self.has_images else torch.backends.cuda.matmul
         return fp32_products(kind, "tf32" if precision == "TF32" else "ieee")
 
-    def reference(self, n: int, precision: str, **options: Any) -> Tensor:
-        """Returns samples computed in plain PyTorch with the contract's noise."""
+    def reference(self, n: int, precision: str, model: Any = None, **options: Any) -> Tensor:
+        """Returns samples computed in plain PyTorch with the contract's noise, by another model if one is given."""
         options = {"dtype": dtype_of(precision), **self.options, **options}
         with self.precision_of_products(precision):
             shape = (n, *self.sample_shape)
-            x: Tensor = fastsde.sample(self.checkpoint.model, shape, backend="reference", **options)
+            x: Tensor = fastsde.sample(model or self.checkpoint.model, shape, backend="reference", **options)
         return x
 
     def network(self, precision: str, channels_last: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -260,8 +261,16 @@ class ImagesProof(Proof):
         return float((x - self._truth[2]).square().flatten(1).mean(1).sqrt().median())
 
     def _error_of_reference(self, precision: str) -> float:
-        keys = self._truth[1]
-        return self._error(self.task.reference(len(keys), precision, keys=keys))
+        """Returns the error of plain PyTorch; in TF32 at least that of rounded products, whatever cuDNN chooses."""
+        keys, task = self._truth[1], self.task
+        error = self._error(task.reference(len(keys), precision, keys=keys))
+        with task.precision_of_products(precision):
+            rounded = with_rounded_products(task.checkpoint.model, task.device) if precision != "bf16" else None
+        return (
+            error
+            if rounded is None
+            else max(error, self._error(task.reference(len(keys), precision, rounded, keys=keys)))
+        )
 
     def _near(self, precision: str, x: Tensor, more: float) -> Figures:
         self.check_samples(x)

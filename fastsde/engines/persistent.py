@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, tf32
 from ..models import Preconditioned
 from ..models.mlp import MLP, unknown_layer
 from ..reference import NonFiniteError
@@ -76,10 +76,7 @@ def _packed(network: Network) -> Any:
 def _precision(network: Network, device: torch.device) -> str:
     if network.dtype == torch.bfloat16:
         return "bf16"
-    # PyTorch's newer switches, which also reflect the older ones; the older ones fail once a newer one is used.
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends)
-    precision = next((switch.fp32_precision for switch in switches if switch.fp32_precision != "none"), "ieee")
-    return "tf32" if device.type == "cuda" and precision == "tf32" else "fp32"
+    return "tf32" if tf32.may_multiply(convolutions=False, device=device) else "fp32"
 
 
 def run(network: Network, request: Request) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, tf32
 from ..models.hooks import is_hooked
 from ..models.unet import UNet
 from ..validation import check_tensor
@@ -145,10 +145,8 @@ class UNetInference(nn.Module):
             for level, layer in enumerate(self.decoder):
                 self.get_buffer(f"decoder_taps_{level}").copy_(layer.weight.permute(1, 2, 3, 0))
             if self.image_weight.dtype == torch.float32:
-                # The nearest numbers of 11 significant bits (T. J. Dekker, A floating-point technique for extending the
-                # available precision, 1971).
                 taps = self._taps()
-                scaled = torch._foreach_mul(taps, 2.0**13 + 1)
+                scaled = torch._foreach_mul(taps, 2.0**13 + 1)  # as `fastsde.tf32.rounded`, in few launches
                 torch._foreach_copy_(self._tf32_taps(), torch._foreach_sub(scaled, torch._foreach_sub(scaled, taps)))
         weight = self.encoder[0].weight
         self.image_weight.copy_(weight[:, :-1])
@@ -241,7 +239,7 @@ class UNetInference(nn.Module):
             return torch.cat(
                 [self._fused(*part) for part in zip(torch.split(x, most), torch.split(t, most), strict=True)]
             )
-        precision = _precision(x.dtype)
+        precision = _precision(x)
         taps = iter(self._tf32_taps() if precision == "tf32" else self._taps())
         convolve = functools.partial(convolution, precision=precision)
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
@@ -278,13 +276,11 @@ class UNetInference(nn.Module):
         return result
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision(x: Tensor) -> str:
     """Returns how the kernels multiply; in fp32 by PyTorch's switch for convolutions."""
-    if dtype != torch.float32:
+    if x.dtype != torch.float32:
         return "narrow"
-    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends)  # type: ignore[attr-defined]
-    precision = next((each.fp32_precision for each in switches if each.fp32_precision != "none"), "ieee")
-    return "tf32" if precision == "tf32" else "tf32x3"
+    return "tf32" if tf32.may_multiply(convolutions=True, device=x.device) else "tf32x3"
 
 
 def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:
