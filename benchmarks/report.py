@@ -19,6 +19,7 @@ import click
 
 from fastsde.files import atomic_path
 
+from .suite.case import SPENT
 from .suite.measure import Figures
 from .suite.run import SUBJECTS, write_json
 from .suite.table import TITLES, duration, has_replays, headlines, is_ours, noise, ratio, timed, without_time
@@ -74,9 +75,14 @@ def markdown(result: Figures) -> str:
             earlier.setdefault(record["commit"], []).append(record["what"])
     for commit, names in earlier.items():
         lines += ["", f"Measured at commit {commit}: {'; '.join(names)}."]
-    left = [f"{record['what']}: {reason}" for record in result["cases"] for reason in without_time(record)]
+    reasons = [(record["what"], reason) for record in result["cases"] for reason in without_time(record)]
+    spent = sum(SPENT in reason for _, reason in reasons)
+    left = [f"{what}: {reason}" for what, reason in reasons if SPENT not in reason]
     if left:
         lines += ["", f"Without a time: {'; '.join(left)}."]
+    if spent:
+        measured = sum(len(timed(record)) for record in result["cases"])
+        lines += ["", f"The run was limited in time: {spent} of {spent + measured} providers were not measured."]
     return "\n".join(lines)
 
 
