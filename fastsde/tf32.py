@@ -24,7 +24,7 @@ _MATRICES = (F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.
 
 def may_multiply(convolutions: bool, device: torch.device) -> bool:
     """Returns whether PyTorch may multiply fp32 numbers in TF32, in convolutions or in matrix products."""
-    if device.type != "cuda":
+    if device.type != "cuda" or (torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)):
         return False
     backends: Any = torch.backends
     of = (backends.cudnn.conv, backends.cudnn) if convolutions else (backends.cuda.matmul,)
@@ -53,7 +53,10 @@ class _RoundedProducts(TorchFunctionMode):
 
 
 def with_rounded_products(model: Model, device: torch.device) -> Model | None:
-    """Returns the network with the factors of its fp32 products rounded to TF32, where PyTorch may do so, or None."""
+    """Returns the network with the factors of its fp32 products rounded to TF32, where PyTorch may do so, or None.
+
+    Covers convolutions, linear layers and products of two matrices, not `torch.einsum` or attention in one operation.
+    """
     functions: tuple[Any, ...] = ()
     for convolutions, these in ((True, _CONVOLUTIONS), (False, _MATRICES)):
         functions += these if may_multiply(convolutions, device) else ()

@@ -1,4 +1,4 @@
-"""A 3x3 convolution of the U-Net's decoder with everything that follows it, in one launch:
+"""A 3x3 convolution of the U-Net's lowest level, decoder or head with everything that follows it, in one launch:
 
     a = log sigmoid(convolution(x) + bias)
     out[:, first : first + C] = a          where the next convolution reads it
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .log_sigmoid import log_sigmoid, rounded
+from .log_sigmoid import log_sigmoid, tf32_rounded
 from .tile import fast_math, on_device
 
 PROCESSORS = 132  # of an H100 or H200; a constant, so that only the shape decides on the tiles
@@ -36,7 +36,7 @@ MAX_HEAD_CHANNELS = 64  # of its input, which a tile must have whole
 @triton.jit
 def product(x, weight, total, PRECISION: tl.constexpr, FAST: tl.constexpr):
     """Returns ``total + x weight^T``, in fp32."""
-    if not FAST:  # the interpreter's products of bf16 are wrong: convert to fp32, which is exact
+    if not FAST:  # the interpreter's products of bf16 are wrong, and converting to fp32 is exact
         return tl.dot(x.to(tl.float32), tl.trans(weight).to(tl.float32), total, input_precision="ieee")
     elif PRECISION == "narrow":
         return tl.dot(x, tl.trans(weight), total)
@@ -119,16 +119,16 @@ def convolution_kernel(
         mask = written & known[None, :] & (row < OUT_HEIGHT)[:, None]
         to = ((sample * OUT_HEIGHT + row) * OUT_WIDTH + 2 * column).to(tl.int64)
         to = (to * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
-        a = rounded(log_sigmoid(middle + bias, FAST), PRECISION)
+        a = tf32_rounded(log_sigmoid(middle + bias, FAST), PRECISION)
         tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
         right += tl.where(has_right, _neighbour(left, 1, PIXELS, N), 0.0)
-        a = rounded(log_sigmoid(right + bias, FAST), PRECISION)
+        a = tf32_rounded(log_sigmoid(right + bias, FAST), PRECISION)
         mask = mask & (2 * column + 1 < OUT_WIDTH)[:, None]
         tl.store(out_ptr + to + OUT_CHANNELS, a.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         middle += tl.where(has_left, _neighbour(left, -1, PIXELS, N), 0.0)
         middle += tl.where(has_right, _neighbour(right, 1, PIXELS, N), 0.0)
-        a = rounded(log_sigmoid(middle + bias, FAST), PRECISION).to(x_ptr.dtype.element_ty)
+        a = tf32_rounded(log_sigmoid(middle + bias, FAST), PRECISION).to(x_ptr.dtype.element_ty)
         if HEAD == 0:
             to = (pixel.to(tl.int64) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
             tl.store(out_ptr + to, a, mask=written & known[None, :])
@@ -155,7 +155,8 @@ def launch_config(pixels: int, out: int, channels: int, itemsize: int, kinds: in
     n = min(out, 64)
     if triton.cdiv(pixels, 62) * triton.cdiv(out, n) * kinds < 1.5 * PROCESSORS:
         n, k = out if whole or out <= 32 else 16, min(channels, 128 // itemsize)
-        return {"PIXELS": 64, "N": n, "K": k, "num_warps": 4, "num_stages": 4}
+        # Four stages of 64 channels in fp32 would need more shared memory than sm_86 has.
+        return {"PIXELS": 64, "N": n, "K": k, "num_warps": 4, "num_stages": 4 if n < 64 else 3}
     if n == 32 and itemsize == 2 and triton.cdiv(pixels, 126) * kinds >= 2 * PROCESSORS:
         return {"PIXELS": 128, "N": n, "K": min(channels, 32), "num_warps": 4, "num_stages": 3}
     return {"PIXELS": 64, "N": n, "K": min(channels, 128 // itemsize), "num_warps": 4, "num_stages": 3}
@@ -179,6 +180,7 @@ def convolution(
         x: ``[B, C, H, W]``, dense and channels last, like all images here.
         weight: contiguous ``[O, 3, 3, C]``, of x's dtype.
         bias: ``[O]``.
+        first: the first channel of ``out`` that is written.
         out: ``[B, O', H, W]``, or of twice the size, or one row or column less than that, if transposed.
         transposed: whether to compute ``F.conv_transpose2d(x, weight.permute(3, 0, 1, 2), stride=2, padding=1)``.
         head: weights of the last convolution, contiguous ``[9 P, O]`` with `MAX_HEAD` and `MAX_HEAD_CHANNELS` as the

@@ -32,7 +32,7 @@ def log_sigmoid(v, FAST: tl.constexpr):
 
 
 @triton.jit
-def rounded(a, PRECISION: tl.constexpr):
+def tf32_rounded(a, PRECISION: tl.constexpr):
     """Rounds fp32 to the nearest number of 11 significant bits for products in "tf32", which would truncate it."""
     if PRECISION == "tf32":
         bits = (a.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)

@@ -8,11 +8,8 @@ It is a matrix product of pixels and output channels that sums over taps and inp
 has a tile of pixels and a block of channels, and reads for each tap the pixels that lie that far beside its own. Pixels
 are in the order of 2x2 windows, so that a window lies within a tile.
 
-x and all results are channels-last tensors of one dtype; sums are fp32. The precision of products is "narrow" for bf16
-and fp16, and for fp32 "tf32x3", three products that are nearly as exact as fp32, or "tf32". Tensor cores truncate what
-they multiply in TF32, so for that x and the weights must have been rounded, and results are. Every size except the
-batch is a compile-time constant, and there are two variants: tiles for few and for many pixels. Pixels are counted in
-int32.
+Tensors and precisions are those of `convolution`. Every size except the batch is a compile-time constant, and there are
+two variants: tiles for few and for many pixels. Pixels are counted in int32.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .convolution import PROCESSORS, product
-from .log_sigmoid import log_sigmoid, rounded
+from .log_sigmoid import log_sigmoid, tf32_rounded
 from .tile import fast_math, on_device
 
 
@@ -81,7 +78,7 @@ def pooled_convolution_kernel(
         total = product(x, weight, total, PRECISION, FAST)
 
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
-    a = rounded(log_sigmoid(total + bias[None, :], FAST), PRECISION)
+    a = tf32_rounded(log_sigmoid(total + bias[None, :], FAST), PRECISION)
     to = (pixel.to(tl.int64) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
     tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=real[:, None] & known[None, :])
     a = tl.reshape(tl.where(real[:, None], a, float("-inf")), (PIXELS // 4, 4, N))
@@ -118,7 +115,7 @@ def pooled_convolution(
         x: ``[B, C, H, W]``, dense and channels last, like all images here.
         weight: contiguous ``[O, 3, 3, C]``, of x's dtype.
         bias: ``[O]``.
-        out: ``[B, O', H, W]``.
+        out: ``[B, O', H, W]``, whose channel ``first`` is the first that is written.
         pooled: ``[B, O, ceil(H / 2), ceil(W / 2)]``.
         precision: "narrow", "tf32x3" or "tf32".
     """

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .log_sigmoid import log_sigmoid, rounded
+from .log_sigmoid import log_sigmoid, tf32_rounded
 from .pooled_convolution import nan_maximum
 from .tile import WARPS, fast_math, on_device
 
@@ -79,9 +79,9 @@ def stem_convolution_kernel(
             row, column = top + i, left + j
             inside = (real & (row >= 0) & (column >= 0))[:, None]
             mask = inside & known[None, :]
-            planar = (row * WIDTH + column) * CHANNELS
+            planar = (row * WIDTH + column).to(tl.int64) * CHANNELS
             plane = tl.load(plane_ptr + planar[:, None] + channel[None, :], mask=mask, other=0.0)
-            a = rounded(log_sigmoid(sums[2 * i + j] + bias + t * plane, FAST), PRECISION)
+            a = tf32_rounded(log_sigmoid(sums[2 * i + j] + bias + t * plane, FAST), PRECISION)
             to = ((corner + (i * WIDTH + j)) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
             tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
             largest = nan_maximum(largest, tl.where(inside, a, float("-inf")))
@@ -125,7 +125,7 @@ def stem_convolution(
         weight: contiguous ``[O, 3, 3, C]``.
         bias: ``[O]``.
         t, plane: ``[B]``, and contiguous fp32 ``[H, W, O]``.
-        out: ``[B, O', H, W]``.
+        out: ``[B, O', H, W]``, whose channel ``first`` is the first that is written.
         pooled: ``[B, O, ceil(H / 2), ceil(W / 2)]``.
         precision: of the products that the results are for: "narrow", "tf32x3" or "tf32", for which they are rounded.
     """

@@ -45,7 +45,7 @@ def test_programs_set_it_before_torch_is_loaded(module: str) -> None:
         "import sys, runpy\n"
         "class Finder:\n"
         "    def find_spec(self, name, *rest):\n"
-        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY')); os._exit(0)\n"
+        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'), flush=True); os._exit(0)\n"
         "sys.meta_path.insert(0, Finder())\n"
         f"sys.argv[1:] = ['info' if {module!r} == 'fastsde' else 'swiss-roll']\n"
         f"runpy.run_module({module!r}, run_name='__main__')"

@@ -192,6 +192,10 @@ def test_in_tf32_weights_and_activations_are_rounded(path: str, monkeypatch: pyt
     x, t = inputs(unet)
     with torch.no_grad():
         result, expected = form(x, t), unet(x, t)
+        for parameter in unet.parameters():
+            parameter.mul_(1.1)
+        form.refresh(unet)
+        assert (form(x, t) - unet(x, t)).abs().max() < 7 * 2.0**-10
     difference = (result - expected).abs().max()
     assert 1e-5 < difference < 7 * 2.0**-10  # a rounding of weights and one of activations in each layer
 
@@ -262,6 +266,7 @@ def test_an_empty_batch_and_samples_apart(path: str) -> None:
         torch.testing.assert_close(form(x[2:3], t[2:3]), whole[2:3], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
 def test_a_batch_with_too_many_pixels_is_cut(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = build("of three channels")
     form = UNetInference(unet)
@@ -269,7 +274,79 @@ def test_a_batch_with_too_many_pixels_is_cut(path: str, monkeypatch: pytest.Monk
     with torch.no_grad():
         whole = form(x, t)
         monkeypatch.setattr("fastsde.engines.unet_inference._MAX_PIXELS", 2 * 9 * 14 + 1)
+        convolutions = _Convolutions()
+        convolutions.listen_to_kernels(monkeypatch)
         torch.testing.assert_close(form(x, t), whole, atol=1e-5, rtol=0)
+    layers = 2 * len(unet.channels)
+    assert [len(each) for each in convolutions.read[::layers]] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
+def test_an_image_with_too_many_pixels_runs_in_plain_pytorch(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = build("of three channels")
+    form = UNetInference(unet)
+    monkeypatch.setattr("fastsde.engines.unet_inference._MAX_PIXELS", 9 * 14 - 1)
+    monkeypatch.setattr(form, "_fused", None)
+    with torch.no_grad():
+        torch.testing.assert_close(form(*inputs(unet)), unet(*inputs(unet)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda form: form.to(memory_format=torch.channels_last),
+        lambda form: form.to(memory_format=torch.contiguous_format),
+        lambda form: form.load_state_dict({k: v.contiguous() for k, v in form.state_dict().items()}, assign=True),
+    ],
+    ids=["channels last", "contiguous", "assigned"],
+)
+def test_the_layout_of_its_weights_does_not_matter(path: str, changed: Callable[[UNetInference], Any]) -> None:
+    unet = build("of three channels")
+    form = UNetInference(unet)
+    changed(form)
+    with torch.no_grad():
+        torch.testing.assert_close(form(*inputs(unet)), unet(*inputs(unet)), atol=1e-5, rtol=0)
+        for parameter in unet.parameters():
+            parameter.mul_(1.1)
+        form.refresh(unet)
+        torch.testing.assert_close(form(*inputs(unet)), unet(*inputs(unet)), atol=1e-5, rtol=0)
+
+
+def test_its_dtype_may_change(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = build("of three channels")
+    form = UNetInference(unet, torch.bfloat16).float()
+    monkeypatch.setattr("fastsde.tf32.may_multiply", lambda **_: True)  # for which it has no weights
+    with torch.no_grad():
+        form.refresh(unet)
+        torch.testing.assert_close(form(*inputs(unet)), unet(*inputs(unet)), atol=1e-5, rtol=0)
+
+
+def test_autocast_is_that_of_pytorch(path: str) -> None:
+    unet = build("of three channels")
+    form = UNetInference(unet)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = form(*inputs(unet)), unet(*inputs(unet))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
+def test_times_may_have_another_dtype(path: str, dtype: torch.dtype) -> None:
+    unet = build("of three channels")
+    x, t = inputs(unet)
+    t = (10 * t).to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(UNetInference(unet)(x, t), unet(x, t), atol=2e-5, rtol=0)
+
+
+def test_inputs_on_another_device_are_refused() -> None:
+    form = UNetInference(build("of three channels"))
+    x, t = inputs(form)
+    with torch.no_grad(), pytest.raises(ValueError, match="x must be on cpu, got meta"):
+        form(x.to("meta"), t)
+    with torch.no_grad(), pytest.raises(ValueError, match="t must be on cpu, got meta"):
+        form(x, t.to("meta"))
 
 
 def test_calls_share_no_memory(path: str) -> None:

@@ -92,7 +92,7 @@ def shares(stages: Sequence[Sequence[float]], left: float, most: float) -> list[
     for stage in zip(*stages, strict=True):
         for i, seconds in enumerate(stage):
             if given[i] or seconds <= min(most, left):
-                more = min(min(seconds, most) - given[i], left)
+                more = max(0.0, min(min(seconds, most) - given[i], left))
                 given[i] += more
                 left -= more
     return given

@@ -61,8 +61,8 @@ class UNetInference(nn.Module):
     the whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples
     of 16. Elsewhere, under torch.compile and under autocast, it is the U-Net in plain PyTorch.
 
-    The weights are copies, which `refresh` updates in place. If the copies are written to through ``.data``, which
-    PyTorch does not count as a write, the native kernel does not see that before the next `refresh`.
+    The weights are copies, which only `refresh` may change, in place: the kernels read other forms of them, which it
+    makes anew.
 
     Args:
         unet: the U-Net whose weights to copy, to the same device.
@@ -96,14 +96,13 @@ class UNetInference(nn.Module):
         images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
         self.register_buffer("image_weight", images)
         self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
-        self._has_taps = ops.has_triton(weight.device)
-        if self._has_taps:
+        if ops.has_triton(weight.device):
             for level, layer in enumerate(self.decoder):
                 taps = layer.weight.permute(1, 2, 3, 0)
-                self.register_buffer(f"decoder_taps_{level}", taps.new_empty(taps.shape))
+                self.register_buffer(f"decoder_taps_{level}", taps.new_empty(taps.shape), persistent=False)
             if weight.dtype == torch.float32:
                 for number, taps in enumerate(self._taps()):
-                    self.register_buffer(f"tf32_taps_{number}", taps.new_empty(taps.shape))
+                    self.register_buffer(f"tf32_taps_{number}", taps.new_empty(taps.shape), persistent=False)
         self._packed: tuple[Any, Any] | None = None  # the weights it was made from, and the native kernel's form
         self._derive()
 
@@ -127,6 +126,14 @@ class UNetInference(nn.Module):
         self._packed = None
         self._derive()
 
+    @property
+    def _has_taps(self) -> bool:
+        return "decoder_taps_0" in self._buffers
+
+    @property
+    def _has_tf32_taps(self) -> bool:
+        return "tf32_taps_0" in self._buffers
+
     def _taps(self) -> list[Tensor]:
         """Returns the weights of all convolutions but the first as the Triton kernels read them, [out, 3, 3, in]."""
         return [
@@ -144,7 +151,7 @@ class UNetInference(nn.Module):
         if self._has_taps:
             for level, layer in enumerate(self.decoder):
                 self.get_buffer(f"decoder_taps_{level}").copy_(layer.weight.permute(1, 2, 3, 0))
-            if self.image_weight.dtype == torch.float32:
+            if self._has_tf32_taps:
                 taps = self._taps()
                 scaled = torch._foreach_mul(taps, 2.0**13 + 1)  # as `fastsde.tf32.rounded`, in few launches
                 torch._foreach_copy_(self._tf32_taps(), torch._foreach_sub(scaled, torch._foreach_sub(scaled, taps)))
@@ -161,20 +168,25 @@ class UNetInference(nn.Module):
 
         Raises:
             RuntimeError: if a gradient is needed.
-            ValueError: for another shape of x or t.
+            ValueError: for another shape or device of x or t.
         """
         if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
             raise RuntimeError("UNetInference has no gradients: use the UNet itself, or torch.no_grad()")
-        check_tensor("x", x, shape=(len(x), *self.shape))
-        check_tensor("t", t, shape=(len(x),))
+        check_tensor("x", x, shape=(len(x), *self.shape), device=self.plane.device)
+        check_tensor("t", t, shape=(len(x),), device=self.plane.device)
         # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
-        is_own = x.dtype == self.image_weight.dtype != torch.float64 and not torch.is_autocast_enabled(x.device.type)
-        if is_own and not torch.compiler.is_compiling():
-            if ops.has_triton(x.device) and self._has_taps:
+        if not torch.compiler.is_compiling() and self._kernels_run(x, t):
+            if ops.has_triton(x.device) and self._has_taps and math.prod(self.shape[1:]) <= _MAX_PIXELS:
                 return self._fused(x, t)
-            if self.is_native and ops.is_plain(x, t):
+            if self.is_native:
                 return self._native(x, t)
         return self._plain(x, t)
+
+    def _kernels_run(self, x: Tensor, t: Tensor) -> bool:
+        """Returns whether the kernels compute what PyTorch would: in the weights' dtype, and outside of autocast."""
+        is_wide = x.dtype == torch.float64
+        casts = torch.is_autocast_enabled(x.device.type)
+        return x.dtype == self.image_weight.dtype and not is_wide and not casts and ops.is_plain(x, t)
 
     def _plain(self, x: Tensor, t: Tensor) -> Tensor:
         """Runs `UNet.forward` in another layout and log sigmoid. Shared buffers and folded time do not pay on a CPU."""
@@ -227,6 +239,13 @@ class UNetInference(nn.Module):
         native.unet(packed, self.config["channels"], x.float().contiguous(), t.float().contiguous(), out)
         return out.to(x.dtype)
 
+    def _precision(self) -> str:
+        """Returns how the Triton kernels multiply; in fp32 by PyTorch's switch for convolutions."""
+        if self.image_weight.dtype != torch.float32:
+            return "narrow"
+        may_round = self._has_tf32_taps and tf32.may_multiply(convolutions=True, device=self.plane.device)
+        return "tf32" if may_round else "tf32x3"
+
     def _fused(self, x: Tensor, t: Tensor) -> Tensor:
         """Runs one kernel for each convolution."""
         from ..kernels.convolution import MAX_HEAD, MAX_HEAD_CHANNELS, convolution
@@ -239,8 +258,9 @@ class UNetInference(nn.Module):
             return torch.cat(
                 [self._fused(*part) for part in zip(torch.split(x, most), torch.split(t, most), strict=True)]
             )
-        precision = _precision(x)
-        taps = iter(self._tf32_taps() if precision == "tf32" else self._taps())
+        precision = self._precision()
+        # Memory that a change of the module's memory format has reordered is copied back; other memory is not.
+        taps = (each.contiguous() for each in (self._tf32_taps() if precision == "tf32" else self._taps()))
         convolve = functools.partial(convolution, precision=precision)
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
         signal = x.contiguous(memory_format=torch.channels_last)
@@ -252,7 +272,7 @@ class UNetInference(nn.Module):
             if level:
                 pooled_convolution(signal, next(taps), layer.bias, **to)
             else:
-                weight = self.image_weight.permute(0, 2, 3, 1)
+                weight = self.image_weight.permute(0, 2, 3, 1).contiguous()
                 stem_convolution(signal, weight, layer.bias, t.contiguous(), self.plane, **to)
             buffers.append(out)
             signal = pooled
@@ -274,13 +294,6 @@ class UNetInference(nn.Module):
         result = torch.empty((len(x), channels, *size), dtype=x.dtype, device=x.device)
         head_convolution(products, last.bias, result)
         return result
-
-
-def _precision(x: Tensor) -> str:
-    """Returns how the kernels multiply; in fp32 by PyTorch's switch for convolutions."""
-    if x.dtype != torch.float32:
-        return "narrow"
-    return "tf32" if tf32.may_multiply(convolutions=True, device=x.device) else "tf32x3"
 
 
 def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:

@@ -121,6 +121,7 @@ def _detach_from_other_graphs(model: nn.Module) -> None:
 
     Such a graph keeps the node that adds to a parameter's gradient, and the node keeps the stream that was current when
     it was made, which a recording must not wait for. PyTorch makes a new node after the dtype of the data has changed.
+    For that moment the parameters are empty, and hooks on the old node are lost; those on a parameter are not.
     """
     for parameter in model.parameters():
         data = parameter.data

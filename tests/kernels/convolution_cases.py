@@ -135,6 +135,11 @@ def assert_within(ours: Tensor, expected: Tensor, bound: Tensor) -> None:
     assert (excess <= 0).all(), f"{excess.nan_to_num(nan=torch.inf).max():.3g} beyond a bound of {bound.max():.3g}"
 
 
+def assert_rounded(ours: Tensor, precision: str) -> None:
+    """Results for products in TF32 have 11 significant bits."""
+    assert precision != "tf32" or not (ours.contiguous().view(torch.int32) & 0x1FFF).any()
+
+
 def use_tile(kernel: Any, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a kernel take the tile for few or many pixels, whatever the batch."""
     choose = kernel.launch_config

@@ -14,6 +14,7 @@ from convolution_cases import (
     Case,
     Recorder,
     activation,
+    assert_rounded,
     assert_within,
     images,
     on_meta,
@@ -76,6 +77,7 @@ def test_it_is_convolution_bias_and_activation_and_touches_nothing_else(
     given = {"first": case.before, "transposed": case.size is not None, "precision": case.precision}
     kernel.convolution(**inputs, out=out, **given)
     assert_within(written, *activation(*case.truth(inputs), out, case.precision))
+    assert_rounded(written, case.precision)
     written.fill_(NAN)
     assert whole.isnan().all()
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from convolution_cases import NAN, TILES, Case, Recorder, activation, assert_within, on_meta, pool, use_tile
+from convolution_cases import (
+    NAN,
+    TILES,
+    Case,
+    Recorder,
+    activation,
+    assert_rounded,
+    assert_within,
+    on_meta,
+    pool,
+    use_tile,
+)
 
 kernel = pytest.importorskip("fastsde.kernels.pooled_convolution")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -53,6 +64,7 @@ def test_it_is_convolution_bias_activation_and_pool_and_touches_nothing_else(
     pool_whole, pooled = case.pooled(device)
     kernel.pooled_convolution(**inputs, out=out, pooled=pooled, first=case.before, precision=case.precision)
     assert_within(written, *activation(*case.truth(inputs), out, case.precision))
+    assert_rounded(written, case.precision)
     assert torch.equal(pooled, pool(written))
     for part, all_around in ((written, whole), (pooled, pool_whole)):
         part.fill_(NAN)

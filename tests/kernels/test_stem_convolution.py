@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from convolution_cases import EPS, NAN, ROUNDING, Case, activation, assert_within, pool, vector
+from convolution_cases import EPS, NAN, ROUNDING, Case, activation, assert_rounded, assert_within, pool, vector
 from torch import Tensor
 
 kernel = pytest.importorskip("fastsde.kernels.stem_convolution")
@@ -70,6 +70,7 @@ def test_it_is_convolution_time_activation_and_pool_and_touches_nothing_else(
     pool_whole, pooled = case.pooled(device)
     kernel.stem_convolution(**inputs, out=out, pooled=pooled, first=case.before, precision=case.precision)
     assert_within(written, *activation(*_truth(inputs), out, case.precision))
+    assert_rounded(written, case.precision)
     assert torch.equal(pooled, pool(written))
     for part, all_around in ((written, whole), (pooled, pool_whole)):
         part.fill_(NAN)
