@@ -175,18 +175,17 @@ class UNetInference(nn.Module):
         check_tensor("x", x, shape=(len(x), *self.shape), device=self.plane.device)
         check_tensor("t", t, shape=(len(x),), device=self.plane.device)
         # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
-        if not torch.compiler.is_compiling() and self._kernels_run(x, t):
+        if not torch.compiler.is_compiling() and self._kernels_run(x):
             if ops.has_triton(x.device) and self._has_taps and math.prod(self.shape[1:]) <= _MAX_PIXELS:
                 return self._fused(x, t)
-            if self.is_native:
+            if self.is_native and ops.is_plain(x, t):
                 return self._native(x, t)
         return self._plain(x, t)
 
-    def _kernels_run(self, x: Tensor, t: Tensor) -> bool:
+    def _kernels_run(self, x: Tensor) -> bool:
         """Returns whether the kernels compute what PyTorch would: in the weights' dtype, and outside of autocast."""
-        is_wide = x.dtype == torch.float64
         casts = torch.is_autocast_enabled(x.device.type)
-        return x.dtype == self.image_weight.dtype and not is_wide and not casts and ops.is_plain(x, t)
+        return x.dtype == self.image_weight.dtype and x.dtype != torch.float64 and not casts
 
     def _plain(self, x: Tensor, t: Tensor) -> Tensor:
         """Runs `UNet.forward` in another layout and log sigmoid. Shared buffers and folded time do not pay on a CPU."""

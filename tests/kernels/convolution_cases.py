@@ -140,6 +140,12 @@ def assert_rounded(ours: Tensor, precision: str) -> None:
     assert precision != "tf32" or not (ours.contiguous().view(torch.int32) & 0x1FFF).any()
 
 
+def assert_fits(tile: dict[str, int], weights: int, itemsize: int) -> None:
+    """The stages of a pipeline fit into the shared memory of sm_86, the smallest from sm_80 on."""
+    stage = (tile["PIXELS"] + weights * tile["N"]) * tile["K"] * itemsize
+    assert tile["num_stages"] * stage <= 99 * 1024, tile
+
+
 def use_tile(kernel: Any, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a kernel take the tile for few or many pixels, whatever the batch."""
     choose = kernel.launch_config

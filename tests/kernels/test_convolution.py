@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from convolution_cases import (
     Case,
     Recorder,
     activation,
+    assert_fits,
     assert_rounded,
     assert_within,
     images,
@@ -217,3 +220,11 @@ def test_programs_cover_any_batch_with_few_tiles(
         assert kinds == (2 if kind == "transposed" else 1)
         assert min(launch.tile["N"], launch.tile["K"]) >= 16  # tensor cores
     assert len(tiles) <= (3 if outer == 32 else 2)
+
+
+@pytest.mark.parametrize("pixels", [1, 10_000, 10**7])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit_into_shared_memory(itemsize: int, pixels: int) -> None:
+    for out, channels, kinds in product((1, 32, 64, 1000), (1, 64, 1000), (1, 2)):
+        for whole in (False, True) if out <= kernel.MAX_HEAD_CHANNELS else (False,):
+            assert_fits(kernel.launch_config(pixels, out, channels, itemsize, kinds, whole), 3, itemsize)

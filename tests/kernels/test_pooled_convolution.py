@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from convolution_cases import (
     Case,
     Recorder,
     activation,
+    assert_fits,
     assert_rounded,
     assert_within,
     on_meta,
@@ -121,3 +124,10 @@ def test_programs_cover_any_batch_with_two_tiles(
         assert inside % 4 == 0  # a window does not cross tiles
         assert min(launch.tile["N"], launch.tile["K"]) >= 16  # tensor cores
     assert len(tiles) <= 2
+
+
+@pytest.mark.parametrize("pixels", [1, 10_000, 10**7])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit_into_shared_memory(itemsize: int, pixels: int) -> None:
+    for out, channels in product((1, 32, 64, 1000), (1, 64, 1000)):
+        assert_fits(kernel.launch_config(pixels, out, channels, itemsize), 1, itemsize)
