@@ -139,7 +139,7 @@ def test_trajectories_keep_the_same_states(every: int) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("every", [4, 13])
+@pytest.mark.parametrize("every", [pytest.param(4, marks=pytest.mark.slow), 13])
 @pytest.mark.parametrize("slots", [3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (5, 8))])
 def test_slots_are_found_again_after_each_replay(slots: int, every: int) -> None:
     """Slots that swap places are elsewhere after a graph if its rows are not a multiple of the rotation."""

@@ -7,6 +7,7 @@ import importlib
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fastsde.models import UNet
 # Rounding of an operation's result. A convolution sums in fp32 or wider. Triton's interpreter truncates to bf16.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 DTYPES = list(ROUNDING)
+WIDE = torch.float32, torch.float64
 ARCHITECTURES = {
     "of one channel": (1, 14, (8, 12, 16, 20)),
     "of three channels": (3, (9, 14), (4, 6, 8)),
@@ -33,6 +35,13 @@ ARCHITECTURES = {
     "wide": (1, (2, 3), (70, 3)),
 }
 UNFUSED = ("of five channels", "wide")  # whose last layer is not a kernel
+
+
+# In the interpreter a network takes a third of a second.
+NETWORKS = [
+    pytest.param(name, dtype, marks=() if dtype in WIDE or name == "of three channels" else pytest.mark.slow)
+    for name, dtype in product(ARCHITECTURES, DTYPES)
+]
 
 
 @pytest.fixture(params=["plain", "kernel"])
@@ -155,8 +164,7 @@ def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "dtype"), NETWORKS)
 def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = build(name, dtype)
     x, t = inputs(unet, dtype=dtype)
@@ -204,8 +212,7 @@ def test_in_tf32_weights_and_activations_are_rounded(path: str, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "dtype"), NETWORKS)
 def test_the_whole_is_as_near_to_the_exact_result_as_the_unet(path: str, name: str, dtype: torch.dtype) -> None:
     unet = build(name, dtype)
     x, t = inputs(unet, dtype=dtype)
@@ -414,7 +421,7 @@ def test_the_weights_are_copies_without_gradients_and_all_listed() -> None:
     assert not tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_refresh_follows_the_weights_in_place(path: str, dtype: torch.dtype) -> None:
     unet = build("of three channels")
     form = UNetInference(unet, dtype)
@@ -447,7 +454,9 @@ def test_a_dtype_is_that_of_the_weights_alone() -> None:
         assert torch.equal(form(x, t), UNetInference(unet.to(torch.bfloat16))(x, t))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "how", ["deepcopy", *(pytest.param(how, marks=pytest.mark.slow) for how in ("pickle", "torch.save"))]
+)
 def test_it_can_be_copied_and_kept(path: str, how: str) -> None:
     unet = build("of three channels")
     form = UNetInference(unet)

@@ -181,6 +181,7 @@ def test_equal_inputs_give_equal_bits(kernels: torch.device) -> None:
         assert torch.equal(once, again)
 
 
+@pytest.mark.slow
 def test_the_second_stage_adds_chunks(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = importlib.import_module("fastsde.kernels.dsm_loss")
     monkeypatch.setattr(kernel, "_CHUNK", 4)  # instead of more than 1024 tiles
@@ -246,6 +247,7 @@ def _assert_compiles(device: torch.device, gathers: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gathers", [False, True], ids=["in order", "by index"])
 def test_a_compiled_training_step_has_no_graph_break(device: torch.device, gathers: bool) -> None:
     _assert_compiles(device, gathers)

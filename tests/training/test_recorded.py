@@ -88,7 +88,9 @@ def test_native_steps(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("graphs", ["tape"], indirect=True)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.startswith("points") else pytest.mark.slow) for name in CONFIGS]
+)
 def test_captured_steps(name: str, tmp_path: Path) -> None:
     _assert_as_recorded(name, _take(CONFIGS[name], CapturedSteps, tmp_path))
 
