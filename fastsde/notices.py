@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line."""
+"""What users are told: warnings that point at their own line, and errors in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["warn", "warn_once"]
+__all__ = ["first_line", "warn", "warn_once"]
 
 # The code between the user's line and the warning: this package, and the compiler's wrapper of untraced functions.
 _OURS = (str(Path(__file__).parent), str(Path("torch", "_dynamo")))
@@ -33,3 +33,8 @@ def warn_once(message: str, told: MutableMapping[str, Any] | None = None) -> Non
     if message not in told:
         told[message] = True
         warn(message)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, since CUDA's continue with advice; its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from . import __version__, engines, subject
 from .files import atomic_path
+from .notices import first_line
 from .reference import Model, NonFiniteError
 from .sampler import Sampler
 from .sde import Process
@@ -156,7 +157,7 @@ class _Case:
             try:
                 return first(self.n, **self.call), whole(self.n, **self.call, progress=self.progress)
             except (engines.CaptureError, RuntimeWarning) as error:
-                raise _UnavailableError(_one_line(error)) from error
+                raise _UnavailableError(first_line(error)) from error
 
 
 def default_n(shape: Sequence[int]) -> int:
@@ -277,7 +278,7 @@ def _check(
         return Result(*about, "fail", reason=str(error))
     except Exception as error:  # the other backends are still to be checked
         # If plain PyTorch fails, the network does not support the dtype.
-        return Result(*about, "unavailable" if yardstick is None else "fail", reason=_one_line(error))
+        return Result(*about, "unavailable" if yardstick is None else "fail", reason=first_line(error))
     limits = (None, None) if yardstick is None else (yardstick.first_step, yardstick.whole)
     first = _largest(_difference(each, truth[0], limits[0], case.sde, case.table.head(1)) for each, _ in drawn)
     whole = _largest(_difference(each, truth[1], limits[1], case.sde, case.table) for _, each in drawn)
@@ -321,10 +322,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _label(backend: str, dtype: str, compile: bool) -> str:
     return f"{backend} in {dtype}{', compiled' if compile else ''}"
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # Output -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..notices import first_line
+
 __all__ = ["CaptureError", "Recording", "can_record", "wait"]
 
 # PyTorch records one graph at a time; another thread's kernels go on meanwhile (capture_error_mode "thread_local").
@@ -97,7 +99,7 @@ class Recording:
                     raise
                 if attempt + 1 < _ATTEMPTS:
                     continue  # it may have been another thread, waiting for the whole device
-                raise CaptureError(f"it cannot be captured as a CUDA graph: {_first_line(error)}") from error
+                raise CaptureError(f"it cannot be captured as a CUDA graph: {first_line(error)}") from error
             break
         return graph.replay
 
@@ -124,11 +126,6 @@ class Recording:
                     torch.cuda.current_stream().wait_stream(self._stream)
                 raise
             torch.cuda.current_stream().wait_stream(self._stream)
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the first line of an error's message: advice on debugging CUDA follows in those of CUDA."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _record(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, run: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.mlp import is_sequential, linear_layers
 from ..models.unwrap import unwrap
-from ..notices import warn, warn_once
+from ..notices import first_line, warn, warn_once
 from ..reference import Model, NonFiniteError
 from .batches import is_out_of_memory
 from .capture import CaptureError
@@ -306,7 +306,7 @@ class Network:
         except Exception as error:
             f = run(*args, **kwargs)  # raises the network's own error, if it was that
             self._compiled = None
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             warn(f"torch.compile failed, the network runs without it: {reason}")
             return f
 
