@@ -24,7 +24,6 @@ from fastsde import VPSDE, StepTable, solvers
 from fastsde.files import atomic_path
 
 CAPABILITIES = (80, 90, 100)
-_PROCESSORS = 132  # of an H100 or H200
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _UNCOUNTED = ("NOP", "BRA", "EXIT")  # padding, jumps, and the end of the program
@@ -246,6 +245,7 @@ def _mlp_cases(capability: int) -> Iterator[Case]:
     They are the swiss roll's, also with a table of two slots, a 64-dimensional one, and a wide one.
     """
     from fastsde.kernels import mlp_sampler
+    from fastsde.kernels.tile import PROCESSORS
 
     arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32"}
     arguments |= {"out_ptr": "*fp32", "states_ptr": None, "FAST": True}
@@ -263,7 +263,7 @@ def _mlp_cases(capability: int) -> Iterator[Case]:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         packed = mlp_sampler.Packed(layers, ["LogSigmoid"] * 3, dtype)
         for batch in batches:
-            config = mlp_sampler.launch_config(batch, packed, precision, _PROCESSORS, capability)
+            config = mlp_sampler.launch_config(batch, packed, precision, PROCESSORS, capability)
             warps, height = config.pop("num_warps"), config["M"]
             known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32", "clip": table.clip and "fp32"}
             known |= mlp_sampler.network_constants(packed, precision) | config

@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .log_sigmoid import log_sigmoid, tf32_rounded
-from .tile import fast_math, on_device
+from .tile import PROCESSORS, fast_math, on_device
 
-PROCESSORS = 132  # of an H100 or H200; a constant, so that only the shape decides on the tiles
 MAX_HEAD = 4  # output channels of a last convolution whose products the layer before computes
 MAX_HEAD_CHANNELS = 64  # of its input, which a tile must have whole
 

@@ -18,14 +18,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .convolution import PROCESSORS, product
+from .convolution import product
 from .log_sigmoid import log_sigmoid, tf32_rounded
-from .tile import fast_math, on_device
+from .tile import PROCESSORS, fast_math, on_device
 
 
 @triton.jit
 def nan_maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def window_origin(window, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Returns the sample of a 2x2 window of the batch, and the row and column of the window's first pixel.
+
+    An odd size is padded at the front: its first window begins at -1.
+    """
+    columns: tl.constexpr = (WIDTH + 1) // 2
+    count: tl.constexpr = (HEIGHT + 1) // 2 * columns  # windows of a sample
+    sample, place = window // count, window % count
+    return sample, place // columns * 2 - HEIGHT % 2, place % columns * 2 - WIDTH % 2
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -49,13 +61,9 @@ def pooled_convolution_kernel(
     FAST: tl.constexpr,
 ):
     blocks: tl.constexpr = (IN + K - 1) // K
-    columns: tl.constexpr = (WIDTH + 1) // 2
-    count: tl.constexpr = (HEIGHT + 1) // 2 * columns  # windows of a sample
     place = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    sample, window, corner = place // 4 // count, place // 4 % count, place % 4
-    # An odd size is padded at the front: its first window begins at -1.
-    row = window // columns * 2 - HEIGHT % 2 + corner // 2
-    column = window % columns * 2 - WIDTH % 2 + corner % 2
+    sample, top, left = window_origin(place // 4, HEIGHT, WIDTH)
+    row, column = top + place % 4 // 2, left + place % 2
     real = (sample < batch) & (row >= 0) & (column >= 0)
     pixel = (sample * HEIGHT + row) * WIDTH + column
     channel = tl.program_id(1) * N + tl.arange(0, N)
@@ -85,7 +93,8 @@ def pooled_convolution_kernel(
     largest = tl.reduce(a, 1, nan_maximum)
     window = tl.program_id(0) * (PIXELS // 4) + tl.arange(0, PIXELS // 4)
     to = (window.to(tl.int64) * OUT)[:, None] + channel[None, :]
-    mask = (window < batch * count)[:, None] & known[None, :]
+    windows = batch * ((HEIGHT + 1) // 2 * ((WIDTH + 1) // 2))
+    mask = (window < windows)[:, None] & known[None, :]
     tl.store(pooled_ptr + to, largest.to(pooled_ptr.dtype.element_ty), mask=mask)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .log_sigmoid import log_sigmoid, tf32_rounded
-from .pooled_convolution import nan_maximum
+from .pooled_convolution import nan_maximum, window_origin
 from .tile import WARPS, fast_math, on_device
 
 _ELEMENTS = 1024  # per program, for each pixel of a window: 8 per thread, 128 bits of bf16
@@ -45,13 +45,8 @@ def stem_convolution_kernel(
     C: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    columns: tl.constexpr = (WIDTH + 1) // 2
-    count: tl.constexpr = (HEIGHT + 1) // 2 * columns  # windows of a sample
     window = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)
-    sample = window // count
-    place = window % count
-    # An odd size is padded at the front: its first window begins at -1.
-    top, left = place // columns * 2 - HEIGHT % 2, place % columns * 2 - WIDTH % 2
+    sample, top, left = window_origin(window, HEIGHT, WIDTH)
     channel = tl.program_id(1) * C + tl.arange(0, C)
     real, known = sample < batch, channel < CHANNELS
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]

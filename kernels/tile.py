@@ -19,10 +19,11 @@ WARPS = 4
 # (Blocks of four elements in a tile, warps). A thread has 16 elements, which share what is computed once per sample and
 # keep loads in flight, or 4.
 _LARGE, _SMALL = (512, WARPS), (32, 1)
-# Two large tiles for each of the 132 multiprocessors of an H100 or H200; a constant, so that only the shape decides.
-# With fewer large tiles the time is that of one tile's chain of instructions, which small tiles cut by four. The
-# interpreter runs one tile after another at the same cost each, so there large tiles are always better.
-_MANY = 0 if triton.knobs.runtime.interpret else 2 * 132
+PROCESSORS = 132  # of an H100 or H200; a constant, so that only the shape decides on the tiles
+# Two large tiles for each multiprocessor. With fewer the time is that of one tile's chain of instructions, which small
+# tiles cut by four. The interpreter runs one tile after another at the same cost each, so there large tiles are always
+# better.
+_MANY = 0 if triton.knobs.runtime.interpret else 2 * PROCESSORS
 GRID_AXIS_1 = 65_535
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from convolution_cases import TILES, use_tile
 
 import fastsde
 
@@ -92,6 +93,13 @@ def tiles_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     params = request.node.callspec.params
     if importlib.util.find_spec("triton") is not None and params["batch"] * math.prod(params["shape"]) < 5000:
         monkeypatch.setattr("fastsde.kernels.tile._MANY", 2 * 132)
+
+
+@pytest.fixture(params=TILES)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tile that a convolution kernel, the test module's ``kernel``, takes: for few or for many pixels."""
+    use_tile(request.module.kernel, request.param, monkeypatch)
+    return str(request.param)
 
 
 @pytest.fixture

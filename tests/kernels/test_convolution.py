@@ -12,7 +12,6 @@ from convolution_cases import (
     NAN,
     PRODUCT,
     ROUNDING,
-    TILES,
     Case,
     Recorder,
     activation,
@@ -22,7 +21,6 @@ from convolution_cases import (
     images,
     on_meta,
     sum_error,
-    use_tile,
 )
 from torch import Tensor
 
@@ -33,12 +31,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.fixture
 def device(triton_device: torch.device) -> torch.device:
     return triton_device
-
-
-@pytest.fixture(params=TILES)
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_tile(kernel, request.param, monkeypatch)
-    return str(request.param)
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16

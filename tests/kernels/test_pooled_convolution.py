@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from convolution_cases import (
     NAN,
-    TILES,
     Case,
     Recorder,
     activation,
@@ -18,7 +17,6 @@ from convolution_cases import (
     assert_within,
     on_meta,
     pool,
-    use_tile,
 )
 
 kernel = pytest.importorskip("fastsde.kernels.pooled_convolution")
@@ -28,12 +26,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.fixture
 def device(triton_device: torch.device) -> torch.device:
     return triton_device
-
-
-@pytest.fixture(params=TILES)
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use_tile(kernel, request.param, monkeypatch)
-    return str(request.param)
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
