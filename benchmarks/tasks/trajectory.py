@@ -263,14 +263,12 @@ class ImagesProof(Proof):
     def _error_of_reference(self, precision: str) -> float:
         """Returns the error of plain PyTorch; in TF32 at least that of rounded products, whatever cuDNN chooses."""
         keys, task = self._truth[1], self.task
-        error = self._error(task.reference(len(keys), precision, keys=keys))
+        errors = [self._error(task.reference(len(keys), precision, keys=keys))]
         with task.precision_of_products(precision):
             rounded = with_rounded_products(task.checkpoint.model, task.device) if precision != "bf16" else None
-        return (
-            error
-            if rounded is None
-            else max(error, self._error(task.reference(len(keys), precision, rounded, keys=keys)))
-        )
+        if rounded is not None:
+            errors.append(self._error(task.reference(len(keys), precision, rounded, keys=keys)))
+        return max(errors)
 
     def _near(self, precision: str, x: Tensor, more: float) -> Figures:
         self.check_samples(x)
