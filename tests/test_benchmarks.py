@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -566,6 +567,9 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
     assert replay.calls == 6
     assert torch.equal(replay(), 2 * turn.last)
     assert replay.seconds() > 0
+    alive = weakref.ref(turn)
+    del turn
+    assert alive() is not None, "the graph reads its inputs in every replay"
 
     # One reads the device, and one is wrong from its thirtieth call on, the first one in the graph.
     ones, numbers = torch.ones(2, device=device), itertools.count(1)

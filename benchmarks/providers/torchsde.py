@@ -19,6 +19,8 @@ from ..suite.measure import Figures
 from ..tasks.trajectory import Proof, Score, Trajectory
 from .tutorial import beta_at
 
+_LONGER = 1 + 1e-9  # without it, 999 steps of 1/999 add up to less than 1 in float64, and a tiny one follows
+
 
 class ReverseSDE(nn.Module):
     """The reverse SDE of a state ``[B, d]``, with s = 1 - t from 0 to 1."""
@@ -55,7 +57,7 @@ class Sdeint:
             y = torch.randn(task.shape, device=task.device).flatten(1)
             ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=task.device)
             motion = self.motion(size=y.shape)
-            x: Tensor = self._package.sdeint(self._sde, y, ends, dt=1 / task.rows, method="euler", bm=motion)[-1]
+            x: Tensor = self._package.sdeint(self._sde, y, ends, dt=_LONGER / task.rows, method="euler", bm=motion)[-1]
         return x.view(task.shape)
 
     def prove(self, proof: Proof, precision: str, x: Tensor) -> Figures:

@@ -34,15 +34,16 @@ class Replay:
     def __init__(self, run: Run, device: torch.device, calls: int) -> None:
         inputs = len(run.inputs) if isinstance(run, Rotated) else 1
         self.calls = -(-calls // inputs) * inputs
+        self._run = run  # the graph uses its memory, which must live as long
         self._device, self._result = device, None
         recording = capture.Recording(device)
         recording.warm_up(run)
-        self._replay = recording.record(lambda: self._call(run))
+        self._replay = recording.record(self._call)
 
-    def _call(self, run: Run) -> None:
+    def _call(self) -> None:
         for _ in range(self.calls - 1):
-            run()
-        self._result = run()
+            self._run()
+        self._result = self._run()
 
     def __call__(self) -> Any:
         """Replays the graph and returns the result of its last call, which is memory of the graph."""
