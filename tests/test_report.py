@@ -58,20 +58,16 @@ def test_the_committed_figures_of_a_gpu_are_sound() -> None:
     result = report.load(ROOT / "benchmarks" / "results" / "gpu.json")
     assert result["kind"] == "cuda"
     assert not str(result["commit"]).endswith("-dirty")
-    wrong = []
     for record in result["cases"]:
         for name, each in record["providers"].items():
-            assert "failed" not in each, (record["name"], name)
+            assert not {"wrong", "failed"} & set(each), (record["name"], name)
             assert each.get("of_limit", 0) <= 1, (record["name"], name)
-            wrong += [(record["name"], name)] if "wrong" in each else []
-    # Within TF32's error, but cuDNN, whose error was the measure then, multiplies a single image in fp32.
-    assert wrong == [("mnist-1", "fastsde graph, TF32")]
 
 
 def test_providers_that_the_time_limit_left_out_are_counted() -> None:
     result = report.load(ROOT / "benchmarks" / "results" / "gpu.json")
     lines = report.markdown(result).splitlines()
-    assert lines[-1] == "The run was limited in time: 93 of 173 providers were not measured."
+    assert lines[-1] == "The run was limited in time: 169 of 320 providers were not measured."
     assert "its share of the time" not in "".join(lines)
 
 
