@@ -13,16 +13,20 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "CosineVPSDE",
+    "MismatchError",
     "NonFiniteError",
     "RectifiedFlow",
     "Sampler",
     "StepTable",
     "SubVPSDE",
+    "TraceError",
+    "accelerate",
     "compat",
     "models",
     "noise",
     "sample",
     "solvers",
+    "trace",
 ]
 
 # In a source checkout, `fastsde.kernels` and `fastsde.benchmarks` are the folders next to this package.
@@ -39,12 +43,14 @@ if TYPE_CHECKING:
     from . import plotting as plotting
     from . import reference as reference
     from . import sde as sde
+    from . import tracing as tracing
     from . import training as training
     from . import verify as verify
     from .reference import NonFiniteError
     from .sampler import Sampler, sample
     from .sde import EDM, VESDE, VPSDE, CosineVPSDE, RectifiedFlow, SubVPSDE
     from .solvers import StepTable
+    from .tracing import MismatchError, TraceError, accelerate, trace
 else:
     # Imported on first access: torch takes seconds to import, and the command line sets how its threads wait first.
     _MODULES = (
@@ -59,6 +65,7 @@ else:
         "reference",
         "sde",
         "solvers",
+        "tracing",
         "training",
         "verify",
     )
@@ -68,6 +75,7 @@ else:
         "Sampler": "sampler",
         "StepTable": "solvers",
         "sample": "sampler",
+        **dict.fromkeys(("MismatchError", "TraceError", "accelerate", "trace"), "tracing"),
     }
 
     def __getattr__(name: str) -> Any:

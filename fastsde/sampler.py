@@ -64,6 +64,7 @@ class Sampler:
         eta: the share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
         solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
         denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``.
+        prior_std: the standard deviation of the initial draw, by default that of the process's prior.
         dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
             integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
             dtype if the network accepts it. The state is fp32; state and t are float64 if ``dtype`` is. On a GPU,
@@ -103,6 +104,7 @@ class Sampler:
         eta: float | None = None,
         solver_options: Mapping[str, Any] | None = None,
         denoise: bool = False,
+        prior_std: float | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         guidance: float | None = None,
@@ -129,7 +131,7 @@ class Sampler:
             denoise=denoise,
         )
         self._t_start = t_start
-        self._prior_std = sde.prior_std
+        self._prior_std = sde.prior_std if prior_std is None else check_number("prior_std", prior_std)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
@@ -341,6 +343,7 @@ def sample(
     eta: float | None = None,
     solver_options: Mapping[str, Any] | None = None,
     denoise: bool = False,
+    prior_std: float | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -376,8 +379,8 @@ def sample(
         callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
             and the state after the row; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
-        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, dtype, device,
-        guidance, backend, compile, max_batch: as for `Sampler`.
+        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, prior_std,
+        dtype, device, guidance, backend, compile, max_batch: as for `Sampler`.
 
     Returns:
         The samples ``[B, *shape]``, fp32 (float64 if ``dtype`` is); with ``trajectory`` a pair of the samples and the
@@ -407,6 +410,7 @@ def sample(
         eta=eta,
         solver_options=solver_options,
         denoise=denoise,
+        prior_std=prior_std,
         dtype=dtype,
         device=device,
         guidance=guidance,

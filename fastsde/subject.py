@@ -80,6 +80,7 @@ class SampleOptions(CallOptions, TableOptions, total=False):
     solver: str | StepTable
     steps: int
     prediction: str | None
+    prior_std: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
     guidance: float | None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "fingerprint", "modules_of"]
+__all__ = ["OF_MODULES", "Fingerprint", "Look", "Same", "fingerprint", "modules_of"]
 
 # Exactly these types, not their subclasses, which may define their own comparison.
 _VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -26,7 +26,7 @@ _MAPPINGS = (dict, types.MappingProxyType)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # The attributes of every nn.Module: weights and children, which are read separately, and others that no forward reads.
-_OF_MODULES = frozenset(vars(nn.Module()))
+OF_MODULES = frozenset(vars(nn.Module()))
 # Objects and functions of these libraries are compared by identity and not searched, except for the plain containers.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
 _PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, collections.ChainMap)
@@ -82,7 +82,7 @@ def fingerprint(model: Any) -> Fingerprint:
     cover attributes of classes, the globals that the methods of a class name, the state of extension modules, and
     what is in a container of more than 1,000 entries or nested in more than 8 objects.
     """
-    look = _Look()
+    look = Look()
     look.at(model, _DEPTH)
     return Fingerprint(tuple(look.structure), tuple(look.places), tuple(look.versions), look.is_whole)
 
@@ -91,12 +91,12 @@ def modules_of(model: Any) -> list[nn.Module]:
     """Returns the network itself if it is a module, or else all modules that the function or object holds."""
     if isinstance(model, nn.Module):
         return [model]
-    look = _Look()
+    look = Look()
     look.at(model, _DEPTH)
     return look.modules
 
 
-class _Same:
+class Same:
     """Equal only for the same object, which it does not keep alive."""
 
     __slots__ = ("_id", "_reference", "is_sure")
@@ -108,16 +108,18 @@ class _Same:
             self._reference: Any = weakref.ref(value)
         except TypeError:
             self.is_sure = not gc.is_tracked(value)  # an object that refers to no other may be kept alive
-            self._reference = (lambda: value) if self.is_sure else (lambda: _Same)
+            self._reference = (lambda: value) if self.is_sure else (lambda: Same)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._id == other._id and self._reference() is other._reference()
+        return isinstance(other, Same) and self._id == other._id and self._reference() is other._reference()
 
     __hash__ = None  # type: ignore[assignment]
 
 
-class _Look:
+class Look:
     """One pass through a network, which reads each object once."""
+
+    DEPTH = _DEPTH
 
     def __init__(self) -> None:
         self.structure: list[Any] = []
@@ -153,7 +155,7 @@ class _Look:
         elif isinstance(value, (np.generic, np.ndarray)):
             self._at_array(value)
         elif not depth:
-            self.structure.append(_Same(value))
+            self.structure.append(Same(value))
         elif isinstance(value, types.FunctionType):
             self._at_function(value, depth - 1)
         elif isinstance(value, weakref.ReferenceType):
@@ -168,20 +170,20 @@ class _Look:
 
     def _at_module(self, module: nn.Module) -> None:
         own = vars(module)
-        self.structure += [_Same(module), _Same(type(module)), module.training]
+        self.structure += [Same(module), Same(type(module)), module.training]
         for weights in (own["_parameters"], own["_buffers"]):
             for name, tensor in list(weights.items()):
                 self.structure.append(name)
                 self.at(tensor, 0, is_weight=True)
         for hooks in _HOOKS:
             self._at_items(own[hooks], _DEPTH)
-        self._at_items({name: value for name, value in list(own.items()) if name not in _OF_MODULES}, _DEPTH)
+        self._at_items({name: value for name, value in list(own.items()) if name not in OF_MODULES}, _DEPTH)
         self._at_items(own["_modules"], _DEPTH)
         self._at_slots(module, _DEPTH)
 
     def _at_script(self, script: Any) -> None:
         """Reads a scripted, traced or frozen module, which keeps its weights and attributes in C++."""
-        self.structure.append(_Same(script))
+        self.structure.append(Same(script))
         for name, tensor in (*script.named_parameters(), *script.named_buffers()):
             self.structure.append(name)
             self.at(tensor, 0, is_weight=True)
@@ -202,19 +204,19 @@ class _Look:
         self.structure.append((tuple(tensor.shape), tensor.dtype))
         self.places.append((tensor.data_ptr(), tensor.stride(), tensor.device))
         if not is_weight:
-            self.versions.append((_Same(tensor), None if tensor.is_inference() else tensor._version))
+            self.versions.append((Same(tensor), None if tensor.is_inference() else tensor._version))
         self._at_attributes(tensor, _DEPTH)
 
     def _at_array(self, array: np.generic | np.ndarray[Any, Any]) -> None:
-        self.structure += [_Same(type(array)), array.shape, array.dtype.str]
+        self.structure += [Same(type(array)), array.shape, array.dtype.str]
         if isinstance(array, np.ndarray):
-            self.structure.append(_Same(array))
+            self.structure.append(Same(array))
         if array.size <= _LENGTH and not array.dtype.hasobject:
             self.structure.append(array.tobytes())
         self._at_attributes(array, _DEPTH)
 
     def _at_function(self, function: types.FunctionType, depth: int) -> None:
-        self.structure.append(_Same(function.__code__))
+        self.structure.append(Same(function.__code__))
         if not _is_of_library(function):
             self._at_items(dict(_variables(function)), depth)
             self._at_items(vars(function), depth)
@@ -222,9 +224,9 @@ class _Look:
     def _at_container(self, value: Any, depth: int) -> None:
         """Reads a container by the methods of Python's own type, since a subclass may override them."""
         kind: Any = next(kind for kind in (*_CONTAINERS, *_MAPPINGS) if isinstance(value, kind))
-        self.structure += [_Same(type(value)), kind.__len__(value)]
+        self.structure += [Same(type(value)), kind.__len__(value)]
         if kind.__len__(value) > _LENGTH:
-            self.structure.append(_Same(value))
+            self.structure.append(Same(value))
         elif kind in _MAPPINGS:
             self._at_items(value if kind is not dict else dict(dict.items(value)), depth)
         else:
@@ -235,7 +237,7 @@ class _Look:
     def _at_other(self, value: Any, depth: int) -> None:
         if isinstance(value, (torch._C.ScriptMethod, torch._C.ScriptModule)):
             raise NotImplementedError("a method of a script, whose weights are not known")
-        same = _Same(value)
+        same = Same(value)
         self.structure.append(same)
         if isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):

@@ -1,0 +1,1 @@
+"""Other samplers, each traced and compared with itself: ``python -m benchmarks.clients --out docs/tracing.md``."""

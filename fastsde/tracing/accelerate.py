@@ -1,0 +1,277 @@
+"""`accelerate`: a loop with its own signature and result, and the package's speed."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..engines.fingerprint import Fingerprint
+from ..validation import check_bool, check_int
+from .check import check as check_against
+from .environment import environment
+from .recording import Arguments, record, record_call
+from .traced import Draws, Traced
+
+__all__ = ["Accelerated", "accelerate", "trace"]
+
+_TRACES = 16  # kept per loop
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def trace(
+    loop: Callable[..., Any],
+    *args: Any,
+    network: str | None = None,
+    modules: Sequence[nn.Module] = (),
+    state: str | None = None,
+    replay: bool = False,
+    **kwargs: Any,
+) -> Traced:
+    """Runs ``loop(*args, **kwargs)`` once on symbols instead of numbers, and returns it as a table.
+
+    The loop must be affine in its state, in the network's outputs and in its normal draws; what it computes from
+    constants, such as its schedule, is up to it. Times, sigmas and conditions may enter the network in any way.
+
+    Args:
+        loop: any sampling loop.
+        network: the name of its argument that is the network; by default the only one that is an ``nn.Module``.
+        modules: networks that the loop holds itself, in a closure, an object or a pipeline.
+        state: the name of its argument that is the initial state; by default the floating-point tensor of the shape of
+            the network's input, if the loop does not draw its own.
+        replay: run operations that no table has, such as norms, dynamic thresholding and learned variances, again
+            between the rows, instead of refusing them.
+
+    Raises:
+        TraceError: if no table can follow the loop; it names the operation, the reason and the line.
+        TypeError, ValueError: if the network or the state cannot be told.
+    """
+    program = record(loop, *args, network=network, modules=modules, state=state, replay=replay, **kwargs)
+    return Traced(program, getattr(loop, "__name__", type(loop).__name__))
+
+
+@dataclass
+class _Entry:
+    """A trace and what it depends on."""
+
+    traced: Traced
+    networks: list[Any]
+    environments: list[Fingerprint]  # that it is valid in
+    changes: frozenset[int]  # where the last of them may differ: what the loop changes and does not depend on
+    tensors: list[Tensor]  # of the arguments
+    generators: list[torch.Generator]
+    baked: dict[int, Tensor]  # copies of tensors that take part in the loop's arithmetic, by their number
+
+    def is_valid_in(self, now: Fingerprint) -> bool:
+        last = self.environments[-1]
+        if any(now.is_copied_as(each) for each in self.environments):
+            return True
+        same_length = len(now.structure) == len(last.structure)
+        return now.is_whole and same_length and bool(self.changes) and now.differences(last) <= self.changes
+
+
+@dataclass
+class _Options:
+    network: str | None = None
+    modules: tuple[nn.Module, ...] = ()
+    state: str | None = None
+    noise: str = "contract"
+    seed: int = 0
+    backend: str = "auto"
+    compile: bool = False
+    dtype: torch.dtype | None = None
+    check: bool = True
+    replay: bool = False
+
+    def __post_init__(self) -> None:
+        if self.noise not in ("contract", "torch"):
+            raise ValueError(f"noise must be 'contract' or 'torch', got {self.noise!r}")
+        check_int("seed", self.seed, 0, 2**64)
+        for name in ("compile", "check", "replay"):
+            check_bool(name, getattr(self, name))
+        if isinstance(self.modules, nn.Module):
+            raise TypeError("modules must be a sequence of nn.Modules, got one: put it in a list")
+        self.modules = tuple(self.modules)
+
+    def of_run(self) -> dict[str, Any]:
+        return {"backend": self.backend, "compile": self.compile, "dtype": self.dtype}
+
+
+class Accelerated:
+    """A loop, accelerated. It is called as the loop, and returns what the loop returns."""
+
+    def __init__(self, loop: Callable[..., Any], options: _Options, known: Any = None) -> None:
+        functools.update_wrapper(self, loop)
+        self.loop, self._options = loop, options
+        self._known: OrderedDict[Any, list[_Entry]] = OrderedDict() if known is None else known
+        self.traced: Traced | None = None
+
+    def with_options(self, **changes: Any) -> Accelerated:
+        """Returns the same loop with other options, such as ``seed``; traces are shared."""
+        values = {name: getattr(self._options, name) for name in _Options.__dataclass_fields__}
+        unknown = next((name for name in changes if name not in values), None)
+        if unknown is not None:
+            raise TypeError(f"{unknown!r} is no option: it must be one of {', '.join(values)}")
+        options = _Options(**{**values, **changes})
+        is_same = all(getattr(options, name) == values[name] for name in ("network", "modules", "state", "replay"))
+        return Accelerated(self.loop, options, self._known if is_same else None)
+
+    def explain(self) -> str:
+        """Returns how the last call ran (`Traced.explain`)."""
+        if self.traced is None:
+            raise RuntimeError("call the loop once: it is traced then")
+        return self.traced.explain()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"accelerate({getattr(self.loop, '__qualname__', self.loop)!s})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options = self._options
+        arguments = Arguments.of(self.loop, args, kwargs, options.network, options.modules)
+        names = arguments.names
+        leaves = tree_leaves(names)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        generators = [x for x in leaves if isinstance(x, torch.Generator)]
+        entry = self._find(arguments, names, tensors, generators)
+        traced = self.traced = entry.traced
+        state = names[traced.program.state] if traced.program.state is not None else None
+        draws = None
+        if options.noise == "torch":
+            renamed = {old._cdata: new for old, new in zip(entry.generators, generators, strict=True)}
+            draws = Draws(traced.program.draws, traced.program.device, renamed)
+        given = {id(old): new for old, new in zip(entry.tensors, tensors, strict=True)}
+        return traced.run(
+            arguments.networks,
+            traced.batch,
+            state=state,
+            draws=draws,
+            given=given,
+            **({} if draws is not None else {"seed": options.seed}),
+            **options.of_run(),
+        )
+
+    # Traces ----------------------------------------------------------------------------------------------------------
+
+    def _find(
+        self,
+        arguments: Arguments,
+        names: dict[str, Any],
+        tensors: list[Tensor],
+        generators: list[torch.Generator],
+    ) -> _Entry:
+        objects = [x for name, x in names.items() if name != arguments.network and not isinstance(x, (Tensor, *_PLAIN))]
+        key = _key(names, arguments)
+        now = environment(self.loop, objects, arguments.networks)
+        entries = self._known.get(key, [])
+        for entry in entries:
+            fits = entry.is_valid_in(now)
+            if fits and all(torch.equal(tensors[i], value) for i, value in entry.baked.items()):
+                self._known.move_to_end(key)
+                return entry
+        entry = self._trace(arguments, now, objects, tensors, generators)
+        self._known.setdefault(key, []).append(entry)
+        self._known.move_to_end(key)
+        while sum(map(len, self._known.values())) > _TRACES:
+            oldest = next(iter(self._known))
+            self._known[oldest].pop(0)
+            if not self._known[oldest]:
+                del self._known[oldest]
+        return entry
+
+    def _trace(
+        self,
+        arguments: Arguments,
+        now: Fingerprint,
+        objects: list[Any],
+        tensors: list[Tensor],
+        generators: list[torch.Generator],
+    ) -> _Entry:
+        options = self._options
+        name = getattr(self.loop, "__name__", type(self.loop).__name__)
+        before = {i: x.detach().clone() for i, x in enumerate(tensors)}
+        traced = Traced(record_call(self.loop, arguments, options.state, replay=options.replay), name)
+        environments, changes = [now], frozenset[int]()
+        if options.check:
+            between = environment(self.loop, objects, arguments.networks)
+            settings = {"noise": options.noise, **options.of_run()}
+            check_against(self.loop, arguments, traced, settings, replay=options.replay)
+            environments.append(environment(self.loop, objects, arguments.networks))
+            if len(between.structure) == len(environments[1].structure):
+                changes = environments[1].differences(between)
+        baked_ids = traced.program.baked_ids
+        state = arguments.names.get(traced.program.state) if traced.program.state is not None else None
+        baked = {i: before[i] for i, x in enumerate(tensors) if id(x) in baked_ids and x is not state}
+        return _Entry(traced, arguments.networks, environments, changes, tensors, generators, baked)
+
+
+def _key(names: dict[str, Any], arguments: Arguments) -> Any:
+    """Returns what a trace depends on, besides the contents of tensors and the environment."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return "tensor", tuple(value.shape), value.dtype, value.device, value.requires_grad
+        if isinstance(value, _PLAIN):
+            return type(value), repr(value) if isinstance(value, (float, complex)) else value
+        if isinstance(value, torch.Generator):
+            return "generator", value.device
+        if isinstance(value, (list, tuple)):
+            return (type(value), *map(of, value))
+        if isinstance(value, dict):
+            return (type(value), *((name, of(each)) for name, each in value.items()))
+        return type(value), id(value)
+
+    own = tuple((name, of(value)) for name, value in names.items() if name != arguments.network)
+    return own, tuple(map(id, arguments.networks)), torch.get_default_dtype()
+
+
+@overload
+def accelerate(loop: Callable[..., Any], **options: Any) -> Accelerated: ...
+
+
+@overload
+def accelerate(loop: None = None, **options: Any) -> Callable[[Callable[..., Any]], Accelerated]: ...
+
+
+def accelerate(loop: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Returns a function with the loop's own signature and result that runs it as a table. Usable as a decorator.
+
+    A new combination of shapes and constants is traced (see `trace`) and checked once, and kept. The loop itself does
+    not run in later calls: what it prints or stores happens only when it is traced and checked.
+
+    Args:
+        loop: any sampling loop.
+        network, modules, state, replay: as for `trace`.
+        noise: "contract" for this package's noise, a function of ``seed``; "torch" for the loop's own draws from
+            PyTorch's generators in the loop's own order: under the same ``torch.manual_seed`` the result is the loop's
+            to rounding.
+        seed: of the noise contract, in [0, 2^64).
+        backend, compile, dtype: as for `fastsde.sample`.
+        check: the first call of each trace also runs the loop itself, on a few samples with the same noises.
+
+    Raises:
+        TraceError: in a call, if no table can follow the loop.
+        MismatchError: in a call, if the check finds a difference beyond rounding.
+    """
+    try:
+        settings = _Options(**options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        names = ", ".join(_Options.__dataclass_fields__)
+        unknown = next(name for name in options if name not in _Options.__dataclass_fields__)
+        raise TypeError(f"accelerate takes {names}, got {unknown!r}") from None
+    if loop is None:
+        return lambda own: Accelerated(own, settings)
+    if not callable(loop):
+        raise TypeError(f"loop must be callable, got {type(loop).__name__}")
+    return Accelerated(loop, settings)

@@ -1,0 +1,565 @@
+"""How a traced loop calls its network, as a module that is called as model(x, t).
+
+What the loop gives the network besides the state is the same in all rows, or follows the row: a time, a sigma, a
+condition. If one number follows the row, it is the table's time; if there are several, the table's time is the number
+of the row, and they are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..models.mlp import is_sequential
+from .program import Program
+from .rows import Leaf, Part
+from .values import Positions
+
+__all__ = ["Called", "Calls", "NotATable", "Output", "calls_of"]
+
+
+class NotATable(Exception):  # noqa: N818 (it then runs row by row)
+    """The program is no table; the message says why."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A part of what the network returns, and its weight in the row."""
+
+    output: int
+    positions: Positions | None
+    weight: float
+
+
+@dataclass
+class Item:
+    """Something that the network is given in each row.
+
+    Args:
+        values: one per row: a number, a float64 tensor, or for other constants anything.
+        shape, dtype: of a tensor; the shape with the batch of the trace. None for a Python number or another constant.
+        kind: "constant", "time" (the table's), "row" (looked up) or "condition" (a tensor with the batch first).
+    """
+
+    values: list[Any]
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    kind: str = "constant"
+    name: str = ""
+    is_weight: bool = False
+    unique: list[Any] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+
+    @property
+    def is_number(self) -> bool:
+        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values)
+
+
+@dataclass
+class Place:
+    """A part of an argument: the state, moved and scaled, or an item alone."""
+
+    shape: tuple[int, ...]
+    has_state: bool
+    index: Tensor | None = None  # per sample
+    whole: Tensor | None = None  # of the whole traced batch, where it is not per sample
+    scale: Item | None = None
+    const: Item | None = None
+
+
+@dataclass
+class Argument:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    places: list[Place]
+    dim: int
+
+
+@dataclass
+class Selected:
+    """A part of an output: block i of the batch's blocks, elements of each sample, times a weight."""
+
+    place: int
+    block: int
+    blocks: int
+    index: Tensor | None
+    whole: Tensor | None
+    weight: Item
+
+
+@dataclass
+class Calls:
+    """All calls of a table.
+
+    Args:
+        batch: B of the trace.
+        time: the table's times.
+        is_fixed: whether only the traced batch can be run, since elements of different samples mix.
+        conditions: tensors with the batch first, given to the network as keyword arguments.
+    """
+
+    batch: int
+    sample_shape: tuple[int, ...]
+    spec: Any
+    leaves: list[Item | Argument]
+    selected: list[Selected]
+    time: Tensor
+    is_fixed: bool
+    conditions: dict[str, Item]
+
+    def model(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the network as model(x, t, **conditions): itself, if the loop calls it so."""
+        if self._is_plain:
+            return network
+        if self._is_concatenation and isinstance(network, nn.Sequential) and is_sequential(network):
+            return network
+        return Called(network, self)
+
+    @property
+    def _is_plain(self) -> bool:
+        if len(self.leaves) != 2 or not self._returns_all or self.conditions:
+            return False
+        x, t = self.leaves
+        if not isinstance(x, Argument) or not isinstance(t, Item):
+            return False
+        takes_x = len(x.places) == 1 and x.places[0].has_state and _is_untouched(x.places[0])
+        _, spec = tree_flatten(((0, 0), {}))
+        takes_t = t.kind == "time" and t.shape == (self.batch,) and t.dtype == torch.float32
+        return takes_x and takes_t and spec == self.spec and x.shape == (self.batch, *self.sample_shape)
+
+    @property
+    def _is_concatenation(self) -> bool:
+        if len(self.leaves) != 1 or not self._returns_all or len(self.sample_shape) != 1:
+            return False
+        leaf = self.leaves[0]
+        _, spec = tree_flatten(((0,), {}))
+        if not isinstance(leaf, Argument) or len(leaf.places) != 2 or leaf.dim != 1 or spec != self.spec:
+            return False
+        x, t = leaf.places
+        is_time = not t.has_state and t.const is not None and t.const.kind == "time" and t.shape == (self.batch, 1)
+        return x.has_state and _is_untouched(x) and is_time and leaf.dtype == torch.float32
+
+    @property
+    def _returns_all(self) -> bool:
+        if len(self.selected) != 1:
+            return False
+        only = self.selected[0]
+        return only.place == 0 and only.blocks == 1 and only.index is None and only.whole is None
+
+    @property
+    def reads_host(self) -> bool:
+        """Whether the network is given Python numbers that follow the row."""
+        items = [leaf for leaf in self.leaves if isinstance(leaf, Item)]
+        return any(item.shape is None and item.kind in ("time", "row") for item in items)
+
+
+def _is_untouched(place: Place) -> bool:
+    return place.index is None and place.whole is None and place.scale is None and place.const is None
+
+
+def calls_of(program: Program, shape: tuple[int, ...], outputs: Sequence[Sequence[Output]]) -> Calls:
+    """Returns how the network is called in all rows.
+
+    Args:
+        shape: ``(B, *shape)`` of the state.
+        outputs: for each row, the parts of the outputs that it uses.
+
+    Raises:
+        NotATable: if the calls differ by more than values.
+    """
+    calls, rows = program.calls, program.rows[1:]
+    first = calls[0]
+    for call in calls:
+        if call.network != first.network:
+            raise NotATable("it calls several networks")
+        same = (call.spec, call.states, call.places) == (first.spec, first.states, first.places)
+        if not same or len(call.leaves) != len(first.leaves):
+            raise NotATable("it calls its network in different ways")
+    batch = shape[0] if shape else 1
+    made = _Items(batch, len(rows))
+    leaves: list[Item | Argument] = []
+    for i, leaf in enumerate(first.leaves):
+        if i in first.states:
+            leaves.append(made.argument([row.leaves[i] for row in rows], torch.Size(shape).numel()))
+        else:
+            leaves.append(made.leaf([call.leaves[i] for call in calls]))
+        del leaf
+    selected = made.selected(outputs, [node.shape for node in first.outputs], first.places, torch.Size(shape).numel())
+    time = made.time()
+    return Calls(batch, shape[1:], first.spec, leaves, selected, time, made.is_fixed, made.conditions)
+
+
+class _Items:
+    """Collects what follows the row, and decides what the table's time is."""
+
+    def __init__(self, batch: int, rows: int) -> None:
+        self._batch, self._rows = batch, rows
+        self._items: list[Item] = []
+        self.is_fixed = False
+        self.conditions: dict[str, Item] = {}
+
+    def _add(self, item: Item) -> Item:
+        self._items.append(item)
+        return item
+
+    def argument(self, leaves: Sequence[Leaf], numel: int) -> Argument:
+        first = leaves[0]
+        for leaf in leaves:
+            if [_form(part) for part in leaf.parts] != [_form(part) for part in first.parts] or leaf.dim != first.dim:
+                raise NotATable("it gives the state to its network in different ways")
+        places = [self._place([leaf.parts[i] for leaf in leaves], numel) for i in range(len(first.parts))]
+        return Argument(first.shape, first.dtype, places, first.dim)
+
+    def _place(self, parts: Sequence[Part], numel: int) -> Place:
+        first = parts[0]
+        if first.input is None:
+            item = self._add(Item([part.const for part in parts], first.shape))
+            return Place(first.shape, False, const=item)
+        place = Place(first.shape, True)
+        if first.positions is not None:
+            place.index = _per_sample(first.positions.idx, self._batch, numel // max(1, self._batch))
+            if place.index is None or first.shape[:1] != (self._batch,):
+                place.index, place.whole, self.is_fixed = None, first.positions.idx, True
+        elif first.shape[:1] != (self._batch,):
+            place.whole, self.is_fixed = torch.arange(numel), True
+        if any(isinstance(part.scale, Tensor) or part.scale != 1 for part in parts):
+            place.scale = self._add(Item([part.scale for part in parts], first.shape))
+        if any(isinstance(part.const, Tensor) or part.const != 0 for part in parts):
+            place.const = self._add(Item([part.const for part in parts], first.shape))
+        return place
+
+    def leaf(self, values: Sequence[Any]) -> Item:
+        first = values[0]
+        if isinstance(first, Tensor):
+            same = all(isinstance(x, Tensor) and (x.shape, x.dtype) == (first.shape, first.dtype) for x in values)
+            if not same:
+                raise NotATable("it calls its network with tensors of different shapes")
+            return self._add(Item([_number(x) for x in values], tuple(first.shape), first.dtype))
+        return self._add(Item(list(values)))
+
+    def selected(
+        self, outputs: Sequence[Sequence[Output]], shapes: Sequence[tuple[int, ...]], places: Sequence[int], numel: int
+    ) -> list[Selected]:
+        used = [row for row in outputs if row]
+        if not used:
+            raise NotATable("no row uses what the network returns")
+        keys = [(each.output, each.positions) for each in used[0]]
+        for row in used:
+            if {(each.output, each.positions) for each in row} != set(keys):
+                raise NotATable("its rows use different outputs of the network")
+        found = []
+        for output, positions in keys:
+            weights = [
+                next((e.weight for e in row if (e.output, e.positions) == (output, positions)), 0.0) for row in outputs
+            ]
+            item = self._add(Item(weights, is_weight=True))
+            found.append(self._selected(positions, shapes[output], places[output], numel, item))
+        return found
+
+    def _selected(
+        self, positions: Positions | None, shape: tuple[int, ...], place: int, numel: int, weight: Item
+    ) -> Selected:
+        total = torch.Size(shape).numel()
+        if positions is None:
+            if shape[:1] != (self._batch,):
+                self.is_fixed = True
+                return Selected(place, 0, 1, None, torch.arange(numel), weight)
+            return Selected(place, 0, 1, None, None, weight)
+        idx, batch = positions.idx, self._batch
+        if shape and batch and shape[0] % batch == 0:
+            blocks, elements = shape[0] // batch, total // shape[0]
+            block = int(idx[0]) // (batch * elements)
+            index = _per_sample(idx - block * batch * elements, batch, elements)
+            if index is not None:
+                is_all = len(index) == elements and torch.equal(index, torch.arange(elements))
+                return Selected(place, block, blocks, None if is_all else index, None, weight)
+        self.is_fixed = True
+        return Selected(place, 0, 1, None, idx, weight)
+
+    def time(self) -> Tensor:
+        """Decides what each item is, and returns the table's times."""
+        varying = []
+        for item in self._items:
+            item.unique, item.index = _unique(item.values)
+            if len(item.unique) > 1:
+                varying.append(item)
+        lists = {tuple(map(float, item.values)) if item.is_number else None for item in varying}
+        times = next(iter(lists)) if len(lists) == 1 else None
+        is_time = times is not None and not any(item.is_weight for item in varying) and _fits_fp32(times)
+        for item in varying:
+            item.kind = "time" if is_time else "row"
+        for item in self._items:
+            self._as_condition(item)
+        if is_time:
+            return torch.tensor(times, dtype=torch.float64)
+        return torch.arange(self._rows, dtype=torch.float64)
+
+    def _as_condition(self, item: Item) -> None:
+        """Makes a tensor whose samples differ an argument that is split with the batch."""
+        if item.shape is None or item.dtype is None or all(isinstance(v, (int, float)) for v in item.unique):
+            return
+        if item.shape[:1] and self._batch and item.shape[0] % self._batch == 0:
+            item.kind, item.name = "condition", f"condition_{len(self.conditions)}"
+            self.conditions[item.name] = item
+
+
+def _form(part: Part) -> Any:
+    return part.shape, part.input, part.positions
+
+
+def _number(x: Tensor) -> Any:
+    """Returns the number that all elements of a tensor are, or the tensor."""
+    if not x.numel():
+        return x
+    core = x
+    for dim in range(x.ndim):
+        if core.stride(dim) == 0:
+            core = core.narrow(dim, 0, 1)
+    first = core.flatten()[0]
+    if x.is_complex() or not bool((core == first).all()):
+        return x
+    found = first.item()
+    return x if isinstance(found, bool) else found
+
+
+def _unique(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    unique: list[Any] = []
+    index = []
+    known: dict[Any, int] = {}
+    for value in values:
+        key = id(value) if isinstance(value, Tensor) else (type(value), value) if _is_plain(value) else id(value)
+        if key not in known:
+            compared = unique if isinstance(value, Tensor) or not _is_plain(value) else ()
+            same = next((i for i, other in enumerate(compared) if _equal(value, other)), None)
+            if same is None:
+                same = len(unique)
+                unique.append(value)
+            known[key] = same
+        index.append(known[key])
+    return unique, index
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bytes, type(None), torch.dtype, torch.device))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    try:
+        return bool(type(a) is type(b) and a == b)
+    except Exception:  # an object's own comparison
+        return a is b
+
+
+def _fits_fp32(values: Sequence[float]) -> bool:
+    exact = torch.tensor(values, dtype=torch.float64)
+    return bool(torch.isfinite(exact).all()) and torch.equal(exact.float().double(), exact)
+
+
+def _per_sample(idx: Tensor, batch: int, elements: int) -> Tensor | None:
+    """Returns the positions within a sample, if each sample reads itself, and all in the same way."""
+    if not batch or len(idx) % batch:
+        return None
+    own = idx.reshape(batch, -1) - elements * torch.arange(batch)[:, None]
+    first = own[0]
+    if not bool((own == first).all()) or bool((first < 0).any()) or bool((first >= elements).any()):
+        return None
+    return first.clone()
+
+
+class Called(nn.Module):
+    """A network called as a traced loop calls it.
+
+    Args:
+        network: the network.
+        calls: how the loop calls it.
+    """
+
+    def __init__(self, network: Callable[..., Any], calls: Calls) -> None:
+        super().__init__()
+        self.network = network
+        self.training = getattr(network, "training", True)
+        self._calls = calls
+        self._kept: dict[Any, Tensor] = {}
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        calls = self._calls
+        batch = len(x)
+        if calls.is_fixed and batch != calls.batch:
+            raise ValueError(f"this loop mixes samples: it runs {calls.batch} of them as traced, not {batch}")
+        leaves = []
+        for leaf in calls.leaves:
+            if isinstance(leaf, Argument):
+                leaves.append(self._argument(leaf, x, t, conditions))
+            else:
+                leaves.append(self._item(leaf, x, t, conditions))
+        args, kwargs = tree_unflatten(leaves, calls.spec)
+        found, _ = tree_flatten(self.network(*args, **kwargs))
+        total: Tensor | None = None
+        for part in calls.selected:
+            f = self._select(found[part.place], part, x)
+            weight = self._item(part.weight, x, t, conditions)
+            if isinstance(weight, Tensor) or weight != 1:
+                f = f * weight
+            total = f if total is None else total + f
+        assert total is not None
+        return total
+
+    def _argument(self, leaf: Argument, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        batch = len(x)
+        parts = []
+        for place in leaf.places:
+            if not place.has_state:
+                assert place.const is not None
+                value = self._item(place.const, x, t, conditions, x.dtype)
+                shape = _with_batch(place.shape, batch, self._calls.batch)
+                parts.append(value.expand(shape) if isinstance(value, Tensor) else x.new_full(shape, value))
+                continue
+            parts.append(self._state(place, x, t, conditions))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=leaf.dim)
+        whole = whole.reshape(_with_batch(leaf.shape, batch, self._calls.batch))
+        # The engine casts the state to the network's dtype; a loop in another precision gives it that.
+        return whole if leaf.dtype == torch.float32 or x.dtype == torch.float64 else whole.to(leaf.dtype)
+
+    def _state(self, place: Place, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        batch = len(x)
+        if place.whole is not None:
+            part = x.reshape(-1)[self._on(place.whole, x)].reshape(place.shape)
+        elif place.index is not None:
+            part = x.reshape(batch, -1)[:, self._on(place.index, x)].reshape(batch, *place.shape[1:])
+        else:
+            part = x.reshape(batch, *place.shape[1:])
+        if place.scale is not None:
+            part = part * self._item(place.scale, x, t, conditions, x.dtype)
+        if place.const is not None:
+            part = part + self._item(place.const, x, t, conditions, x.dtype)
+        return part
+
+    def _select(self, f: Tensor, part: Selected, x: Tensor) -> Tensor:
+        if part.whole is not None:
+            return f.reshape(-1)[self._on(part.whole, x)].reshape(x.shape)
+        if part.blocks > 1:
+            f = f.reshape(part.blocks, len(x), *f.shape[1:])[part.block]
+        if part.index is not None:
+            f = f.reshape(len(x), -1)[:, self._on(part.index, x)]
+        return f.reshape(x.shape)
+
+    def _item(
+        self, item: Item, x: Tensor, t: Tensor, conditions: Mapping[str, Any], dtype: torch.dtype | None = None
+    ) -> Any:
+        """Returns what an item is in the row of time ``t`` ``[B]``."""
+        is_state = item.dtype is None and item.shape is not None  # part of an argument that has the state
+        if item.kind == "condition":
+            return self._condition(item, conditions[item.name], t)
+        if item.kind == "constant":
+            value = item.unique[0]
+            if item.shape is None or (is_state and not isinstance(value, Tensor)):
+                return value
+            if isinstance(value, Tensor):
+                return self._constant(item, value, x, dtype)
+            return x.new_full(_with_batch(item.shape, len(x), self._calls.batch), value, dtype=item.dtype)
+        value = t if item.kind == "time" else self._looked_up(item, x, t, dtype)
+        if item.shape is None:
+            return value if item.kind == "row" else type(item.values[0])(t[0].item())
+        if item.kind == "row" and not item.is_number:
+            return value
+        return self._filled(item, value, x, dtype)
+
+    def _filled(self, item: Item, value: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Returns a tensor of an item's shape that is full of the one number ``value``, ``[B]`` or ``[1]``."""
+        assert item.shape is not None
+        value = value.to(item.dtype or dtype or x.dtype)
+        shape = _with_batch(item.shape, len(x), self._calls.batch)
+        if shape and shape[0] == len(value):
+            value = value.reshape(len(value), *(1,) * (len(shape) - 1))
+        else:
+            value = value[:1].reshape((1,) * len(shape))
+        return value if shape == tuple(value.shape) else value.expand(shape)
+
+    def _looked_up(self, item: Item, x: Tensor, t: Tensor, dtype: torch.dtype | None) -> Any:
+        if item.shape is None and not item.is_weight:
+            return item.unique[item.index[int(t[0].item())]]
+        row = t[:1].round().long()
+        place = self._table(item, "index", lambda: torch.tensor(item.index), x)[row]
+        if item.is_number:
+            return self._table(item, "unique", lambda: _numbers(item), x)[place]
+        stacked = self._table(item, "unique", lambda: torch.stack([_tensor(v, item) for v in item.unique]), x)
+        found = stacked.index_select(0, place)[0]
+        return found.to(dtype or item.dtype).reshape(item.shape) if item.shape is not None else found
+
+    def _condition(self, item: Item, value: Tensor, t: Tensor) -> Tensor:
+        """Returns a condition ``[B, blocks, choices, ...]`` in the shape that the network is given."""
+        assert item.shape is not None
+        if value.shape[2] > 1:
+            row = t[:1].round().long()
+            place = self._table(item, "index", lambda: torch.tensor(item.index), value)[row]
+            value = value.index_select(2, place)
+        value = value[:, :, 0].transpose(0, 1)
+        return value.reshape(value.shape[0] * value.shape[1], *item.shape[1:])
+
+    def _constant(self, item: Item, value: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        own = item.dtype or dtype
+        assert item.shape is not None
+        found = self._table(item, ("constant", own), lambda: value.to(own) if own else value, x)
+        if item.dtype is not None:
+            return found
+        found = found.reshape(item.shape)
+        if len(x) == self._calls.batch or not item.shape:
+            return found
+        own_first = found[:1]
+        if not bool((found == own_first).all()):
+            raise ValueError(f"this loop gives each sample its own constants: it runs {self._calls.batch} as traced")
+        return own_first.expand(len(x), *item.shape[1:])
+
+    def _table(self, item: Item, what: Any, make: Callable[[], Tensor], x: Tensor) -> Tensor:
+        key = (id(item), what, x.device)
+        if key not in self._kept:
+            self._kept[key] = make().to(x.device)
+        return self._kept[key]
+
+    def _on(self, index: Tensor, x: Tensor) -> Tensor:
+        key = (id(index), x.device)
+        if key not in self._kept:
+            self._kept[key] = index.to(x.device)
+        return self._kept[key]
+
+
+def conditions_of(calls: Calls, given: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Returns the conditions as keyword arguments ``[B, blocks, choices, ...]``.
+
+    Args:
+        given: tensors instead of those of the trace, by the id of these.
+    """
+    found = {}
+    for name, item in calls.conditions.items():
+        choices = [given.get(id(value), value) if isinstance(value, Tensor) else value for value in item.unique]
+        stacked = torch.stack([_tensor(value, item) for value in choices])
+        blocks = stacked.shape[1] // calls.batch
+        split = stacked.reshape(len(choices), blocks, calls.batch, *stacked.shape[2:])
+        found[name] = split.movedim(2, 0).transpose(1, 2)
+    return found
+
+
+def _numbers(item: Item) -> Tensor:
+    """Returns the numbers of an item, in its dtype if it has one; of a combination's weights in float64."""
+    return torch.tensor(item.unique, dtype=item.dtype or torch.float64)
+
+
+def _tensor(value: Any, item: Item) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    assert item.shape is not None
+    return torch.full(item.shape, value, dtype=item.dtype)
+
+
+def _with_batch(shape: tuple[int, ...], batch: int, traced: int) -> tuple[int, ...]:
+    """Returns a traced shape for another batch; the first dimension may be several blocks of it."""
+    if not shape or batch == traced or not traced or shape[0] % traced:
+        return shape
+    return (shape[0] // traced * batch, *shape[1:])

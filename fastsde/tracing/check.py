@@ -1,0 +1,220 @@
+"""Checks an accelerated loop against the loop itself, on a few samples with the same noises."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .. import noise
+from .draws import Replay
+from .errors import MismatchError, TraceError
+from .program import Program
+from .recording import Arguments, record_call, set_argument
+from .traced import Draws, Traced, contract
+from .values import Node
+
+__all__ = ["check"]
+
+_FEW = 4
+_NUDGE = 4e-6  # the difference of normals between backends (the noise contract)
+_FACTOR = 8.0  # of the loop's own answer to a nudge of that size
+_ROUNDINGS = 64  # of the result's own size, in units in the last place
+
+
+def check(
+    loop: Callable[..., Any], arguments: Arguments, traced: Traced, options: Mapping[str, Any], *, replay: bool
+) -> None:
+    """Runs the loop and the traced one on a few samples and compares.
+
+    An accelerated loop may differ by 64 roundings of the result. If it differs by more, the bound is measured: the loop
+    runs again with its noises and its state changed by 4e-6, the difference between the normals of backends, or by one
+    unit in the last place of its own precision if that is more; eight times what that changes is allowed.
+
+    Raises:
+        MismatchError: if it differs by more.
+    """
+    few = _fewer(loop, arguments, traced, replay)
+    arguments, traced = few if few is not None else (arguments, traced)
+    program, n = traced.program, traced.batch
+    keys = noise.sample_keys(0, n, device=program.device)
+    noises = _noises(traced, keys)
+    names = arguments.names
+    state = names[program.state].detach().clone() if program.state is not None else None
+    theirs = _run(loop, arguments, program.state, state, noises)
+    given = None if options.get("noise") == "contract" else Given(noises)
+    source: dict[str, Any] = {"keys": keys} if given is None else {}
+    held = None if state is None else state.clone()
+    ours = traced.run(arguments.networks, n, state=held, draws=given, **source, **_plain(options))
+    wrong = _differences(ours, theirs, None, traced.name)
+    if wrong is None:
+        return
+    again = _run(loop, arguments, program.state, state, noises)
+    if _differences(again, theirs, None, traced.name) is not None:
+        raise MismatchError(
+            "check", "the loop returns something else when it runs again with the same noises", traced.name, _KEEPS
+        )
+    moved = [z + _nudge(z.dtype) * torch.randn(z.shape, generator=_generator()).to(z) for z in noises]
+    nudged = _run(loop, arguments, program.state, None if state is None else _nudged(state), moved)
+    wrong = _differences(ours, theirs, nudged, traced.name)
+    if wrong is not None:
+        raise wrong
+
+
+_KEEPS = (
+    "does it keep something from one call to the next, or draw from a generator of its own? Reset it at the beginning"
+)
+
+
+def _nudge(dtype: torch.dtype) -> float:
+    return max(_NUDGE, torch.finfo(dtype).eps)
+
+
+class Given(Draws):
+    """Draws that are given."""
+
+    def __init__(self, noises: Sequence[Tensor]) -> None:
+        self._noises = noises
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._noises[number]
+
+    def finish(self) -> None:
+        pass
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("backend", "compile") if options.get(name)}
+
+
+def _run(loop: Callable[..., Any], arguments: Arguments, name: str | None, state: Tensor | None, noises: Any) -> Any:
+    changes = {} if name is None or state is None else {name: state.clone()}
+    with torch.no_grad(), Replay(noises) as replay:
+        found = arguments.call(loop, changes)
+        found = list(found) if inspect.isgenerator(found) else found
+        found = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_leaves(found)]
+    if replay.left:
+        raise MismatchError("check", f"the loop drew {replay.left} times less than when it was traced", "the loop")
+    return found
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _nudged(state: Tensor) -> Tensor:
+    return state + _nudge(state.dtype) * state.abs().amax() * torch.randn(state.shape, generator=_generator()).to(state)
+
+
+def _differences(ours: Any, theirs: Any, nudged: Any, name: str) -> MismatchError | None:
+    """Returns the error of the first result that differs by more than its bound; without ``nudged`` of 64 roundings."""
+    ours = tree_leaves(ours)
+    if len(ours) != len(theirs):
+        return MismatchError("check", f"{name} returns {len(theirs)} values, and accelerated {len(ours)}", name)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if not isinstance(b, Tensor):
+            continue
+        if not isinstance(a, Tensor) or a.shape != b.shape:
+            return MismatchError("check", f"result {i} of {name} has another shape when accelerated", name)
+        if not b.numel():
+            continue
+        error, size = _rms(a, b), _rms(b, torch.zeros_like(b))
+        if not math.isfinite(size):
+            raise TraceError("check", "the loop itself returns NaN or infinity", name)
+        own = 0.0 if nudged is None else _rms(nudged[i], b)
+        eps = torch.finfo(b.dtype).eps if b.is_floating_point() else 1.0
+        allowed = _FACTOR * own + _ROUNDINGS * eps * size + (0 if b.is_floating_point() else 1.0)
+        if not error <= allowed:
+            reason = (
+                f"result {i} of the accelerated loop differs from the loop's own by {error:.2g} (RMS), where rounding "
+                f"explains {allowed:.2g}"
+            )
+            return MismatchError("check", reason, name, _KEEPS)
+    return None
+
+
+def _rms(a: Tensor, b: Tensor) -> float:
+    return float((a.to("cpu", torch.float64) - b.to("cpu", torch.float64)).square().mean().sqrt())
+
+
+def _noises(traced: Traced, keys: Tensor) -> list[Tensor]:
+    """Returns the noise of the contract for each draw of the loop."""
+    program = traced.program
+    found: dict[int, Tensor] = {}
+
+    def put(node: Node, z: Tensor) -> None:
+        labels = node.label if isinstance(node.label, tuple) else (node.label,)
+        for label, part in zip(labels, z.reshape(len(labels), -1), strict=True):
+            found[label] = part
+
+    if traced.tabulated is not None:
+        for step, nodes in enumerate([traced.tabulated.start, *traced.tabulated.noises]):
+            for node, weight in nodes:
+                if node.kind == "noise":
+                    z = noise.normal(keys, step, traced.tabulated.shape[1:]).reshape(-1)
+                    put(node, z * weight)
+    else:
+        noise_of = contract(program, len(keys), keys)
+        for row in program.rows:
+            for node in row.noises:
+                if node.kind == "noise":
+                    put(node, noise_of(node))
+    generator = _generator()
+    noises = []
+    for i, draw in enumerate(program.draws):
+        z = found[i] if i in found else torch.randn(math.prod(draw.shape), generator=generator)
+        noises.append(z.to(program.device, draw.dtype).reshape(draw.shape))
+    return noises
+
+
+# Fewer samples --------------------------------------------------------------------------------------------------------
+
+
+def _fewer(
+    loop: Callable[..., Any], arguments: Arguments, traced: Traced, replay: bool
+) -> tuple[Arguments, Traced] | None:
+    """Returns the arguments and the trace for a few samples, if the same table follows from them."""
+    program: Program = traced.program
+    batch = traced.batch
+    if batch <= _FEW or traced.tabulated is None:
+        return None
+    smaller = {name: _cut(value, batch) for name, value in arguments.names.items()}
+    if all(smaller[name] is value for name, value in arguments.names.items()):
+        return None
+    bound = inspect.BoundArguments(arguments.bound.signature, arguments.bound.arguments.copy())
+    for name, value in smaller.items():
+        set_argument(bound, name, value)
+    few = Arguments(bound, arguments.network, arguments.networks, arguments.modules)
+    try:
+        found = Traced(record_call(loop, few, program.state, replay=replay), traced.name)
+    except Exception:  # a number of the batch's size that is something else
+        return None
+    if (
+        found.tabulated is None
+        or found.batch != _FEW
+        or not torch.equal(found.tabulated.table.packed, traced.tabulated.table.packed)
+    ):
+        return None
+    return few, found
+
+
+def _cut(value: Any, batch: int) -> Any:
+    if type(value) is int and value == batch:
+        return _FEW
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
+        return value[:_FEW]
+    if isinstance(value, torch.Size) and value[:1] == (batch,):
+        return torch.Size((_FEW, *value[1:]))
+    if type(value) in (tuple, list) and len(value) == batch and isinstance(value[0], torch.Generator):
+        return value[:_FEW]
+    if type(value) in (tuple, list) and value and type(value[0]) is int and value[0] == batch:
+        return type(value)((_FEW, *value[1:]))
+    if type(value) is dict:
+        cut = {key: _cut(each, batch) for key, each in value.items()}
+        return cut if any(cut[key] is not each for key, each in value.items()) else value
+    return value

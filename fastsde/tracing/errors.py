@@ -1,0 +1,45 @@
+"""What a trace refuses, and where in the user's code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["MismatchError", "TraceError", "user_line"]
+
+_OWN = str(Path(__file__).resolve().parent)
+_TORCH = str(Path(torch.__file__).resolve().parent)
+_SKIPPED = ("contextlib.py", "functools.py", "copy.py", "einops")
+
+
+def user_line() -> str:
+    """Returns the innermost line outside of PyTorch and this package, as "file.py:12 in function"."""
+    frame = sys._getframe(1)
+    found = None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        is_ours = name.startswith((_OWN, _TORCH)) or any(part in name for part in _SKIPPED) or name.startswith("<")
+        if not is_ours:
+            found = f"{Path(name).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return found or "unknown line"
+
+
+class TraceError(RuntimeError):  # no TypeError: Python's operators swallow those
+    """The loop does something that no table can: the operation, the reason, the line, and what to do instead."""
+
+    def __init__(self, operation: str, reason: str, line: str | None = None, instead: str | None = None) -> None:
+        self.operation, self.reason, self.line = operation, reason, line or user_line()
+        self.instead = instead
+        hint = f"; {instead}" if instead else ""
+        super().__init__(f"{operation}: {reason} ({self.line}){hint}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.operation, self.reason, self.line, self.instead)
+
+
+class MismatchError(TraceError):
+    """The accelerated loop differs from the loop itself by more than rounding."""

@@ -1,0 +1,358 @@
+"""Runs a loop once on symbols."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import random
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..models.unwrap import unwrap
+from .errors import TraceError
+from .probe import Probe
+from .program import Output, Program
+from .tape import Finished, NeedsState, Tape
+
+__all__ = ["Arguments", "record"]
+
+
+@dataclass
+class Arguments:
+    """The arguments of a loop by name, with its networks and its state found among them.
+
+    Args:
+        bound: the arguments, bound to the loop's signature.
+        network: the name of the argument that is the network, or None.
+        networks: the callables that are replaced.
+        modules: those of them that the loop holds itself, or is given as modules: their forward is replaced.
+    """
+
+    bound: inspect.BoundArguments
+    network: str | None
+    networks: list[Callable[..., Any]]
+    modules: list[nn.Module]
+
+    @classmethod
+    def of(
+        cls,
+        loop: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        network: str | None,
+        modules: Sequence[nn.Module],
+    ) -> Arguments:
+        """Binds the arguments.
+
+        Raises:
+            TypeError, ValueError: if there is no network, or more than one argument could be it.
+        """
+        bound = signature_of(loop).bind(*args, **kwargs)
+        names = _names(bound)
+        if network is not None:
+            if not isinstance(network, str):
+                raise TypeError(f"network must be the name of an argument of the loop, got {type(network).__name__}")
+            if network not in names:
+                raise ValueError(f"network must be one of the loop's arguments {', '.join(names)}, got {network!r}")
+            if not callable(names[network]):
+                raise TypeError(f"network {network!r} must be callable, got {type(names[network]).__name__}")
+        elif not modules:
+            found = [name for name, value in names.items() if isinstance(value, nn.Module)]
+            if len(found) != 1:
+                what = f"got {len(found)}: {', '.join(found)}" if found else "got none"
+                raise ValueError(
+                    f"network must name the loop's argument that is the network, or modules must hold the networks "
+                    f"that it calls: exactly one argument that is an nn.Module was expected, {what}"
+                )
+            network = found[0]
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"modules must be nn.Modules, got {type(module).__name__}")
+        replaced = [unwrapped(module) for module in modules]
+        own = names[network] if network is not None else None
+        if isinstance(own, nn.Module):
+            replaced = [unwrapped(own), *(module for module in replaced if module is not unwrapped(own))]
+        networks: list[Callable[..., Any]] = [*([own] if own is not None and not replaced else []), *replaced]
+        if own is not None and not isinstance(own, nn.Module):
+            networks = [own, *replaced]
+        return cls(bound, network, networks, replaced)
+
+    @property
+    def names(self) -> dict[str, Any]:
+        return _names(self.bound)
+
+    def call(self, loop: Callable[..., Any], changes: Mapping[str, Any]) -> Any:
+        """Calls the loop with some arguments replaced."""
+        args, kwargs = list(self.bound.args), dict(self.bound.kwargs)
+        if changes:
+            copy = inspect.BoundArguments(self.bound.signature, dict(self.bound.arguments))  # type: ignore[arg-type]
+            for name, value in changes.items():
+                set_argument(copy, name, value)
+            args, kwargs = list(copy.args), dict(copy.kwargs)
+        return loop(*args, **kwargs)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the module whose forward is replaced: of the result of ``torch.compile`` the one that it was made of."""
+    return unwrap(module)
+
+
+def signature_of(loop: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(loop)
+    except (TypeError, ValueError):
+        any_arguments = [
+            inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+        ]
+        return inspect.Signature(any_arguments)
+
+
+def _names(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Returns the arguments by name; those of *args by number, as in "args[0]"."""
+    found = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found.update({f"{name}[{i}]": each for i, each in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        else:
+            found[name] = value
+    return found
+
+
+def set_argument(bound: inspect.BoundArguments, name: str, value: Any) -> None:
+    for own, held in bound.arguments.items():
+        kind = bound.signature.parameters[own].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL and name.startswith(f"{own}["):
+            i = int(name[len(own) + 1 : -1])
+            bound.arguments[own] = (*held[:i], value, *held[i + 1 :])
+            return
+        if kind is inspect.Parameter.VAR_KEYWORD and name in held:
+            bound.arguments[own] = {**held, name: value}
+            return
+    bound.arguments[name] = value
+
+
+def record(
+    loop: Callable[..., Any],
+    *args: Any,
+    network: str | None = None,
+    modules: Sequence[nn.Module] = (),
+    state: str | None = None,
+    double: bool = False,
+    replay: bool = False,
+    until_read: bool = False,
+    **kwargs: Any,
+) -> Program:
+    """Runs ``loop(*args, **kwargs)`` once on symbols, and returns the program that it is.
+
+    Args:
+        network, modules, state, replay: as for `fastsde.trace`.
+        double: every draw is float64, and casts of the state keep that, so that only the algebra is recorded.
+        until_read: the first read of the state on the host ends the loop, and what is read is what it returns.
+    """
+    arguments = Arguments.of(loop, args, kwargs, network, modules)
+    return record_call(loop, arguments, state, double=double, replay=replay, until_read=until_read)
+
+
+def record_call(
+    loop: Callable[..., Any],
+    arguments: Arguments,
+    state: str | None,
+    *,
+    double: bool = False,
+    replay: bool = False,
+    until_read: bool = False,
+) -> Program:
+    """Records a call with its arguments; the program's ``state`` is the name of the initial state."""
+    if state is not None and not isinstance(arguments.names.get(state), Tensor):
+        kind = type(arguments.names.get(state)).__name__
+        raise ValueError(f"state must name a tensor argument of the loop, got {state!r}, which is {kind}")
+    try:
+        program = _recorded(loop, arguments, state, double, until_read)
+    except NeedsState as needs:
+        state = _state_among(arguments, needs.shapes)
+        program = _recorded(loop, arguments, state, double, until_read)
+    if not replay:
+        program.refuse_operations()
+    return program
+
+
+def _state_among(arguments: Arguments, shapes: Sequence[tuple[int, ...]]) -> str:
+    """Returns the name of the argument that the network was called with."""
+    floating = {name: x for name, x in arguments.names.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    for shape in sorted(shapes, key=lambda shape: -torch.Size(shape).numel()):
+        found = [name for name, x in floating.items() if tuple(x.shape) == shape]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"state must name the initial state: {', '.join(found)} all have the shape {list(shape)}")
+    raise TraceError(
+        "network call",
+        "no argument depends on a draw or on a tensor that the loop was given",
+        instead="name the initial state by state=, and draw noise by torch.randn, randn_like or normal_",
+    )
+
+
+def _recorded(
+    loop: Callable[..., Any], arguments: Arguments, state: str | None, double: bool, until_read: bool
+) -> Program:
+    names = arguments.names
+    watched = [x for x in tree_leaves(names) if isinstance(x, Tensor)]
+    device = _device_of(arguments, state)
+    tape = Tape(device, double=double, until_read=until_read, watched=watched)
+    modules = arguments.modules
+    changes: dict[str, Any] = {}
+    first = len(arguments.networks) - len(modules)
+    if first and arguments.network is not None:
+        changes[arguments.network] = tape.network(arguments.networks[0], 0)
+    if state is not None:
+        changes[state] = tape.input(names[state])
+    held = {name: list(x) for name, x in names.items() if type(x) is list}
+    for name, x in names.items():
+        if isinstance(x, _FUNCTIONS) and name != arguments.network:
+            changes[name] = _without_callbacks(tape, name, x)
+    before = _random_states()
+    try:
+        with tape, tape.replacing(modules, first), refused_draws(tape):
+            try:
+                returned = arguments.call(loop, changes)
+            except Finished as end:
+                returned = end.args[0]
+            except (NeedsState, TraceError):
+                raise
+            except Exception:
+                if tape.refusal is not None:
+                    raise tape.refusal from None
+                raise
+            if tape.refusal is not None:
+                raise tape.refusal
+            leaves, spec = tree_flatten(returned)
+            for i, leaf in enumerate(leaves):
+                probe = tape.as_probe(leaf)
+                if probe is not None:
+                    leaves[i] = Output(probe.whole, leaf.shape, leaf.dtype)
+            _refuse_kept(tape, names)
+    finally:
+        tape.restore()
+        for name, contents in held.items():
+            names[name][:] = contents
+    changed = [name for name, same in _same_random_states(before).items() if not same]
+    if changed:
+        raise TraceError(
+            "random number",
+            f"the loop draws from, or seeds, a generator that is not traced ({', '.join(changed)})",
+            instead="draw normals by torch.randn, randn_like, normal or normal_, and seed outside of the loop",
+        )
+    if not any(isinstance(leaf, Output) for leaf in leaves):
+        raise TraceError("return", "nothing that the loop returns depends on the state", instead="return the samples")
+    writes = bool(tape.inputs) and tape.inputs[0].memory.version > 0
+    if writes:  # the loop changes its argument in place: what is left there is a result too
+        leaves.append(Output(tape.inputs[0].whole, tape.inputs[0].shape, tape.inputs[0].dtype))
+    program = Program(tape, leaves, spec)
+    program.state = state
+    program.writes_state = writes
+    program.baked_ids = frozenset(tape.baked)
+    return program
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+
+
+def _without_callbacks(tape: Tape, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a function that is given the state and returns nothing: it is not called later."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        if found is None and any(isinstance(x, Probe) for x in tree_leaves((args, kwargs))):
+            raise tape.refuse(
+                "callback",
+                f"the loop hands the state to its argument {name!r}, which would not be called",
+                "leave it out",
+            )
+        return found
+
+    return call
+
+
+def _refuse_kept(tape: Tape, names: Mapping[str, Any]) -> None:
+    for name, x in names.items():
+        if not isinstance(x, Tensor) and any(isinstance(leaf, Probe) for leaf in tree_leaves(x)):
+            raise tape.refuse(
+                "argument", f"the loop puts states into its argument {name!r}", "return the states instead"
+            )
+
+
+@contextlib.contextmanager
+def refused_draws(tape: Tape) -> Iterator[None]:
+    """Refuses draws of Python's and NumPy's global generators, and seeding, where they are called."""
+
+    def refuse(what: str, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name in ("seed", "manual_seed"):
+                raise tape.refuse(f"{what}.{name}", "the loop seeds a generator", "seed outside of the loop")
+            raise tape.refuse(
+                f"{what}.{name}",
+                "a random number that is not traced would be baked into the table",
+                "draw normals by torch.randn, randn_like, normal or normal_",
+            )
+
+        return call
+
+    held = [
+        (module, name, getattr(module, name))
+        for module, names in ((random, _OF_RANDOM), (np.random, _OF_NUMPY), (torch, ("manual_seed",)))
+        for name in names
+        if hasattr(module, name)
+    ]
+    for module, name, _ in held:
+        setattr(module, name, refuse(module.__name__, name))
+    try:
+        yield
+    finally:
+        for module, name, function in held:
+            setattr(module, name, function)
+
+
+_OF_RANDOM = ("random", "gauss", "normalvariate", "uniform", "randint", "randrange", "choice", "choices", "shuffle",
+              "sample", "seed")  # fmt: skip
+_OF_NUMPY = ("randn", "rand", "normal", "standard_normal", "random", "random_sample", "uniform", "randint", "choice",
+             "shuffle", "permutation", "seed")  # fmt: skip
+
+
+def _device_of(arguments: Arguments, state: str | None) -> torch.device:
+    from ..engines.inspection import device_of
+
+    if state is not None:
+        device: torch.device = arguments.names[state].device
+        return device
+    for network in arguments.networks:
+        found = device_of(network)
+        if found is not None:
+            return found
+    return torch.empty(0).device
+
+
+def _random_states() -> dict[str, Any]:
+    arrays = np.random.get_state()[1]  # noqa: NPY002 (the global generator that loops use)
+    return {"random": random.getstate(), "numpy": np.array(arrays), "torch": torch.get_rng_state()}
+
+
+def _same_random_states(before: Mapping[str, Any]) -> dict[str, bool]:
+    now = _random_states()
+    return {
+        "random": now["random"] == before["random"],
+        "numpy": bool(np.array_equal(now["numpy"], before["numpy"])),
+        "torch": torch.equal(now["torch"], before["torch"]),
+    }
