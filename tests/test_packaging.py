@@ -146,8 +146,10 @@ def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
         "assert (StepTable, sample, noise) == (fastsde.solvers.StepTable, fastsde.sampler.sample, fastsde.noise)\n"
         "print(*names)"
     )
-    modules = "checkpoints compat data distributed models noise ops plotting reference sde solvers training verify"
+    modules = "checkpoints compat data distributed models noise ops plotting reference sde solvers tracing "
+    modules += "training verify"
     names = ["NonFiniteError", "Sampler", "StepTable", "__version__", "sample", *modules.split()]
+    names += ["MismatchError", "TraceError", "accelerate", "trace"]
     names += ["CosineVPSDE", "EDM", "RectifiedFlow", "SubVPSDE", "VESDE", "VPSDE"]
     assert python(code, tmp_path).split() == sorted(names)
     assert set(fastsde.__all__) <= set(names)

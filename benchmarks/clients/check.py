@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastsde.tracing import Replay, TraceError, record
+from fastsde.tracing.brownian import linear_brownian
 from fastsde.tracing.traced import Draws, Traced
 
-from .brownian import linear_brownian
 from .case import Case
 
 # What a correct trace may differ by: rounding, also of loops that keep a part of their work in fp32 or bf16.

@@ -1,6 +1,6 @@
 """k-diffusion: its ``sample_*`` functions, called as they are, and its wrappers around networks.
 
-The samplers that use a Brownian tree by default have it replaced (see brownian.py).
+The samplers that use a Brownian tree by default have it replaced (fastsde/tracing/brownian.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torchsde: ``sdeint`` with fixed steps. Its Brownian motion is replaced (see brownian.py)."""
+"""torchsde: ``sdeint`` with fixed steps. Its Brownian motion is replaced (fastsde/tracing/brownian.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torchsde
 from torch import Tensor
 
-from .brownian import LinearBrownian
+from fastsde.tracing.brownian import LinearBrownian
+
 from .case import Case, case
 
 TITLE, PACKAGES = "torchsde", ("torchsde",)

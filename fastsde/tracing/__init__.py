@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .accelerate import Accelerated, accelerate, trace
+from .accelerated import Accelerated, accelerate, trace
 from .draws import Replay
 from .errors import MismatchError, TraceError
 from .program import Program

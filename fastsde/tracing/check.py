@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import noise
+from .brownian import linear_brownian
 from .draws import Replay
 from .errors import MismatchError, TraceError
 from .program import Program
@@ -94,7 +95,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(loop: Callable[..., Any], arguments: Arguments, name: str | None, state: Tensor | None, noises: Any) -> Any:
     changes = {} if name is None or state is None else {name: state.clone()}
-    with torch.no_grad(), Replay(noises) as replay:
+    with torch.no_grad(), linear_brownian(), Replay(noises) as replay:
         found = arguments.call(loop, changes)
         found = list(found) if inspect.isgenerator(found) else found
         found = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_leaves(found)]

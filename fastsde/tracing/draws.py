@@ -99,7 +99,7 @@ def _normal_arguments(args: Any, kwargs: Any) -> tuple[Any, Any, Sequence[int], 
     return mean, std, shape, dtype
 
 
-class Replay(TorchDispatchMode):
+class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs a loop for real with given draws, in its order. After it, `left` says how many were not used.
 
     Args:
@@ -111,7 +111,7 @@ class Replay(TorchDispatchMode):
     """
 
     def __init__(self, noises: Sequence[Tensor], double: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._noises, self._next, self._double = list(noises), 0, double
         self._shapes = {z.shape for z in noises if z.numel() > 1}
 
@@ -126,7 +126,7 @@ class Replay(TorchDispatchMode):
         self._next += 1
         if tuple(z.shape) != tuple(shape):
             raise RuntimeError(f"the loop draws {list(shape)} where it drew {list(z.shape)} when it was traced")
-        return z.double() if self._double else z.to(dtype or torch.get_default_dtype(), copy=True)
+        return z.to(torch.float64 if self._double else dtype or torch.get_default_dtype(), copy=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 
 __all__ = ["MismatchError", "TraceError", "user_line"]
 
-_OWN = str(Path(__file__).resolve().parent)
-_TORCH = str(Path(torch.__file__).resolve().parent)
-_SKIPPED = ("contextlib.py", "functools.py", "copy.py", "einops")
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}" for folder in (Path(__file__).resolve().parent, Path(torch.__file__).resolve().parent)
+)
+_SKIPPED = {"contextlib.py", "functools.py", "copy.py"}
 
 
 def user_line() -> str:
@@ -20,7 +22,7 @@ def user_line() -> str:
     found = None
     while frame is not None:
         name = frame.f_code.co_filename
-        is_ours = name.startswith((_OWN, _TORCH)) or any(part in name for part in _SKIPPED) or name.startswith("<")
+        is_ours = name.startswith(_LIBRARIES) or Path(name).name in _SKIPPED or name.startswith("<")
         if not is_ours:
             found = f"{Path(name).name}:{frame.f_lineno} in {frame.f_code.co_name}"
             break

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from .calls import Argument, Item
+from .program import Program
+from .tabulate import Tabulated
 from .values import Node, Value
-
-if TYPE_CHECKING:
-    from .traced import Traced
 
 __all__ = ["explain"]
 
 _SHOWN = 3  # rows at the beginning; the last one is shown too
 
 
-def explain(traced: Traced) -> str:
+def explain(name: str, program: Program, tabulated: Tabulated | None, why_no_table: str | None) -> str:
     """Returns what the loop became, what its network is given, and its first rows and its last one."""
-    program, table = traced.program, traced.table
     count = len(program.calls)
-    lines = [f"{traced.name}: {count} network calls, {_many(traced.slots, 'slot')}"]
-    if table is not None:
+    slots = program.slots if tabulated is None else tabulated.table.slots
+    lines = [f"{name}: {count} network calls, {_many(slots, 'slot')}"]
+    if tabulated is not None:
         lines.append("It is a table: the package's engines run it (persistent, graph or eager, whichever is fastest).")
     else:
-        lines.append(f"It is no table, since {traced.why_no_table}: its rows run one by one in PyTorch.")
+        lines.append(f"It is no table, since {why_no_table}: its rows run one by one in PyTorch.")
     operations = sorted({step.operation.name for step in program.operations if step.operation is not None})
     if operations:
         lines.append(f"Run again between the rows, since no table has them: {', '.join(operations)}.")
     if program.state is not None:
         lines.append(f"It starts from its argument {program.state!r}.")
     lines += [f"Note: it {note}." for note in program.notes]
-    if traced.tabulated is not None:
-        lines += _network(traced.tabulated.calls.leaves, traced.tabulated.calls.selected)
+    if tabulated is not None:
+        lines += _network(tabulated.calls.leaves, tabulated.calls.selected)
     lines.append("")
     rows = program.rows
     shown = [0, *range(1, min(_SHOWN, count) + 1)]

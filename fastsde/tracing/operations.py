@@ -14,13 +14,14 @@ from .probe import Probe
 from .tape import Tape, shape_of, tensors_in
 from .values import Joined, Value, added, scaled, uniform
 
-__all__ = ["HANDLERS", "HOST", "RESHAPES", "reason_of"]
+__all__ = ["FINAL", "HANDLERS", "reason_of"]
 
 aten = torch.ops.aten
 Handler = Callable[[Tape, Any, Any, Any], Any]
 HANDLERS: dict[Any, Handler] = {}
-HOST = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.item}
-RESHAPES = {aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_, aten.swapaxes_, aten.resize_}
+# Nothing can stand for their results: numbers on the host, and tensors that change their shape.
+FINAL = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.item, aten.squeeze_, aten.unsqueeze_,
+         aten.transpose_, aten.t_, aten.swapaxes_, aten.resize_}  # fmt: skip
 _UNROLLED = 32  # a contraction over at most this many elements, such as over a stack of past outputs, is unrolled
 _REASONS = {
     "_local_scalar_dense": "the loop decides by a value of the state (if, while, float(), .item())",
@@ -41,6 +42,7 @@ _REASONS = {
     "sign": "the sign of the state",
     "pow": "a power of the state",
     "round": "the state is rounded",
+    **dict.fromkeys(("le", "lt", "ge", "gt", "any", "all"), "the loop decides by values of the state"),
 }
 
 
@@ -78,7 +80,29 @@ def _result(tape: Tape, func: Any, args: Any, value: Value, shape: torch.Size, d
 # Arithmetic ----------------------------------------------------------------------------------------------------------
 
 
+def _by_parts(
+    tape: Tape, func: Any, a: Any, b: Any, scale: Callable[[float], float], shift: Callable[[float], float]
+) -> Any:
+    """Returns scale(b) a + shift(b) part by part, if ``a`` is made of parts, such as states, and b is a number."""
+    if func._schema.name.endswith("_") or not isinstance(a, Probe) or isinstance(b, Probe):
+        return None
+    whole = a.whole if not isinstance(b, Tensor) or b.numel() == 1 else None
+    if not isinstance(whole, Joined):
+        return None
+    number = float(b)
+    parts = [
+        (added(scaled(value, scale(number)), Value(value.numel, {}, shift(number))), shape)
+        for value, shape in whole.parts
+    ]
+    return tape.probe(Joined(parts, whole.dim), a.shape, tape.dtype_of(a, b))
+
+
 def _weighted(tape: Tape, func: Any, args: Any, a: Any, b: Any, ka: float, kb: float) -> Any:
+    found = _by_parts(tape, func, a, b, lambda n: ka, lambda n: kb * n)
+    if found is None:
+        found = _by_parts(tape, func, b, a, lambda n: kb, lambda n: ka * n)
+    if found is not None:
+        return found
     shape = shape_of(a, b)
     total = added(scaled(tape.value(a, shape), ka), scaled(tape.value(b, shape), kb))
     return _result(tape, func, args, total, shape, tape.dtype_of(a, b))
@@ -115,6 +139,10 @@ def _product(tape: Tape, func: Any, a: Any, b: Any, shape: torch.Size) -> Value:
 @_handles("mul", "mul_")
 def _mul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args[0], args[1]
+    for x, y in ((a, b), (b, a)):
+        found = _by_parts(tape, func, x, y, lambda n: n, lambda n: 0.0)
+        if found is not None:
+            return found
     shape = shape_of(a, b)
     return _result(tape, func, args, _product(tape, func, a, b, shape), shape, tape.dtype_of(a, b))
 
@@ -127,6 +155,9 @@ def _div(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         raise TraceError(_name(func), "a division by a traced tensor")
     if kwargs.get("rounding_mode"):
         raise TraceError(_name(func), "a rounded division of the state")
+    found = _by_parts(tape, func, a, b, lambda n: 1 / n if n else math.inf, lambda n: 0.0)
+    if found is not None:
+        return found
     shape = shape_of(a, b)
     k = tape.operand(b, shape)
     k = k.const if isinstance(k, Value) else k
@@ -203,14 +234,25 @@ def _clamped(tape: Tape, func: Any, args: Any, low: Any, high: Any) -> Any:
         if not isinstance(value, float):
             raise TraceError(_name(func), "a bound that differs from element to element")
         bounds.append(value)
-    if bounds == [-math.inf, math.inf] or not x.value.terms:
-        return args[0]
-    node = tape.node("clamp", x.shape, value=x.value, bounds=(bounds[0], bounds[1]))
-    value = Value(node.numel, {(node, None): 1.0})
-    if func._schema.name.endswith("_"):
+    in_place = func._schema.name.endswith("_")
+    whole = x.whole
+    if isinstance(whole, Joined) and not in_place:
+        parts = [(_clamp_of(tape, value, shape, bounds, early=True), shape) for value, shape in whole.parts]
+        return tape.probe(Joined(parts, whole.dim), x.shape, x.dtype)
+    value = _clamp_of(tape, x.value, x.shape, bounds)
+    if in_place:
         x.write(value)
         return args[0]
     return tape.probe(value, x.shape, x.dtype)
+
+
+def _clamp_of(tape: Tape, value: Value, shape: Sequence[int], bounds: Sequence[float], early: bool = False) -> Value:
+    if not value.terms or (bounds[0] == -math.inf and bounds[1] == math.inf):
+        return value
+    node = tape.node("clamp", shape, value=value, bounds=(bounds[0], bounds[1]))
+    if early:  # as soon as its argument is known, which need not wait
+        node.epoch = max(child.epoch for child in node.children())
+    return Value(node.numel, {(node, None): 1.0})
 
 
 @_handles("clamp", "clamp_", "clip", "clip_", "hardtanh", "hardtanh_")
@@ -256,6 +298,15 @@ def _copy(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 def _is_finite(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     tape.notes["asks whether the state is finite: taken as yes"] = None
     return torch.full(args[0].shape, _name(func) == "isfinite", device=tape.device)
+
+
+@_handles("eq", "ne")
+def _equal_to_itself(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
+    x, y = (tape.as_probe(each) for each in args[:2])
+    if x is None or y is None or (x.memory, x.positions) != (y.memory, y.positions):
+        raise TraceError(_name(func), "the loop decides by values of the state")
+    tape.notes["asks whether the state is finite: taken as yes"] = None  # NaN differs from itself
+    return torch.full(x.shape, _name(func) == "eq", device=tape.device)
 
 
 @_handles("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",

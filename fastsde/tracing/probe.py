@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import TraceError
 from .values import Joined, Mover, Positions, Value
-
-if TYPE_CHECKING:
-    from .tape import Tape
 
 __all__ = ["Memory", "Probe"]
 
@@ -95,16 +92,16 @@ class Memory:
 class Probe(Tensor):
     """A tensor without data that stands for an affine value: chosen positions of a memory."""
 
-    tape: Tape
+    tape: Any  # the `Tape` that it belongs to
     memory: Memory
     positions: Positions | None
     _read: tuple[int, Value] | None
 
     @staticmethod
     def __new__(
-        cls, tape: Tape, memory: Memory, shape: Sequence[int], dtype: torch.dtype, positions: Positions | None = None
+        cls, tape: Any, memory: Memory, shape: Sequence[int], dtype: torch.dtype, positions: Positions | None = None
     ) -> Probe:
-        probe: Probe = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=tape.device)  # type: ignore[attr-defined]
+        probe: Probe = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=tape.device)
         probe.tape, probe.memory, probe.positions, probe._read = tape, memory, positions, None
         return probe
 
@@ -116,10 +113,10 @@ class Probe(Tensor):
         if func in _WHOLE:  # their parts reshape in place
             probe = next(each for each in args if isinstance(each, Probe))
             return probe.tape.opaque(func, args, kwargs or {}, TraceError(func.__name__, "a quantile of the state"))
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})  # type: ignore[attr-defined]
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TraceError(
             str(func),
             "a traced tensor is used after its trace has ended: something kept a state of the loop",
@@ -150,12 +147,13 @@ class Probe(Tensor):
         return Probe(self.tape, self.memory, shape, self.dtype, inner)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return self._refuse("repr")
+        self.tape.host_read(self)
+        return "Probe"
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         self.tape.host_read(self)
 
-    numpy = tolist = __array__ = data_ptr = __format__ = __str__ = _refuse  # type: ignore[assignment]
+    numpy = tolist = __array__ = data_ptr = __format__ = __str__ = _refuse
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.clone()

@@ -53,7 +53,6 @@ class Program:
         self.leaves, self.spec = leaves, spec
         self.outputs = [leaf for leaf in leaves if isinstance(leaf, Output)]
         self.draws: list[Draw] = tape.draws
-        self.calls = tape.calls
         self.notes = list(tape.notes)
         self.mover = tape.mover
         self.device = tape.device
@@ -61,6 +60,7 @@ class Program:
         self.writes_state = False  # whether the loop changes its initial state in place: the last of the leaves
         self.baked_ids: frozenset[int] = frozenset()  # of arguments that take part in the loop's arithmetic
         self.rows: list[Row] = make_rows(tape, [part for output in self.outputs for part in output.parts])
+        self.calls = [row.call for row in self.rows if row.call is not None]
 
     @property
     def slots(self) -> int:

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from ..engines.inspection import device_of
 from ..models.unwrap import unwrap
+from .brownian import linear_brownian
+from .draws import RANDOM
 from .errors import TraceError
+from .operations import FINAL, HANDLERS, reason_of
 from .probe import Probe
 from .program import Output, Program
-from .tape import Finished, NeedsState, Tape
+from .tape import Finished, NeedsState, Rules, Tape, cdata
 
 __all__ = ["Arguments", "record"]
 
@@ -93,7 +97,7 @@ class Arguments:
         """Calls the loop with some arguments replaced."""
         args, kwargs = list(self.bound.args), dict(self.bound.kwargs)
         if changes:
-            copy = inspect.BoundArguments(self.bound.signature, dict(self.bound.arguments))  # type: ignore[arg-type]
+            copy = inspect.BoundArguments(self.bound.signature, dict(self.bound.arguments))
             for name, value in changes.items():
                 set_argument(copy, name, value)
             args, kwargs = list(copy.args), dict(copy.kwargs)
@@ -141,6 +145,9 @@ def set_argument(bound: inspect.BoundArguments, name: str, value: Any) -> None:
             bound.arguments[own] = {**held, name: value}
             return
     bound.arguments[name] = value
+
+
+_RULES = Rules(RANDOM, HANDLERS, FINAL, reason_of)
 
 
 def record(
@@ -210,7 +217,8 @@ def _recorded(
     names = arguments.names
     watched = [x for x in tree_leaves(names) if isinstance(x, Tensor)]
     device = _device_of(arguments, state)
-    tape = Tape(device, double=double, until_read=until_read, watched=watched)
+    tape = Tape(device, _RULES, double=double, until_read=until_read, watched=watched)
+    tape.given_generators = {cdata(x) for x in tree_leaves(names) if isinstance(x, torch.Generator)}
     modules = arguments.modules
     changes: dict[str, Any] = {}
     first = len(arguments.networks) - len(modules)
@@ -224,7 +232,7 @@ def _recorded(
             changes[name] = _without_callbacks(tape, name, x)
     before = _random_states()
     try:
-        with tape, tape.replacing(modules, first), refused_draws(tape):
+        with tape, tape.replacing(modules, first), refused_draws(tape), linear_brownian(tape.note_tree):
             try:
                 returned = arguments.call(loop, changes)
             except Finished as end:
@@ -332,8 +340,6 @@ _OF_NUMPY = ("randn", "rand", "normal", "standard_normal", "random", "random_sam
 
 
 def _device_of(arguments: Arguments, state: str | None) -> torch.device:
-    from ..engines.inspection import device_of
-
     if state is not None:
         device: torch.device = arguments.names[state].device
         return device
@@ -345,8 +351,8 @@ def _device_of(arguments: Arguments, state: str | None) -> torch.device:
 
 
 def _random_states() -> dict[str, Any]:
-    arrays = np.random.get_state()[1]  # noqa: NPY002 (the global generator that loops use)
-    return {"random": random.getstate(), "numpy": np.array(arrays), "torch": torch.get_rng_state()}
+    state: Any = np.random.get_state()  # noqa: NPY002 (the global generator that loops use)
+    return {"random": random.getstate(), "numpy": np.array(state[1]), "torch": torch.get_rng_state()}
 
 
 def _same_random_states(before: Mapping[str, Any]) -> dict[str, bool]:

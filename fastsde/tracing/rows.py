@@ -112,6 +112,9 @@ def make_rows(tape: Tape, outputs: Sequence[Value]) -> list[Row]:
         TraceError: if a coefficient is NaN or infinite.
     """
     rows = _Rows(tape, outputs).rows
+    while len(rows) > 2 and not rows[-1].emitted:  # what the loop calls last, and returns nothing of
+        rows.pop()
+        rows[-1].update = []
     for k, row in enumerate(rows):
         for value in row.values():
             for c in (*value.terms.values(), value.const):
@@ -188,6 +191,7 @@ def _inputs(call: Call, k: int, mover: Mover) -> tuple[list[Node], dict[int, Lea
         pieces = given.parts if isinstance(given, Joined) else [(given, shape)]
         parts = []
         for value, part_shape in pieces:
+            value = _without_constants(value, k)
             inner, positions, scale = _factored(value, mover)
             if inner is None:
                 parts.append(Part(part_shape, None, None, 0.0, value.const))
@@ -205,6 +209,18 @@ def _inputs(call: Call, k: int, mover: Mover) -> tuple[list[Node], dict[int, Lea
             parts.append(Part(part_shape, number, positions, scale, value.const))
         leaves[i] = Leaf(shape, dtype, parts, given.dim if isinstance(given, Joined) else 0)
     return nodes, leaves
+
+
+def _without_constants(value: Value, k: int) -> Value:
+    """Returns a value in which sums of this row with a constant are written out, so that the constant stands apart."""
+    for node, positions in list(value.terms):
+        own = node.value
+        if node.kind != "affine" or node.epoch != k or positions is not None or own is None or is_zero(own.const):
+            continue
+        c = value.terms[node, positions]
+        rest = Value(value.numel, {key: x for key, x in value.terms.items() if key[0] is not node}, value.const)
+        return _without_constants(added(rest, scaled(own, c)), k)
+    return value
 
 
 def _factored(value: Value, mover: Mover) -> tuple[Value | None, Positions | None, Any]:

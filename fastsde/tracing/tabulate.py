@@ -11,7 +11,7 @@ with coefficients that do not differ from element to element, without constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,15 @@ _PARALLEL = 1e-9  # relative size of what is left of a vector beside another, be
 
 @dataclass(frozen=True)
 class Returned:
-    """An emitted node: scale * slot 0 after a number of rows + const, and what is done to it after the last row."""
+    """An emitted node: scale * slot 0 after a number of rows + const, and what is done to it after the last row.
+
+    ``positions`` say which element of that each of its own is.
+    """
 
     rows: int
     scale: float
     const: float
+    positions: Positions | None = None
     after: tuple[tuple[Step, Value], ...] = ()  # each step, and its result's value over the step before
 
 
@@ -45,8 +49,9 @@ class Tabulated:
 
     Args:
         shape: ``(B, *shape)`` of the traced state.
-        scale: the initial slot 0 is this times the first draw, or the initial state.
-        start: the nodes and weights of the first draw, or of the initial state.
+        scale: the initial slot 0 is this times ``start``.
+        start: the nodes and weights of the first draw, whose weights have norm 1, and of the initial state.
+        start_positions: which element of these each element of slot 0 is.
         noises: for each row, the nodes and weights of its noise; the weights have norm 1.
         returned: how the emitted nodes follow from the states.
         calls: how the network is called.
@@ -56,6 +61,7 @@ class Tabulated:
     shape: tuple[int, ...]
     scale: float
     start: list[tuple[Node, float]]
+    start_positions: Positions | None
     noises: list[list[tuple[Node, float]]]
     returned: dict[Node, Returned]
     calls: Calls
@@ -88,7 +94,7 @@ def tabulate(program: Program) -> Tabulated:
     final = [*rows[:-1], last]
     shape = _shape(final)
     slots = max(len(row.update) for row in final)
-    scale, start = _start(rows[0])
+    scale, start, moved = _start(rows[0])
     count = len(rows) - 1
     arrays = {name: np.zeros((count, slots)) for name in "pbed"}
     A, q = np.zeros((count, slots, slots)), np.zeros(count)
@@ -120,8 +126,8 @@ def tabulate(program: Program) -> Tabulated:
             returned[node] = _returned(epoch, value, row.update[0])
     for node, (target, steps) in after.items():
         found = _returned(count, target, last.update[0])
-        returned[node] = Returned(count, found.scale, found.const, steps)
-    return Tabulated(table, shape, scale, start, noises, returned, calls)
+        returned[node] = replace(found, rows=count, after=steps)
+    return Tabulated(table, shape, scale, start, moved, noises, returned, calls)
 
 
 def _shape(rows: Sequence[Row]) -> tuple[int, ...]:
@@ -135,22 +141,22 @@ def _shape(rows: Sequence[Row]) -> tuple[int, ...]:
     return shape
 
 
-def _start(prologue: Row) -> tuple[float, list[tuple[Node, float]]]:
+def _start(prologue: Row) -> tuple[float, list[tuple[Node, float]], Positions | None]:
     if len(prologue.update) != 1:
         raise NotATable(f"it starts with {len(prologue.update)} slots that are not zero")
     if prologue.steps:
         raise NotATable("it clamps its first draw or state")
     value = prologue.update[0]
     weights: dict[int, float] = {}
+    moved = {positions for _, positions in value.terms}
     for (atom, positions), c in value.terms.items():
-        _check_uniform(c, positions)
+        _check_uniform(c, positions if len(moved) > 1 else None)
         weights[atom.index] = c  # type: ignore[assignment]
     _check_no_constant(value)
     nodes = [(prologue.noises[i], w) for i, w in weights.items()]
-    if any(node.kind == "input" for node, _ in nodes) and len(nodes) > 1:
-        raise NotATable("it adds noise to its initial state before the first network call")
-    scale = nodes[0][1] if len(nodes) == 1 else float(np.linalg.norm(list(weights.values())))
-    return scale, [(node, w / scale) for node, w in nodes]
+    drawn = [w for node, w in nodes if node.kind == "noise"]
+    scale = nodes[0][1] if len(nodes) == 1 else float(np.linalg.norm(drawn))
+    return scale, [(node, w / scale) for node, w in nodes], next(iter(moved))
 
 
 def _check_uniform(c: Any, positions: Positions | None) -> None:
@@ -192,7 +198,7 @@ def _coefficients(row: Row, slots: int) -> _Coefficients:
         for (atom, positions), weight in value.terms.items():
             _check_uniform(weight, None if atom.kind == "f" else positions)
             if atom.kind == "s":
-                s[atom.index] = weight  # type: ignore[assignment]
+                s[atom.index] = weight
             elif atom.kind == "f":
                 f[atom.index, positions] = weight  # type: ignore[assignment]
             elif atom.kind == "D":
@@ -300,23 +306,32 @@ def _closed(row: Row, targets: dict[Node, tuple[Value, tuple[tuple[Step, Value],
 
 def _returned(rows: int, value: Value, state: Value) -> Returned:
     """Returns a value as a multiple of a state, both over the atoms of a row."""
-    renamed, own = _by_place(value), _by_place(state)
     why = NotATable("it returns something else than its state")
-    if isinstance(value.const, Tensor) or isinstance(state.const, Tensor) or value.numel != state.numel:
+    for terms in (value.terms, state.terms):
+        for (atom, positions), c in terms.items():
+            _check_uniform(c, None if atom.kind == "f" or terms is value.terms else positions)
+    if isinstance(value.const, Tensor) or isinstance(state.const, Tensor):
+        raise NotATable("it adds constants to the state")
+    if value.numel != state.numel:
         raise why
-    if renamed.keys() != own.keys() or not own:
+    ours, own = _by_place(value), _by_place(state)
+    moved = None
+    if ours.keys() != own.keys():  # the same, moved
+        places = {positions for _, positions in value.terms}
+        if len(places) != 1 or any(positions is not None for _, positions in state.terms):
+            raise NotATable("it moves elements of the state between rows") if None not in places else why
+        (moved,) = places
+        ours = {(kind, index, None): c for (kind, index, _), c in ours.items()}
+    if ours.keys() != own.keys() or not own:
         raise why
     scale: float | None = None
-    for key, c in renamed.items():
-        other = own[key]
-        if isinstance(c, Tensor) or isinstance(other, Tensor):
-            raise why
-        ratio = c / other
+    for key, c in ours.items():
+        ratio = c / own[key]
         if scale is not None and abs(ratio - scale) > _PARALLEL * abs(scale):
             raise why
         scale = ratio
     assert scale is not None
-    return Returned(rows, scale, value.const - scale * state.const)
+    return Returned(rows, scale, value.const - scale * state.const, moved)
 
 
 def _by_place(value: Value) -> dict[Any, Any]:

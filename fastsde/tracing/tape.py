@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .brownian import NOTE
 from .errors import TraceError
 from .probe import Memory, Probe
 from .values import Coefficient, Joined, Mover, Node, Value, uniform
 
-__all__ = ["Call", "Draw", "NeedsState", "Operation", "Tape", "tensors_in"]
+__all__ = ["Call", "Draw", "NeedsState", "Operation", "Rules", "Tape", "cdata", "tensors_in"]
 
 
 class NeedsState(Exception):  # noqa: N818 (no error: the trace starts again with the state)
@@ -81,8 +83,23 @@ class Operation:
 
     @property
     def name(self) -> str:
-        schema = getattr(self.function, "_schema", None)
-        return schema.name.removeprefix("aten::") if schema is not None else self.function.__name__
+        return _name(self.function)
+
+
+class Rules(NamedTuple):
+    """What operations do to probes, by ATen's packets.
+
+    Args:
+        draws: of draws.
+        operations: of operations that are affine or move elements.
+        final: those that are refused at once, since nothing can stand for their result.
+        reason: why an operation, by its name, is not affine.
+    """
+
+    draws: Mapping[Any, Callable[..., Any]]
+    operations: Mapping[Any, Callable[..., Any]]
+    final: AbstractSet[Any]
+    reason: Callable[[str], str]
 
 
 class Tape(TorchDispatchMode):
@@ -90,6 +107,7 @@ class Tape(TorchDispatchMode):
 
     Args:
         device: of the probes.
+        rules: what operations do.
         double: every draw is float64, and casts of the state keep that, so that only the algebra is recorded.
         until_read: the first read of the state on the host ends the loop, and is its result.
         watched: tensors of the caller: those that take part in an operation are collected in ``baked``.
@@ -98,13 +116,15 @@ class Tape(TorchDispatchMode):
     def __init__(
         self,
         device: torch.device,
+        rules: Rules,
         *,
         double: bool = False,
         until_read: bool = False,
         watched: Sequence[Tensor] = (),
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.double, self.until_read = device, double, until_read
+        self._rules = rules
         self.mover = Mover()
         self.epoch = 0
         self.calls: list[Call] = []
@@ -114,6 +134,8 @@ class Tape(TorchDispatchMode):
         self.baked: set[int] = set()
         self.inputs: list[Probe] = []  # the initial state
         self._watched = {id(tensor) for tensor in watched}
+        self.given_generators: set[int] = set()  # those of the caller, by their _cdata
+        self._states: dict[int, bytes] = {}  # of generators, at their first draw
         self._count = 0
         self._storages: dict[int, tuple[Memory, Any]] = {}  # plain memory that the loop has written state into
         self._poisoned: list[tuple[Tensor, Tensor]] = []
@@ -143,9 +165,23 @@ class Tape(TorchDispatchMode):
         device: torch.device | None = None,
     ) -> Probe:
         dtype = dtype or torch.get_default_dtype()
+        if generator is not None:
+            self._check_generator(generator)
         self.draws.append(Draw(tuple(shape), dtype, generator, device))
         node = self.node("noise", shape, label=len(self.draws) - 1)
         return self.symbol(node, torch.float64 if self.double else dtype)
+
+    def _check_generator(self, generator: torch.Generator) -> None:
+        """Refuses a generator that the loop seeds again between draws: its draws would no longer repeat."""
+        own, state = cdata(generator), generator.get_state().numpy().tobytes()
+        last = self._states.setdefault(own, state)
+        is_again = own not in self.given_generators and any(
+            state == other and each != own for each, other in self._states.items()
+        )
+        if last != state or is_again:
+            raise self.refuse(
+                "generator", "the loop seeds a generator again, to draw the same numbers", "seed it outside of the loop"
+            )
 
     def input(self, tensor: Tensor) -> Probe:
         """Returns the symbol of the initial state."""
@@ -153,6 +189,9 @@ class Tape(TorchDispatchMode):
         probe = self.symbol(node, torch.float64 if self.double else tensor.dtype)
         self.inputs.append(probe)
         return probe
+
+    def note_tree(self) -> None:
+        self.notes[NOTE] = None
 
     def named(self, value: Value, shape: Sequence[int], dtype: torch.dtype) -> Probe:
         """Returns a probe of a value; a sum becomes a node, so that later values stay short."""
@@ -208,7 +247,7 @@ class Tape(TorchDispatchMode):
         data = whole.to("cpu", torch.float64)
         data = torch.where(data.isfinite(), data, torch.zeros_like(data))  # torch.empty
         self._storages[storage._cdata] = (Memory(Value(numel, {}, uniform(data)), self.mover), storage)
-        with _disable_current_modes(), torch.no_grad():  # type: ignore[no-untyped-call]
+        with _disable_current_modes(), torch.no_grad():
             self._poisoned.append((whole, whole.clone()))
             whole.fill_(float("nan") if x.is_floating_point() else 0)  # what reads it past the trace is noticed
         found = self.as_probe(x)
@@ -337,7 +376,7 @@ class Tape(TorchDispatchMode):
             args, kwargs = tree_unflatten(real, spec)
             return tree_flatten(network(*args, **kwargs))
 
-        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=_gpus(self.device)):  # type: ignore[no-untyped-call]
+        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=_gpus(self.device)):
             try:
                 return run(None)
             except RuntimeError:
@@ -348,12 +387,9 @@ class Tape(TorchDispatchMode):
     # Dispatch --------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .draws import RANDOM
-        from .operations import HANDLERS, HOST, RESHAPES, reason_of
-
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        draw = RANDOM.get(packet)
+        draw = self._rules.draws.get(packet)
         if draw is not None:
             return draw(self, func, args, kwargs)
         if self._watched:
@@ -368,7 +404,7 @@ class Tape(TorchDispatchMode):
                 result = getattr(torch, func._schema.name.split("::")[1])(*args, **plain)
             self.memory(out).write(self.value(result, out.shape))
             return out
-        handler = HANDLERS.get(packet)
+        handler = self._rules.operations.get(packet)
         try:
             if handler is not None:
                 return handler(self, func, args, kwargs)
@@ -376,11 +412,11 @@ class Tape(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-            raise TraceError(_name(func), reason_of(_name(func)))
+            raise TraceError(_name(func), self._rules.reason(_name(func)))
         except TraceError as error:
             if error is self.refusal:
                 raise
-            if packet in HOST or packet in RESHAPES:
+            if packet in self._rules.final:
                 raise self._refused(self.first_cause(args, error)) from None
             return self.opaque(func, args, kwargs, error)
 
@@ -452,6 +488,12 @@ class Tape(TorchDispatchMode):
 _ROW_BY_ROW = "call fastsde.sample with a callback, or keep the loop as it is"
 
 
+def cdata(generator: Any) -> int:
+    """Returns what tells generators apart: PyTorch wraps them in new objects."""
+    found: int = generator._cdata
+    return found
+
+
 def tensors_in(args: Any) -> Iterator[Tensor]:
     """Yields the tensors among arguments and in lists of them."""
     for x in args:
@@ -471,7 +513,8 @@ def _is_floating(leaf: Any) -> bool:
 
 def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
-    return schema.name.removeprefix("aten::") if schema is not None else func.__name__
+    name: str = func.__name__ if schema is None else schema.name
+    return name.removeprefix("aten::")
 
 
 def _gpus(device: torch.device) -> list[int]:
@@ -484,8 +527,5 @@ def shape_of(*operands: Any) -> torch.Size:
     shapes.discard(torch.Size())
     if len(shapes) <= 1:
         return shapes.pop() if shapes else torch.Size()
-    return torch.broadcast_shapes(*shapes)
-
-
-def numel_of(shape: Sequence[int]) -> int:
-    return math.prod(shape)
+    found: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return found

@@ -17,12 +17,13 @@ from ..request import make_keys
 from ..sampler import Sampler
 from ..solvers import StepTable
 from ..validation import check_int, check_tensor
-from .calls import Item, NotATable, conditions_of
+from .called import conditions_of, model_of
+from .calls import Item, NotATable, per_sample
 from .explain import explain
 from .program import Output, Program, evaluate, execute, run_operation
 from .tabulate import Tabulated, tabulate
-from .tape import Call, Draw
-from .values import Node, Value
+from .tape import Call, Draw, cdata
+from .values import Node, Positions, Value
 
 __all__ = ["Draws", "Traced"]
 
@@ -62,7 +63,7 @@ class Draws:
     def _draw(self, draw: Draw) -> Tensor:
         generator = draw.generator
         if generator is not None:
-            generator = self._generators.get(generator._cdata, generator)
+            generator = self._generators.get(cdata(generator), generator)
         device = draw.device or (generator.device if generator is not None else self._device)
         return torch.randn(draw.shape, dtype=draw.dtype, device=device, generator=generator).to(self._device)
 
@@ -107,7 +108,7 @@ class Traced:
 
     def explain(self) -> str:
         """Returns a listing of the rows, of what the network is given, and of the engine that runs them."""
-        return explain(self)
+        return explain(self.name, self.program, self.tabulated, self.why_no_table)
 
     def __repr__(self) -> str:
         what = "no table" if self.table is None else repr(self.table)
@@ -174,14 +175,9 @@ class Traced:
                 f"n must be {self.batch}: this loop mixes samples, or gives each its own condition, got {n}"
             )
         sampler = self._sampler(networks[0], options)
-        x_init = None
-        if state is not None:
-            x_init = tabulated.scale * state.to(sampler.state_dtype).reshape(n, *tabulated.shape[1:])
+        x_init = self._start(state, n, draws, keys, seed, first_sample, sampler.state_dtype)
         noise_function = None
         if draws is not None:
-            if state is None:
-                x_init = tabulated.scale * self._mixed(draws, tabulated.start, sampler.state_dtype)
-                x_init = x_init.reshape(tabulated.shape)
             held: Draws = draws
 
             def noise_function(row: int, x: Tensor) -> Tensor:
@@ -202,6 +198,47 @@ class Traced:
             draws.finish()
         return self._returned(x, states, n, state)
 
+    def _start(
+        self,
+        state: Tensor | None,
+        n: int,
+        draws: Draws | None,
+        keys: Any,
+        seed: int,
+        first_sample: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """Returns the initial slot 0; None if it is a draw of the contract, which the sampler makes itself."""
+        tabulated = self.tabulated
+        assert tabulated is not None
+        noises = [(node, w) for node, w in tabulated.start if node.kind == "noise"]
+        shape = (n, *tabulated.shape[1:])
+        total: Tensor | None = None
+        if noises and draws is not None:
+            total = self._mixed(draws, noises, dtype)
+        elif noises and (state is not None or tabulated.start_positions is not None):
+            own = make_keys(keys, n, seed, first_sample, self.program.device, "eager")
+            total = ops.normal(own, 0, shape[1:]).to(dtype).reshape(-1)
+        for node, weight in tabulated.start:
+            if node.kind == "input":
+                assert state is not None
+                x = weight * state.to(dtype).reshape(-1)
+                total = x if total is None else total + x
+        if total is None:
+            return None
+        return tabulated.scale * self._moved(total, tabulated.start_positions, n).reshape(shape)
+
+    def _moved(self, x: Tensor, positions: Positions | None, n: int) -> Tensor:
+        """Returns elements of flat samples."""
+        if positions is None:
+            return x
+        if n == self.batch:
+            return x[positions.idx.to(x.device)]
+        index = per_sample(positions.idx, self.batch, len(x) // max(1, n))
+        if index is None:
+            raise ValueError(f"n must be {self.batch}: what this loop returns mixes samples, got {n}")
+        return x.reshape(n, -1)[:, index.to(x.device)].reshape(-1)
+
     def _sampler(self, network: Callable[..., Any], options: Mapping[str, Any]) -> Sampler:
         tabulated = self.tabulated
         assert tabulated is not None
@@ -210,7 +247,7 @@ class Traced:
             own = dict(options)
             if not isinstance(network, nn.Module) and own.get("device") is None:
                 own["device"] = self.program.device
-            model = tabulated.calls.model(unwrap(network) if isinstance(network, nn.Module) else network)
+            model = model_of(tabulated.calls, unwrap(network) if isinstance(network, nn.Module) else network)
             sampler = Sampler(
                 model, tabulated.shape[1:], solver=tabulated.table, prior_std=tabulated.scale, **own
             )  # fmt: skip
@@ -245,13 +282,14 @@ class Traced:
             value = base.reshape(-1)
             value = value if how.scale == 1 else value * how.scale
             value = value if how.const == 0 else value + how.const
+            value = self._moved(value, how.positions, n)
             for step, after in how.after:
                 if step.bounds is not None:
                     value = value.clamp(*step.bounds)
                     place: Any = ("D", next(atom.index for atom, _ in after.terms))
                 else:
                     ((atom, _),) = after.terms
-                    value = run_operation(step, [value])[atom.output].reshape(-1)  # type: ignore[union-attr]
+                    value = run_operation(step, [value])[atom.output].reshape(-1)
                     place = ("o", atom.index, atom.output)
                 value = self._evaluated(after, {place: value}, n)
             found[node] = value
@@ -273,16 +311,9 @@ class Traced:
                 if positions is None and c == 1:
                     return atoms[key] if isinstance(key, Node) else like
             return evaluate(value, atoms, dtype, like.device)
-        from .calls import _per_sample
-
         total: Tensor | None = None
         for (key, positions), c in value.terms.items():
-            x = atoms[key] if isinstance(key, Node) else like
-            if positions is not None:
-                index = _per_sample(positions.idx, self.batch, key.numel // self.batch)
-                if index is None:
-                    raise ValueError(f"n must be {self.batch}: what this loop returns mixes samples, got {n}")
-                x = x.reshape(n, -1)[:, index.to(x.device)].reshape(-1)
+            x = self._moved(atoms[key] if isinstance(key, Node) else like, positions, n)
             if isinstance(c, Tensor):
                 raise ValueError(f"n must be {self.batch}: this loop gives each element its own constants, got {n}")
             total = c * x if total is None else total + c * x

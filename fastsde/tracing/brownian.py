@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+__all__ = ["NOTE", "LinearBrownian", "linear_brownian"]
+
+NOTE = "draws from a Brownian tree, which is replaced by independent normals"
 
 
 class LinearBrownian:
@@ -71,16 +76,21 @@ class LinearBrownian:
 
 
 @contextlib.contextmanager
-def linear_brownian() -> Iterator[None]:
-    """Replaces torchsde's trees, where torchsde is installed."""
-    try:
-        import torchsde
-    except ImportError:
+def linear_brownian(tell: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Replaces torchsde's trees, if torchsde is imported; ``tell`` is called when the loop makes one."""
+    torchsde: Any = sys.modules.get("torchsde")
+    if torchsde is None or not hasattr(torchsde, "BrownianTree"):
         yield
         return
-    kept = torchsde.BrownianTree, torchsde.BrownianInterval
-    torchsde.BrownianTree = torchsde.BrownianInterval = LinearBrownian
+
+    class Told(LinearBrownian):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            tell()
+            super().__init__(*args, **options)
+
+    held = torchsde.BrownianTree, torchsde.BrownianInterval
+    torchsde.BrownianTree = torchsde.BrownianInterval = Told
     try:
         yield
     finally:
-        torchsde.BrownianTree, torchsde.BrownianInterval = kept
+        torchsde.BrownianTree, torchsde.BrownianInterval = held

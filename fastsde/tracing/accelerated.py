@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..engines.fingerprint import Fingerprint
 from ..validation import check_bool, check_int
+from .brownian import NOTE
 from .check import check as check_against
 from .environment import environment
 from .recording import Arguments, record, record_call
+from .tape import cdata
 from .traced import Draws, Traced
 
 __all__ = ["Accelerated", "accelerate", "trace"]
@@ -147,7 +149,7 @@ class Accelerated:
         state = names[traced.program.state] if traced.program.state is not None else None
         draws = None
         if options.noise == "torch":
-            renamed = {old._cdata: new for old, new in zip(entry.generators, generators, strict=True)}
+            renamed = {cdata(old): new for old, new in zip(entry.generators, generators, strict=True)}
             draws = Draws(traced.program.draws, traced.program.device, renamed)
         given = {id(old): new for old, new in zip(entry.tensors, tensors, strict=True)}
         return traced.run(
@@ -156,7 +158,7 @@ class Accelerated:
             state=state,
             draws=draws,
             given=given,
-            **({} if draws is not None else {"seed": options.seed}),
+            seed=0 if draws is not None else options.seed,
             **options.of_run(),
         )
 
@@ -200,6 +202,8 @@ class Accelerated:
         name = getattr(self.loop, "__name__", type(self.loop).__name__)
         before = {i: x.detach().clone() for i, x in enumerate(tensors)}
         traced = Traced(record_call(self.loop, arguments, options.state, replay=options.replay), name)
+        if options.noise == "torch" and NOTE in traced.program.notes:
+            raise ValueError(f"noise must be 'contract' for {name}: it {NOTE}, which are not the tree's numbers")
         environments, changes = [now], frozenset[int]()
         if options.check:
             between = environment(self.loop, objects, arguments.networks)
