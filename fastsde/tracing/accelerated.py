@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from ..validation import check_bool, check_int
 from .brownian import NOTE
 from .check import check as check_against
 from .environment import environment
-from .recording import Arguments, record, record_call
+from .recording import Arguments, one_at_a_time, record, record_call
 from .tape import cdata
 from .traced import Draws, Traced
 
@@ -112,7 +113,8 @@ class Accelerated:
     def __init__(self, loop: Callable[..., Any], options: _Options, known: Any = None) -> None:
         functools.update_wrapper(self, loop)
         self.loop, self._options = loop, options
-        self._known: OrderedDict[Any, list[_Entry]] = OrderedDict() if known is None else known
+        self._known: OrderedDict[Any, list[_Entry]] = OrderedDict() if known is None else known[0]
+        self._lock = threading.RLock() if known is None else known[1]
         self.traced: Traced | None = None
 
     def with_options(self, **changes: Any) -> Accelerated:
@@ -123,7 +125,7 @@ class Accelerated:
             raise TypeError(f"{unknown!r} is no option: it must be one of {', '.join(values)}")
         options = _Options(**{**values, **changes})
         is_same = all(getattr(options, name) == values[name] for name in ("network", "modules", "state", "replay"))
-        return Accelerated(self.loop, options, self._known if is_same else None)
+        return Accelerated(self.loop, options, (self._known, self._lock) if is_same else None)
 
     def explain(self) -> str:
         """Returns how the last call ran (`Traced.explain`)."""
@@ -173,6 +175,17 @@ class Accelerated:
     ) -> _Entry:
         objects = [x for name, x in names.items() if name != arguments.network and not isinstance(x, (Tensor, *_PLAIN))]
         key = _key(names, arguments)
+        with self._lock:
+            return self._found(key, arguments, objects, tensors, generators)
+
+    def _found(
+        self,
+        key: Any,
+        arguments: Arguments,
+        objects: list[Any],
+        tensors: list[Tensor],
+        generators: list[torch.Generator],
+    ) -> _Entry:
         now = environment(self.loop, objects, arguments.networks)
         entries = self._known.get(key, [])
         for entry in entries:
@@ -180,7 +193,8 @@ class Accelerated:
             if fits and all(torch.equal(tensors[i], value) for i, value in entry.baked.items()):
                 self._known.move_to_end(key)
                 return entry
-        entry = self._trace(arguments, now, objects, tensors, generators)
+        with one_at_a_time:
+            entry = self._trace(arguments, now, objects, tensors, generators)
         self._known.setdefault(key, []).append(entry)
         self._known.move_to_end(key)
         while sum(map(len, self._known.values())) > _TRACES:
@@ -235,7 +249,8 @@ def _key(names: dict[str, Any], arguments: Arguments) -> Any:
         return type(value), id(value)
 
     own = tuple((name, of(value)) for name, value in names.items() if name != arguments.network)
-    return own, tuple(map(id, arguments.networks)), torch.get_default_dtype()
+    modes = tuple(getattr(network, "training", None) for network in arguments.networks)
+    return own, tuple(map(id, arguments.networks)), modes, torch.get_default_dtype()
 
 
 @overload

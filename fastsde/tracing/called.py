@@ -33,7 +33,7 @@ class Called(nn.Module):
     def __init__(self, network: Callable[..., Any], calls: Calls) -> None:
         super().__init__()
         self.network = network
-        self.training = getattr(network, "training", True)
+        self.training = False  # it has no mode of its own
         self._calls = calls
         self._kept: dict[Any, Tensor] = {}
 

@@ -277,7 +277,7 @@ class _Items:
                 varying.append(item)
         lists = {tuple(map(float, item.values)) if item.is_number else None for item in varying}
         times = next(iter(lists)) if len(lists) == 1 else None
-        is_time = times is not None and not any(item.is_weight for item in varying) and _fits_fp32(times)
+        is_time = times is not None and not any(item.is_weight for item in varying) and _fits(times)
         for item in varying:
             item.kind = "time" if is_time else "row"
         for item in self._items:
@@ -344,9 +344,11 @@ def _equal(a: Any, b: Any) -> bool:
         return a is b
 
 
-def _fits_fp32(values: Sequence[float]) -> bool:
+def _fits(values: Sequence[float]) -> bool:
+    """Returns whether numbers can be times, which engines round to fp32: integers must stay what they are."""
     exact = torch.tensor(values, dtype=torch.float64)
-    return bool(torch.isfinite(exact).all()) and torch.equal(exact.float().double(), exact)
+    are_integers = bool((exact == exact.round()).all())
+    return bool(torch.isfinite(exact).all()) and (not are_integers or torch.equal(exact.float().double(), exact))
 
 
 def per_sample(idx: Tensor, batch: int, elements: int) -> Tensor | None:

@@ -60,7 +60,7 @@ def check(
         raise MismatchError(
             "check", "the loop returns something else when it runs again with the same noises", traced.name, _KEEPS
         )
-    moved = [z + _nudge(z.dtype) * torch.randn(z.shape, generator=_generator()).to(z) for z in noises]
+    moved = [z + _nudge(z.dtype, z.device) * torch.randn(z.shape, generator=_generator()).to(z) for z in noises]
     nudged = _run(loop, arguments, program.state, None if state is None else _nudged(state), moved)
     wrong = _differences(ours, theirs, nudged, traced.name)
     if wrong is not None:
@@ -72,7 +72,10 @@ _KEEPS = (
 )
 
 
-def _nudge(dtype: torch.dtype) -> float:
+def _nudge(dtype: torch.dtype, device: torch.device) -> float:
+    """Returns a relative rounding of a loop in a dtype, or in that of autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return max(_NUDGE, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     return max(_NUDGE, torch.finfo(dtype).eps)
 
 
@@ -109,7 +112,8 @@ def _generator() -> torch.Generator:
 
 
 def _nudged(state: Tensor) -> Tensor:
-    return state + _nudge(state.dtype) * state.abs().amax() * torch.randn(state.shape, generator=_generator()).to(state)
+    z = torch.randn(state.shape, generator=_generator()).to(state)
+    return state + _nudge(state.dtype, state.device) * state.abs().amax() * z
 
 
 def _differences(ours: Any, theirs: Any, nudged: Any, name: str) -> MismatchError | None:

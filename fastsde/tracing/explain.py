@@ -16,13 +16,16 @@ __all__ = ["explain"]
 _SHOWN = 3  # rows at the beginning; the last one is shown too
 
 
-def explain(name: str, program: Program, tabulated: Tabulated | None, why_no_table: str | None) -> str:
+def explain(
+    name: str, program: Program, tabulated: Tabulated | None, why_no_table: str | None, engine: str | None
+) -> str:
     """Returns what the loop became, what its network is given, and its first rows and its last one."""
     count = len(program.calls)
     slots = program.slots if tabulated is None else tabulated.table.slots
     lines = [f"{name}: {count} network calls, {_many(slots, 'slot')}"]
     if tabulated is not None:
-        lines.append("It is a table: the package's engines run it (persistent, graph or eager, whichever is fastest).")
+        ran = "on the fastest backend that can" if engine is None else f"last on the backend {engine!r}"
+        lines.append(f"It is a table, which the package runs, {ran}.")
     else:
         lines.append(f"It is no table, since {why_no_table}: its rows run one by one in PyTorch.")
     operations = sorted({step.operation.name for step in program.operations if step.operation is not None})

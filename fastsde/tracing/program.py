@@ -58,6 +58,7 @@ class Program:
         self.device = tape.device
         self.state: str | None = None  # the name of the loop's argument that is the initial state
         self.writes_state = False  # whether the loop changes its initial state in place: the last of the leaves
+        self.modes: dict[int, list[bool]] = {}  # by network: which of its modules were in training mode
         self.baked_ids: frozenset[int] = frozenset()  # of arguments that take part in the loop's arithmetic
         self.rows: list[Row] = make_rows(tape, [part for output in self.outputs for part in output.parts])
         self.calls = [row.call for row in self.rows if row.call is not None]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import random
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .operations import FINAL, HANDLERS, reason_of
 from .probe import Probe
 from .program import Output, Program
 from .tape import Finished, NeedsState, Rules, Tape, cdata
+from .values import Joined, Value
 
 __all__ = ["Arguments", "record"]
 
@@ -37,7 +39,7 @@ class Arguments:
         bound: the arguments, bound to the loop's signature.
         network: the name of the argument that is the network, or None.
         networks: the callables that are replaced.
-        modules: those of them that the loop holds itself, or is given as modules: their forward is replaced.
+        modules: those of them that the loop holds itself: their forward is replaced.
     """
 
     bound: inspect.BoundArguments
@@ -80,13 +82,10 @@ class Arguments:
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise TypeError(f"modules must be nn.Modules, got {type(module).__name__}")
-        replaced = [unwrapped(module) for module in modules]
         own = names[network] if network is not None else None
-        if isinstance(own, nn.Module):
-            replaced = [unwrapped(own), *(module for module in replaced if module is not unwrapped(own))]
-        networks: list[Callable[..., Any]] = [*([own] if own is not None and not replaced else []), *replaced]
-        if own is not None and not isinstance(own, nn.Module):
-            networks = [own, *replaced]
+        own = unwrap(own) if isinstance(own, nn.Module) else own
+        replaced = [module for module in map(unwrap, modules) if module is not own]
+        networks: list[Callable[..., Any]] = [*replaced] if own is None else [own, *replaced]
         return cls(bound, network, networks, replaced)
 
     @property
@@ -102,11 +101,6 @@ class Arguments:
                 set_argument(copy, name, value)
             args, kwargs = list(copy.args), dict(copy.kwargs)
         return loop(*args, **kwargs)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module whose forward is replaced: of the result of ``torch.compile`` the one that it was made of."""
-    return unwrap(module)
 
 
 def signature_of(loop: Callable[..., Any]) -> inspect.Signature:
@@ -147,6 +141,7 @@ def set_argument(bound: inspect.BoundArguments, name: str, value: Any) -> None:
     bound.arguments[name] = value
 
 
+one_at_a_time = threading.RLock()  # traces: networks and generators are replaced meanwhile
 _RULES = Rules(RANDOM, HANDLERS, FINAL, reason_of)
 
 
@@ -223,13 +218,16 @@ def _recorded(
     changes: dict[str, Any] = {}
     first = len(arguments.networks) - len(modules)
     if first and arguments.network is not None:
-        changes[arguments.network] = tape.network(arguments.networks[0], 0)
+        own = arguments.networks[0]
+        is_plain = isinstance(own, nn.Module) and not isinstance(own, torch.jit.ScriptModule)
+        changes[arguments.network] = tape.clone(own, 0) if is_plain else tape.network(own, 0)  # type: ignore[arg-type]
     if state is not None:
         changes[state] = tape.input(names[state])
     held = {name: list(x) for name, x in names.items() if type(x) is list}
     for name, x in names.items():
         if isinstance(x, _FUNCTIONS) and name != arguments.network:
             changes[name] = _without_callbacks(tape, name, x)
+    one_at_a_time.acquire()
     before = _random_states()
     try:
         with tape, tape.replacing(modules, first), refused_draws(tape), linear_brownian(tape.note_tree):
@@ -249,9 +247,10 @@ def _recorded(
             for i, leaf in enumerate(leaves):
                 probe = tape.as_probe(leaf)
                 if probe is not None:
-                    leaves[i] = Output(probe.whole, leaf.shape, leaf.dtype)
+                    leaves[i] = Output(_result(tape, probe), leaf.shape, leaf.dtype)
             _refuse_kept(tape, names)
     finally:
+        one_at_a_time.release()
         tape.restore()
         for name, contents in held.items():
             names[name][:] = contents
@@ -262,6 +261,10 @@ def _recorded(
             f"the loop draws from, or seeds, a generator that is not traced ({', '.join(changed)})",
             instead="draw normals by torch.randn, randn_like, normal or normal_, and seed outside of the loop",
         )
+    if not tape.calls:
+        raise TraceError(
+            "network call", "the loop never calls its network", "the loop", "name it by network= or modules="
+        )
     if not any(isinstance(leaf, Output) for leaf in leaves):
         raise TraceError("return", "nothing that the loop returns depends on the state", instead="return the samples")
     writes = bool(tape.inputs) and tape.inputs[0].memory.version > 0
@@ -270,6 +273,7 @@ def _recorded(
     program = Program(tape, leaves, spec)
     program.state = state
     program.writes_state = writes
+    program.modes = tape.modes
     program.baked_ids = frozenset(tape.baked)
     return program
 
@@ -294,6 +298,17 @@ def _without_callbacks(tape: Tape, name: str, function: Callable[..., Any]) -> C
     return call
 
 
+def _result(tape: Tape, probe: Probe) -> Value | Joined:
+    """Returns the value of a result; what the last row computes is a node, so that it is the table's own result."""
+    whole = probe.whole
+    if isinstance(whole, Joined) or whole.is_atom:
+        return whole
+    if not any(node.epoch == tape.epoch for node in whole.nodes()):
+        return whole
+    node = tape.node("affine", probe.shape, value=whole)
+    return Value(node.numel, {(node, None): 1.0})
+
+
 def _refuse_kept(tape: Tape, names: Mapping[str, Any]) -> None:
     for name, x in names.items():
         if not isinstance(x, Tensor) and any(isinstance(leaf, Probe) for leaf in tree_leaves(x)):
@@ -306,8 +321,10 @@ def _refuse_kept(tape: Tape, names: Mapping[str, Any]) -> None:
 def refused_draws(tape: Tape) -> Iterator[None]:
     """Refuses draws of Python's and NumPy's global generators, and seeding, where they are called."""
 
-    def refuse(what: str, name: str) -> Callable[..., Any]:
+    def refuse(what: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not tape.is_mine:
+                return function(*args, **kwargs)
             if name in ("seed", "manual_seed"):
                 raise tape.refuse(f"{what}.{name}", "the loop seeds a generator", "seed outside of the loop")
             raise tape.refuse(
@@ -324,8 +341,8 @@ def refused_draws(tape: Tape) -> Iterator[None]:
         for name in names
         if hasattr(module, name)
     ]
-    for module, name, _ in held:
-        setattr(module, name, refuse(module.__name__, name))
+    for module, name, function in held:
+        setattr(module, name, refuse(module.__name__, name, function))
     try:
         yield
     finally:

@@ -7,7 +7,9 @@ What the loop computes from constants, such as its schedule, runs as it is. Oper
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -125,11 +127,13 @@ class Tape(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.double, self.until_read = device, double, until_read
         self._rules = rules
+        self._thread = threading.get_ident()
         self.mover = Mover()
         self.epoch = 0
         self.calls: list[Call] = []
         self.draws: list[Draw] = []
         self.notes: dict[str, None] = {}
+        self.modes: dict[int, list[bool]] = {}  # by network: which of its modules were in training mode
         self.refusal: TraceError | None = None
         self.baked: set[int] = set()
         self.inputs: list[Probe] = []  # the initial state
@@ -142,6 +146,11 @@ class Tape(TorchDispatchMode):
         self.shapes: dict[Any, tuple[int, ...]] = {}  # of views, by the operation and its arguments
         self._dtypes: dict[Any, torch.dtype] = {}
         self._templates: dict[Any, tuple[list[Any], Any]] = {}
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread runs the loop: others use its networks and generators meanwhile."""
+        return threading.get_ident() == self._thread
 
     # Symbols ---------------------------------------------------------------------------------------------------------
 
@@ -268,8 +277,8 @@ class Tape(TorchDispatchMode):
                 return probe.value if probe.shape == shape else self._expanded(probe, shape)
         if not isinstance(x, Tensor):
             return float(x)
-        if x.numel() == 1:
-            return float(x.item())
+        if x.numel() <= 1:
+            return float(x.item()) if x.numel() else 0.0
         core = x.detach()
         for dim in range(core.ndim):
             if core.stride(dim) == 0 and core.shape[dim] > 1:
@@ -308,7 +317,23 @@ class Tape(TorchDispatchMode):
         """Returns what stands for a network in the loop; the network itself runs once, for what its outputs are."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(network, number, args, kwargs)
+            return self._call(network, number, args, kwargs) if self.is_mine else network(*args, **kwargs)
+
+        return call
+
+    def clone(self, module: nn.Module, number: int) -> nn.Module:
+        """Returns a module with the same weights and attributes whose calls are calls of the network."""
+        twin = copy.copy(module)
+        twin.__dict__["forward"] = self._noting_mode(twin, module.forward, number)
+        return twin
+
+    def _noting_mode(self, module: nn.Module, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+        stub = self.network(forward, number)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if number not in self.modes and self.is_mine:
+                self.modes[number] = [each.training for each in module.modules()]
+            return stub(*args, **kwargs)
 
         return call
 
@@ -317,7 +342,7 @@ class Tape(TorchDispatchMode):
         """Within it, a call of one of these modules is a call of the network."""
         held = [module.__dict__.get("forward") for module in modules]
         for number, module in enumerate(modules):
-            module.__dict__["forward"] = self.network(module.forward, first + number)
+            module.__dict__["forward"] = self._noting_mode(module, module.forward, first + number)
         try:
             yield
         finally:

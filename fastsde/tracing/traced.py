@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ class Traced:
     Attributes:
         table: the loop as a `StepTable`, or None if it is none: `explain` says why.
         program: its rows.
+        engine: what ran it last: a backend, or "rows" for PyTorch.
     """
 
     def __init__(self, program: Program, name: str = "loop") -> None:
@@ -84,6 +86,7 @@ class Traced:
             self.tabulated = tabulate(program)
         except NotATable as reason:
             self.why_no_table = str(reason)
+        self.engine: str | None = None  # that ran it last: the name of a backend, or "rows"
         self._samplers: OrderedDict[Any, tuple[Any, Sampler]] = OrderedDict()
 
     @property
@@ -108,7 +111,7 @@ class Traced:
 
     def explain(self) -> str:
         """Returns a listing of the rows, of what the network is given, and of the engine that runs them."""
-        return explain(self.name, self.program, self.tabulated, self.why_no_table)
+        return explain(self.name, self.program, self.tabulated, self.why_no_table, self.engine)
 
     def __repr__(self) -> str:
         what = "no table" if self.table is None else repr(self.table)
@@ -165,16 +168,50 @@ class Traced:
         if (self.program.state is None) != (state is None):
             expected = "a state" if self.program.state is not None else "no state: it draws its own"
             raise ValueError(f"this loop starts from {expected}, got {'none' if state is None else 'one'}")
-        if self.tabulated is None:
-            return self._run_rows(networks, n, state, draws, given, seed, first_sample, keys, options)
+        with self._in_their_modes(networks):
+            if self.tabulated is None:
+                return self._run_rows(networks, n, state, draws, given, seed, first_sample, keys, options)
+            return self._run_table(networks[0], n, state, draws, given, seed, first_sample, keys, progress, options)
+
+    @contextlib.contextmanager
+    def _in_their_modes(self, networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Runs the networks in the modes, training or evaluation, that the loop has put them into."""
+        changed: list[nn.Module] = []
+        for number, modes in self.program.modes.items():
+            network = networks[number] if number < len(networks) else None
+            modules = list(unwrap(network).modules()) if isinstance(network, nn.Module) else []
+            if len(modules) == len(modes):
+                changed += [module for module, mode in zip(modules, modes, strict=True) if module.training != mode]
+        for module in changed:
+            module.training = not module.training
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.training = not module.training
+
+    def _run_table(
+        self,
+        network: Callable[..., Any],
+        n: int,
+        state: Tensor | None,
+        draws: Draws | None,
+        given: Mapping[int, Tensor] | None,
+        seed: int,
+        first_sample: int,
+        keys: Any,
+        progress: bool,
+        options: Mapping[str, Any],
+    ) -> Any:
         tabulated = self.tabulated
+        assert tabulated is not None
         conditions = conditions_of(tabulated.calls, given or {})
         is_bound = any(isinstance(leaf, Item) and leaf.kind == "condition" for leaf in tabulated.calls.leaves)
         if n != self.batch and (tabulated.calls.is_fixed or is_bound):
             raise ValueError(
                 f"n must be {self.batch}: this loop mixes samples, or gives each its own condition, got {n}"
             )
-        sampler = self._sampler(networks[0], options)
+        sampler = self._sampler(network, options)
         x_init = self._start(state, n, draws, keys, seed, first_sample, sampler.state_dtype)
         noise_function = None
         if draws is not None:
@@ -193,6 +230,7 @@ class Traced:
             progress=progress,
             **({"seed": seed, "first_sample": first_sample} if keys is None else {"keys": keys}),
         )
+        self.engine = sampler.backend if not has_draws or sampler.backend == "reference" else "eager"
         x, states = found if isinstance(found, tuple) else (found, None)
         if draws is not None:
             draws.finish()
@@ -370,6 +408,7 @@ class Traced:
 
         with torch.no_grad():
             found = execute(program, networks, source, dtype, arguments=given)
+        self.engine = "rows"
         if draws is not None:
             draws.finish()
         for value in found.values():
