@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastsde.tracing import Replay, TraceError, record
 from fastsde.tracing.brownian import linear_brownian
-from fastsde.tracing.traced import Draws, Traced
+from fastsde.tracing.noises import Given
+from fastsde.tracing.traced import Traced
 
 from .case import Case
 
@@ -57,19 +58,6 @@ def relative_error(got: Any, expected: Any) -> float:
 def worst(errors: list[float]) -> float:
     """Returns the largest; NaN is worse than any number."""
     return max(errors, key=lambda error: (math.isnan(error), error))
-
-
-class Given(Draws):
-    """Noises in the place of a loop's own draws, for `Traced.run`."""
-
-    def __init__(self, noises: list[Tensor]) -> None:
-        self.noises = noises
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self.noises[number]
-
-    def finish(self) -> None:
-        """There is nothing left to draw."""
 
 
 def errors(case: Case, *, double: bool, replay: bool) -> tuple[Traced, float, float]:

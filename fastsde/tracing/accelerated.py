@@ -19,9 +19,10 @@ from ..validation import check_bool, check_int
 from .brownian import NOTE
 from .check import check as check_against
 from .environment import environment
+from .noises import Draws
 from .recording import Arguments, one_at_a_time, record, record_call
 from .tape import cdata
-from .traced import Draws, Traced
+from .traced import Traced
 
 __all__ = ["Accelerated", "accelerate", "trace"]
 
@@ -152,7 +153,7 @@ class Accelerated:
         draws = None
         if options.noise == "torch":
             renamed = {cdata(old): new for old, new in zip(entry.generators, generators, strict=True)}
-            draws = Draws(traced.program.draws, traced.program.device, renamed)
+            draws = Draws(traced.program, renamed)
         given = {id(old): new for old, new in zip(entry.tensors, tensors, strict=True)}
         return traced.run(
             arguments.networks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from .. import noise
 from .brownian import linear_brownian
 from .draws import Replay
 from .errors import MismatchError, TraceError
+from .noises import Given, contract, labels_of
 from .program import Program
 from .recording import Arguments, record_call, set_argument
-from .traced import Draws, Traced, contract
+from .traced import Traced
 from .values import Node
 
 __all__ = ["check"]
@@ -77,19 +78,6 @@ def _nudge(dtype: torch.dtype, device: torch.device) -> float:
     if torch.is_autocast_enabled(device.type):
         return max(_NUDGE, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     return max(_NUDGE, torch.finfo(dtype).eps)
-
-
-class Given(Draws):
-    """Draws that are given."""
-
-    def __init__(self, noises: Sequence[Tensor]) -> None:
-        self._noises = noises
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self._noises[number]
-
-    def finish(self) -> None:
-        pass
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +141,7 @@ def _noises(traced: Traced, keys: Tensor) -> list[Tensor]:
     found: dict[int, Tensor] = {}
 
     def put(node: Node, z: Tensor) -> None:
-        labels = node.label if isinstance(node.label, tuple) else (node.label,)
+        labels = list(labels_of(node))
         for label, part in zip(labels, z.reshape(len(labels), -1), strict=True):
             found[label] = part
 

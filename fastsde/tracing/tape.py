@@ -442,7 +442,10 @@ class Tape(TorchDispatchMode):
             if error is self.refusal:
                 raise
             if packet in self._rules.final:
-                raise self._refused(self.first_cause(args, error)) from None
+                cause = self.first_cause(args, error)
+                if cause.instead is None:
+                    cause = TraceError(cause.operation, cause.reason, cause.line, _FIXED)
+                raise self._refused(cause) from None
             return self.opaque(func, args, kwargs, error)
 
     def refuse(self, operation: str, reason: str, instead: str | None = None) -> TraceError:
@@ -510,6 +513,7 @@ class Tape(TorchDispatchMode):
         return tree_unflatten(made, spec)
 
 
+_FIXED = "let the row decide and not the state: a table has fixed steps"
 _ROW_BY_ROW = "call fastsde.sample with a callback, or keep the loop as it is"
 
 

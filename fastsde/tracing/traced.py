@@ -6,12 +6,12 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import noise, ops
+from .. import ops
 from ..models.unwrap import unwrap
 from ..reference import NonFiniteError
 from ..request import make_keys
@@ -21,52 +21,34 @@ from ..validation import check_int, check_tensor
 from .called import conditions_of, model_of
 from .calls import Item, NotATable, per_sample
 from .explain import explain
+from .noises import Draws, contract, labels_of
 from .program import Output, Program, evaluate, execute, run_operation
 from .tabulate import Tabulated, tabulate
-from .tape import Call, Draw, cdata
+from .tape import Call
 from .values import Node, Positions, Value
 
-__all__ = ["Draws", "Traced"]
+__all__ = ["Traced"]
 
-_STREAM_OTHER = 4  # further draws of a row
 _SAMPLERS = 4  # kept per traced loop
 _OF_SAMPLER = ("dtype", "device", "backend", "compile", "max_batch")
 _OF_CALL = ("seed", "first_sample", "keys", "progress")
 
 
-class Draws:
-    """The draws of a loop from PyTorch's generators, in the loop's own order.
+class _Job(NamedTuple):
+    """What is to be drawn: see `Traced.run`."""
 
-    Args:
-        draws: the draws of the trace.
-        generators: generators instead of those of the trace, by the ``_cdata`` of these: PyTorch wraps them anew.
-    """
+    n: int
+    state: Tensor | None
+    draws: Draws | None
+    given: Mapping[int, Tensor]
+    seed: int
+    first_sample: int
+    keys: Any
+    progress: bool
+    options: Mapping[str, Any]
 
-    def __init__(
-        self, draws: Sequence[Draw], device: torch.device, generators: Mapping[int, torch.Generator] | None = None
-    ) -> None:
-        self._draws, self._device, self._generators = draws, device, generators or {}
-        self._next = 0
-        self._waiting: dict[int, Tensor] = {}
-
-    def __getitem__(self, number: int) -> Tensor:
-        while self._next <= number:
-            self._waiting[self._next] = self._draw(self._draws[self._next])
-            self._next += 1
-        return self._waiting.pop(number)
-
-    def finish(self) -> None:
-        """Makes the draws that are left, which the loop makes and does not use."""
-        while self._next < len(self._draws):
-            self._draw(self._draws[self._next])
-            self._next += 1
-
-    def _draw(self, draw: Draw) -> Tensor:
-        generator = draw.generator
-        if generator is not None:
-            generator = self._generators.get(cdata(generator), generator)
-        device = draw.device or (generator.device if generator is not None else self._device)
-        return torch.randn(draw.shape, dtype=draw.dtype, device=device, generator=generator).to(self._device)
+    def own_keys(self, device: torch.device) -> Tensor:
+        return make_keys(self.keys, self.n, self.seed, self.first_sample, device, "eager")
 
 
 class Traced:
@@ -168,10 +150,12 @@ class Traced:
         if (self.program.state is None) != (state is None):
             expected = "a state" if self.program.state is not None else "no state: it draws its own"
             raise ValueError(f"this loop starts from {expected}, got {'none' if state is None else 'one'}")
+        job = _Job(n, state, draws, given or {}, seed, first_sample, keys, progress, options)
         with self._in_their_modes(networks):
-            if self.tabulated is None:
-                return self._run_rows(networks, n, state, draws, given, seed, first_sample, keys, options)
-            return self._run_table(networks[0], n, state, draws, given, seed, first_sample, keys, progress, options)
+            found = self._run_rows(networks, job) if self.tabulated is None else self._run_table(networks[0], job)
+        if draws is not None:
+            draws.finish()
+        return found
 
     @contextlib.contextmanager
     def _in_their_modes(self, networks: Sequence[Callable[..., Any]]) -> Iterator[None]:
@@ -190,81 +174,60 @@ class Traced:
             for module in changed:
                 module.training = not module.training
 
-    def _run_table(
-        self,
-        network: Callable[..., Any],
-        n: int,
-        state: Tensor | None,
-        draws: Draws | None,
-        given: Mapping[int, Tensor] | None,
-        seed: int,
-        first_sample: int,
-        keys: Any,
-        progress: bool,
-        options: Mapping[str, Any],
-    ) -> Any:
-        tabulated = self.tabulated
-        assert tabulated is not None
-        conditions = conditions_of(tabulated.calls, given or {})
+    def _run_table(self, network: Callable[..., Any], job: _Job) -> Any:
+        tabulated, n, draws = self._known_table, job.n, job.draws
+        conditions = conditions_of(tabulated.calls, job.given)
         is_bound = any(isinstance(leaf, Item) and leaf.kind == "condition" for leaf in tabulated.calls.leaves)
         if n != self.batch and (tabulated.calls.is_fixed or is_bound):
             raise ValueError(
                 f"n must be {self.batch}: this loop mixes samples, or gives each its own condition, got {n}"
             )
-        sampler = self._sampler(network, options)
-        x_init = self._start(state, n, draws, keys, seed, first_sample, sampler.state_dtype)
+        sampler = self._sampler(network, job.options)
         noise_function = None
-        if draws is not None:
-            held: Draws = draws
+        if draws is not None and any(tabulated.noises):
+            own = draws
 
             def noise_function(row: int, x: Tensor) -> Tensor:
-                return self._mixed(held, tabulated.noises[row], x.dtype).reshape(x.shape)
+                return self._mixed(own, tabulated.noises[row], x.dtype).reshape(x.shape)
 
-        has_draws = noise_function is not None and any(tabulated.noises)
+        seeds = {"seed": job.seed, "first_sample": job.first_sample} if job.keys is None else {"keys": job.keys}
         found = sampler(
             n,
-            x_init=x_init,
-            noise=noise_function if has_draws else None,
+            x_init=self._start(job, sampler.state_dtype),
+            noise=noise_function,
             model_kwargs={name: value.to(sampler.device) for name, value in conditions.items()} or None,
             trajectory=1 if tabulated.needs_trajectory else None,
-            progress=progress,
-            **({"seed": seed, "first_sample": first_sample} if keys is None else {"keys": keys}),
+            progress=job.progress,
+            **seeds,
         )
-        self.engine = sampler.backend if not has_draws or sampler.backend == "reference" else "eager"
+        # The backends that run rows together take no noise from outside.
+        self.engine = sampler.backend if noise_function is None or sampler.backend == "reference" else "eager"
         x, states = found if isinstance(found, tuple) else (found, None)
-        if draws is not None:
-            draws.finish()
-        return self._returned(x, states, n, state)
+        return self._returned(x, states, job)
 
-    def _start(
-        self,
-        state: Tensor | None,
-        n: int,
-        draws: Draws | None,
-        keys: Any,
-        seed: int,
-        first_sample: int,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
+    @property
+    def _known_table(self) -> Tabulated:
+        assert self.tabulated is not None
+        return self.tabulated
+
+    def _start(self, job: _Job, dtype: torch.dtype) -> Tensor | None:
         """Returns the initial slot 0; None if it is a draw of the contract, which the sampler makes itself."""
-        tabulated = self.tabulated
-        assert tabulated is not None
+        tabulated = self._known_table
         noises = [(node, w) for node, w in tabulated.start if node.kind == "noise"]
-        shape = (n, *tabulated.shape[1:])
+        shape = (job.n, *tabulated.shape[1:])
         total: Tensor | None = None
-        if noises and draws is not None:
-            total = self._mixed(draws, noises, dtype)
-        elif noises and (state is not None or tabulated.start_positions is not None):
-            own = make_keys(keys, n, seed, first_sample, self.program.device, "eager")
-            total = ops.normal(own, 0, shape[1:]).to(dtype).reshape(-1)
+        if noises and job.draws is not None:
+            total = self._mixed(job.draws, noises, dtype)
+        elif noises and (job.state is not None or tabulated.start_positions is not None):
+            total = ops.normal(job.own_keys(self.program.device), 0, shape[1:]).to(dtype).reshape(-1)
         for node, weight in tabulated.start:
             if node.kind == "input":
-                assert state is not None
-                x = weight * state.to(dtype).reshape(-1)
+                assert job.state is not None
+                x = weight * job.state.to(dtype).reshape(-1)
                 total = x if total is None else total + x
         if total is None:
             return None
-        return tabulated.scale * self._moved(total, tabulated.start_positions, n).reshape(shape)
+        return tabulated.scale * self._moved(total, tabulated.start_positions, job.n).reshape(shape)
 
     def _moved(self, x: Tensor, positions: Positions | None, n: int) -> Tensor:
         """Returns elements of flat samples."""
@@ -278,17 +241,14 @@ class Traced:
         return x.reshape(n, -1)[:, index.to(x.device)].reshape(-1)
 
     def _sampler(self, network: Callable[..., Any], options: Mapping[str, Any]) -> Sampler:
-        tabulated = self.tabulated
-        assert tabulated is not None
+        tabulated = self._known_table
         key = (id(network), *sorted((name, str(value)) for name, value in options.items()))
         if key not in self._samplers:
             own = dict(options)
             if not isinstance(network, nn.Module) and own.get("device") is None:
                 own["device"] = self.program.device
             model = model_of(tabulated.calls, unwrap(network) if isinstance(network, nn.Module) else network)
-            sampler = Sampler(
-                model, tabulated.shape[1:], solver=tabulated.table, prior_std=tabulated.scale, **own
-            )  # fmt: skip
+            sampler = Sampler(model, tabulated.shape[1:], solver=tabulated.table, prior_std=tabulated.scale, **own)
             self._samplers[key] = (network, sampler)  # the network too, so that no other one gets its id
             while len(self._samplers) > _SAMPLERS:
                 self._samplers.popitem(last=False)
@@ -303,7 +263,7 @@ class Traced:
     def _mixed(draws: Draws, nodes: Sequence[tuple[Node, float]], dtype: torch.dtype) -> Tensor:
         total: Tensor | None = None
         for node, weight in nodes:
-            z = torch.cat([draws[label].to(dtype).reshape(-1) for label in _labels(node)])
+            z = torch.cat([draws[label].to(dtype).reshape(-1) for label in labels_of(node)])
             z = z if weight == 1 else weight * z
             total = z if total is None else total + z
         assert total is not None
@@ -311,9 +271,8 @@ class Traced:
 
     # Results ---------------------------------------------------------------------------------------------------------
 
-    def _returned(self, x: Tensor, states: Tensor | None, n: int, state: Tensor | None) -> Any:
-        tabulated = self.tabulated
-        assert tabulated is not None
+    def _returned(self, x: Tensor, states: Tensor | None, job: _Job) -> Any:
+        tabulated, n = self._known_table, job.n
         found = {}
         for node, how in tabulated.returned.items():
             base = x if how.rows == len(tabulated.table) or states is None else states[how.rows]
@@ -337,7 +296,7 @@ class Traced:
                 parts = [self._evaluated(part, found, n) for part in leaf.parts]
                 leaf = self._built(leaf, parts, n).to(leaf.dtype)
             leaves.append(leaf)
-        return self.program.unflattened(leaves, state)
+        return self.program.unflattened(leaves, job.state)
 
     def _evaluated(self, value: Value, atoms: Mapping[Any, Tensor], n: int) -> Tensor:
         """Returns a value of n samples, flat."""
@@ -372,79 +331,34 @@ class Traced:
 
     # No table --------------------------------------------------------------------------------------------------------
 
-    def _run_rows(
-        self,
-        networks: Sequence[Callable[..., Any]],
-        n: int,
-        state: Tensor | None,
-        draws: Draws | None,
-        given: Mapping[int, Tensor] | None,
-        seed: int,
-        first_sample: int,
-        keys: Any,
-        options: Mapping[str, Any],
-    ) -> Any:
-        program = self.program
-        if n != self.batch:
-            raise ValueError(f"n must be {self.batch}: this loop is no table ({self.why_no_table}), got {n}")
-        dtype = torch.float64 if options.get("dtype") == torch.float64 else torch.float32
+    def _run_rows(self, networks: Sequence[Callable[..., Any]], job: _Job) -> Any:
+        program, options, why = self.program, job.options, f"this one is none ({self.why_no_table})"
+        if job.n != self.batch:
+            raise ValueError(f"n must be {self.batch}: this loop is no table ({self.why_no_table}), got {job.n}")
         for name in ("compile", "max_batch"):
             if options.get(name):
-                raise ValueError(f"{name} needs a loop that is a table: this one is none ({self.why_no_table})")
-        if options.get("backend", "auto") not in ("auto", "eager", "reference"):
-            raise ValueError(
-                f"backend {options['backend']!r} needs a loop that is a table: this one is none ({self.why_no_table}); "
-                f"use 'auto'"
-            )
-        noises = contract(program, n, make_keys(keys, n, seed, first_sample, program.device, "eager"))
+                raise ValueError(f"{name} needs a loop that is a table: {why}")
+        backend = options.get("backend", "auto")
+        if backend not in ("auto", "eager", "reference"):
+            raise ValueError(f"backend {backend!r} needs a loop that is a table: {why}; use 'auto'")
+        dtype = torch.float64 if options.get("dtype") == torch.float64 else torch.float32
+        drawn = contract(program, job.n, job.own_keys(program.device))
 
         def source(node: Node) -> Tensor:
             if node.kind == "input":
-                assert state is not None
-                return check_tensor("state", state, finite=True).to(dtype).reshape(-1)
-            if draws is None:
-                return noises(node).to(dtype)
-            return torch.cat([draws[label].to(dtype).reshape(-1) for label in _labels(node)])
+                assert job.state is not None
+                return check_tensor("state", job.state, finite=True).to(dtype).reshape(-1)
+            if job.draws is None:
+                return drawn(node).to(dtype)
+            return self._mixed(job.draws, [(node, 1.0)], dtype)
 
         with torch.no_grad():
-            found = execute(program, networks, source, dtype, arguments=given)
+            found = execute(program, networks, source, dtype, arguments=job.given)
         self.engine = "rows"
-        if draws is not None:
-            draws.finish()
         for value in found.values():
             if value.numel() and not bool(torch.isfinite(value).all()):
                 raise NonFiniteError("the state became NaN or infinity")
-        return program.returned(found, state=state)
-
-
-def contract(program: Program, n: int, keys: Tensor) -> Callable[[Node], Tensor]:
-    """Returns the noise of the contract for each draw: the first of a row is that of the row's step in stream 0, and
-    further ones follow in stream 4.
-    """
-    places: dict[Node, tuple[int, int]] = {}
-    others = 0
-    for step, row in enumerate(program.rows):
-        nodes = [node for node in row.noises if node.kind == "noise"]
-        for i, node in enumerate(nodes):
-            places[node] = (step, 0) if i == 0 else (others, _STREAM_OTHER)
-            others += i > 0
-
-    def draw(node: Node) -> Tensor:
-        step, stream = places[node]
-        if node.shape[:1] == (n,):
-            make = ops.normal if stream == 0 else noise.normal
-            shape = node.shape[1:]
-            z = make(keys, step, shape) if stream == 0 else noise.normal(keys, step, shape, stream)
-        else:  # one for all samples
-            z = noise.normal(keys[:1], step, node.shape, stream)
-        return z.reshape(-1)
-
-    return draw
-
-
-def _labels(node: Node) -> Iterator[int]:
-    label = node.label
-    return iter(label) if isinstance(label, tuple) else iter((label,))
+        return program.returned(found, state=job.state)
 
 
 def _for_batch(shape: Sequence[int], batch: int, n: int) -> tuple[int, ...]:
