@@ -137,6 +137,9 @@ class Accelerated:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Accelerated, (self.loop, self._options)  # a copy traces again
+
     def __repr__(self) -> str:
         return f"accelerate({getattr(self.loop, '__qualname__', self.loop)!s})"
 
@@ -149,6 +152,8 @@ class Accelerated:
         generators = [x for x in leaves if isinstance(x, torch.Generator)]
         entry = self._find(arguments, names, tensors, generators)
         traced = self.traced = entry.traced
+        if options.noise == "torch" and NOTE in traced.program.notes:
+            raise ValueError(f"noise must be 'contract' for {traced.name}: it {NOTE}, which are not the tree's numbers")
         state = names[traced.program.state] if traced.program.state is not None else None
         draws = None
         if options.noise == "torch":
@@ -217,8 +222,6 @@ class Accelerated:
         name = getattr(self.loop, "__name__", type(self.loop).__name__)
         before = {i: x.detach().clone() for i, x in enumerate(tensors)}
         traced = Traced(record_call(self.loop, arguments, options.state, replay=options.replay), name)
-        if options.noise == "torch" and NOTE in traced.program.notes:
-            raise ValueError(f"noise must be 'contract' for {name}: it {NOTE}, which are not the tree's numbers")
         environments, changes = [now], frozenset[int]()
         if options.check:
             between = environment(self.loop, objects, arguments.networks)

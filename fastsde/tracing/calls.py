@@ -149,17 +149,23 @@ def _is_untouched(place: Place) -> bool:
     return place.index is None and place.whole is None and place.scale is None and place.const is None
 
 
-def calls_of(program: Program, shape: tuple[int, ...], outputs: Sequence[Sequence[Output]]) -> Calls:
+def calls_of(
+    program: Program,
+    arguments: Sequence[dict[int, Leaf]],
+    shape: tuple[int, ...],
+    outputs: Sequence[Sequence[Output]],
+) -> Calls:
     """Returns how the network is called in all rows.
 
     Args:
+        arguments: for each row, the network's arguments that the state enters.
         shape: ``(B, *shape)`` of the state.
         outputs: for each row, the parts of the outputs that it uses.
 
     Raises:
         NotATable: if the calls differ by more than values.
     """
-    calls, rows = program.calls, program.rows[1:]
+    calls = program.calls
     first = calls[0]
     for call in calls:
         if call.network != first.network:
@@ -168,11 +174,11 @@ def calls_of(program: Program, shape: tuple[int, ...], outputs: Sequence[Sequenc
         if not same or len(call.leaves) != len(first.leaves):
             raise NotATable("it calls its network in different ways")
     batch = shape[0] if shape else 1
-    made = _Items(batch, len(rows))
+    made = _Items(batch, len(calls))
     leaves: list[Item | Argument] = []
     for i, leaf in enumerate(first.leaves):
         if i in first.states:
-            leaves.append(made.argument([row.leaves[i] for row in rows], torch.Size(shape).numel()))
+            leaves.append(made.argument([row[i] for row in arguments], torch.Size(shape).numel()))
         else:
             leaves.append(made.leaf([call.leaves[i] for call in calls]))
         del leaf

@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import noise
 from .brownian import linear_brownian
-from .draws import Replay
+from .draws import Replay, outside_modes
 from .errors import MismatchError, TraceError
 from .noises import Given, contract, labels_of
 from .program import Program
 from .recording import Arguments, record_call, set_argument
+from .tape import forwards
 from .traced import Traced
 from .values import Node
 
@@ -85,8 +86,16 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(loop: Callable[..., Any], arguments: Arguments, name: str | None, state: Tensor | None, noises: Any) -> Any:
-    changes = {} if name is None or state is None else {name: state.clone()}
-    with torch.no_grad(), linear_brownian(), Replay(noises) as replay:
+    changes: dict[str, Any] = {} if name is None or state is None else {name: state.clone()}
+    modules = [network for network in arguments.networks if isinstance(network, nn.Module)]
+    if arguments.network is not None and not isinstance(arguments.networks[0], nn.Module):
+        changes[arguments.network] = outside_modes(arguments.networks[0])
+    with (
+        torch.no_grad(),
+        linear_brownian(),
+        forwards(modules, lambda _, own: outside_modes(own)),
+        Replay(noises) as replay,
+    ):
         found = arguments.call(loop, changes)
         found = list(found) if inspect.isgenerator(found) else found
         found = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_leaves(found)]

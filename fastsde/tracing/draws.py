@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .tape import Tape, shape_of
 from .values import Value, added, scaled
 
-__all__ = ["RANDOM", "Replay"]
+__all__ = ["RANDOM", "Replay", "outside_modes"]
 
 aten = torch.ops.aten
 RANDOM: dict[Any, Callable[[Tape, Any, Any, Any], Any]] = {}
@@ -68,7 +68,6 @@ def _randint(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         state = torch.get_rng_state()
         seed = func(*args, **kwargs)
         torch.set_rng_state(state)
-        tape.notes["draws a seed"] = None
         return seed
     return _other_draw(tape, func, args, kwargs)
 
@@ -145,6 +144,16 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if casts and args[0].shape in self._shapes and kwargs.get("dtype") in _LOWER:
             return args[0].clone()
         return func(*args, **kwargs)
+
+
+def outside_modes(network: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a network that runs without the dispatch modes in force, such as `Replay`, which cost each operation."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return network(*args, **kwargs)
+
+    return call
 
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)

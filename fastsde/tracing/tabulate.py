@@ -5,7 +5,9 @@ A program is a table if in each row one network is called with one input, the st
     D  = clamp(p.s + q f, -clip, clip)        at most one, with the same clip in all rows
     s' = A s + b f + e D + d z                f: one combination of the outputs, z: one combination of the noises
 
-with coefficients that do not differ from element to element, without constants.
+with coefficients that do not differ from element to element. Constants that a loop adds to its state are taken out:
+the table runs the state minus the constants that have come together so far, its *shift*, and they are added where the
+network is called and where the state is returned.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from ..solvers import MAX_SLOTS, StepTable
 from .calls import Calls, NotATable, Output, calls_of
 from .program import Program
-from .rows import Row, Step
+from .rows import Leaf, Row, Step
 from .values import Node, Positions, Value
 
 __all__ = ["NotATable", "Returned", "Tabulated", "tabulate"]
@@ -79,6 +81,7 @@ class _Coefficients:
     f: list[dict[tuple[int, Positions | None], float]] = field(default_factory=list)
     D: list[float] = field(default_factory=list)
     z: list[dict[int, float]] = field(default_factory=list)
+    const: list[float] = field(default_factory=list)
 
 
 def tabulate(program: Program) -> Tabulated:
@@ -99,6 +102,8 @@ def tabulate(program: Program) -> Tabulated:
     arrays = {name: np.zeros((count, slots)) for name in "pbed"}
     A, q = np.zeros((count, slots, slots)), np.zeros(count)
     clip: float | None = None
+    shift = np.array([_constant(rows[0].update[0])])
+    shifts, leaves = [shift], []
     noises: list[list[tuple[Node, float]]] = []
     outputs: list[list[Output]] = []
     for k, row in enumerate(final[1:]):
@@ -110,11 +115,14 @@ def tabulate(program: Program) -> Tabulated:
         norm = float(np.linalg.norm(list(noise.values()))) if noise else 1.0
         noises.append([(row.noises[i], w / norm) for i, w in noise.items()])
         n = len(row.update)
+        leaves.append(_shifted(row, float(shift[0])))
+        shift = _next_shift(row, c, shift)
+        shifts.append(shift)
         A[k, :n] = c.s[:n]
         arrays["b"][k, :n], arrays["e"][k, :n], arrays["d"][k, :n] = f[:n], c.D[:n], [norm * each for each in z[:n]]
         if row.clamps:
             arrays["p"][k], q[k] = c.s[n], f[n]
-    calls = calls_of(program, shape, outputs)
+    calls = calls_of(program, leaves, shape, outputs)
     columns = {name: torch.from_numpy(array) for name, array in (*arrays.items(), ("A", A), ("q", q))}
     try:
         table = StepTable(calls.time, clip=clip, **columns)
@@ -123,9 +131,9 @@ def tabulate(program: Program) -> Tabulated:
     returned = {}
     for epoch, row in enumerate(final):
         for node, value in row.emitted.items():
-            returned[node] = _returned(epoch, value, row.update[0])
+            returned[node] = _returned(epoch, value, row.update[0], float(shifts[epoch][0]))
     for node, (target, steps) in after.items():
-        found = _returned(count, target, last.update[0])
+        found = _returned(count, target, last.update[0], float(shift[0]))
         returned[node] = replace(found, rows=count, after=steps)
     return Tabulated(table, shape, scale, start, moved, noises, returned, calls)
 
@@ -152,7 +160,6 @@ def _start(prologue: Row) -> tuple[float, list[tuple[Node, float]], Positions | 
     for (atom, positions), c in value.terms.items():
         _check_uniform(c, positions if len(moved) > 1 else None)
         weights[atom.index] = c  # type: ignore[assignment]
-    _check_no_constant(value)
     nodes = [(prologue.noises[i], w) for i, w in weights.items()]
     drawn = [w for node, w in nodes if node.kind == "noise"]
     scale = nodes[0][1] if len(nodes) == 1 else float(np.linalg.norm(drawn))
@@ -166,9 +173,35 @@ def _check_uniform(c: Any, positions: Positions | None) -> None:
         raise NotATable("its coefficients differ from element to element")
 
 
-def _check_no_constant(value: Value) -> None:
-    if isinstance(value.const, Tensor) or value.const != 0:
-        raise NotATable("it adds constants to the state")
+def _constant(value: Value) -> float:
+    if isinstance(value.const, Tensor):
+        raise NotATable("it adds constants that differ from element to element")
+    return value.const
+
+
+def _shifted(row: Row, shift: float) -> dict[int, Leaf]:
+    """Returns the network's arguments from a state without its shift."""
+    if shift == 0:
+        return row.leaves
+    return {
+        i: replace(
+            leaf,
+            parts=[
+                part if part.input is None else replace(part, const=part.const + shift * part.scale)
+                for part in leaf.parts
+            ],
+        )
+        for i, leaf in row.leaves.items()
+    }
+
+
+def _next_shift(row: Row, c: _Coefficients, shift: Any) -> Any:
+    """Returns the shift of the new slots."""
+    n, old = len(row.update), len(shift)
+    found = np.array(c.s)[:, :old] @ shift + np.array(c.const)
+    if np.any(found[n:] != 0):
+        raise NotATable("it clamps a value to which constants were added")
+    return found[:n]
 
 
 def _clip(row: Row, clip: float | None) -> float | None:
@@ -193,7 +226,6 @@ def _coefficients(row: Row, slots: int) -> _Coefficients:
     c = _Coefficients()
     values = [*row.update, *(step.values[0] for step in row.clamps)]
     for number, value in enumerate(values):
-        _check_no_constant(value)
         s, f, data, z = [0.0] * slots, dict[tuple[int, Positions | None], float](), 0.0, dict[int, float]()
         for (atom, positions), weight in value.terms.items():
             _check_uniform(weight, None if atom.kind == "f" else positions)
@@ -213,6 +245,7 @@ def _coefficients(row: Row, slots: int) -> _Coefficients:
         c.f.append(f)
         c.D.append(data)
         c.z.append(z)
+        c.const.append(_constant(value))
     return c
 
 
@@ -287,7 +320,7 @@ def _closed(row: Row, targets: dict[Node, tuple[Value, tuple[tuple[Step, Value],
     base = max(values, key=lambda value: len(value.terms))
     result = Value(base.numel, dict(base.terms))
     for value in values:
-        _returned(0, value, result)
+        _returned(0, value, result, 0.0)
     used = {atom.index for (atom, _) in result.terms if atom.kind == "D"}
     if any(atom.kind == "o" for atom, _ in result.terms):
         raise NotATable("its result comes from an operation that is not affine")
@@ -304,14 +337,13 @@ def _closed(row: Row, targets: dict[Node, tuple[Value, tuple[tuple[Step, Value],
     return closed
 
 
-def _returned(rows: int, value: Value, state: Value) -> Returned:
-    """Returns a value as a multiple of a state, both over the atoms of a row."""
+def _returned(rows: int, value: Value, state: Value, shift: float) -> Returned:
+    """Returns a value as a multiple of a state, both over the atoms of a row; the table has it without its shift."""
     why = NotATable("it returns something else than its state")
     for terms in (value.terms, state.terms):
         for (atom, positions), c in terms.items():
             _check_uniform(c, None if atom.kind == "f" or terms is value.terms else positions)
-    if isinstance(value.const, Tensor) or isinstance(state.const, Tensor):
-        raise NotATable("it adds constants to the state")
+    const = _constant(value)
     if value.numel != state.numel:
         raise why
     ours, own = _by_place(value), _by_place(state)
@@ -331,7 +363,7 @@ def _returned(rows: int, value: Value, state: Value) -> Returned:
             raise why
         scale = ratio
     assert scale is not None
-    return Returned(rows, scale, value.const - scale * state.const, moved)
+    return Returned(rows, scale, const + scale * (shift - _constant(state)), moved)
 
 
 def _by_place(value: Value) -> dict[Any, Any]:

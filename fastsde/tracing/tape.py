@@ -25,7 +25,7 @@ from .errors import TraceError
 from .probe import Memory, Probe
 from .values import Coefficient, Joined, Mover, Node, Value, uniform
 
-__all__ = ["Call", "Draw", "NeedsState", "Operation", "Rules", "Tape", "cdata", "tensors_in"]
+__all__ = ["Call", "Draw", "NeedsState", "Operation", "Rules", "Tape", "cdata", "forwards", "tensors_in"]
 
 
 class NeedsState(Exception):  # noqa: N818 (no error: the trace starts again with the state)
@@ -340,17 +340,13 @@ class Tape(TorchDispatchMode):
     @contextlib.contextmanager
     def replacing(self, modules: Sequence[nn.Module], first: int = 0) -> Iterator[None]:
         """Within it, a call of one of these modules is a call of the network."""
-        held = [module.__dict__.get("forward") for module in modules]
-        for number, module in enumerate(modules):
-            module.__dict__["forward"] = self._noting_mode(module, module.forward, first + number)
-        try:
+        numbers = {id(module): first + i for i, module in enumerate(modules)}
+
+        def stub(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return self._noting_mode(module, forward, numbers[id(module)])
+
+        with forwards(modules, stub):
             yield
-        finally:
-            for module, forward in zip(modules, held, strict=True):
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
 
     def _call(self, network: Callable[..., Any], number: int, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -521,6 +517,24 @@ def cdata(generator: Any) -> int:
     """Returns what tells generators apart: PyTorch wraps them in new objects."""
     found: int = generator._cdata
     return found
+
+
+@contextlib.contextmanager
+def forwards(
+    modules: Sequence[nn.Module], change: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within it, the forward of each module is what ``change`` makes of it."""
+    held = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.__dict__["forward"] = change(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, held, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
 
 
 def tensors_in(args: Any) -> Iterator[Tensor]:

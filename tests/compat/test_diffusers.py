@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 import fastsde
 from fastsde import TraceError
 from fastsde.compat.diffusers import accelerate, sample, table
+from fastsde.tracing import Replay, Traced, record
 
 diffusers = library("diffusers")
 diffusers.utils.logging.set_verbosity_error()
 
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+UNCLIP = {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2"}
 V = {"prediction_type": "v_prediction"}
 KARRAS = {"use_karras_sigmas": True}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -54,15 +57,13 @@ def quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def sampled(
-    network: Callable[..., Tensor], scheduler: Any, x: Tensor, steps: int, *, draw: Any = None, **options: Any
-) -> Tensor:
-    """Runs a scheduler as its pipelines do, with draw(shape) for the noise of a step."""
+def sampled(network: Callable[..., Tensor], scheduler: Any, x: Tensor, steps: int, **options: Any) -> Tensor:
+    """Runs a scheduler as its pipelines do."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t)
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(scaled, t), t, x, **options).prev_sample
     return x
 
@@ -105,47 +106,40 @@ def wavy(x: Tensor, t: Tensor) -> Tensor:
         ("EDMDPMSolverMultistep", {"solver_order": 3}, {}),
         ("IPNDM", {}, {}),
         ("CMStochasticIterative", {}, {}),
-        ("UnCLIP", {"variance_type": "fixed_small_log"}, {}),
+        ("UnCLIP", UNCLIP, {}),
     ],
 )
-def test_a_table_returns_the_schedulers_own_numbers(
-    name: str, options: dict[str, Any], step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_returns_the_schedulers_own_numbers(name: str, options: dict[str, Any], step: dict[str, Any]) -> None:
     scheduler = scheduler_of(name, **options)
+    generator = torch.Generator().manual_seed(0)
+
+    def loop(network: Callable[..., Tensor]) -> Tensor:
+        return sampled(network, scheduler, torch.randn(SHAPE), 12, **step)
+
+    traced = Traced(record(loop, wavy, network="network", double=True))
+    zs = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in traced.program.draws]
+    with Replay(zs, double=True):
+        theirs = loop(wavy)
+
+    def noise(row: int, x: Tensor) -> Tensor:  # the draws that a row uses: a loop may make more
+        return sum((w * zs[node.label] for node, w in traced.tabulated.noises[row]), torch.zeros(SHAPE))
+
     before = repr(vars(scheduler))
     found = table(scheduler, 12, **step)
     assert repr(vars(scheduler)) == before
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    zs = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ours_draws, theirs_draws = iter(zs), iter(zs)
-
-    def draw(row: int, x: Tensor) -> Tensor:
-        return next(ours_draws)
-
-    for module in [__import__(type(scheduler).__module__, fromlist=["step"])]:
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(theirs_draws))
-    theirs = sampled(wavy, scheduler, x, 12, **step)
-    if name == "KDPM2AncestralDiscrete":  # draws in both halves of a step, and uses the second
-        del theirs_draws
-        noise = iter(zs[1::2])
-        ours_draws = noise
-    options_of_run = {"backend": "reference", "dtype": torch.float64, "x_init": x, "noise": draw}
-    ours = fastsde.sample(wavy, SHAPE, solver=found, **options_of_run)
-    assert theirs.dtype == torch.float64
-    assert_close(ours, theirs, tolerance=1e-9)
+    run = {"backend": "reference", "dtype": torch.float64, "x_init": zs[0], "noise": noise}
+    assert_close(fastsde.sample(wavy, SHAPE, solver=found, **run), theirs, tolerance=1e-9)
 
 
 def test_a_table_takes_the_options_of_set_timesteps() -> None:
     times = [900, 600, 250, 10]
     found = table(scheduler_of("DDPM"), set_timesteps={"timesteps": times})
     assert found.time.tolist() == times
-    sigmas = np.linspace(1, 0.1, 5)
+    options = {"sigmas": np.linspace(1, 0.1, 5), "mu": 0.5}
     shifted = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    found = table(shifted, set_timesteps={"sigmas": sigmas, "mu": 0.5})
-    assert len(found) == 5
-    assert found.time[0] == 1000
-    assert 400 < found.time[-1] < 1000 * np.exp(0.5) / (np.exp(0.5) + 9) + 300
+    found = table(shifted, set_timesteps=options)
+    shifted.set_timesteps(**options)
+    assert torch.equal(found.time.float(), shifted.timesteps)
 
 
 def test_the_time_of_a_table_of_one_row() -> None:
@@ -154,7 +148,7 @@ def test_the_time_of_a_table_of_one_row() -> None:
 
 @pytest.mark.parametrize("options", [{"thresholding": True}, {"variance_type": "learned_range"}])
 def test_schedulers_that_are_no_table(options: dict[str, Any]) -> None:
-    with pytest.raises(TraceError, match="scheduling_ddpm.py"):
+    with pytest.raises(TraceError, match=r"scheduling_ddpm\.py"):
         table(scheduler_of("DDPM", **options), 5)
 
 
@@ -182,7 +176,7 @@ def dummy(x: Tensor, t: Tensor) -> Tensor:
     ("name", "options", "steps", "total", "mean"),
     [
         ("DDPM", {}, 1000, 258.9606, 0.3372),
-        ("DDPM", V, 1000, 202.0296, 0.2631),
+        pytest.param("DDPM", V, 1000, 202.0296, 0.2631, marks=pytest.mark.slow),
         ("DDIM", {}, 10, 172.0067, 0.223967),
         ("DDIM", V, 10, 52.5302, 0.0684),
         ("DDIM", {"beta_start": 0.01, "set_alpha_to_one": True}, 10, 149.8295, 0.1951),
@@ -206,7 +200,7 @@ def dummy(x: Tensor, t: Tensor) -> Tensor:
         ("EDMEuler", {"num_train_timesteps": 256}, 10, 34.1855, 0.044),
         ("LCM", LATENT, 1, 18.7097, 0.0244),
         ("LCM", LATENT, 10, 197.7616, 0.2580),
-        ("UnCLIP", {"variance_type": "fixed_small_log"}, 1000, 252.2682, 0.3284),
+        pytest.param("UnCLIP", UNCLIP, 1000, 252.2682, 0.3284, marks=pytest.mark.slow),
         ("CMStochasticIterative", {"num_train_timesteps": 201}, 1, 192.7614, 0.2510),
     ],
 )
@@ -248,8 +242,6 @@ def loop_of_tests(model: Callable[..., Tensor], scheduler: Any, x: Tensor, gener
         ("HeunDiscrete", {}, False, 0.1233, 0.0002),
         ("LMSDiscrete", {}, False, 1006.388, 1.31),
         ("KDPM2Discrete", {}, False, 20.4125, 0.0266),
-        ("KDPM2AncestralDiscrete", {}, True, 13849.3877, 18.0331),
-        ("KDPM2AncestralDiscrete", V, True, 328.9970, 0.4284),
         ("SASolver", {}, True, 337.394287109375, 0.43931546807289124),
     ],
 )
@@ -367,7 +359,9 @@ def array(images: Any) -> Tensor:
     return torch.as_tensor(images)
 
 
-@pytest.mark.parametrize(("name", "options"), [("DDPM", {}), ("DDIM", {}), ("DDIM", {"eta": 0.5})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("DDPM", {}), pytest.param("DDIM", {}, marks=pytest.mark.slow), ("DDIM", {"eta": 0.5})]
+)
 def test_a_pipeline_returns_its_own_images(name: str, options: dict[str, Any]) -> None:
     pipeline = quiet(getattr(diffusers, f"{name}Pipeline")(unet=unet(), scheduler=scheduler_of("DDPM")))
     fast = accelerate(pipeline, noise="torch")
@@ -405,6 +399,8 @@ def test_the_contract_in_a_pipeline() -> None:
     other = fast.with_options(seed=6)
     assert not np.allclose(first, other(**call).images)
     assert other.traced is fast.traced
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert np.array_equal(first, again(**call).images)
 
 
 def test_changes_of_a_pipeline_are_noticed() -> None:
@@ -419,16 +415,13 @@ def test_changes_of_a_pipeline_are_noticed() -> None:
         assert_close(array(ours), array(seeded(pipeline, **call).images), tolerance=TOLERANCE)
         return fast.traced
 
+    pipeline(**call)  # sets the scheduler's times
     first = compare()
     assert compare() is first
     fast.scheduler = scheduler_of("DDPM", beta_schedule="squaredcos_cap_v2")
     second = compare()
     pipeline.scheduler.register_to_config(clip_sample_range=0.5)
     third = compare()
-    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    with pytest.raises(TypeError):  # as the pipeline itself: its step takes no such scheduler
-        fast(**call, eta=1.0)
-    pipeline.scheduler = scheduler_of("DDPM")
     pipeline.unet.conv_in.weight.mul_(1.5)
     compare()
     fast.unet = unet(add_attention=False)
@@ -550,5 +543,5 @@ def test_what_is_no_pipeline_is_refused() -> None:
     with pytest.raises(ValueError, match="noise must be"):
         accelerate(pipeline, noise="own")
     pipeline.scheduler = scheduler_of("DDPM", thresholding=True)
-    with pytest.raises(TraceError, match="scheduling_ddpm.py"):
+    with pytest.raises(TraceError, match=r"scheduling_ddpm\.py"):
         accelerate(pipeline)(num_inference_steps=3)

@@ -83,7 +83,7 @@ def test_brownian_trees_are_replaced_by_the_contract_and_said_so(name: str) -> N
     assert "Brownian tree, which is replaced" in fast.explain()
     torch.testing.assert_close(fast(net, X, SIGMAS, disable=True), first, rtol=0, atol=0)
     with pytest.raises(ValueError, match="Brownian tree"):
-        fast.with_options(noise="torch")(net, X, SIGMAS, disable=True)
+        accelerate(name, noise="torch")(net, X, SIGMAS, disable=True)
 
 
 def test_a_seed_of_the_contract_is_reproducible() -> None:
@@ -94,7 +94,7 @@ def test_a_seed_of_the_contract_is_reproducible() -> None:
 
 
 def test_what_is_no_table_is_refused() -> None:
-    with pytest.raises(TraceError, match="k_diffusion|sampling.py"):
+    with pytest.raises(TraceError, match="sampling"):
         sample("dpm_adaptive", Field(), X, 0.03, 14.6, disable=True)
     kept: list[Tensor] = []
     with pytest.raises(TraceError, match="callback"):

@@ -1,0 +1,37 @@
+"""A sampler of k-diffusion, as it is and as a table. Needs k-diffusion (pip install k-diffusion)."""
+
+import time
+
+import k_diffusion as k
+import torch
+from torch import nn
+
+from fastsde.compat.k_diffusion import accelerate
+
+
+class Denoiser(nn.Module):
+    """The exact denoiser of data on four points, as a network stands in its place: model(x, sigma)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("points", torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        distances = (x[:, None] - self.points).square().sum(-1)
+        return torch.softmax(-distances / (2 * sigma[:, None] ** 2), -1) @ self.points
+
+
+model, sigmas = Denoiser(), k.sampling.get_sigmas_karras(50, 0.02, 10.0)
+x = 10.0 * torch.randn(1000, 2)
+for name in ("dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde"):
+    loop = getattr(k.sampling, f"sample_{name}")
+    fast = accelerate(loop)  # called as the loop itself
+    samples = fast(model, x, sigmas, disable=True)  # traced and checked in the first call
+    start = time.perf_counter()
+    fast(model, x, sigmas, disable=True)
+    ours = time.perf_counter()
+    loop(model, x, sigmas, disable=True)
+    theirs = time.perf_counter()
+    near = (samples.abs() - 1).abs().max()
+    print(f"{name}: {theirs - ours:.3f} s, as a table {ours - start:.3f} s; farthest from a point {near:.3f}")
+print(fast.explain())
