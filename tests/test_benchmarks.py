@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastsde import VPSDE, checkpoints, data, ops
 from fastsde import noise as contract
-from fastsde.benchmarks import dsm_loss, noise, perturb, solver_step
+from fastsde.benchmarks import dsm_loss, loops, noise, perturb, solver_step
 from fastsde.benchmarks.providers import compiled, lean, sampling, tutorial
 from fastsde.benchmarks.suite import budget, measure, progress, run, runner, table
 from fastsde.benchmarks.suite import case as cases
@@ -32,6 +33,7 @@ from fastsde.benchmarks.suite.machine import Ceilings, Work
 from fastsde.benchmarks.suite.plan import Plan
 from fastsde.benchmarks.suite.replay import Replay
 from fastsde.benchmarks.tasks import elements, trajectory
+from fastsde.benchmarks.tasks.loop import tensor_of
 from fastsde.benchmarks.tasks.networks import mlp_work, unet_work
 from fastsde.benchmarks.tasks.recipe import Recipe
 from fastsde.benchmarks.tasks.trajectory import Score, Trajectory, proof
@@ -480,6 +482,70 @@ def test_loops_with_steps_of_their_own_are_proved_number_for_number(monkeypatch:
             own.prove(run, run())
 
 
+LOOPS = {  # with the package that each one needs
+    "torch": lambda: loops._tutorial(QUICK, 5, 20),
+    "diffusers": lambda: loops._pipeline(QUICK, 1, 3),
+    "k_diffusion": lambda: loops._k_diffusion(QUICK, 5, 4),
+    "sbi": lambda: loops._posterior(QUICK, 5, 20),
+}
+
+
+def imported(package: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(package, exc_type=ImportError)
+
+
+@pytest.mark.filterwarnings("ignore")  # from the packages
+@pytest.mark.parametrize("package", LOOPS)
+def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_is_found_out(package: str) -> None:
+    imported(package)
+    case = LOOPS[package]()
+    base, *own = [each for each in case.providers if not each.compiles]
+    assert case.baseline == base.name
+    assert case.prepare is not None
+    case.prepare()
+    figures = base.prove(base.make(), None)
+    assert figures["error"] <= figures["allowed"] < 1e-3
+    assert 0 < figures["network_share"] <= 1
+    for each in own:
+        run = each.make()
+        assert each.prove(run, run())["error"] < 1e-5
+        with pytest.raises(cases.WrongError, match="is off by"):
+            each.prove(lambda run=run: 1.01 * tensor_of(run()), None)
+    torch_noise = [each.prove for each in own if "torch's noise" in each.name]
+    assert torch_noise or package == "k_diffusion"  # which draws nothing
+    for prove in torch_noise:  # the contract's noise is another
+        with pytest.raises(cases.WrongError, match="is off by"):
+            prove(own[0].make(), None)
+
+
+def test_a_loop_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("diffusers", "k_diffusion.sampling", "sbi.neural_nets"):
+        monkeypatch.setitem(sys.modules, module, None)
+        package = module.split(".")[0]
+        record = runner.run_case(LOOPS[package](), CPU, MOST).record
+        for figures in record["providers"].values():
+            assert f"pip install {package.replace('_', '-')}" in figures["unavailable"]
+        assert not table.headlines(record)
+
+
+def test_the_least_arithmetic_of_the_networks_of_other_peoples_loops() -> None:
+    """PyTorch's count includes products with padding, and what is the same for all samples."""
+    diffusers, _ = imported("diffusers"), imported("sbi")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unet, posterior = loops.small_unet(diffusers), loops.untrained_posterior(CPU)
+    estimator, n = posterior.vector_field_estimator, 4
+    side = loops.UNET_SIDE
+    with torch.no_grad(), FlopCounterMode(display=False) as images:
+        unet(torch.randn(n, 3, side, side), torch.tensor(1))
+    with torch.no_grad(), FlopCounterMode(display=False) as points:
+        estimator(torch.randn(n, 3), torch.randn(n, 2), torch.rand(n))
+    assert 0.9 < n * loops.UNET_FLOP / images.get_total_flops() < 1
+    assert 0.8 < n * loops.POSTERIOR_FLOP / points.get_total_flops() < 1
+
+
 @pytest.mark.parametrize("wrong", [None, "loss", "stuck"])
 def test_training_is_proved_by_its_loss_its_gradient_and_that_weights_move(wrong: str | None) -> None:
     recipe = Recipe(tutorial_config("swiss-roll"), partial(data.swiss_roll, 5000), CPU, 3)
@@ -630,7 +696,8 @@ def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:
             assert len(set(names)) == len(names)
             needed = [each.name for each in case.providers if case.needs(each)]
             assert any(map(table.is_ours, needed))
-            assert case.subject in ("noise", "startup") or any(name.startswith(cases.LEAN) for name in needed)
+            without = ("noise", "startup", "loops")
+            assert case.subject in without or any(name.startswith(cases.LEAN) for name in needed)
             assert not any("reference" in name for name in needed)
 
 

@@ -119,8 +119,10 @@ def test_some_steps_alone_have_all_the_time(gpu: Gpu) -> None:
     assert "--ignore=tests/kernels" in engines
     assert "-n " not in engines
     assert "fastsde bench" in bench
-    assert "== engines, at most 240 s" in done.stdout  # a share of 24 out of 24 + 30
-    assert "== bench, at most 540 s" in done.stdout
+    # A share of 24 out of 24 + 30, and all of the time, less what the script itself takes on a busy machine.
+    shares = dict(re.findall(r"== (\w+), at most (\d+) s", done.stdout))
+    assert 200 <= int(shares["engines"]) <= 240
+    assert 500 <= int(shares["bench"]) <= 540
 
 
 @pytest.mark.parametrize("name", ["LIMIT_S", "WORKERS"])
