@@ -33,6 +33,7 @@ SUBJECTS = (  # in the order of the tables
     "dsm_loss",
     "swiss_roll",
     "mnist",
+    "loops",
     "fresh_weights",
     "few_steps",
     "train_swiss_roll",

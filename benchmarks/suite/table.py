@@ -116,6 +116,10 @@ def _notes(record: Figures) -> Iterable[str]:
     for name, each in timed(record).items():
         if timed_by_calls(record, name):
             yield f"  {name} is timed by calls, including the host: {each['not_captured']}"
+    for each in timed(record).values():
+        if "network_s" in each.get("parity", {}):
+            alone, share = each["parity"]["network_s"], each["parity"]["network_share"]
+            yield f"  the baseline's network alone, called as it is there: {duration(alone)}, {share:.0%} of the time"
     apart = noise(record)
     if apart is not None:
         yield f"  noise (the baseline compared with itself): {apart:.1%}"

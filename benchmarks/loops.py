@@ -1,0 +1,230 @@
+"""Other people's loops, as their users call them, with and without `fastsde.accelerate`.
+
+The tutorial's on the swiss roll, a DDPMPipeline of diffusers with a small U-Net, DPM-Solver++(2M) of k-diffusion with
+an MLP, and an NPSE posterior of sbi. Where the network takes nearly all of the time, there is little to gain: its share
+is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsde import checkpoints
+from fastsde.compat import diffusers as compat_diffusers
+from fastsde.compat import k_diffusion as compat_k_diffusion
+from fastsde.compat import sbi as compat_sbi
+
+from .clients.case import Loop
+from .providers.accelerated import Way, accelerated, as_it_is, direct
+from .providers.tutorial import beta_at, integral, step
+from .suite.case import LOOP, Case, UnavailableError
+from .suite.machine import Work
+from .suite.plan import Plan
+from .tasks.loop import LoopProof, LoopTask
+from .tasks.networks import mlp_work
+
+UNET_CHANNELS, UNET_SIDE = (32, 64), 32
+UNET_FLOP = 452_000_000  # per image, of its convolutions without products with padding
+POSTERIOR_SHAPE = (1, 3)
+POSTERIOR_FLOP = 2 * (3 * 100 + 6 * 100 * 100 + 100 * 3)  # per sample, without what is the same for all samples
+_DIM, _HIDDEN = 32, (128, 128)  # of the MLP for k-diffusion
+_SIGMA_MIN, _SIGMA_MAX = 0.03, 14.6
+_TORCH, _COMPILED = {"noise": "torch"}, {"compile": True}
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """Yields one case per package. With --quick they have fewer samples and steps."""
+    yield _tutorial(plan, 1000, 100 if plan.quick else 999)
+    yield _pipeline(plan, *((2, 5) if plan.quick else (8, 20)))
+    yield _k_diffusion(plan, *((64, 10) if plan.quick else (512, 50)))
+    yield _posterior(plan, *((100, 50) if plan.quick else (1000, 500)))
+
+
+def _case(
+    task: LoopTask,
+    name: str,
+    what: str,
+    baseline: str,
+    ways: Sequence[tuple[str, Way, dict[str, Any]]],
+    flop: float,
+    specials: float = 0.0,
+    precision: str = "fp32",
+    rounds: int = 10,
+) -> Case:
+    """Returns the case of a loop and of some ways to accelerate it: a label, the way, and options of `accelerate`."""
+    proof = LoopProof(task)
+
+    def prepare() -> None:
+        with suppress(UnavailableError):  # each provider says so itself
+            proof.prepare()
+
+    n = task.shape[0]
+    base = as_it_is(baseline, task, proof, precision)
+    return Case(
+        subject="loops",
+        name=f"loop-{name}",
+        what=f"{what}, {n:,} x {task.rows}",
+        about={"n": n, "rows": task.rows},
+        providers=[base, *(accelerated(task, proof, precision, way, label, **more) for label, way, more in ways)],
+        baseline=base.name,
+        work=Work(flop=flop * n, specials=specials * n) * task.rows,
+        network_calls=task.rows,
+        rounds=rounds,
+        prepare=prepare,
+    )
+
+
+def _imported(name: str, package: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise UnavailableError(f"{package} is not installed, or has no {name}: pip install {package}") from error
+
+
+def _fixed(build: Callable[[], Any]) -> Any:
+    """Returns what is built from random weights, the same in each run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
+
+
+# The tutorial -------------------------------------------------------------------------------------------------------
+
+
+def generate_samples(network: nn.Module, nsamples: int, steps: int, device: torch.device | str) -> Tensor:
+    """Runs the tutorial's loop, with the score from a network that predicts eps, as the shipped one does."""
+    x = torch.randn((nsamples, 2), device=device)
+    times = torch.linspace(1, 0, steps, device=device)
+    for i in range(len(times) - 1):
+        t, size = times[i].expand(nsamples, 1), times[i] - times[i + 1]
+        score = -network(torch.cat((x, t), -1)).detach() / (-torch.expm1(-integral(t))).sqrt()
+        x = step(x, score, beta_at(t), size)
+    return x
+
+
+def _tutorial(plan: Plan, n: int, rows: int) -> Case:
+    def build(device: torch.device) -> Loop:
+        return Loop(generate_samples, (checkpoints.load("swiss-roll", device).network.net, n, rows + 1, device))
+
+    task = LoopTask(build, plan.device, (n, 2), rows + 1, rows)
+    ways = [("", direct, {}), ("", direct, _TORCH)]
+    return _case(task, "tutorial", "the tutorial's loop", LOOP, ways, *mlp_work())
+
+
+# diffusers ----------------------------------------------------------------------------------------------------------
+
+
+def small_unet(diffusers: Any, channels: Sequence[int] = UNET_CHANNELS, side: int = UNET_SIDE) -> nn.Module:
+    """Returns an untrained U-Net of diffusers without attention."""
+    levels = len(channels)
+    unet: nn.Module = diffusers.UNet2DModel(
+        sample_size=side,
+        layers_per_block=1,
+        block_out_channels=tuple(channels),
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        add_attention=False,
+    )
+    return unet.eval()
+
+
+def _pipeline(plan: Plan, n: int, steps: int) -> Case:
+    def build(device: torch.device) -> Loop:
+        diffusers = _imported("diffusers", "diffusers")
+        unet = _fixed(lambda: small_unet(diffusers)).to(device)
+        pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        arguments = {"batch_size": n, "num_inference_steps": steps, "output_type": "np"}
+        return Loop(pipeline, kwargs=arguments, modules=(unet,))
+
+    def whole(loop: Loop, **options: Any) -> Callable[..., Any]:
+        return compat_diffusers.accelerate(loop.call, **options)
+
+    shape = (n, 3, UNET_SIDE, UNET_SIDE)
+    task = LoopTask(build, plan.device, shape, steps, steps)  # no draw in the last step
+    ways = [("", whole, {}), ("", whole, _TORCH), ("", whole, _COMPILED), ("", whole, _TORCH | _COMPILED)]
+    precision = "TF32" if plan.has_gpu else "fp32"  # PyTorch's default for convolutions
+    return _case(task, "diffusers", "diffusers' DDPMPipeline", "DDPMPipeline", ways, UNET_FLOP, 0, precision, rounds=8)
+
+
+# k-diffusion --------------------------------------------------------------------------------------------------------
+
+
+class Joined(nn.Module):
+    """Layers that take x and a time per sample as columns."""
+
+    def __init__(self, dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        sizes, layers = (dim + 1, *hidden), []
+        for inputs, outputs in zip(sizes, hidden, strict=False):
+            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], dim))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.layers(torch.cat((x, t[:, None]), 1))
+        return f
+
+
+def _k_diffusion(plan: Plan, n: int, steps: int) -> Case:
+    def build(device: torch.device) -> Loop:
+        sampling = _imported("k_diffusion.sampling", "k-diffusion")
+        denoiser = _imported("k_diffusion.external", "k-diffusion").VDenoiser(_fixed(lambda: Joined(_DIM, _HIDDEN)))
+        denoiser.to(device).eval().requires_grad_(False)
+        start = _fixed(lambda: _SIGMA_MAX * torch.randn(n, _DIM)).to(device)
+        sigmas = sampling.get_sigmas_karras(steps, _SIGMA_MIN, _SIGMA_MAX, device=device)
+        arguments = {"x": start, "sigmas": sigmas, "disable": True}
+        layers = denoiser.inner_model.layers
+        return Loop(partial(sampling.sample_dpmpp_2m, denoiser), kwargs=arguments, modules=(layers,), state="x")
+
+    def wrapper(loop: Loop, **options: Any) -> Callable[..., Any]:
+        """The denoiser as a whole is the network."""
+        (denoiser,) = loop.call.args  # type: ignore[attr-defined]
+        return partial(compat_k_diffusion.accelerate(loop.call.func, **options), denoiser)  # type: ignore[attr-defined]
+
+    task = LoopTask(build, plan.device, (n, _DIM), 0, steps)
+    ways = [("", direct, {}), ("the wrapper", wrapper, {}), ("the wrapper", wrapper, _COMPILED)]
+    flop, _ = mlp_work(_HIDDEN, _DIM)
+    what = "k-diffusion's dpmpp_2m on an MLP"
+    return _case(task, "k-diffusion", what, "sample_dpmpp_2m", ways, flop, sum(_HIDDEN), rounds=30)
+
+
+# sbi ----------------------------------------------------------------------------------------------------------------
+
+
+def untrained_posterior(device: torch.device) -> Any:
+    """Returns an NPSE posterior of three parameters with sbi's own defaults, standardised by some data."""
+    factory = _imported("sbi.neural_nets", "sbi")
+    posteriors = _imported("sbi.inference.posteriors.vector_field_posterior", "sbi")
+    theta = torch.randn(500, POSTERIOR_SHAPE[-1]) * torch.tensor([0.5, 1.0, 2.0])
+    x = theta[:, :2] + 0.1 * torch.randn(500, 2)
+    estimator = factory.posterior_score_nn()(theta, x).to(device)
+    width = torch.full(POSTERIOR_SHAPE[-1:], 1e3, device=device)  # so wide that no sample is rejected
+    prior = _imported("sbi.utils", "sbi").BoxUniform(-width, width, device=str(device))
+    posterior = posteriors.VectorFieldPosterior(estimator, prior, sample_with="sde", device=str(device))
+    return posterior.set_default_x(torch.tensor([[0.2, -0.4]], device=device))
+
+
+def _posterior(plan: Plan, n: int, steps: int) -> Case:
+    def build(device: torch.device) -> Loop:
+        posterior = _fixed(lambda: untrained_posterior(device))
+        arguments = {"steps": steps, "show_progress_bars": False}
+        return Loop(posterior.sample, ((n,),), arguments, (posterior.vector_field_estimator,))
+
+    def whole(loop: Loop, **options: Any) -> Callable[..., Any]:
+        sample: Callable[..., Any] = compat_sbi.accelerate(loop.call.__self__, **options).sample  # type: ignore[attr-defined]
+        return sample
+
+    task = LoopTask(build, plan.device, (n, *POSTERIOR_SHAPE), steps, steps - 1)
+    ways = [("", whole, {}), ("", whole, _TORCH), ("", whole, _COMPILED)]
+    rounds = 10 if plan.quick else 3
+    return _case(task, "sbi", "sbi's NPSE posterior", "posterior.sample", ways, POSTERIOR_FLOP, rounds=rounds)
