@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OF_MODULES", "Fingerprint", "Look", "Same", "fingerprint", "modules_of"]
+__all__ = ["LIBRARIES", "OF_MODULES", "Fingerprint", "Look", "Same", "fingerprint", "modules_of", "names_of"]
 
 # Exactly these types, not their subclasses, which may define their own comparison.
 _VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -28,7 +28,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # The attributes of every nn.Module: weights and children, which are read separately, and others that no forward reads.
 OF_MODULES = frozenset(vars(nn.Module()))
 # Objects and functions of these libraries are compared by identity and not searched, except for the plain containers.
-_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
+LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
 _PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, collections.ChainMap)
 _DEPTH = 8  # of nested objects other than modules
 _LENGTH = 1000  # of a container or an array whose contents are read
@@ -120,6 +120,7 @@ class Look:
     """One pass through a network, which reads each object once."""
 
     DEPTH = _DEPTH
+    LENGTH = _LENGTH
 
     def __init__(self) -> None:
         self.structure: list[Any] = []
@@ -211,7 +212,7 @@ class Look:
         self.structure += [Same(type(array)), array.shape, array.dtype.str]
         if isinstance(array, np.ndarray):
             self.structure.append(Same(array))
-        if array.size <= _LENGTH and not array.dtype.hasobject:
+        if array.size <= self.LENGTH and not array.dtype.hasobject:
             self.structure.append(array.tobytes())
         self._at_attributes(array, _DEPTH)
 
@@ -225,7 +226,7 @@ class Look:
         """Reads a container by the methods of Python's own type, since a subclass may override them."""
         kind: Any = next(kind for kind in (*_CONTAINERS, *_MAPPINGS) if isinstance(value, kind))
         self.structure += [Same(type(value)), kind.__len__(value)]
-        if kind.__len__(value) > _LENGTH:
+        if kind.__len__(value) > self.LENGTH:
             self.structure.append(Same(value))
         elif kind in _MAPPINGS:
             self._at_items(value if kind is not dict else dict(dict.items(value)), depth)
@@ -265,7 +266,7 @@ class Look:
 
 
 def _is_of_library(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).partition(".")[0] in _LIBRARIES
+    return str(getattr(value, "__module__", "")).partition(".")[0] in LIBRARIES
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -277,11 +278,12 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             continue
     yield "__defaults__", function.__defaults__
     yield "__kwdefaults__", function.__kwdefaults__
-    for name in sorted(_names(function.__code__)):
+    for name in sorted(names_of(function.__code__)):
         if name in function.__globals__:
             yield f"global {name}", function.__globals__[name]
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_of(code: types.CodeType) -> set[str]:
+    """Returns the names of globals and attributes in a function's code."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return set(code.co_names).union(*map(names_of, inner))

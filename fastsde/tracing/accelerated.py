@@ -12,16 +12,20 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from ..engines.fingerprint import Fingerprint
+from ..engines.inspection import device_of, dtype_of
 from ..validation import check_bool, check_int
 from .brownian import NOTE
 from .check import check as check_against
-from .environment import environment
+from .draws import Replay
+from .environment import Environment, environment
+from .errors import TraceError
 from .noises import Draws
 from .recording import Arguments, one_at_a_time, record, record_call
-from .tape import cdata
+from .tape import Tape, cdata
 from .traced import Traced
 
 __all__ = ["Accelerated", "accelerate", "trace"]
@@ -68,10 +72,18 @@ class _Entry:
     traced: Traced
     networks: list[Any]
     environments: list[Fingerprint]  # that it is valid in
+    outside: set[int]  # the generators that outlive the loop, by `cdata`
+    weights: list[tuple[Tensor, Tensor]]  # of the networks, that the loop reads itself, and their values
     changes: frozenset[int]  # where the last of them may differ: what the loop changes and does not depend on
     tensors: list[Tensor]  # of the arguments
     generators: list[torch.Generator]
     baked: dict[int, Tensor]  # copies of tensors that take part in the loop's arithmetic, by their number
+
+    def has_same_tensors(self, tensors: Sequence[Tensor]) -> bool:
+        """Returns whether everything that the table was made of is as it was."""
+        return all(torch.equal(tensors[i], value) for i, value in self.baked.items()) and all(
+            torch.equal(weight, value) for weight, value in self.weights
+        )
 
     def is_valid_in(self, now: Fingerprint) -> bool:
         last = self.environments[-1]
@@ -144,6 +156,8 @@ class Accelerated:
         return f"accelerate({getattr(self.loop, '__qualname__', self.loop)!s})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(_get_current_dispatch_mode(), (Tape, Replay)):  # another loop that calls this one is traced
+            return self.loop(*args, **kwargs)
         options = self._options
         arguments = Arguments.of(self.loop, args, kwargs, options.network, options.modules)
         names = arguments.names
@@ -158,7 +172,7 @@ class Accelerated:
         draws = None
         if options.noise == "torch":
             renamed = {cdata(old): new for old, new in zip(entry.generators, generators, strict=True)}
-            draws = Draws(traced.program, renamed)
+            draws = Draws(traced.program, renamed, entry.outside)
         given = {id(old): new for old, new in zip(entry.tensors, tensors, strict=True)}
         return traced.run(
             arguments.networks,
@@ -179,7 +193,8 @@ class Accelerated:
         tensors: list[Tensor],
         generators: list[torch.Generator],
     ) -> _Entry:
-        objects = [x for name, x in names.items() if name != arguments.network and not isinstance(x, (Tensor, *_PLAIN))]
+        ours = (Tensor, torch.Generator, *_PLAIN)
+        objects = [x for name, x in names.items() if name != arguments.network and not isinstance(x, ours)]
         key = _key(names, arguments)
         with self._lock:
             return self._found(key, arguments, objects, tensors, generators)
@@ -192,15 +207,17 @@ class Accelerated:
         tensors: list[Tensor],
         generators: list[torch.Generator],
     ) -> _Entry:
-        now = environment(self.loop, objects, arguments.networks)
+        def look() -> Environment:
+            return environment(self.loop, objects, arguments.networks, {cdata(each) for each in generators})
+
+        now = look()
         entries = self._known.get(key, [])
         for entry in entries:
-            fits = entry.is_valid_in(now)
-            if fits and all(torch.equal(tensors[i], value) for i, value in entry.baked.items()):
+            if entry.is_valid_in(now.fingerprint) and entry.has_same_tensors(tensors):
                 self._known.move_to_end(key)
                 return entry
         with one_at_a_time:
-            entry = self._trace(arguments, now, objects, tensors, generators)
+            entry = self._trace(arguments, now, look, tensors, generators)
         self._known.setdefault(key, []).append(entry)
         self._known.move_to_end(key)
         while sum(map(len, self._known.values())) > _TRACES:
@@ -213,27 +230,35 @@ class Accelerated:
     def _trace(
         self,
         arguments: Arguments,
-        now: Fingerprint,
-        objects: list[Any],
+        now: Environment,
+        look: Callable[[], Environment],
         tensors: list[Tensor],
         generators: list[torch.Generator],
     ) -> _Entry:
         options = self._options
         name = getattr(self.loop, "__name__", type(self.loop).__name__)
         before = {i: x.detach().clone() for i, x in enumerate(tensors)}
-        traced = Traced(record_call(self.loop, arguments, options.state, replay=options.replay), name)
-        environments, changes = [now], frozenset[int]()
+        program = record_call(self.loop, arguments, options.state, replay=options.replay, generators=now.generators)
+        traced = Traced(program, name)
+        weights = [(weight, weight.detach().clone()) for weight in program.weights_read]
+        environments, changes = [now.fingerprint], frozenset[int]()
         if options.check:
-            between = environment(self.loop, objects, arguments.networks)
+            between = look().fingerprint
             settings = {"noise": options.noise, **options.of_run()}
             check_against(self.loop, arguments, traced, settings, replay=options.replay)
-            environments.append(environment(self.loop, objects, arguments.networks))
+            after = look()
+            if after.keeps_states:
+                reason = "something that the loop reaches keeps its states, such as a list of a callback or of a hook"
+                raise TraceError("state", reason, name, "return the states instead")
+            environments.append(after.fingerprint)
             if len(between.structure) == len(environments[1].structure):
                 changes = environments[1].differences(between)
-        baked_ids = traced.program.baked_ids
+        # Every tensor that the loop is given is either given to the network instead of the old one, or compared.
+        replaced = traced.replaced_ids
         state = arguments.names.get(traced.program.state) if traced.program.state is not None else None
-        baked = {i: before[i] for i, x in enumerate(tensors) if id(x) in baked_ids and x is not state}
-        return _Entry(traced, arguments.networks, environments, changes, tensors, generators, baked)
+        baked = {i: before[i] for i, x in enumerate(tensors) if id(x) not in replaced and x is not state}
+        outside = {cdata(each) for each in now.generators}
+        return _Entry(traced, arguments.networks, environments, outside, weights, changes, tensors, generators, baked)
 
 
 def _key(names: dict[str, Any], arguments: Arguments) -> Any:
@@ -253,8 +278,21 @@ def _key(names: dict[str, Any], arguments: Arguments) -> Any:
         return type(value), id(value)
 
     own = tuple((name, of(value)) for name, value in names.items() if name != arguments.network)
-    modes = tuple(getattr(network, "training", None) for network in arguments.networks)
-    return own, tuple(map(id, arguments.networks)), modes, torch.get_default_dtype()
+    tensors = [x for x in tree_leaves(names) if isinstance(x, Tensor)]
+    first = {id(x): i for i, x in reversed(list(enumerate(tensors)))}
+    aliases = tuple(first[id(x)] for x in tensors)  # which of them are the same
+    networks = tuple((id(each), _modes(each), dtype_of(each), device_of(each)) for each in arguments.networks)
+    return own, aliases, networks, torch.get_default_dtype()
+
+
+def _modes(network: Any) -> tuple[bool, ...]:
+    """Returns which modules of a network are in training mode."""
+    found, stack = [], [network] if isinstance(network, nn.Module) else []
+    while stack:
+        module = stack.pop()
+        found.append(getattr(module, "training", False))
+        stack += [child for child in module._modules.values() if child is not None]
+    return tuple(found)
 
 
 @overload
@@ -268,8 +306,10 @@ def accelerate(loop: None = None, **options: Any) -> Callable[[Callable[..., Any
 def accelerate(loop: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Returns a function with the loop's own signature and result that runs it as a table. Usable as a decorator.
 
-    A new combination of shapes and constants is traced (see `trace`) and checked once, and kept. The loop itself does
-    not run in later calls: what it prints or stores happens only when it is traced and checked.
+    A new combination of shapes and constants is traced (see `trace`) and checked once, and kept. So is the loop when a
+    global, a closure, an attribute or a tensor that it reads has changed; containers of more than 20,000 entries, and
+    tensors of more than 100,000 elements that are changed without PyTorch's knowledge, are not seen to change. The loop
+    itself does not run in later calls: what it prints or stores happens only when it is traced and checked.
 
     Args:
         loop: any sampling loop.
@@ -297,4 +337,4 @@ def accelerate(loop: Callable[..., Any] | None = None, **options: Any) -> Any:
         return lambda own: Accelerated(own, settings)
     if not callable(loop):
         raise TypeError(f"loop must be callable, got {type(loop).__name__}")
-    return Accelerated(loop, settings)
+    return Accelerated(loop.loop if isinstance(loop, Accelerated) else loop, settings)

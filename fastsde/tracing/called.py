@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..models.mlp import is_sequential
 from .calls import Argument, Calls, Item, Place, Selected
+from .program import under
 
 __all__ = ["Called", "conditions_of", "model_of"]
 
@@ -49,7 +50,8 @@ class Called(nn.Module):
             else:
                 leaves.append(self._item(leaf, x, t, conditions))
         args, kwargs = tree_unflatten(leaves, calls.spec)
-        found, _ = tree_flatten(self.network(*args, **kwargs))
+        with under(calls.autocast, x.device):
+            found, _ = tree_flatten(self.network(*args, **kwargs))
         total: Tensor | None = None
         for part in calls.selected:
             f = self._select(found[part.place], part, x)

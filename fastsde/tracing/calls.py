@@ -56,7 +56,9 @@ class Item:
 
     @property
     def is_number(self) -> bool:
-        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values)
+        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values) and (
+            self.shape is not None or len(set(map(type, self.values))) == 1  # Python numbers keep their type
+        )
 
 
 @dataclass
@@ -110,11 +112,12 @@ class Calls:
     time: Tensor
     is_fixed: bool
     conditions: dict[str, Item]
+    autocast: tuple[bool, torch.dtype] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the network is called as model(x, t) with t ``[B]`` in fp32, and its output is used as it is."""
-        if len(self.leaves) != 2 or not self._returns_all or self.conditions:
+        if len(self.leaves) != 2 or not self._returns_all or self.conditions or self.autocast is not None:
             return False
         x, t = self.leaves
         if not isinstance(x, Argument) or not isinstance(t, Item):
@@ -127,7 +130,7 @@ class Calls:
     @property
     def is_concatenation(self) -> bool:
         """Whether the network is called as model(cat((x, t), -1)), and its output is used as it is."""
-        if len(self.leaves) != 1 or not self._returns_all or len(self.sample_shape) != 1:
+        if len(self.leaves) != 1 or not self._returns_all or len(self.sample_shape) != 1 or self.autocast is not None:
             return False
         leaf = self.leaves[0]
         _, spec = tree_flatten(((0,), {}))
@@ -170,11 +173,16 @@ def calls_of(
     for call in calls:
         if call.network != first.network:
             raise NotATable("it calls several networks")
-        same = (call.spec, call.states, call.places) == (first.spec, first.states, first.places)
+        same = (call.spec, call.states, call.places, call.autocast) == (
+            first.spec,
+            first.states,
+            first.places,
+            first.autocast,
+        )
         if not same or len(call.leaves) != len(first.leaves):
             raise NotATable("it calls its network in different ways")
     batch = shape[0] if shape else 1
-    made = _Items(batch, len(calls))
+    made = _Items(batch, len(calls), program.watched)
     leaves: list[Item | Argument] = []
     for i, leaf in enumerate(first.leaves):
         if i in first.states:
@@ -184,14 +192,14 @@ def calls_of(
         del leaf
     selected = made.selected(outputs, [node.shape for node in first.outputs], first.places, torch.Size(shape).numel())
     time = made.time()
-    return Calls(batch, shape[1:], first.spec, leaves, selected, time, made.is_fixed, made.conditions)
+    return Calls(batch, shape[1:], first.spec, leaves, selected, time, made.is_fixed, made.conditions, first.autocast)
 
 
 class _Items:
     """Collects what follows the row, and decides what the table's time is."""
 
-    def __init__(self, batch: int, rows: int) -> None:
-        self._batch, self._rows = batch, rows
+    def __init__(self, batch: int, rows: int, watched: frozenset[int]) -> None:
+        self._batch, self._rows, self._watched = batch, rows, watched
         self._items: list[Item] = []
         self.is_fixed = False
         self.conditions: dict[str, Item] = {}
@@ -232,7 +240,8 @@ class _Items:
             same = all(isinstance(x, Tensor) and (x.shape, x.dtype) == (first.shape, first.dtype) for x in values)
             if not same:
                 raise NotATable("it calls its network with tensors of different shapes")
-            return self._add(Item([_number(x) for x in values], tuple(first.shape), first.dtype))
+            plain = [x if id(x) in self._watched else _number(x) for x in values]
+            return self._add(Item(plain, tuple(first.shape), first.dtype))
         return self._add(Item(list(values)))
 
     def selected(
@@ -278,7 +287,7 @@ class _Items:
         """Decides what each item is, and returns the table's times."""
         varying = []
         for item in self._items:
-            item.unique, item.index = _unique(item.values)
+            item.unique, item.index = _unique(item.values, self._watched)
             if len(item.unique) > 1:
                 varying.append(item)
         lists = {tuple(map(float, item.values)) if item.is_number else None for item in varying}
@@ -320,15 +329,15 @@ def _number(x: Tensor) -> Any:
     return x if isinstance(found, bool) else found
 
 
-def _unique(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
+def _unique(values: Sequence[Any], watched: frozenset[int]) -> tuple[list[Any], list[int]]:
     unique: list[Any] = []
     index = []
     known: dict[Any, int] = {}
     for value in values:
         key = id(value) if isinstance(value, Tensor) else (type(value), value) if _is_plain(value) else id(value)
         if key not in known:
-            compared = unique if isinstance(value, Tensor) or not _is_plain(value) else ()
-            same = next((i for i, other in enumerate(compared) if _equal(value, other)), None)
+            compared = () if _is_plain(value) or id(value) in watched else unique
+            same = next((i for i, x in enumerate(compared) if id(x) not in watched and _equal(value, x)), None)
             if same is None:
                 same = len(unique)
                 unique.append(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from .errors import MismatchError, TraceError
 from .noises import Given, contract, labels_of
 from .program import Program
 from .recording import Arguments, record_call, set_argument
-from .tape import forwards
+from .tape import Draw, forwards
 from .traced import Traced
 from .values import Node
 
@@ -42,6 +44,7 @@ def check(
     Raises:
         MismatchError: if it differs by more.
     """
+    whole = traced
     few = _fewer(loop, arguments, traced, replay)
     arguments, traced = few if few is not None else (arguments, traced)
     program, n = traced.program, traced.batch
@@ -49,7 +52,12 @@ def check(
     noises = _noises(traced, keys)
     names = arguments.names
     state = names[program.state].detach().clone() if program.state is not None else None
-    theirs = _run(loop, arguments, program.state, state, noises)
+    theirs = _run(loop, arguments, program.state, state, noises, program.draws)
+    if whole is not traced:
+        whole.program.draws[:] = [
+            dataclasses.replace(draw, strides=_strides(own, draw))
+            for draw, own in zip(whole.program.draws, program.draws, strict=True)
+        ]
     given = None if options.get("noise") == "contract" else Given(noises)
     source: dict[str, Any] = {"keys": keys} if given is None else {}
     held = None if state is None else state.clone()
@@ -57,16 +65,28 @@ def check(
     wrong = _differences(ours, theirs, None, traced.name)
     if wrong is None:
         return
-    again = _run(loop, arguments, program.state, state, noises)
+    again = _run(loop, arguments, program.state, state, noises, program.draws)
     if _differences(again, theirs, None, traced.name) is not None:
         raise MismatchError(
             "check", "the loop returns something else when it runs again with the same noises", traced.name, _KEEPS
         )
-    moved = [z + _nudge(z.dtype, z.device) * torch.randn(z.shape, generator=_generator()).to(z) for z in noises]
-    nudged = _run(loop, arguments, program.state, None if state is None else _nudged(state), moved)
+    generator = _generator()
+    moved = [z + _nudge(z.dtype, z.device) * torch.randn(z.shape, generator=generator).to(z) for z in noises]
+    nudged = _run(loop, arguments, program.state, None if state is None else _nudged(state), moved, [*program.draws])
     wrong = _differences(ours, theirs, nudged, traced.name)
     if wrong is not None:
         raise wrong
+
+
+def _strides(few: Draw, many: Draw) -> tuple[int, ...] | None:
+    """Returns the strides of a draw of many samples, from those of few."""
+    own = few.strides
+    if own is None or own[0] == max(own):
+        return own
+    strides, size = [0] * len(many.shape), 1
+    for dim in sorted(range(len(own)), key=lambda dim: own[dim]):
+        strides[dim], size = size, size * many.shape[dim]
+    return tuple(strides)
 
 
 _KEEPS = (
@@ -85,10 +105,21 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("backend", "compile") if options.get(name)}
 
 
-def _run(loop: Callable[..., Any], arguments: Arguments, name: str | None, state: Tensor | None, noises: Any) -> Any:
+def _run(
+    loop: Callable[..., Any],
+    arguments: Arguments,
+    name: str | None,
+    state: Tensor | None,
+    noises: Any,
+    draws: list[Draw],
+) -> Any:
     changes: dict[str, Any] = {} if name is None or state is None else {name: state.clone()}
-    modules = [network for network in arguments.networks if isinstance(network, nn.Module)]
-    if arguments.network is not None and not isinstance(arguments.networks[0], nn.Module):
+    modules = [
+        network
+        for network in arguments.networks
+        if isinstance(network, nn.Module) and not isinstance(network, torch.jit.ScriptModule)
+    ]
+    if arguments.network is not None and isinstance(arguments.networks[0], types.FunctionType):
         changes[arguments.network] = outside_modes(arguments.networks[0])
     with (
         torch.no_grad(),
@@ -99,6 +130,8 @@ def _run(loop: Callable[..., Any], arguments: Arguments, name: str | None, state
         found = arguments.call(loop, changes)
         found = list(found) if inspect.isgenerator(found) else found
         found = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_leaves(found)]
+    for number, strides in replay.strides.items():
+        draws[number] = dataclasses.replace(draws[number], strides=strides)
     if replay.left:
         raise MismatchError("check", f"the loop drew {replay.left} times less than when it was traced", "the loop")
     return found

@@ -45,7 +45,11 @@ def _randn_like(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 @_draws("normal", "normal_functional")
 def _normal(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     mean, std, shape, dtype = _normal_arguments(args, kwargs)
-    z = tape.noise(shape, dtype, _generator(args, kwargs), kwargs.get("device"))
+    out = kwargs.get("out")
+    z = tape.noise(shape, dtype if out is None else out.dtype, _generator(args, kwargs), kwargs.get("device"))
+    if out is not None:
+        with tape:
+            return out.copy_(z * std + mean)
     if not isinstance(mean, Tensor) and not isinstance(std, Tensor) and (mean, std) == (0, 1):
         return z
     with tape:
@@ -113,6 +117,11 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._noises, self._next, self._double = list(noises), 0, double
         self._shapes = {z.shape for z in noises if z.numel() > 1}
+        self.strides: dict[int, tuple[int, ...]] = {}  # of draws into memory that is not contiguous
+
+    def _note_strides(self, x: Tensor) -> None:
+        if not x.is_contiguous():
+            self.strides[self._next] = tuple(x.stride())
 
     @property
     def left(self) -> int:
@@ -133,12 +142,16 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet is aten.randn:
             return self._take(args[0], kwargs.get("dtype"))
         if packet is aten.randn_like:
+            self._note_strides(torch.empty_like(args[0]) if args[0].layout == torch.strided else args[0])
             return self._take(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         if packet is aten.normal:
             mean, std, shape, dtype = _normal_arguments(args, kwargs)
-            return self._take(shape, dtype) * std + mean
+            out = kwargs.get("out")
+            z = self._take(shape, dtype if out is None else out.dtype) * std + mean
+            return z if out is None else out.copy_(z)
         if packet is aten.normal_:
             mean, std = _mean_std(args, kwargs)
+            self._note_strides(args[0])
             return args[0].copy_(self._take(args[0].shape, args[0].dtype) * std + mean)
         casts = self._double and packet is aten._to_copy and args[0].dtype == torch.float64
         if casts and args[0].shape in self._shapes and kwargs.get("dtype") in _LOWER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,11 +23,22 @@ class Draws:
 
     Args:
         program: whose draws they are.
-        generators: generators instead of those of the trace, by the ``_cdata`` of these: PyTorch wraps them anew.
+        generators: generators instead of those of the trace, by the `cdata` of these.
+        outside: generators that outlive the loop, by their `cdata`: the others are made by the loop, which starts them
+            anew in every call. By default all of them outlive it.
     """
 
-    def __init__(self, program: Program, generators: Mapping[int, torch.Generator] | None = None) -> None:
-        self._draws, self._device, self._generators = program.draws, program.device, generators or {}
+    def __init__(
+        self,
+        program: Program,
+        generators: Mapping[int, torch.Generator] | None = None,
+        outside: Collection[int] | None = None,
+    ) -> None:
+        self._draws, self._device = program.draws, program.device
+        self._generators = dict(generators or {})
+        for own, state in program.generator_states.items():
+            if outside is not None and own not in outside and own not in self._generators:
+                self._generators[own] = torch.Generator(self._device).set_state(state)
         self._next = 0
         self._waiting: dict[int, Tensor] = {}
         self._uses = Counter(label for row in program.rows for node in row.noises for label in labels_of(node))
@@ -50,7 +61,12 @@ class Draws:
         if generator is not None:
             generator = self._generators.get(cdata(generator), generator)
         device = draw.device or (generator.device if generator is not None else self._device)
-        return torch.randn(draw.shape, dtype=draw.dtype, device=device, generator=generator).to(self._device)
+        if draw.strides is None:
+            z = torch.randn(draw.shape, dtype=draw.dtype, device=device, generator=generator)
+        else:  # the order of the elements follows the memory
+            z = torch.empty_strided(draw.shape, draw.strides, dtype=draw.dtype, device=device)
+            z.normal_(generator=generator)
+        return z.to(self._device).contiguous()
 
 
 class Given(Draws):

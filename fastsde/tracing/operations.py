@@ -97,6 +97,10 @@ def _by_parts(
     return tape.probe(Joined(parts, whole.dim), a.shape, tape.dtype_of(a, b))
 
 
+def _alpha(args: Any, kwargs: Any) -> float:
+    return float(args[2] if len(args) > 2 else kwargs.get("alpha", 1))
+
+
 def _weighted(tape: Tape, func: Any, args: Any, a: Any, b: Any, ka: float, kb: float) -> Any:
     found = _by_parts(tape, func, a, b, lambda n: ka, lambda n: kb * n)
     if found is None:
@@ -110,17 +114,17 @@ def _weighted(tape: Tape, func: Any, args: Any, a: Any, b: Any, ka: float, kb: f
 
 @_handles("add", "add_")
 def _add(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
-    return _weighted(tape, func, args, args[0], args[1], 1.0, float(kwargs.get("alpha", 1)))
+    return _weighted(tape, func, args, args[0], args[1], 1.0, _alpha(args, kwargs))
 
 
 @_handles("sub", "sub_")
 def _sub(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
-    return _weighted(tape, func, args, args[0], args[1], 1.0, -float(kwargs.get("alpha", 1)))
+    return _weighted(tape, func, args, args[0], args[1], 1.0, -_alpha(args, kwargs))
 
 
 @_handles("rsub")
 def _rsub(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
-    return _weighted(tape, func, args, args[1], args[0], 1.0, -float(kwargs.get("alpha", 1)))
+    return _weighted(tape, func, args, args[1], args[0], 1.0, -_alpha(args, kwargs))
 
 
 def _product(tape: Tape, func: Any, a: Any, b: Any, shape: torch.Size) -> Value:
@@ -342,8 +346,8 @@ _SAME_ORDER = ("view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias"
                "_reshape_alias", "reshape", "flatten", "unflatten")  # fmt: skip
 _VIEWS = ("select", "slice", "permute", "transpose", "t", "expand", "split", "split_with_sizes", "unbind", "chunk",
           "narrow", "diagonal", "movedim", "as_strided", "unfold", "swapaxes", "T", "mT", "expand_as")  # fmt: skip
-_COPIES = ("flip", "repeat", "roll", "index", "index_select", "gather", "repeat_interleave", "tile", "rot90", "tril",
-           "triu")  # fmt: skip
+_COPIES = ("flip", "repeat", "roll", "index", "index_select", "gather", "repeat_interleave", "tile",
+           "rot90")  # fmt: skip
 
 
 def _key(func: Any, shape: Sequence[int], args: Any, kwargs: Any) -> Any:
@@ -474,7 +478,7 @@ def _reduce(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     x = tape.as_probe(args[0])
     assert x is not None
     dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
-    dims = list(range(x.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    dims = [dims] if isinstance(dims, int) else list(dims or range(x.ndim))  # no dims are all
     shape = func(torch.empty(x.shape, device="meta"), *args[1:], **kwargs).shape
     grid = torch.arange(x.numel()).reshape(x.shape)
     rows = grid.movedim(dims, list(range(len(dims)))).reshape(-1, shape.numel()) if dims else grid.reshape(1, -1)

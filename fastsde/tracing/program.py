@@ -6,9 +6,12 @@ The execution takes any program, in any dtype, with given draws: it is the refer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -59,7 +62,11 @@ class Program:
         self.state: str | None = None  # the name of the loop's argument that is the initial state
         self.writes_state = False  # whether the loop changes its initial state in place: the last of the leaves
         self.modes: dict[int, list[bool]] = {}  # by network: which of its modules were in training mode
-        self.baked_ids: frozenset[int] = frozenset()  # of arguments that take part in the loop's arithmetic
+        self.sets_modes: set[int] = set()  # the networks whose modes the loop changes
+        self.weights_read = list(tape.weights_read.values())
+        self.generator_states = tape.generator_states
+        self.watched = tape.watched  # the ids of the tensors that the loop was given
+        self.baked_ids: frozenset[int] = frozenset()  # of those that take part in the loop's arithmetic
         self.rows: list[Row] = make_rows(tape, [part for output in self.outputs for part in output.parts])
         self.calls = [row.call for row in self.rows if row.call is not None]
 
@@ -124,13 +131,17 @@ class Program:
         return self.returned(found, dtype)
 
     def returned(
-        self, found: Mapping[Node, Tensor], dtype: torch.dtype | None = None, state: Tensor | None = None
+        self,
+        found: Mapping[Node, Tensor],
+        dtype: torch.dtype | None = None,
+        state: Tensor | None = None,
+        given: Mapping[int, Tensor] | None = None,
     ) -> Any:
         """Returns what the loop returns, from the emitted nodes; in the loop's dtypes if none is given."""
         leaves = []
         for leaf in self.leaves:
             if not isinstance(leaf, Output):
-                leaves.append(leaf)
+                leaves.append(constant_result(leaf, given))
                 continue
             parts = []
             for value in leaf.parts:
@@ -140,13 +151,26 @@ class Program:
             leaves.append(leaf.build(parts).to(dtype or leaf.dtype))
         return self.unflattened(leaves, state)
 
-    def unflattened(self, leaves: list[Any], state: Tensor | None = None) -> Any:
-        """Returns the leaves as the loop returns them, and writes what it leaves in its initial state."""
+    def unflattened(
+        self, leaves: list[Any], state: Tensor | None = None, given: Mapping[int, Tensor] | None = None
+    ) -> Any:
+        """Returns the leaves as the loop returns them, and writes what it leaves in its initial state.
+
+        Args:
+            given: tensors instead of those that the loop was given, by the ids of these.
+        """
         if self.writes_state:
             *leaves, left = leaves
             if state is not None:
                 state.copy_(left)
         return tree_unflatten(leaves, self.spec)
+
+
+def constant_result(leaf: Any, given: Mapping[int, Tensor] | None) -> Any:
+    """Returns what a loop returns besides its states: tensors that it was given, or copies of its own constants."""
+    if given and id(leaf) in given:
+        return given[id(leaf)]
+    return copy.copy(leaf) if isinstance(leaf, np.ndarray) else leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 _INSTEAD = "replay=True runs it again between the rows; a table cannot hold it"
@@ -202,8 +226,16 @@ def _call_network(
     if casts:
         leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
     args, kwargs = tree_unflatten(leaves, call.spec)
-    found, _ = tree_flatten(networks[call.network](*args, **kwargs))
+    with under(call.autocast, device):
+        found, _ = tree_flatten(networks[call.network](*args, **kwargs))
     return [found[place].to(dtype).reshape(-1) for place in call.places]
+
+
+def under(autocast: tuple[bool, torch.dtype] | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Returns the context of a network call: autocast as the loop sets it."""
+    if autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1], cache_enabled=False)
 
 
 def build_leaf(leaf: Leaf, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:

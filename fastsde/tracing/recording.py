@@ -103,6 +103,10 @@ class Arguments:
         return loop(*args, **kwargs)
 
 
+def name_of(loop: Callable[..., Any]) -> str:
+    return str(getattr(loop, "__name__", type(loop).__name__))
+
+
 def signature_of(loop: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(loop)
@@ -175,16 +179,21 @@ def record_call(
     double: bool = False,
     replay: bool = False,
     until_read: bool = False,
+    generators: Sequence[torch.Generator] = (),
 ) -> Program:
-    """Records a call with its arguments; the program's ``state`` is the name of the initial state."""
+    """Records a call with its arguments; the program's ``state`` is the name of the initial state.
+
+    Args:
+        generators: those that the loop does not make itself, besides its arguments.
+    """
     if state is not None and not isinstance(arguments.names.get(state), Tensor):
         kind = type(arguments.names.get(state)).__name__
         raise ValueError(f"state must name a tensor argument of the loop, got {state!r}, which is {kind}")
     try:
-        program = _recorded(loop, arguments, state, double, until_read)
+        program = _recorded(loop, arguments, state, double, until_read, generators)
     except NeedsState as needs:
         state = _state_among(arguments, needs.shapes)
-        program = _recorded(loop, arguments, state, double, until_read)
+        program = _recorded(loop, arguments, state, double, until_read, generators)
     if not replay:
         program.refuse_operations()
     return program
@@ -195,6 +204,10 @@ def _state_among(arguments: Arguments, shapes: Sequence[tuple[int, ...]]) -> str
     floating = {name: x for name, x in arguments.names.items() if isinstance(x, Tensor) and x.is_floating_point()}
     for shape in sorted(shapes, key=lambda shape: -torch.Size(shape).numel()):
         found = [name for name, x in floating.items() if tuple(x.shape) == shape]
+        if not found and shape:  # several times the batch, as for guidance
+            found = [
+                name for name, x in floating.items() if x.shape[1:] == shape[1:] and len(x) and shape[0] % len(x) == 0
+            ]
         if len(found) == 1:
             return found[0]
         if found:
@@ -207,20 +220,27 @@ def _state_among(arguments: Arguments, shapes: Sequence[tuple[int, ...]]) -> str
 
 
 def _recorded(
-    loop: Callable[..., Any], arguments: Arguments, state: str | None, double: bool, until_read: bool
+    loop: Callable[..., Any],
+    arguments: Arguments,
+    state: str | None,
+    double: bool,
+    until_read: bool,
+    generators: Sequence[torch.Generator],
 ) -> Program:
     names = arguments.names
     watched = [x for x in tree_leaves(names) if isinstance(x, Tensor)]
     device = _device_of(arguments, state)
     tape = Tape(device, _RULES, double=double, until_read=until_read, watched=watched)
-    tape.given_generators = {cdata(x) for x in tree_leaves(names) if isinstance(x, torch.Generator)}
+    outside = [*generators, *(x for x in tree_leaves(names) if isinstance(x, torch.Generator))]
+    tape.given_generators = {cdata(x): x.get_state().numpy().tobytes() for x in outside}
+    for network in arguments.networks:
+        if isinstance(network, nn.Module):
+            tape.weights.update({id(x): x for x in (*network.parameters(), *network.buffers())})
     modules = arguments.modules
     changes: dict[str, Any] = {}
     first = len(arguments.networks) - len(modules)
     if first and arguments.network is not None:
-        own = arguments.networks[0]
-        is_plain = isinstance(own, nn.Module) and not isinstance(own, torch.jit.ScriptModule)
-        changes[arguments.network] = tape.clone(own, 0) if is_plain else tape.network(own, 0)  # type: ignore[arg-type]
+        changes[arguments.network] = tape.clone(arguments.networks[0], 0)
     if state is not None:
         changes[state] = tape.input(names[state])
     held = {name: list(x) for name, x in names.items() if type(x) is list}
@@ -229,6 +249,11 @@ def _recorded(
             changes[name] = _without_callbacks(tape, name, x)
     one_at_a_time.acquire()
     before = _random_states()
+    modes = {
+        number: [(module, getattr(module, "training", False)) for module in network.modules()]
+        for number, network in enumerate(arguments.networks)
+        if isinstance(network, nn.Module)
+    }
     try:
         with tape, tape.replacing(modules, first), refused_draws(tape), linear_brownian(tape.note_tree):
             try:
@@ -243,15 +268,25 @@ def _recorded(
                 raise
             if tape.refusal is not None:
                 raise tape.refusal
+            if inspect.isgenerator(returned):
+                raise TraceError(
+                    "yield", "the loop is a generator", name_of(loop), "wrap it in a function that lists it"
+                )
             leaves, spec = tree_flatten(returned)
             for i, leaf in enumerate(leaves):
                 probe = tape.as_probe(leaf)
+                if not isinstance(leaf, Tensor) and any(isinstance(x, Probe) for x in _attributes(leaf)):
+                    reason = f"the loop returns a {type(leaf).__name__} that holds a state"
+                    raise TraceError("return", reason, name_of(loop), "return tensors")
                 if probe is not None:
                     leaves[i] = Output(_result(tape, probe), leaf.shape, leaf.dtype)
             _refuse_kept(tape, names)
     finally:
         one_at_a_time.release()
         tape.restore()
+        for module, mode in (each for own in modes.values() for each in own):
+            if getattr(module, "training", mode) != mode:
+                module.training = mode
         for name, contents in held.items():
             names[name][:] = contents
     changed = [name for name, same in _same_random_states(before).items() if not same]
@@ -274,6 +309,9 @@ def _recorded(
     program.state = state
     program.writes_state = writes
     program.modes = tape.modes
+    program.sets_modes = {
+        number for number, own in tape.modes.items() if own != [mode for _, mode in modes.get(number, [])]
+    }
     program.baked_ids = frozenset(tape.baked)
     return program
 
@@ -307,6 +345,10 @@ def _result(tape: Tape, probe: Probe) -> Value | Joined:
         return whole
     node = tape.node("affine", probe.shape, value=whole)
     return Value(node.numel, {(node, None): 1.0})
+
+
+def _attributes(value: Any) -> Iterator[Any]:
+    return iter(getattr(value, "__dict__", {}).values())
 
 
 def _refuse_kept(tape: Tape, names: Mapping[str, Any]) -> None:
@@ -353,7 +395,8 @@ def refused_draws(tape: Tape) -> Iterator[None]:
 _OF_RANDOM = ("random", "gauss", "normalvariate", "uniform", "randint", "randrange", "choice", "choices", "shuffle",
               "sample", "seed")  # fmt: skip
 _OF_NUMPY = ("randn", "rand", "normal", "standard_normal", "random", "random_sample", "uniform", "randint", "choice",
-             "shuffle", "permutation", "seed")  # fmt: skip
+             "shuffle", "permutation", "seed", "exponential", "poisson", "multivariate_normal",
+             "default_rng")  # fmt: skip
 
 
 def _device_of(arguments: Arguments, state: str | None) -> torch.device:
@@ -369,7 +412,8 @@ def _device_of(arguments: Arguments, state: str | None) -> torch.device:
 
 def _random_states() -> dict[str, Any]:
     state: Any = np.random.get_state()  # noqa: NPY002 (the global generator that loops use)
-    return {"random": random.getstate(), "numpy": np.array(state[1]), "torch": torch.get_rng_state()}
+    numbers = np.append(np.asarray(state[1], dtype=np.float64), [float(each) for each in state[2:]])
+    return {"random": random.getstate(), "numpy": numbers, "torch": torch.get_rng_state()}
 
 
 def _same_random_states(before: Mapping[str, Any]) -> dict[str, bool]:

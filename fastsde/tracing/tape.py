@@ -10,6 +10,8 @@ import contextlib
 import copy
 import math
 import threading
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .brownian import NOTE
 from .errors import TraceError
 from .probe import Memory, Probe
-from .values import Coefficient, Joined, Mover, Node, Value, uniform
+from .values import Coefficient, Joined, Mover, Node, Value, flat, uniform
 
 __all__ = ["Call", "Draw", "NeedsState", "Operation", "Rules", "Tape", "cdata", "forwards", "tensors_in"]
 
@@ -42,12 +44,16 @@ class Finished(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Draw:
-    """A normal draw of the loop: a tensor of standard normals."""
+    """A normal draw of the loop: a tensor of standard normals.
+
+    ``strides`` are known after the check, of a draw into memory that is not contiguous.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     generator: torch.Generator | None = None
     device: torch.device | None = None
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -58,7 +64,8 @@ class Call:
         network: the number of the network.
         leaves: the leaves of its arguments, in the order of ``spec``; where the state enters, its value.
         states: of these leaves, the shape and dtype, by their number.
-        outputs: the nodes of its outputs, and their numbers among the leaves of what it returns.
+        outputs, places: the nodes of its outputs, and their numbers among the leaves of what it returns.
+        autocast: whether it is under autocast, and in which dtype, where that differs from the loop's caller.
     """
 
     network: int
@@ -67,6 +74,7 @@ class Call:
     states: dict[int, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     outputs: list[Node] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    autocast: tuple[bool, torch.dtype] | None = None
 
 
 @dataclass(eq=False)
@@ -128,6 +136,7 @@ class Tape(TorchDispatchMode):
         self.device, self.double, self.until_read = device, double, until_read
         self._rules = rules
         self._thread = threading.get_ident()
+        self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         self.mover = Mover()
         self.epoch = 0
         self.calls: list[Call] = []
@@ -138,8 +147,13 @@ class Tape(TorchDispatchMode):
         self.baked: set[int] = set()
         self.inputs: list[Probe] = []  # the initial state
         self._watched = {id(tensor) for tensor in watched}
-        self.given_generators: set[int] = set()  # those of the caller, by their _cdata
-        self._states: dict[int, bytes] = {}  # of generators, at their first draw
+        self.watched = frozenset(self._watched)
+        self.weights: dict[int, Tensor] = {}  # of the networks
+        self.weights_read: dict[int, Tensor] = {}  # those that the loop reads itself
+        self._watched_storages = {x.untyped_storage()._cdata for x in watched if x.layout == torch.strided}
+        self.given_generators: dict[int, bytes] = {}  # those that outlive the loop, by `cdata`: their states
+        self.generator_states: dict[int, Tensor] = {}  # of generators at their first draw
+        self._states: dict[int, bytes] = {}  # the same, as bytes
         self._count = 0
         self._storages: dict[int, tuple[Memory, Any]] = {}  # plain memory that the loop has written state into
         self._poisoned: list[tuple[Tensor, Tensor]] = []
@@ -182,12 +196,15 @@ class Tape(TorchDispatchMode):
 
     def _check_generator(self, generator: torch.Generator) -> None:
         """Refuses a generator that the loop seeds again between draws: its draws would no longer repeat."""
-        own, state = cdata(generator), generator.get_state().numpy().tobytes()
+        own, found = cdata(generator), generator.get_state()
+        self.generator_states.setdefault(own, found)
+        state = found.numpy().tobytes()
         last = self._states.setdefault(own, state)
         is_again = own not in self.given_generators and any(
             state == other and each != own for each, other in self._states.items()
         )
-        if last != state or is_again:
+        is_seeded = self.given_generators.get(own, state) != state
+        if last != state or is_again or is_seeded:
             raise self.refuse(
                 "generator", "the loop seeds a generator again, to draw the same numbers", "seed it outside of the loop"
             )
@@ -216,12 +233,20 @@ class Tape(TorchDispatchMode):
         """Returns the one draw that draws of a sample each, joined, are; None if that is not what they are."""
         nodes = [next(iter(value.terms))[0] for value in values if value.is_atom]
         first = next(iter(nodes), None)
+        if any(positions is not None for value in values for _, positions in value.terms):
+            return None
         if dim != 0 or first is None or first.kind != "noise" or len(nodes) != len(values) or len(values) < 2:
             return None
         are_drawn_now = all(node.kind == "noise" and node.order == first.order + i for i, node in enumerate(nodes))
         if not are_drawn_now or any(shape[0] != 1 or math.prod(shape) != first.numel for shape in shapes):
             return None
         joined = self.node("noise", (len(nodes), *shapes[0][1:]), label=tuple(node.label for node in nodes))
+        joined.order = first.order - 0.5  # before its parts, which are parts of it from now on
+        for i, node in enumerate(nodes):
+            start, stop = i * first.numel, (i + 1) * first.numel
+            place, _ = self.mover.moves(("range", start, stop, joined.numel), (joined.numel,), lambda e: e[start:stop])  # noqa: B023
+            node.kind, node.label = "affine", None
+            node.value = Value(node.numel, {(joined, place): 1.0})
         return Value(joined.numel, {(joined, None): 1.0})
 
     # Operands --------------------------------------------------------------------------------------------------------
@@ -229,6 +254,12 @@ class Tape(TorchDispatchMode):
     def as_probe(self, x: Any) -> Probe | None:
         """Returns the probe that an argument is, or that stands for plain memory into which state was written."""
         if isinstance(x, Probe):
+            if x.tape is not self:
+                raise self.refuse(
+                    "state",
+                    "the loop uses a state of an earlier call that something kept",
+                    "reset what the loop keeps at its beginning",
+                )
             return x
         if self._storages and isinstance(x, Tensor):
             held = self._storages.get(x.untyped_storage()._cdata)
@@ -246,7 +277,9 @@ class Tape(TorchDispatchMode):
         probe = self.as_probe(x)
         if probe is not None:
             return probe
-        if id(x) in self._watched or (x._base is not None and id(x._base) in self._watched):
+        if not x.is_floating_point():
+            raise TraceError("write", f"the state is written into {x.dtype}, which rounds it")
+        if x.untyped_storage()._cdata in self._watched_storages:
             raise self.refuse(
                 "write", "the loop writes the state into a tensor that it was given", "return the states instead"
             )
@@ -321,18 +354,35 @@ class Tape(TorchDispatchMode):
 
         return call
 
-    def clone(self, module: nn.Module, number: int) -> nn.Module:
-        """Returns a module with the same weights and attributes whose calls are calls of the network."""
-        twin = copy.copy(module)
-        twin.__dict__["forward"] = self._noting_mode(twin, module.forward, number)
-        return twin
+    def clone(self, network: Any, number: int) -> Any:
+        """Returns a network with the same weights and attributes whose calls are calls of the network.
+
+        The hooks of a module belong to the network, and do not run on symbols.
+        """
+        if isinstance(network, nn.Module) and not isinstance(network, torch.jit.ScriptModule):
+            twin = copy.copy(network)
+            for name in HOOKS:
+                twin.__dict__[name] = OrderedDict()
+            twin.__dict__["forward"] = self._noting_mode(twin, network, number)
+            return twin
+        stub = self.network(network, number)
+        if isinstance(network, types.FunctionType) or not hasattr(network, "__dict__"):
+            return stub
+        try:  # an object with attributes
+            other = copy.copy(network)
+            other.__class__ = type(
+                type(network).__name__, (type(network),), {"__call__": lambda _, *a, **k: stub(*a, **k)}
+            )
+        except TypeError:
+            return stub
+        return other
 
     def _noting_mode(self, module: nn.Module, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
         stub = self.network(forward, number)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if number not in self.modes and self.is_mine:
-                self.modes[number] = [each.training for each in module.modules()]
+                self.modes[number] = [getattr(each, "training", False) for each in module.modules()]
             return stub(*args, **kwargs)
 
         return call
@@ -345,7 +395,7 @@ class Tape(TorchDispatchMode):
         def stub(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             return self._noting_mode(module, forward, numbers[id(module)])
 
-        with forwards(modules, stub):
+        with forwards(modules, stub, without_hooks=True):
             yield
 
     def _call(self, network: Callable[..., Any], number: int, args: Any, kwargs: Any) -> Any:
@@ -369,6 +419,9 @@ class Tape(TorchDispatchMode):
         for i, leaf in enumerate(call.leaves):  # the loop may change it in place later; conditions keep their identity
             if isinstance(leaf, Tensor) and id(leaf) not in self._watched:
                 call.leaves[i] = leaf.detach().clone()
+        enabled, dtype = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
+        if (enabled, dtype) != self._autocast and (enabled or self._autocast[0]):
+            call.autocast = (enabled, dtype)
         self.epoch += 1
         self.calls.append(call)
         signature = (number, tuple(call.states.items()), str(spec))
@@ -382,6 +435,11 @@ class Tape(TorchDispatchMode):
                 call.outputs.append(node)
                 call.places.append(place)
                 leaf = self.symbol(node, torch.float64 if self.double else leaf.dtype)
+            elif not isinstance(leaf, (int, float, complex, str, bytes, type(None))):
+                kind = type(leaf).__name__
+                raise self.refuse(
+                    "network call", f"the network returns a {kind}, whose tensors are not known", "return tensors"
+                )
             made.append(leaf)
         return tree_unflatten(made, out_spec)
 
@@ -397,6 +455,10 @@ class Tape(TorchDispatchMode):
             args, kwargs = tree_unflatten(real, spec)
             return tree_flatten(network(*args, **kwargs))
 
+        module = getattr(network, "__self__", network)
+        buffers = (
+            [(b, b.clone()) for b in module.buffers()] if isinstance(module, nn.Module) and module.training else []
+        )
         with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=_gpus(self.device)):
             try:
                 return run(None)
@@ -404,6 +466,9 @@ class Tape(TorchDispatchMode):
                 if not self.double:
                     raise
                 return run(torch.float32)  # of a network in fp32
+            finally:
+                for buffer, value in buffers:  # statistics of a batch norm
+                    buffer.copy_(value)
 
     # Dispatch --------------------------------------------------------------------------------------------------------
 
@@ -413,8 +478,15 @@ class Tape(TorchDispatchMode):
         draw = self._rules.draws.get(packet)
         if draw is not None:
             return draw(self, func, args, kwargs)
+        if self.weights:
+            self.weights_read.update({id(x): x for x in tensors_in(args) if id(x) in self.weights})
         if self._watched:
-            self.baked.update(id(x) for x in tensors_in(args) if id(x) in self._watched)
+            used = [id(x) for x in tensors_in(args) if id(x) in self._watched]
+            self.baked.update(used)
+            if used and func._schema.name.endswith("_") and id(args[0]) in self._watched and not kwargs.get("out"):
+                raise self.refuse(
+                    "write", f"the loop changes a tensor that it was given in place ({_name(func)})", "clone it first"
+                )
         traced = Probe in types or (self._storages and any(self.as_probe(x) is not None for x in tensors_in(args)))
         if not traced:
             return func(*args, **kwargs)
@@ -423,6 +495,8 @@ class Tape(TorchDispatchMode):
             plain = {key: value for key, value in kwargs.items() if key != "out"}
             with self:
                 result = getattr(torch, func._schema.name.split("::")[1])(*args, **plain)
+            if result.shape != out.shape:
+                raise self.refuse(_name(func), "out= has another shape than the result", "leave out= out")
             self.memory(out).write(self.value(result, out.shape))
             return out
         handler = self._rules.operations.get(packet)
@@ -434,15 +508,34 @@ class Tape(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
             raise TraceError(_name(func), self._rules.reason(_name(func)))
-        except TraceError as error:
-            if error is self.refusal:
+        except (TraceError, AttributeError, TypeError, AssertionError, NotImplementedError) as problem:
+            if problem is self.refusal:
                 raise
+            error = problem
+            if not isinstance(error, TraceError):
+                error = TraceError(_name(func), "is not followed with these arguments")
+            constants = self._constants(args)
+            if constants is not None:
+                return func(*constants, **kwargs)
             if packet in self._rules.final:
                 cause = self.first_cause(args, error)
                 if cause.instead is None:
                     cause = TraceError(cause.operation, cause.reason, cause.line, _FIXED)
                 raise self._refused(cause) from None
             return self.opaque(func, args, kwargs, error)
+
+    def _constants(self, args: Any) -> list[Any] | None:
+        """Returns the arguments with real tensors, if no probe among them depends on anything, as a slice of a cat."""
+
+        def real(x: Any) -> Any:
+            probe = self.as_probe(x) if isinstance(x, Tensor) else None
+            if probe is None:
+                return type(x)(map(real, x)) if isinstance(x, (list, tuple)) else x
+            values = flat(probe.value.const, probe.numel())
+            return values.reshape(probe.shape).to(self.device, probe.dtype)
+
+        probes = [probe for x in tensors_in(args) if (probe := self.as_probe(x)) is not None]
+        return None if any(probe.value.terms for probe in probes) else [real(x) for x in args]
 
     def refuse(self, operation: str, reason: str, instead: str | None = None) -> TraceError:
         """Returns the error of a loop that cannot be traced; it counts even if the loop catches it."""
@@ -498,6 +591,8 @@ class Tape(TorchDispatchMode):
                 leaves[i], states[i] = probe.value, (tuple(leaf.shape), leaf.dtype)
         operation = Operation(func, arguments, leaves, states, error)
         if _name(func).endswith("_"):
+            if not isinstance(args[0], Tensor):
+                raise self._refused(error)
             node = self.node("opaque", args[0].shape, label=error, made_by=(operation, 0))
             self.memory(args[0]).write(Value(node.numel, {(node, None): 1.0}))
             return args[0]
@@ -509,6 +604,8 @@ class Tape(TorchDispatchMode):
         return tree_unflatten(made, spec)
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+         "_forward_hooks_always_called")  # fmt: skip
 _FIXED = "let the row decide and not the state: a table has fixed steps"
 _ROW_BY_ROW = "call fastsde.sample with a callback, or keep the loop as it is"
 
@@ -521,20 +618,23 @@ def cdata(generator: Any) -> int:
 
 @contextlib.contextmanager
 def forwards(
-    modules: Sequence[nn.Module], change: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+    modules: Sequence[nn.Module],
+    change: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
+    without_hooks: bool = False,
 ) -> Iterator[None]:
-    """Within it, the forward of each module is what ``change`` makes of it."""
-    held = [module.__dict__.get("forward") for module in modules]
+    """Within it, the forward of each module is what ``change`` makes of it, and hooks are left out on request."""
+    names = ("forward", *(HOOKS if without_hooks else ()))
+    held = [{name: module.__dict__[name] for name in names if name in module.__dict__} for module in modules]
     for module in modules:
         module.__dict__["forward"] = change(module, module.forward)
+        module.__dict__.update({name: OrderedDict() for name in names[1:]})
     try:
         yield
     finally:
-        for module, forward in zip(modules, held, strict=True):
-            if forward is None:
+        for module, own in zip(modules, held, strict=True):
+            if "forward" not in own:
                 module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+            module.__dict__.update(own)
 
 
 def tensors_in(args: Any) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from .called import conditions_of, model_of
 from .calls import Item, NotATable, per_sample
 from .explain import explain
 from .noises import Draws, contract, labels_of
-from .program import Output, Program, evaluate, execute, run_operation
+from .program import Output, Program, constant_result, evaluate, execute, run_operation
 from .tabulate import Tabulated, tabulate
 from .tape import Call
 from .values import Node, Positions, Value
@@ -84,6 +84,15 @@ class Traced:
     def calls(self) -> list[Call]:
         """What the network is given in each call."""
         return self.program.calls
+
+    @property
+    def replaced_ids(self) -> set[int]:
+        """The ids of tensors given to the loop that only the network reads: others may be given instead of them."""
+        if self.tabulated is not None:
+            found = [value for item in self.tabulated.calls.conditions.values() for value in item.unique]
+        else:
+            found = [leaf for call in self.program.calls for leaf in call.leaves]
+        return {id(x) for x in found if id(x) in self.program.watched} - self.program.baked_ids
 
     @property
     def batch(self) -> int:
@@ -152,7 +161,10 @@ class Traced:
             raise ValueError(f"this loop starts from {expected}, got {'none' if state is None else 'one'}")
         job = _Job(n, state, draws, given or {}, seed, first_sample, keys, progress, options)
         with self._in_their_modes(networks):
-            found = self._run_rows(networks, job) if self.tabulated is None else self._run_table(networks[0], job)
+            if self.tabulated is None:
+                found = self._run_rows(networks, job)
+            else:
+                found = self._run_table(networks[self.program.calls[0].network], job)
         if draws is not None:
             draws.finish()
         return found
@@ -164,8 +176,12 @@ class Traced:
         for number, modes in self.program.modes.items():
             network = networks[number] if number < len(networks) else None
             modules = list(unwrap(network).modules()) if isinstance(network, nn.Module) else []
-            if len(modules) == len(modes):
-                changed += [module for module, mode in zip(modules, modes, strict=True) if module.training != mode]
+            if len(modules) == len(modes) and number in self.program.sets_modes:
+                changed += [
+                    module
+                    for module, mode in zip(modules, modes, strict=True)
+                    if getattr(module, "training", mode) != mode
+                ]
         for module in changed:
             module.training = not module.training
         try:
@@ -295,6 +311,8 @@ class Traced:
             if isinstance(leaf, Output):
                 parts = [self._evaluated(part, found, n) for part in leaf.parts]
                 leaf = self._built(leaf, parts, n).to(leaf.dtype)
+            else:
+                leaf = constant_result(leaf, job.given)
             leaves.append(leaf)
         return self.program.unflattened(leaves, job.state)
 
@@ -358,7 +376,7 @@ class Traced:
         for value in found.values():
             if value.numel() and not bool(torch.isfinite(value).all()):
                 raise NonFiniteError("the state became NaN or infinity")
-        return program.returned(found, state=job.state)
+        return program.returned(found, state=job.state, given=job.given)
 
 
 def _for_batch(shape: Sequence[int], batch: int, n: int) -> tuple[int, ...]:

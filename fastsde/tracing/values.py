@@ -56,7 +56,7 @@ class Node:
         self.bounds: tuple[float, float] | None = options.get("bounds")
         self.label: Any = options.get("label")
         self.made_by: Any = options.get("made_by")
-        self.order = 0
+        self.order: float = 0
 
     @property
     def numel(self) -> int:

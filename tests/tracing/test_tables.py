@@ -219,7 +219,9 @@ def moved(model: Any, n: int) -> Tensor:
     return (x.permute(0, 2, 1).reshape(n, 2) / 2 + 0.5).clamp(0, 1)
 
 
-MLP = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(1)
+    MLP = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
 
 
 @pytest.mark.parametrize("loop", [guided, concatenated, all_states, moved])
@@ -400,7 +402,7 @@ def test_a_wrong_trace_is_an_error_that_says_by_how_much(monkeypatch: pytest.Mon
 
     def wrong(row: Any, slots: int) -> Any:
         found = right(row, slots)
-        found.f[0] = {key: 1.001 * value for key, value in found.f[0].items()}
+        found.f[0] = {key: 1.02 * value for key, value in found.f[0].items()}
         return found
 
     monkeypatch.setattr(tabulate, "_coefficients", wrong)
