@@ -16,15 +16,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from ..engines.fingerprint import Fingerprint
-from ..engines.inspection import device_of, dtype_of
 from ..validation import check_bool, check_int
 from .brownian import NOTE
 from .check import check as check_against
 from .draws import Replay
-from .environment import Environment, environment
+from .environment import Environment, environment, modules_in
 from .errors import TraceError
 from .noises import Draws
-from .recording import Arguments, one_at_a_time, record, record_call
+from .recording import Arguments, one_at_a_time, record, record_call, signature_of
 from .tape import Tape, cdata
 from .traced import Traced
 
@@ -129,6 +128,7 @@ class Accelerated:
         self._known: OrderedDict[Any, list[_Entry]] = OrderedDict() if known is None else known[0]
         self._lock = threading.RLock() if known is None else known[1]
         self.traced: Traced | None = None
+        self._signature = signature_of(loop)
 
     def with_options(self, **changes: Any) -> Accelerated:
         """Returns the same loop with other options, such as ``seed``; traces are shared."""
@@ -159,7 +159,7 @@ class Accelerated:
         if isinstance(_get_current_dispatch_mode(), (Tape, Replay)):  # another loop that calls this one is traced
             return self.loop(*args, **kwargs)
         options = self._options
-        arguments = Arguments.of(self.loop, args, kwargs, options.network, options.modules)
+        arguments = Arguments.of(self._signature, args, kwargs, options.network, options.modules)
         names = arguments.names
         leaves = tree_leaves(names)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -281,18 +281,17 @@ def _key(names: dict[str, Any], arguments: Arguments) -> Any:
     tensors = [x for x in tree_leaves(names) if isinstance(x, Tensor)]
     first = {id(x): i for i, x in reversed(list(enumerate(tensors)))}
     aliases = tuple(first[id(x)] for x in tensors)  # which of them are the same
-    networks = tuple((id(each), _modes(each), dtype_of(each), device_of(each)) for each in arguments.networks)
-    return own, aliases, networks, torch.get_default_dtype()
+    return own, aliases, tuple(map(_of_network, arguments.networks)), torch.get_default_dtype()
 
 
-def _modes(network: Any) -> tuple[bool, ...]:
-    """Returns which modules of a network are in training mode."""
-    found, stack = [], [network] if isinstance(network, nn.Module) else []
-    while stack:
-        module = stack.pop()
-        found.append(getattr(module, "training", False))
-        stack += [child for child in module._modules.values() if child is not None]
-    return tuple(found)
+def _of_network(network: Any) -> tuple[Any, ...]:
+    """Returns which network it is, the modes of its modules, and the dtype and device of its weights."""
+    if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+        return (id(network),)
+    modules = modules_in(network)
+    weight = next((x for module in modules for x in module._parameters.values() if x is not None), None)
+    place = None if weight is None else (weight.dtype, weight.device)
+    return id(network), tuple([module.training for module in modules]), place
 
 
 @overload

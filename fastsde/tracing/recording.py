@@ -50,7 +50,7 @@ class Arguments:
     @classmethod
     def of(
         cls,
-        loop: Callable[..., Any],
+        signature: inspect.Signature,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         network: str | None,
@@ -61,7 +61,7 @@ class Arguments:
         Raises:
             TypeError, ValueError: if there is no network, or more than one argument could be it.
         """
-        bound = signature_of(loop).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         names = _names(bound)
         if network is not None:
             if not isinstance(network, str):
@@ -167,7 +167,7 @@ def record(
         double: every draw is float64, and casts of the state keep that, so that only the algebra is recorded.
         until_read: the first read of the state on the host ends the loop, and what is read is what it returns.
     """
-    arguments = Arguments.of(loop, args, kwargs, network, modules)
+    arguments = Arguments.of(signature_of(loop), args, kwargs, network, modules)
     return record_call(loop, arguments, state, double=double, replay=replay, until_read=until_read)
 
 
