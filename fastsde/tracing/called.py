@@ -137,10 +137,12 @@ class Called(nn.Module):
         if item.shape is None and not item.is_weight:
             return item.unique[item.index[int(t[0].item())]]
         row = t[:1].round().long()
-        place = self._table(item, "index", lambda: torch.tensor(item.index), x)[row]
+        place = self._table(item, "index", lambda: torch.tensor(item.index, device="cpu"), x)[row]
         if item.is_number:
             return self._table(item, "unique", lambda: _numbers(item), x)[place]
-        stacked = self._table(item, "unique", lambda: torch.stack([_tensor(v, item) for v in item.unique]), x)
+        stacked = self._table(
+            item, "unique", lambda: torch.stack([_tensor(v, item).to(x.device) for v in item.unique]), x
+        )
         found = stacked.index_select(0, place)[0]
         return found.to(dtype or item.dtype).reshape(item.shape) if item.shape is not None else found
 
@@ -149,7 +151,7 @@ class Called(nn.Module):
         assert item.shape is not None
         if value.shape[2] > 1:
             row = t[:1].round().long()
-            place = self._table(item, "index", lambda: torch.tensor(item.index), value)[row]
+            place = self._table(item, "index", lambda: torch.tensor(item.index, device="cpu"), value)[row]
             value = value.index_select(2, place)
         value = value[:, :, 0].transpose(0, 1)
         return value.reshape(value.shape[0] * value.shape[1], *item.shape[1:])
@@ -190,7 +192,8 @@ def conditions_of(calls: Calls, given: Mapping[int, Tensor]) -> dict[str, Tensor
     found = {}
     for name, item in calls.conditions.items():
         choices = [given.get(id(value), value) if isinstance(value, Tensor) else value for value in item.unique]
-        stacked = torch.stack([_tensor(value, item) for value in choices])
+        device = next((x.device for x in choices if isinstance(x, Tensor)), None)
+        stacked = torch.stack([_tensor(value, item).to(device) for value in choices])
         blocks = stacked.shape[1] // calls.batch
         split = stacked.reshape(len(choices), blocks, calls.batch, *stacked.shape[2:])
         found[name] = split.movedim(2, 0).transpose(1, 2)
@@ -199,14 +202,14 @@ def conditions_of(calls: Calls, given: Mapping[int, Tensor]) -> dict[str, Tensor
 
 def _numbers(item: Item) -> Tensor:
     """Returns the numbers of an item, in its dtype if it has one; of a combination's weights in float64."""
-    return torch.tensor(item.unique, dtype=item.dtype or torch.float64)
+    return torch.tensor(item.unique, dtype=item.dtype or torch.float64, device="cpu")
 
 
 def _tensor(value: Any, item: Item) -> Tensor:
     if isinstance(value, Tensor):
         return value
     assert item.shape is not None
-    return torch.full(item.shape, value, dtype=item.dtype)
+    return torch.full(item.shape, value, dtype=item.dtype, device="cpu")
 
 
 def _with_batch(shape: tuple[int, ...], batch: int, traced: int) -> tuple[int, ...]:

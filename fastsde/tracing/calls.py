@@ -227,7 +227,7 @@ class _Items:
             if place.index is None or first.shape[:1] != (self._batch,):
                 place.index, place.whole, self.is_fixed = None, first.positions.idx, True
         elif first.shape[:1] != (self._batch,):
-            place.whole, self.is_fixed = torch.arange(numel), True
+            place.whole, self.is_fixed = torch.arange(numel, device="cpu"), True
         if any(isinstance(part.scale, Tensor) or part.scale != 1 for part in parts):
             place.scale = self._add(Item([part.scale for part in parts], first.shape))
         if any(isinstance(part.const, Tensor) or part.const != 0 for part in parts):
@@ -270,7 +270,7 @@ class _Items:
         if positions is None:
             if shape[:1] != (self._batch,):
                 self.is_fixed = True
-                return Selected(place, 0, 1, None, torch.arange(numel), weight)
+                return Selected(place, 0, 1, None, torch.arange(numel, device="cpu"), weight)
             return Selected(place, 0, 1, None, None, weight)
         idx, batch = positions.idx, self._batch
         if shape and batch and shape[0] % batch == 0:
@@ -278,7 +278,7 @@ class _Items:
             block = int(idx[0]) // (batch * elements)
             index = per_sample(idx - block * batch * elements, batch, elements)
             if index is not None:
-                is_all = len(index) == elements and torch.equal(index, torch.arange(elements))
+                is_all = len(index) == elements and torch.equal(index, torch.arange(elements, device="cpu"))
                 return Selected(place, block, blocks, None if is_all else index, None, weight)
         self.is_fixed = True
         return Selected(place, 0, 1, None, idx, weight)
@@ -298,8 +298,8 @@ class _Items:
         for item in self._items:
             self._as_condition(item)
         if is_time:
-            return torch.tensor(times, dtype=torch.float64)
-        return torch.arange(self._rows, dtype=torch.float64)
+            return torch.tensor(times, dtype=torch.float64, device="cpu")
+        return torch.arange(self._rows, dtype=torch.float64, device="cpu")
 
     def _as_condition(self, item: Item) -> None:
         """Makes a tensor whose samples differ an argument that is split with the batch."""
@@ -361,7 +361,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _fits(values: Sequence[float]) -> bool:
     """Returns whether numbers can be times, which engines round to fp32: integers must stay what they are."""
-    exact = torch.tensor(values, dtype=torch.float64)
+    exact = torch.tensor(values, dtype=torch.float64, device="cpu")
     are_integers = bool((exact == exact.round()).all())
     return bool(torch.isfinite(exact).all()) and (not are_integers or torch.equal(exact.float().double(), exact))
 
@@ -370,7 +370,7 @@ def per_sample(idx: Tensor, batch: int, elements: int) -> Tensor | None:
     """Returns the positions within a sample, if each sample reads itself, and all in the same way."""
     if not batch or len(idx) % batch:
         return None
-    own = idx.reshape(batch, -1) - elements * torch.arange(batch)[:, None]
+    own = idx.reshape(batch, -1) - elements * torch.arange(batch, device="cpu")[:, None]
     first = own[0]
     if not bool((own == first).all()) or bool((first < 0).any()) or bool((first >= elements).any()):
         return None

@@ -71,7 +71,9 @@ def check(
             "check", "the loop returns something else when it runs again with the same noises", traced.name, _KEEPS
         )
     generator = _generator()
-    moved = [z + _nudge(z.dtype, z.device) * torch.randn(z.shape, generator=generator).to(z) for z in noises]
+    moved = [
+        z + _nudge(z.dtype, z.device) * torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in noises
+    ]
     nudged = _run(loop, arguments, program.state, None if state is None else _nudged(state), moved, [*program.draws])
     wrong = _differences(ours, theirs, nudged, traced.name)
     if wrong is not None:
@@ -142,7 +144,7 @@ def _generator() -> torch.Generator:
 
 
 def _nudged(state: Tensor) -> Tensor:
-    z = torch.randn(state.shape, generator=_generator()).to(state)
+    z = torch.randn(state.shape, generator=_generator(), device="cpu").to(state)
     return state + _nudge(state.dtype, state.device) * state.abs().amax() * z
 
 
@@ -202,7 +204,7 @@ def _noises(traced: Traced, keys: Tensor) -> list[Tensor]:
     generator = _generator()
     noises = []
     for i, draw in enumerate(program.draws):
-        z = found[i] if i in found else torch.randn(math.prod(draw.shape), generator=generator)
+        z = found[i] if i in found else torch.randn(math.prod(draw.shape), generator=generator, device="cpu")
         noises.append(z.to(program.device, draw.dtype).reshape(draw.shape))
     return noises
 

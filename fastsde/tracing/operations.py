@@ -450,7 +450,7 @@ def _index_put(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     if any(tape.as_probe(i) is not None for i in indices if i is not None):
         raise TraceError(_name(func), "an index that depends on the state")
     target = tape.memory(x) if func.overloadpacket is aten.index_put_ else tape.as_probe(x)
-    idx = aten.index(torch.arange(x.numel()).reshape(x.shape), _on_cpu((indices,))[0])
+    idx = aten.index(torch.arange(x.numel(), device="cpu").reshape(x.shape), _on_cpu((indices,))[0])
     value = tape.value(values, idx.shape)
     positions = tape.mover.intern(idx, x.numel())
     written = tape.mover.scatter(tape.value(x, x.shape), positions, value)
@@ -480,7 +480,7 @@ def _reduce(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(x.ndim))  # no dims are all
     shape = func(torch.empty(x.shape, device="meta"), *args[1:], **kwargs).shape
-    grid = torch.arange(x.numel()).reshape(x.shape)
+    grid = torch.arange(x.numel(), device="cpu").reshape(x.shape)
     rows = grid.movedim(dims, list(range(len(dims)))).reshape(-1, shape.numel()) if dims else grid.reshape(1, -1)
 
     def term(k: int) -> Value:
@@ -501,7 +501,7 @@ def _matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     traced = left if left is not None else right
     assert traced is not None
     constant = (b if left is not None else a).detach().to("cpu", torch.float64)
-    grid = torch.arange(traced.numel()).reshape(traced.shape)
+    grid = torch.arange(traced.numel(), device="cpu").reshape(traced.shape)
     first, second = (grid, constant) if left is not None else (constant, grid)
 
     def column(x: Tensor, k: int, is_first: bool) -> Tensor:

@@ -8,7 +8,7 @@ of the node each element reads; None means its own. So a loop that never moves e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -112,7 +112,7 @@ class Joined:
 
 def flat(c: Coefficient, numel: int) -> Tensor:
     """Returns a coefficient with one number per element."""
-    return c if isinstance(c, Tensor) else torch.full((numel,), c, dtype=torch.float64)
+    return c if isinstance(c, Tensor) else torch.full((numel,), c, dtype=torch.float64, device="cpu")
 
 
 def uniform(c: Coefficient) -> Coefficient:
@@ -167,7 +167,7 @@ class Mover:
     def intern(self, idx: Tensor, source: int) -> Positions | None:
         """Returns the positions of an index into ``source`` elements; None if every element reads itself."""
         idx = idx.reshape(-1).contiguous()
-        if len(idx) == source and torch.equal(idx, torch.arange(source)):
+        if len(idx) == source and torch.equal(idx, torch.arange(source, device="cpu")):
             return None
         return self._known.setdefault(idx.numpy().tobytes(), Positions(idx))
 
@@ -177,7 +177,7 @@ class Mover:
             return self._moves[key]
         except (KeyError, TypeError) as missing:
             numel = math.prod(shape)
-            moved = move(torch.arange(numel).reshape(tuple(shape)))
+            moved = move(torch.arange(numel, device="cpu").reshape(tuple(shape)))
             if isinstance(moved, Tensor):
                 found: Any = (self.intern(moved, numel), tuple(moved.shape))
             else:
@@ -220,7 +220,7 @@ class Mover:
         used = c != 0
         if bool(used.all()):
             return positions
-        own = torch.arange(len(c))
+        own = torch.arange(len(c), device="cpu")
         idx = own if positions is None else positions.idx
         if len(c) == source and torch.equal(idx[used], own[used]):
             return None
@@ -238,11 +238,14 @@ class Mover:
                 mine = layers.setdefault(node, [])
                 layer = next((each for each in mine if not bool(each[0][start:stop].any())), None)
                 if layer is None:
-                    layer = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.int64)
+                    layer = (
+                        torch.zeros(total, dtype=torch.float64, device="cpu"),
+                        torch.zeros(total, dtype=torch.int64, device="cpu"),
+                    )
                     mine.append(layer)
                 weight, index = layer
                 weight[start:stop] = flat(c, v.numel)
-                index[start:stop] = torch.arange(v.numel) if positions is None else positions.idx
+                index[start:stop] = torch.arange(v.numel, device="cpu") if positions is None else positions.idx
             start = stop
         out = Value(total, {}, const)
         for node, pairs in layers.items():
@@ -270,25 +273,25 @@ class Mover:
         """Returns ``v`` with ``w`` at positions."""
         if positions is None:
             return w
-        keep = torch.ones(v.numel, dtype=torch.float64)
+        keep = torch.ones(v.numel, dtype=torch.float64, device="cpu")
         keep[positions.idx] = 0
         kept = scaled(Value(v.numel, v.terms, 0.0), uniform(keep))
         const = flat(v.const, v.numel).clone()
         const[positions.idx] = flat(w.const, w.numel)
         out = Value(v.numel, dict(kept.terms), uniform(const))
         for (node, inner), c in w.terms.items():
-            weight, index = torch.zeros(v.numel, dtype=torch.float64), torch.zeros(v.numel, dtype=torch.int64)
+            weight, index = (
+                torch.zeros(v.numel, dtype=torch.float64, device="cpu"),
+                torch.zeros(v.numel, dtype=torch.int64, device="cpu"),
+            )
             weight[positions.idx] = flat(c, w.numel)
-            index[positions.idx] = torch.arange(w.numel) if inner is None else inner.idx
+            index[positions.idx] = torch.arange(w.numel, device="cpu") if inner is None else inner.idx
             key = (node, self._shared(self.intern(index, max(node.numel, 1)), weight, node.numel))
             old = out.terms.get(key)
             out.terms[key] = uniform(weight if old is None else weight + old)
         return out
 
 
-def combined(values: Iterable[tuple[Value, Coefficient]], numel: int) -> Value:
-    """Returns a weighted sum of values."""
-    total = Value(numel)
-    for value, weight in values:
-        total = added(total, scaled(value, weight))
-    return total
+def _no_terms(numel: int) -> tuple[Tensor, Tensor]:
+    """Returns coefficients of zero, and positions."""
+    return tuple(torch.zeros(numel, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.int64))  # type: ignore[return-value]

@@ -44,7 +44,7 @@ def network() -> Network:
 
 
 def steps(count: int) -> list[int]:
-    return torch.linspace(999, 0, count).round().long().tolist()
+    return torch.linspace(999, 0, count, device="cpu").round().long().tolist()
 
 
 # Known tables ---------------------------------------------------------------------------------------------------------
@@ -359,6 +359,21 @@ def test_modes_that_the_loop_sets_are_used_later() -> None:
     assert model.training
     assert model.dropout.training
     assert torch.equal(fast(model, 5), first)
+
+
+def test_any_default_device() -> None:
+    def loop(model: Any, n: int, y: Tensor) -> Tensor:
+        x = torch.randn(n, 2, device="cpu")
+        for t in steps(4):
+            doubled = model(torch.cat([x] * 2), torch.tensor([t], device="cpu"), torch.cat([y, y]))
+            x = 0.9 * x + 0.1 * doubled.chunk(2)[0].flip(-1)
+        return torch.stack([x, x])
+
+    y, model = torch.tensor([1, 2, 3]), network()
+    expected = fastsde.accelerate(loop)(model, 3, y)
+    fast = fastsde.accelerate(loop)
+    with torch.device("meta"):
+        assert torch.equal(fast(model, 3, y), expected)
 
 
 def test_weights_are_followed_and_the_network_is_left_alone() -> None:
