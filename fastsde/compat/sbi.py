@@ -157,7 +157,7 @@ class _Proposals:
         key = count, shape, tuple(ts.tolist()), ts.device, keep, given
         if key not in self._traces:
             held = Diffuser(copy.copy(potential), **{"predictor": "euler_maruyama", **of_diffuser})
-            self._loop(held, torch.zeros(count, *shape, device=ts.device), ts, keep)
+            self._loop(held, torch.zeros(count, *shape, dtype=ts.dtype, device=ts.device), ts, keep)
             assert self._loop.traced is not None
             self._traces[key] = self._loop.traced
             while len(self._traces) > _TRACES:

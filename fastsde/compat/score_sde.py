@@ -78,8 +78,8 @@ def get_pc_sampler(
         score = score_of(own, model, continuous)
         with torch.no_grad():
             x = mean = own.prior_sampling(shape).to(device)
-            for time in torch.linspace(own.T, eps, own.N, device=device):
-                t = time * torch.ones(len(x), device=device)
+            for time in torch.linspace(own.T, eps, own.N, dtype=torch.float32, device=device):
+                t = time * torch.ones(len(x), dtype=torch.float32, device=device)
                 if corrector != "none":
                     x, mean = langevin(own, score, x, t, snr, n_steps, by_norms=corrector == "langevin")
                 if predictor != "none":

@@ -30,7 +30,9 @@ class Discretized:
         check_process("process", process)
         self.process, self.N, self.T = process, check_int("steps", steps, 1), process.t_max
         if isinstance(process, VPSDE):
-            self.discrete_betas = torch.linspace(process.beta_min / steps, process.beta_max / steps, steps)
+            self.discrete_betas = torch.linspace(
+                process.beta_min / steps, process.beta_max / steps, steps, dtype=torch.float32
+            )
             self.alphas = 1 - self.discrete_betas
             self.sqrt_1m_alphas_cumprod = (1 - self.alphas.cumprod(0)).sqrt()
         if isinstance(process, VESDE):
@@ -43,7 +45,7 @@ class Discretized:
         return match_dims(self.process.alpha(t), x) * x, self.process.sigma(t)
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:
-        return self.process.prior_std * torch.randn(*shape)
+        return self.process.prior_std * torch.randn(*shape, dtype=torch.float32)
 
     def discretize(self, x: Tensor, t: Tensor) -> Pair:
         """Returns the change of x in a forward step and its noise's width: the paper's eq. 17 and 18, or Euler's."""

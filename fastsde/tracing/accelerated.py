@@ -50,11 +50,15 @@ def trace(
     Args:
         loop: any sampling loop.
         network: the name of its argument that is the network; by default the only one that is an ``nn.Module``.
-        modules: networks that the loop holds itself, in a closure, an object or a pipeline.
+        modules: networks that the loop holds itself, in a closure, an object or a pipeline; for a method by default the
+            one module that its object holds.
         state: the name of its argument that is the initial state; by default the floating-point tensor of the shape of
             the network's input, if the loop does not draw its own.
         replay: run operations that no table has, such as norms, dynamic thresholding and learned variances, again
-            between the rows, instead of refusing them.
+            between the rows, instead of refusing them. With a small network that is slower than the loop itself.
+
+    Returns:
+        The traced loop, called as ``traced(network, n, seed=0)``. Its arguments and conditions are those of the trace.
 
     Raises:
         TraceError: if no table can follow the loop; it names the operation, the reason and the line.
@@ -159,7 +163,8 @@ class Accelerated:
         if isinstance(_get_current_dispatch_mode(), (Tape, Replay)):  # another loop that calls this one is traced
             return self.loop(*args, **kwargs)
         options = self._options
-        arguments = Arguments.of(self._signature, args, kwargs, options.network, options.modules)
+        owner = getattr(self.loop, "__self__", None)
+        arguments = Arguments.of(self._signature, args, kwargs, options.network, options.modules, owner)
         names = arguments.names
         leaves = tree_leaves(names)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -316,7 +321,8 @@ def accelerate(loop: Callable[..., Any] | None = None, **options: Any) -> Any:
         noise: "contract" for this package's noise, a function of ``seed``; "torch" for the loop's own draws from
             PyTorch's generators in the loop's own order: under the same ``torch.manual_seed`` the result is the loop's
             to rounding.
-        seed: of the noise contract, in [0, 2^64).
+        seed: of the noise contract, in [0, 2^64): every call draws the same samples, until `Accelerated.with_options`
+            gives another one.
         backend, compile, dtype: as for `fastsde.sample`.
         check: the first call of each trace also runs the loop itself, on a few samples with the same noises.
 

@@ -56,8 +56,8 @@ class Called(nn.Module):
         for part in calls.selected:
             f = self._select(found[part.place], part, x)
             weight = self._item(part.weight, x, t, conditions)
-            if isinstance(weight, Tensor) or weight != 1:
-                f = f * weight
+            if len(calls.selected) > 1 or isinstance(weight, Tensor) or weight != 1:
+                f = f.to(x.dtype) * weight  # the state's, however few bits the network's has
             total = f if total is None else total + f
         assert total is not None
         return total

@@ -39,7 +39,8 @@ def check(
 
     An accelerated loop may differ by 64 roundings of the result. If it differs by more, the bound is measured: the loop
     runs again with its noises and its state changed by 4e-6, the difference between the normals of backends, or by one
-    unit in the last place of its own precision if that is more; eight times what that changes is allowed.
+    unit in the last place of its own precision if that is more, and with its network's outputs by one if they have
+    fewer bits than fp32; eight times what that changes is allowed.
 
     Raises:
         MismatchError: if it differs by more.
@@ -71,10 +72,12 @@ def check(
             "check", "the loop returns something else when it runs again with the same noises", traced.name, _KEEPS
         )
     generator = _generator()
-    moved = [
-        z + _nudge(z.dtype, z.device) * torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in noises
-    ]
-    nudged = _run(loop, arguments, program.state, None if state is None else _nudged(state), moved, [*program.draws])
+    moved = []
+    for z in noises:
+        nudge = torch.randn(z.shape, generator=generator, dtype=torch.float32, device="cpu").to(z)
+        moved.append(z + _nudge(z.dtype, z.device) * nudge)
+    start = None if state is None else _nudged(state)
+    nudged = _run(loop, arguments, program.state, start, moved, [*program.draws], nudges=True)
     wrong = _differences(ours, theirs, nudged, traced.name)
     if wrong is not None:
         raise wrong
@@ -92,7 +95,8 @@ def _strides(few: Draw, many: Draw) -> tuple[int, ...] | None:
 
 
 _KEEPS = (
-    "does it keep something from one call to the next, or draw from a generator of its own? Reset it at the beginning"
+    "does it keep something from one call to the next, draw from another generator, or compute in fewer bits than "
+    "fp32? check=False leaves this check out"
 )
 
 
@@ -114,6 +118,7 @@ def _run(
     state: Tensor | None,
     noises: Any,
     draws: list[Draw],
+    nudges: bool = False,
 ) -> Any:
     changes: dict[str, Any] = {} if name is None or state is None else {name: state.clone()}
     modules = [
@@ -122,11 +127,11 @@ def _run(
         if isinstance(network, nn.Module) and not isinstance(network, torch.jit.ScriptModule)
     ]
     if arguments.network is not None and isinstance(arguments.networks[0], types.FunctionType):
-        changes[arguments.network] = outside_modes(arguments.networks[0])
+        changes[arguments.network] = outside_modes(arguments.networks[0], nudges)
     with (
         torch.no_grad(),
         linear_brownian(),
-        forwards(modules, lambda _, own: outside_modes(own)),
+        forwards(modules, lambda _, own: outside_modes(own, nudges)),
         Replay(noises) as replay,
     ):
         found = arguments.call(loop, changes)
@@ -144,7 +149,7 @@ def _generator() -> torch.Generator:
 
 
 def _nudged(state: Tensor) -> Tensor:
-    z = torch.randn(state.shape, generator=_generator(), device="cpu").to(state)
+    z = torch.randn(state.shape, generator=_generator(), dtype=torch.float32, device="cpu").to(state)
     return state + _nudge(state.dtype, state.device) * state.abs().amax() * z
 
 
@@ -204,7 +209,11 @@ def _noises(traced: Traced, keys: Tensor) -> list[Tensor]:
     generator = _generator()
     noises = []
     for i, draw in enumerate(program.draws):
-        z = found[i] if i in found else torch.randn(math.prod(draw.shape), generator=generator, device="cpu")
+        z = (
+            found[i]
+            if i in found
+            else torch.randn(math.prod(draw.shape), generator=generator, dtype=torch.float32, device="cpu")
+        )
         noises.append(z.to(program.device, draw.dtype).reshape(draw.shape))
     return noises
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
 
 from .tape import Tape, shape_of
 from .values import Value, added, scaled
@@ -159,12 +160,26 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def outside_modes(network: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a network that runs without the dispatch modes in force, such as `Replay`, which cost each operation."""
+def outside_modes(network: Callable[..., Any], nudges: bool = False) -> Callable[..., Any]:
+    """Returns a network that runs without the dispatch modes in force, such as `Replay`, which cost each operation.
+
+    Args:
+        nudges: whether outputs of fewer bits than fp32 are moved by a unit in their last place, as a loop rounds what
+            it makes of them.
+    """
+
+    own = torch.Generator().manual_seed(0) if nudges else None
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype not in (torch.bfloat16, torch.float16):
+            return x
+        z = torch.randn(x.shape, generator=own, dtype=torch.float32, device="cpu").to(x)
+        return x + torch.finfo(x.dtype).eps * x * z
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
-            return network(*args, **kwargs)
+            found = network(*args, **kwargs)
+            return tree_map(moved, found) if nudges else found
 
     return call
 

@@ -24,7 +24,7 @@ def explain(
     slots = program.slots if tabulated is None else tabulated.table.slots
     lines = [f"{name}: {count} network calls, {_many(slots, 'slot')}"]
     if tabulated is not None:
-        ran = "on the fastest backend that can" if engine is None else f"last on the backend {engine!r}"
+        ran = "on the fastest backend that can" if engine is None else f"most recently on the backend {engine!r}"
         lines.append(f"It is a table, which the package runs, {ran}.")
     else:
         lines.append(f"It is no table, since {why_no_table}: its rows run one by one in PyTorch.")

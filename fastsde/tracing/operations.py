@@ -301,7 +301,7 @@ def _copy(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 @_handles("isnan", "isinf", "isneginf", "isposinf", "isfinite")
 def _is_finite(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     tape.notes["asks whether the state is finite: taken as yes"] = None
-    return torch.full(args[0].shape, _name(func) == "isfinite", device=tape.device)
+    return torch.full(args[0].shape, _name(func) == "isfinite", dtype=torch.bool, device=tape.device)
 
 
 @_handles("eq", "ne")
@@ -310,7 +310,7 @@ def _equal_to_itself(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     if x is None or y is None or (x.memory, x.positions) != (y.memory, y.positions):
         raise TraceError(_name(func), "the loop decides by values of the state")
     tape.notes["asks whether the state is finite: taken as yes"] = None  # NaN differs from itself
-    return torch.full(x.shape, _name(func) == "eq", device=tape.device)
+    return torch.full(x.shape, _name(func) == "eq", dtype=torch.bool, device=tape.device)
 
 
 @_handles("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
@@ -370,7 +370,7 @@ def _same_order(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     key = _key(func, x.shape, args[1:], kwargs)
     known = tape.shapes.get(key) if _is_hashable(key) else None
     if known is None:
-        known = tuple(func(torch.empty(x.shape, device="meta"), *args[1:], **kwargs).shape)
+        known = tuple(func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *args[1:], **kwargs).shape)
         if _is_hashable(key):
             tape.shapes[key] = known
     return Probe(tape, x.memory, known, x.dtype, x.positions)
@@ -479,7 +479,7 @@ def _reduce(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     assert x is not None
     dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(x.ndim))  # no dims are all
-    shape = func(torch.empty(x.shape, device="meta"), *args[1:], **kwargs).shape
+    shape = func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *args[1:], **kwargs).shape
     grid = torch.arange(x.numel(), device="cpu").reshape(x.shape)
     rows = grid.movedim(dims, list(range(len(dims)))).reshape(-1, shape.numel()) if dims else grid.reshape(1, -1)
 
@@ -497,7 +497,7 @@ def _matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     left, right = tape.as_probe(a), tape.as_probe(b)
     if left is not None and right is not None:
         raise TraceError(_name(func), "a product of two traced tensors")
-    shape = func(torch.empty(a.shape, device="meta"), torch.empty(b.shape, device="meta")).shape
+    shape = func(*(torch.empty(x.shape, dtype=torch.float32, device="meta") for x in (a, b))).shape
     traced = left if left is not None else right
     assert traced is not None
     constant = (b if left is not None else a).detach().to("cpu", torch.float64)

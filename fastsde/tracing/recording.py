@@ -55,8 +55,9 @@ class Arguments:
         kwargs: Mapping[str, Any],
         network: str | None,
         modules: Sequence[nn.Module],
+        owner: Any = None,
     ) -> Arguments:
-        """Binds the arguments.
+        """Binds the arguments. Without a network among them, it is the one module that the method's ``owner`` holds.
 
         Raises:
             TypeError, ValueError: if there is no network, or more than one argument could be it.
@@ -72,13 +73,18 @@ class Arguments:
                 raise TypeError(f"network {network!r} must be callable, got {type(names[network]).__name__}")
         elif not modules:
             found = [name for name, value in names.items() if isinstance(value, nn.Module)]
-            if len(found) != 1:
+            held = [] if found else modules_of_owner(owner)
+            if len(held) == 1:
+                modules = [held[0][1]]
+            elif len(found) != 1:
                 what = f"got {len(found)}: {', '.join(found)}" if found else "got none"
+                if held:
+                    what += f"; its object holds {', '.join(name for name, _ in held)}: pass one of them in modules"
                 raise ValueError(
                     f"network must name the loop's argument that is the network, or modules must hold the networks "
                     f"that it calls: exactly one argument that is an nn.Module was expected, {what}"
                 )
-            network = found[0]
+            network = found[0] if found else None
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise TypeError(f"modules must be nn.Modules, got {type(module).__name__}")
@@ -101,6 +107,13 @@ class Arguments:
                 set_argument(copy, name, value)
             args, kwargs = list(copy.args), dict(copy.kwargs)
         return loop(*args, **kwargs)
+
+
+def modules_of_owner(owner: Any) -> list[tuple[str, nn.Module]]:
+    """Returns the modules that the object of a method holds, with their names."""
+    if isinstance(owner, nn.Module):
+        return list(owner.named_children())
+    return [(name, value) for name, value in getattr(owner, "__dict__", {}).items() if isinstance(value, nn.Module)]
 
 
 def name_of(loop: Callable[..., Any]) -> str:
@@ -167,7 +180,7 @@ def record(
         double: every draw is float64, and casts of the state keep that, so that only the algebra is recorded.
         until_read: the first read of the state on the host ends the loop, and what is read is what it returns.
     """
-    arguments = Arguments.of(signature_of(loop), args, kwargs, network, modules)
+    arguments = Arguments.of(signature_of(loop), args, kwargs, network, modules, getattr(loop, "__self__", None))
     return record_call(loop, arguments, state, double=double, replay=replay, until_read=until_read)
 
 
@@ -297,9 +310,9 @@ def _recorded(
             instead="draw normals by torch.randn, randn_like, normal or normal_, and seed outside of the loop",
         )
     if not tape.calls:
-        raise TraceError(
-            "network call", "the loop never calls its network", "the loop", "name it by network= or modules="
-        )
+        given = ", ".join(type(each).__name__ for each in arguments.networks)
+        instead = "name the network by network=, or pass the module that is called itself in modules="
+        raise TraceError("network call", f"the loop never calls its network ({given})", name_of(loop), instead)
     if not any(isinstance(leaf, Output) for leaf in leaves):
         raise TraceError("return", "nothing that the loop returns depends on the state", instead="return the samples")
     writes = bool(tape.inputs) and tape.inputs[0].memory.version > 0

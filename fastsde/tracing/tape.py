@@ -56,7 +56,7 @@ class Draw:
     strides: tuple[int, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Call:
     """A call of the network.
 
@@ -75,6 +75,15 @@ class Call:
     outputs: list[Node] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     autocast: tuple[bool, torch.dtype] | None = None
+
+    def __repr__(self) -> str:
+        states = [f"the state as {list(shape)}" for shape, _ in self.states.values()]
+        others = [leaf for i, leaf in enumerate(self.leaves) if i not in self.states]
+        constants = [
+            repr(x) if not isinstance(x, Tensor) else f"{x.item():g}" if x.numel() == 1 else f"a tensor {list(x.shape)}"
+            for x in others
+        ]
+        return f"Call({', '.join(states + constants)})"
 
 
 @dataclass(eq=False)
@@ -519,7 +528,10 @@ class Tape(TorchDispatchMode):
                 return func(*constants, **kwargs)
             if packet in self._rules.final:
                 cause = self.first_cause(args, error)
-                if cause.instead is None:
+                if cause is not error:
+                    reason = f"{cause.reason}, which the loop reads on the host (.item(), if or float())"
+                    cause = TraceError(cause.operation, reason, cause.line, _KEEP)
+                elif cause.instead is None:
                     cause = TraceError(cause.operation, cause.reason, cause.line, _FIXED)
                 raise self._refused(cause) from None
             return self.opaque(func, args, kwargs, error)
@@ -606,6 +618,7 @@ class Tape(TorchDispatchMode):
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
          "_forward_hooks_always_called")  # fmt: skip
+_KEEP = "keep it a tensor, and take fixed steps: then replay=True can run it again between the rows"
 _FIXED = "let the row decide and not the state: a table has fixed steps"
 _ROW_BY_ROW = "call fastsde.sample with a callback, or keep the loop as it is"
 

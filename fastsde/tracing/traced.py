@@ -130,6 +130,10 @@ class Traced:
             raise TypeError(f"{unknown[0]!r} is no option of a traced loop: it fixes its solver, times and start")
         n = self.batch if n is None else check_int("n", n, 0)
         networks = list(model) if isinstance(model, (list, tuple)) else [model]
+        for network in networks:
+            if not callable(network):
+                kind = type(network).__name__
+                raise TypeError(f"model must be the network, got {kind}: call it as traced(network, n, seed=0)")
         return self.run(networks, n, state=state, **options)
 
     def run(

@@ -384,3 +384,45 @@ def test_networks_with_attributes_and_several_modules() -> None:
 
     with torch.no_grad():
         follows(accelerated(holds, modules=[unused, used]), holds, (6,), (6,))
+
+
+class Policy:
+    def __init__(self) -> None:
+        self.net = Net().eval()
+
+    @torch.no_grad()
+    def sample(self, n: int, scale: float = 1.0) -> Tensor:
+        return scale * loop(self.net, n)
+
+
+def test_the_network_of_a_method_is_found() -> None:
+    policy = Policy()
+    follows(accelerated(policy.sample), policy.sample, (6,), (6,))
+    policy.other = Net()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="its object holds net, other: pass one of them in modules"):
+        fastsde.accelerate(policy.sample)(6)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_guidance_in_one_batch_of_a_network_in_bfloat16(rounded: bool) -> None:
+    class Low(Net):
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args).bfloat16()
+
+    def in_bfloat16(net: Any, n: int) -> Tensor:
+        x = torch.randn(n, 3)
+        for i in range(6):
+            f = net(torch.cat([x] * 2), torch.full((2 * n,), i / 6))
+            f, f_uncond = (f if rounded else f.float()).chunk(2)
+            x = x + 0.1 * (f_uncond + 4.0 * (f - 0.5 * f_uncond)).float()
+        return x
+
+    with torch.no_grad():
+        net, fast = Low().eval(), accelerated(in_bfloat16)
+        if rounded:  # the loop rounds more often than the table
+            torch.manual_seed(0)
+            theirs = in_bfloat16(net, 16)
+            torch.manual_seed(0)
+            torch.testing.assert_close(fast(net, 16), theirs, rtol=0, atol=6 * 0.1 * 8 * 2**-7)
+        else:
+            follows(fast, in_bfloat16, (net, 16), (net, 16))

@@ -488,6 +488,7 @@ def test_what_is_no_table_says_which_options_it_cannot_have() -> None:
         (lambda: fastsde.trace(concatenated, MLP, 4)(MLP, -1), "n must be"),
         (lambda: fastsde.trace(concatenated, MLP, 4)(MLP, 4, state=torch.zeros(4, 2)), "starts from no state"),
         (lambda: fastsde.trace(lambda net, n: torch.randn(n), MLP, 4), "the loop never calls its network"),
+        (lambda: fastsde.trace(concatenated, MLP, 4)(4), "model must be the network, got int"),
         (lambda: fastsde.trace(lambda net, n: 3, MLP, 4), "the loop never calls its network"),
     ],
 )
