@@ -160,6 +160,7 @@ def test_an_untraced_function_is_that_function() -> None:
         torch.compile(lambda x: torch.sin(x) * scaled(3), backend="eager", fullgraph=True)(X)
 
 
+@pytest.mark.slow
 def test_nobody_imports_the_compiler_for_it() -> None:
     script = """
 import sys, fastsde

@@ -24,7 +24,8 @@ def python(code: str, cwd: Path, *flags: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("before", "use", "allowed"), [("", "", set()), ("torch", "fastsde.sample", {"safetensors", "tqdm"})]
+    ("before", "use", "allowed"),
+    [("", "", set()), pytest.param("torch", "fastsde.sample", {"safetensors", "tqdm"}, marks=pytest.mark.slow)],
 )
 def test_import_is_light(tmp_path: Path, before: str, use: str, allowed: set[str]) -> None:
     # The import alone needs nothing; sampling needs, besides torch, only what imports in a millisecond. Everything else
@@ -37,6 +38,7 @@ def test_import_is_light(tmp_path: Path, before: str, use: str, allowed: set[str
     assert set(added) <= {"fastsde"} | allowed
 
 
+@pytest.mark.slow
 def test_import_and_sampling_need_no_triton_and_touch_no_gpu(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -72,7 +72,7 @@ def test_native_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> N
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("graphs", ["tape"], indirect=True)
 @pytest.mark.parametrize(
-    "name", [name if name in ("edm", "flow") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+    "name", [name if name == "edm" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
 def test_captured_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
     _assert_same(weights_and_losses(CONFIGS[name], CapturedSteps, tmp_path), CONFIGS[name], tmp_path)
