@@ -4,7 +4,7 @@ Its ``sample_*`` functions take a denoiser ``model(x, sigma, **extra_args)``, th
 denoiser is any callable: a network, one of k-diffusion's wrappers (``DiscreteEpsDDPMDenoiser``, ``VDenoiser``), or a
 classifier-free guidance of one's own. As a whole it is the network of the table. If it only scales an MLP, hand over
 the MLP by ``modules=[mlp]`` and ``network=None``: the scaling is then part of the table, and the MLP runs as one
-trajectory (seven times as fast for 512 samples and 50 steps on two cores).
+trajectory (3.5 times as fast for 512 samples and 50 steps on two cores).
 
 The SDE samplers (``dpmpp_sde``, ``dpmpp_2m_sde``, ``dpmpp_3m_sde``) draw from a Brownian tree of torchsde by default.
 Here its increments are independent normals of the noise contract: the same law, other numbers than the tree's, and

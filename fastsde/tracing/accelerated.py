@@ -23,7 +23,7 @@ from .draws import Replay
 from .environment import Environment, environment, modules_in
 from .errors import TraceError
 from .noises import Draws
-from .recording import Arguments, one_at_a_time, record, record_call, signature_of
+from .recording import Arguments, name_of, one_at_a_time, record, record_call, signature_of
 from .tape import Tape, cdata
 from .traced import Traced
 
@@ -65,7 +65,7 @@ def trace(
         TypeError, ValueError: if the network or the state cannot be told.
     """
     program = record(loop, *args, network=network, modules=modules, state=state, replay=replay, **kwargs)
-    return Traced(program, getattr(loop, "__name__", type(loop).__name__))
+    return Traced(program, name_of(loop))
 
 
 @dataclass
@@ -240,8 +240,7 @@ class Accelerated:
         tensors: list[Tensor],
         generators: list[torch.Generator],
     ) -> _Entry:
-        options = self._options
-        name = getattr(self.loop, "__name__", type(self.loop).__name__)
+        options, name = self._options, name_of(self.loop)
         before = {i: x.detach().clone() for i, x in enumerate(tensors)}
         program = record_call(self.loop, arguments, options.state, replay=options.replay, generators=now.generators)
         traced = Traced(program, name)

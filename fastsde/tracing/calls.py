@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from .program import Program
 from .rows import Leaf, Part
+from .tape import Call
 from .values import Positions
 
 __all__ = ["Argument", "Calls", "Item", "NotATable", "Output", "Place", "Selected", "calls_of", "per_sample"]
@@ -173,26 +174,24 @@ def calls_of(
     for call in calls:
         if call.network != first.network:
             raise NotATable("it calls several networks")
-        same = (call.spec, call.states, call.places, call.autocast) == (
-            first.spec,
-            first.states,
-            first.places,
-            first.autocast,
-        )
-        if not same or len(call.leaves) != len(first.leaves):
+        if _way(call) != _way(first):
             raise NotATable("it calls its network in different ways")
     batch = shape[0] if shape else 1
     made = _Items(batch, len(calls), program.watched)
     leaves: list[Item | Argument] = []
-    for i, leaf in enumerate(first.leaves):
+    for i in range(len(first.leaves)):
         if i in first.states:
             leaves.append(made.argument([row[i] for row in arguments], torch.Size(shape).numel()))
         else:
             leaves.append(made.leaf([call.leaves[i] for call in calls]))
-        del leaf
     selected = made.selected(outputs, [node.shape for node in first.outputs], first.places, torch.Size(shape).numel())
     time = made.time()
     return Calls(batch, shape[1:], first.spec, leaves, selected, time, made.is_fixed, made.conditions, first.autocast)
+
+
+def _way(call: Call) -> tuple[Any, ...]:
+    """Returns what must be equal in all rows: how the network is called, apart from values."""
+    return call.spec, call.states, call.places, call.autocast, len(call.leaves)
 
 
 class _Items:

@@ -135,7 +135,6 @@ def _run(
         Replay(noises) as replay,
     ):
         found = arguments.call(loop, changes)
-        found = list(found) if inspect.isgenerator(found) else found
         found = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_leaves(found)]
     for number, strides in replay.strides.items():
         draws[number] = dataclasses.replace(draws[number], strides=strides)

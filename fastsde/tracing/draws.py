@@ -5,6 +5,7 @@ A draw that is not normal would be baked into the table.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,24 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from .tape import Tape, shape_of
+from .tape import Handler, Tape, registered, shape_of
 from .values import Value, added, scaled
 
 __all__ = ["RANDOM", "Replay", "outside_modes"]
 
 aten = torch.ops.aten
-RANDOM: dict[Any, Callable[[Tape, Any, Any, Any], Any]] = {}
+RANDOM: dict[Any, Handler] = {}
+_draws = functools.partial(registered, RANDOM)
 _CONTRACT = "draw normals by torch.randn, randn_like, normal or normal_"
-
-
-def _draws(*names: str) -> Callable[[Any], Any]:
-    def register(handler: Any) -> Any:
-        for name in names:
-            if hasattr(aten, name):
-                RANDOM[getattr(aten, name)] = handler
-        return handler
-
-    return register
 
 
 @_draws("randn")

@@ -66,6 +66,7 @@ class _Look(Look):
         super().__init__()
         self.generators: list[torch.Generator] = []
         self._given = given
+        self._classes: set[int] = set()  # that are read, by id
         self._networks: dict[int, bool] = {}  # by id: whether attributes are read
         self._read: list[Any] = []
         for network in networks:
@@ -125,10 +126,6 @@ class _Look(Look):
             if _is_users(str(each.__module__)) and id(each) not in self._classes:
                 self._classes.add(id(each))
                 self._at_items({name: _inner(x) for name, x in vars(each).items() if name not in _NOT_READ}, depth - 1)
-
-    @functools.cached_property
-    def _classes(self) -> set[int]:
-        return set()
 
 
 _NOT_READ = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__annotate_func__"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from .errors import TraceError
 from .probe import Probe
-from .tape import Tape, shape_of, tensors_in
+from .tape import Handler, Tape, name_of_operation, registered, shape_of, tensors_in
 from .values import Joined, Value, added, scaled, uniform
 
 __all__ = ["FINAL", "HANDLERS", "reason_of"]
 
 aten = torch.ops.aten
-Handler = Callable[[Tape, Any, Any, Any], Any]
 HANDLERS: dict[Any, Handler] = {}
+_handles = functools.partial(registered, HANDLERS)
 # Nothing can stand for their results: numbers on the host, and tensors that change their shape.
 FINAL = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.item, aten.squeeze_, aten.unsqueeze_,
          aten.transpose_, aten.t_, aten.swapaxes_, aten.resize_}  # fmt: skip
@@ -51,28 +52,13 @@ def reason_of(name: str) -> str:
     return _REASONS.get(name.removesuffix("_"), "is not affine in the state")
 
 
-def _handles(*names: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        for name in names:
-            if hasattr(aten, name):
-                HANDLERS[getattr(aten, name)] = handler
-        return handler
-
-    return register
-
-
-def _name(func: Any) -> str:
-    name: str = func._schema.name
-    return name.removeprefix("aten::")
-
-
 def _result(tape: Tape, func: Any, args: Any, value: Value, shape: torch.Size, dtype: torch.dtype) -> Any:
     """Returns the result of an operation, written in place if its name ends with an underscore."""
     if not func._schema.name.endswith("_"):
         return tape.named(value, shape, dtype)
     target = tape.memory(args[0])
     if target.shape != shape:
-        raise TraceError(_name(func), "an in-place operation that broadcasts its target")
+        raise TraceError(name_of_operation(func), "an in-place operation that broadcasts its target")
     target.write(tape.shortened(value, shape))
     return args[0]
 
@@ -133,10 +119,10 @@ def _product(tape: Tape, func: Any, a: Any, b: Any, shape: torch.Size) -> Value:
         v, k = k, v
     if isinstance(v, Value) and isinstance(k, Value):
         if v.terms and k.terms:
-            raise TraceError(_name(func), "a product of two traced tensors")
+            raise TraceError(name_of_operation(func), "a product of two traced tensors")
         v, k = (v, k.const) if v.terms else (k, v.const)
     if not isinstance(v, Value) or isinstance(k, Value):
-        raise TraceError(_name(func), "a product without a traced tensor")
+        raise TraceError(name_of_operation(func), "a product without a traced tensor")
     return scaled(v, k)
 
 
@@ -156,9 +142,9 @@ def _div(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args[0], args[1]
     divisor = tape.as_probe(b)
     if divisor is not None and divisor.value.terms:
-        raise TraceError(_name(func), "a division by a traced tensor")
+        raise TraceError(name_of_operation(func), "a division by a traced tensor")
     if kwargs.get("rounding_mode"):
-        raise TraceError(_name(func), "a rounded division of the state")
+        raise TraceError(name_of_operation(func), "a rounded division of the state")
     found = _by_parts(tape, func, a, b, lambda n: 1 / n if n else math.inf, lambda n: 0.0)
     if found is not None:
         return found
@@ -181,7 +167,7 @@ def _lerp(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     shape = shape_of(start, end, weight)
     k = tape.operand(weight, shape)
     if isinstance(k, Value):
-        raise TraceError(_name(func), "a traced weight")
+        raise TraceError(name_of_operation(func), "a traced weight")
     total = added(scaled(tape.value(start, shape), 1 - k), scaled(tape.value(end, shape), k))
     return _result(tape, func, args, total, shape, start.dtype)
 
@@ -192,7 +178,7 @@ def _addc(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     shape = shape_of(x, a, b)
     if "div" in func._schema.name:
         if tape.as_probe(b) is not None:
-            raise TraceError(_name(func), "a division by a traced tensor")
+            raise TraceError(name_of_operation(func), "a division by a traced tensor")
         b = 1 / b
     k = float(kwargs.get("value", 1))
     if tape.as_probe(a) is None and tape.as_probe(b) is None:
@@ -206,7 +192,7 @@ def _addc(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 def _where(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     mask, a, b = args
     if tape.as_probe(mask) is not None:
-        raise TraceError(_name(func), "a choice by values of the state")
+        raise TraceError(name_of_operation(func), "a choice by values of the state")
     shape = shape_of(mask, a, b)
     weight = uniform(mask.to("cpu").expand(shape).reshape(-1).double())
     total = added(scaled(tape.value(a, shape), weight), scaled(tape.value(b, shape), 1 - weight))
@@ -217,7 +203,7 @@ def _where(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 def _masked_fill(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     x, mask, fill = args
     if tape.as_probe(mask) is not None:
-        raise TraceError(_name(func), "a choice by values of the state")
+        raise TraceError(name_of_operation(func), "a choice by values of the state")
     weight = uniform(mask.to("cpu").expand(x.shape).reshape(-1).double())
     total = added(scaled(tape.value(x, x.shape), 1 - weight), scaled(tape.value(fill, x.shape), weight))
     return _result(tape, func, args, total, x.shape, x.dtype)
@@ -229,14 +215,14 @@ def _masked_fill(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 def _clamped(tape: Tape, func: Any, args: Any, low: Any, high: Any) -> Any:
     x = tape.as_probe(args[0])
     if x is None:
-        raise TraceError(_name(func), "a bound that depends on the state")
+        raise TraceError(name_of_operation(func), "a bound that depends on the state")
     bounds = []
     for bound, default in ((low, -math.inf), (high, math.inf)):
         if tape.as_probe(bound) is not None:
-            raise TraceError(_name(func), "a bound that depends on the state (dynamic thresholding)")
+            raise TraceError(name_of_operation(func), "a bound that depends on the state (dynamic thresholding)")
         value = default if bound is None else tape.operand(bound, x.shape)
         if not isinstance(value, float):
-            raise TraceError(_name(func), "a bound that differs from element to element")
+            raise TraceError(name_of_operation(func), "a bound that differs from element to element")
         bounds.append(value)
     in_place = func._schema.name.endswith("_")
     whole = x.whole
@@ -291,7 +277,7 @@ def _copy(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     assert x is not None
     dtype = kwargs.get("dtype") or x.dtype
     if not dtype.is_floating_point:
-        raise TraceError(_name(func), f"the state is rounded to {dtype}")
+        raise TraceError(name_of_operation(func), f"the state is rounded to {dtype}")
     if dtype.itemsize < x.dtype.itemsize:
         tape.notes[f"casts {x.dtype} to {dtype}"] = None
     keeps = tape.double and x.dtype == torch.float64
@@ -301,16 +287,16 @@ def _copy(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 @_handles("isnan", "isinf", "isneginf", "isposinf", "isfinite")
 def _is_finite(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     tape.notes["asks whether the state is finite: taken as yes"] = None
-    return torch.full(args[0].shape, _name(func) == "isfinite", dtype=torch.bool, device=tape.device)
+    return torch.full(args[0].shape, name_of_operation(func) == "isfinite", dtype=torch.bool, device=tape.device)
 
 
 @_handles("eq", "ne")
 def _equal_to_itself(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     x, y = (tape.as_probe(each) for each in args[:2])
     if x is None or y is None or (x.memory, x.positions) != (y.memory, y.positions):
-        raise TraceError(_name(func), "the loop decides by values of the state")
+        raise TraceError(name_of_operation(func), "the loop decides by values of the state")
     tape.notes["asks whether the state is finite: taken as yes"] = None  # NaN differs from itself
-    return torch.full(x.shape, _name(func) == "eq", dtype=torch.bool, device=tape.device)
+    return torch.full(x.shape, name_of_operation(func) == "eq", dtype=torch.bool, device=tape.device)
 
 
 @_handles("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
@@ -324,7 +310,7 @@ def _constant(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 @_handles("resize_")
 def _resize_(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     if tuple(args[0].shape) != tuple(args[1]):
-        raise TraceError(_name(func), "changes the shape of the state in place")
+        raise TraceError(name_of_operation(func), "changes the shape of the state in place")
     return args[0]
 
 
@@ -397,7 +383,7 @@ def _view(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 def _moved(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     x = tape.as_probe(args[0])
     if x is None or any(tape.as_probe(a) is not None for a in tensors_in(args[1:])):
-        raise TraceError(_name(func), "an index that depends on the state")
+        raise TraceError(name_of_operation(func), "an index that depends on the state")
     positions, shape = tape.mover.moves(
         _key(func, x.shape, args[1:], kwargs), x.shape, lambda i: func(i, *_on_cpu(args[1:]), **kwargs)
     )
@@ -445,10 +431,10 @@ def _joined(tape: Tape, tensors: list[Tensor], shapes: list[tuple[int, ...]], di
 @_handles("index_put_", "index_put")
 def _index_put(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     if len(args) > 3 and args[3]:
-        raise TraceError(_name(func), "an indexed sum")
+        raise TraceError(name_of_operation(func), "an indexed sum")
     x, indices, values = args[:3]
     if any(tape.as_probe(i) is not None for i in indices if i is not None):
-        raise TraceError(_name(func), "an index that depends on the state")
+        raise TraceError(name_of_operation(func), "an index that depends on the state")
     target = tape.memory(x) if func.overloadpacket is aten.index_put_ else tape.as_probe(x)
     idx = aten.index(torch.arange(x.numel(), device="cpu").reshape(x.shape), _on_cpu((indices,))[0])
     value = tape.value(values, idx.shape)
@@ -466,7 +452,7 @@ def _index_put(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _unrolled(func: Any, n: int, term: Callable[[int], Value]) -> Value:
     if n > _UNROLLED:
-        raise TraceError(_name(func), _REASONS.get(_name(func), "mixes elements of the state"))
+        raise TraceError(name_of_operation(func), _REASONS.get(name_of_operation(func), "mixes elements of the state"))
     total = term(0)
     for k in range(1, n):
         total = added(total, term(k))
@@ -496,7 +482,7 @@ def _matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args[:2]
     left, right = tape.as_probe(a), tape.as_probe(b)
     if left is not None and right is not None:
-        raise TraceError(_name(func), "a product of two traced tensors")
+        raise TraceError(name_of_operation(func), "a product of two traced tensors")
     shape = func(*(torch.empty(x.shape, dtype=torch.float32, device="meta") for x in (a, b))).shape
     traced = left if left is not None else right
     assert traced is not None

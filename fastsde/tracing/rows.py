@@ -129,7 +129,7 @@ class _Rows:
     def __init__(self, tape: Tape, outputs: Sequence[Value]) -> None:
         self._tape, self._mover = tape, tape.mover
         self.rows: list[Row] = []
-        self._inputs = [_inputs(call, k, tape.mover) for k, call in enumerate(tape.calls)]
+        self._inputs = [_inputs(call, k) for k, call in enumerate(tape.calls)]
         self._last: dict[Node, int] = {}  # the last boundary that a node must cross
         for k, (nodes, _) in enumerate(self._inputs):
             for node in nodes:
@@ -181,7 +181,7 @@ class _Rows:
             self.rows.append(row)
 
 
-def _inputs(call: Call, k: int, mover: Mover) -> tuple[list[Node], dict[int, Leaf]]:
+def _inputs(call: Call, k: int) -> tuple[list[Node], dict[int, Leaf]]:
     """Returns the values that the network's arguments are made of, as nodes, and how they are made of them."""
     nodes: list[Node] = []
     directions: list[Value] = []
@@ -192,7 +192,7 @@ def _inputs(call: Call, k: int, mover: Mover) -> tuple[list[Node], dict[int, Lea
         parts = []
         for value, part_shape in pieces:
             value = _without_constants(value, k)
-            inner, positions, scale = _factored(value, mover)
+            inner, positions, scale = _factored(value)
             if inner is None:
                 parts.append(Part(part_shape, None, None, 0.0, value.const))
                 continue
@@ -223,7 +223,7 @@ def _without_constants(value: Value, k: int) -> Value:
     return value
 
 
-def _factored(value: Value, mover: Mover) -> tuple[Value | None, Positions | None, Any]:
+def _factored(value: Value) -> tuple[Value | None, Positions | None, Any]:
     """Returns (inner, positions, scale) with value = scale * inner[positions] + const, where inner has no positions."""
     if not value.terms:
         return None, None, 0.0

@@ -328,7 +328,7 @@ def _closed(row: Row, targets: dict[Node, tuple[Value, tuple[tuple[Step, Value],
         raise NotATable("it clamps twice in a row")
     steps = [step for i, step in enumerate(row.clamps) if i in used]
     terms = {
-        (type(atom)(atom.kind, 0, atom.numel) if atom.kind == "D" else atom, positions): c
+        (replace(atom, index=0) if atom.kind == "D" else atom, positions): c
         for (atom, positions), c in result.terms.items()
     }
     closed = Row(row.call, row.inputs, row.leaves, steps, row.noises, [Value(result.numel, terms)])

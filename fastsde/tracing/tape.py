@@ -27,7 +27,21 @@ from .errors import TraceError
 from .probe import Memory, Probe
 from .values import Coefficient, Joined, Mover, Node, Value, flat, uniform
 
-__all__ = ["Call", "Draw", "NeedsState", "Operation", "Rules", "Tape", "cdata", "forwards", "tensors_in"]
+__all__ = [
+    "Call",
+    "Draw",
+    "Handler",
+    "NeedsState",
+    "Operation",
+    "Rules",
+    "Tape",
+    "cdata",
+    "forwards",
+    "name_of_operation",
+    "registered",
+    "shape_of",
+    "tensors_in",
+]
 
 
 class NeedsState(Exception):  # noqa: N818 (no error: the trace starts again with the state)
@@ -102,7 +116,10 @@ class Operation:
 
     @property
     def name(self) -> str:
-        return _name(self.function)
+        return name_of_operation(self.function)
+
+
+Handler = Callable[["Tape", Any, Any, Any], Any]  # (tape, func, args, kwargs) -> its result
 
 
 class Rules(NamedTuple):
@@ -115,8 +132,8 @@ class Rules(NamedTuple):
         reason: why an operation, by its name, is not affine.
     """
 
-    draws: Mapping[Any, Callable[..., Any]]
-    operations: Mapping[Any, Callable[..., Any]]
+    draws: Mapping[Any, Handler]
+    operations: Mapping[Any, Handler]
     final: AbstractSet[Any]
     reason: Callable[[str], str]
 
@@ -493,9 +510,8 @@ class Tape(TorchDispatchMode):
             used = [id(x) for x in tensors_in(args) if id(x) in self._watched]
             self.baked.update(used)
             if used and func._schema.name.endswith("_") and id(args[0]) in self._watched and not kwargs.get("out"):
-                raise self.refuse(
-                    "write", f"the loop changes a tensor that it was given in place ({_name(func)})", "clone it first"
-                )
+                reason = f"the loop changes a tensor that it was given in place ({name_of_operation(func)})"
+                raise self.refuse("write", reason, "clone it first")
         traced = Probe in types or (self._storages and any(self.as_probe(x) is not None for x in tensors_in(args)))
         if not traced:
             return func(*args, **kwargs)
@@ -505,7 +521,7 @@ class Tape(TorchDispatchMode):
             with self:
                 result = getattr(torch, func._schema.name.split("::")[1])(*args, **plain)
             if result.shape != out.shape:
-                raise self.refuse(_name(func), "out= has another shape than the result", "leave out= out")
+                raise self.refuse(name_of_operation(func), "out= has another shape than the result", "leave out= out")
             self.memory(out).write(self.value(result, out.shape))
             return out
         handler = self._rules.operations.get(packet)
@@ -516,13 +532,13 @@ class Tape(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-            raise TraceError(_name(func), self._rules.reason(_name(func)))
+            raise TraceError(name_of_operation(func), self._rules.reason(name_of_operation(func)))
         except (TraceError, AttributeError, TypeError, AssertionError, NotImplementedError) as problem:
             if problem is self.refusal:
                 raise
             error = problem
             if not isinstance(error, TraceError):
-                error = TraceError(_name(func), "is not followed with these arguments")
+                error = TraceError(name_of_operation(func), "is not followed with these arguments")
             constants = self._constants(args)
             if constants is not None:
                 return func(*constants, **kwargs)
@@ -602,7 +618,7 @@ class Tape(TorchDispatchMode):
             if probe is not None:
                 leaves[i], states[i] = probe.value, (tuple(leaf.shape), leaf.dtype)
         operation = Operation(func, arguments, leaves, states, error)
-        if _name(func).endswith("_"):
+        if name_of_operation(func).endswith("_"):
             if not isinstance(args[0], Tensor):
                 raise self._refused(error)
             node = self.node("opaque", args[0].shape, label=error, made_by=(operation, 0))
@@ -667,10 +683,22 @@ def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _name(func: Any) -> str:
+def name_of_operation(func: Any) -> str:
     schema = getattr(func, "_schema", None)
     name: str = func.__name__ if schema is None else schema.name
     return name.removeprefix("aten::")
+
+
+def registered(table: dict[Any, Handler], *names: str) -> Callable[[Handler], Handler]:
+    """Registers the handler that it decorates for the aten operations of these names that this PyTorch has."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            if hasattr(torch.ops.aten, name):
+                table[getattr(torch.ops.aten, name)] = handler
+        return handler
+
+    return register
 
 
 def _gpus(device: torch.device) -> list[int]:

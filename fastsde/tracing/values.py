@@ -238,10 +238,7 @@ class Mover:
                 mine = layers.setdefault(node, [])
                 layer = next((each for each in mine if not bool(each[0][start:stop].any())), None)
                 if layer is None:
-                    layer = (
-                        torch.zeros(total, dtype=torch.float64, device="cpu"),
-                        torch.zeros(total, dtype=torch.int64, device="cpu"),
-                    )
+                    layer = _no_terms(total)
                     mine.append(layer)
                 weight, index = layer
                 weight[start:stop] = flat(c, v.numel)
@@ -280,10 +277,7 @@ class Mover:
         const[positions.idx] = flat(w.const, w.numel)
         out = Value(v.numel, dict(kept.terms), uniform(const))
         for (node, inner), c in w.terms.items():
-            weight, index = (
-                torch.zeros(v.numel, dtype=torch.float64, device="cpu"),
-                torch.zeros(v.numel, dtype=torch.int64, device="cpu"),
-            )
+            weight, index = _no_terms(v.numel)
             weight[positions.idx] = flat(c, w.numel)
             index[positions.idx] = torch.arange(w.numel, device="cpu") if inner is None else inner.idx
             key = (node, self._shared(self.intern(index, max(node.numel, 1)), weight, node.numel))
@@ -294,4 +288,7 @@ class Mover:
 
 def _no_terms(numel: int) -> tuple[Tensor, Tensor]:
     """Returns coefficients of zero, and positions."""
-    return tuple(torch.zeros(numel, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.int64))  # type: ignore[return-value]
+    return (
+        torch.zeros(numel, dtype=torch.float64, device="cpu"),
+        torch.zeros(numel, dtype=torch.int64, device="cpu"),
+    )

@@ -59,6 +59,22 @@ def unet(**options: Any) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+def text_unet(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        **options,
+    )
+    return net.eval().requires_grad_(False)
+
+
 def quiet(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -312,21 +328,11 @@ def test_sample_with_labels_and_guidance(guided: bool) -> None:
 
 
 def test_sample_with_added_conditions() -> None:
-    torch.manual_seed(0)
-    network = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
+    network = text_unet(
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + 10,
     )
-    network = network.eval().requires_grad_(False)
 
     def conditions() -> dict[str, Any]:
         added = {"text_embeds": torch.randn(2, 10), "time_ids": torch.full((2, 6), 8.0)}
@@ -497,20 +503,9 @@ def test_a_class_conditional_pipeline() -> None:
 
 
 def latent_pipeline() -> Any:
-    torch.manual_seed(0)
-    network = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-    )
     return quiet(
         diffusers.StableDiffusionPipeline(
-            unet=network.eval().requires_grad_(False),
+            unet=text_unet(),
             vae=autoencoder(),
             scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1),
             text_encoder=None,
