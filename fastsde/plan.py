@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import engines, ops
 from .engines import Network, batches, capture, persistent
@@ -18,7 +19,8 @@ _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
 # How some backends run rows together, and the options that they do not support, which need the host between rows or
 # another network call.
 _TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "runs a whole trajectory in one launch"}
-_WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "guidance", "noise", "callback", "model_kwargs")}
+_WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "noise", "callback")}
+_ONLY_NATIVE = ("guidance", "model_kwargs")  # of the persistent backend: its kernel on a GPU has none of these
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify it.
 # Compiling takes about 10 to 60 s, and saves hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
@@ -33,6 +35,9 @@ def unavailable_reason(
     network: Network | None = None,
     sample_shape: Sequence[int] = (),
     options: Collection[str] = (),
+    times: Tensor | None = None,
+    request: Request | None = None,
+    is_asked_for: bool = True,
 ) -> str | None:
     """Returns why a backend cannot run and what to do instead, or None if it can.
 
@@ -40,6 +45,7 @@ def unavailable_reason(
         dtype: the dtype of the state.
         network, sample_shape: the network and the shape of its samples, if known.
         options: the names of the options in use that not every backend supports.
+        times, request, is_asked_for: as for `fastsde.engines.persistent.unavailable_reason`.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"device {device} is unavailable (torch.cuda.is_available() is False); use device='cpu'"
@@ -59,11 +65,14 @@ def unavailable_reason(
             needs += f" ({ops.native_state()})"
         return f"backend 'persistent' needs {needs}; use 'eager' or 'reference'"
     used = [*options, "compile"] if compile else options
-    missing = next((name for name in _WITHOUT[backend] if name in used), None)
+    lacks = _WITHOUT[backend]
+    if backend == "persistent" and not ops.has_native(device):
+        lacks += _ONLY_NATIVE
+    missing = next((name for name in lacks if name in used), None)
     if missing is not None:
         return f"backend {backend!r} {_TOGETHER[backend]} and does not support {missing}; use 'eager' or 'reference'"
     if backend == "persistent" and network is not None:
-        reason = persistent.unavailable_reason(network, sample_shape, device)
+        reason = persistent.unavailable_reason(network, sample_shape, device, times, request, is_asked_for)
         others = "'graph' or 'eager'" if device.type == "cuda" else "'eager' or 'reference'"
         return None if reason is None else f"backend 'persistent': {reason}; use {others}"
     return None
@@ -96,6 +105,7 @@ class Planner:
         network: the network to sample from.
         state_dtype: the dtype of the state in all requests.
         backend, compile: as for `fastsde.Sampler`.
+        times: fp32 ``[K]``, of the table, on the network's device.
     """
 
     def __init__(
@@ -105,32 +115,35 @@ class Planner:
         state_dtype: torch.dtype,
         backend: str,
         compile: bool | str,
+        times: Tensor,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self._network, self._sample_shape, self._state_dtype = network, tuple(sample_shape), state_dtype
-        self._backend, self._compile = backend, compile
+        self._backend, self._compile, self._times = backend, compile, times
         self._compiled: Network | None = None  # for compile="auto"
-        self._known: tuple[tuple[object, ...], str] | None = None  # the last choice, and what it depended on
 
     @property
     def is_free(self) -> bool:
         """Whether another backend may take over from one that fails."""
         return self._backend == "auto"
 
-    def backend(self, options: Collection[str] = ()) -> str:
+    @property
+    def is_reference(self) -> bool:
+        """Whether the reference runs whatever is requested."""
+        return self._backend == "reference" or self._state_dtype == torch.float64
+
+    def backend(self, options: Collection[str] = (), request: Request | None = None) -> str:
         """Returns the backend that runs: the requested one, or for "auto" the fastest that can run.
 
         Args:
             options: the names of the options in use that not every backend supports.
+            request: what is to be run, if it is known.
 
         Raises:
             ValueError: if it cannot run.
         """
         network, reason = self._network, None
-        key = (tuple(options), network.layers, len(network.kept.failed))
-        if self._known is not None and self._known[0] == key:
-            return self._known[1]
         for candidate in _FASTEST_FIRST if self.is_free else (self._backend,):
             if self.is_free and candidate in network.kept.failed:
                 continue
@@ -142,9 +155,11 @@ class Planner:
                 network=network,
                 sample_shape=self._sample_shape,
                 options=options,
+                times=self._times,
+                request=request,
+                is_asked_for=not self.is_free,
             )
             if reason is None and (not self.is_free or candidate != "persistent" or persistent.pays(network)):
-                self._known = (key, candidate)
                 return candidate
         raise ValueError(reason)
 
@@ -155,7 +170,7 @@ class Planner:
             max_batch: as for `fastsde.Sampler`.
             tell: called with a network before it is compiled.
         """
-        backend = self.backend(request.options)
+        backend = self.backend(request.options, request)
         batch = self._batch(backend, request, max_batch)
         network = self._faster(backend, request, batch, tell)
         tell(network)
@@ -164,7 +179,7 @@ class Planner:
     def without(self, plan: Plan, request: Request) -> Plan:
         """Returns a new plan for a request whose backend has failed."""
         self._network.kept.failed.add(plan.backend)
-        return plan._replace(backend=self.backend(request.options))
+        return plan._replace(backend=self.backend(request.options, request))
 
     def _batch(self, backend: str, request: Request, max_batch: int | str | None) -> int:
         n = request.shape[0]

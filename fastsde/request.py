@@ -110,11 +110,15 @@ def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:
 
 
 def make_keys(
-    keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device, backend: str
+    keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device, plain: bool
 ) -> Tensor:
-    """Returns the keys of ``n`` samples, int64 ``[n, 2]``: from one seed, or from ``keys``, given as keys or seeds."""
+    """Returns the keys of ``n`` samples, int64 ``[n, 2]``: from one seed, or from ``keys``, given as keys or seeds.
+
+    Args:
+        plain: whether to make them by the reference instead of a kernel.
+    """
     if keys is None:
-        make = noise.sample_keys if backend == "reference" else ops.sample_keys
+        make = noise.sample_keys if plain else ops.sample_keys
         return make(seed, n, first_sample, device=device)
     if seed != 0 or first_sample != 0:
         raise ValueError(f"keys replace seed and first_sample: got seed={seed} and first_sample={first_sample} too")

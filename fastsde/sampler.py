@@ -149,8 +149,16 @@ class Sampler:
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
-        self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile)
+        times = self.table.time.to(torch.float32).to(self.device)
+        self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile, times)
         self._planner.backend(self._options)  # raises if none can run
+
+        self._ran: str | None = None
+
+    @property
+    def last_backend(self) -> str | None:
+        """The backend that ran the last call, or None before the first."""
+        return self._ran
 
     @property
     def _options(self) -> tuple[str, ...]:
@@ -243,7 +251,7 @@ class Sampler:
         return Request(
             shape,
             self.table,
-            make_keys(keys, n, seed, first_sample, self.device, self.backend),
+            make_keys(keys, n, seed, first_sample, self.device, self._planner.is_reference),
             x_init=x_init,
             prior_std=self._prior_std,
             noise=None if noise is None else _checked_noise(noise),
@@ -287,6 +295,7 @@ class Sampler:
                         raise
                     plan, bar.n = plan.halved(n - first), done
                 else:
+                    self._ran = plan.backend
                     if len(drawn) == n:
                         return drawn
                     x = drawn.new_empty(request.shape) if x is None else x

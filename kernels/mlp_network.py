@@ -23,7 +23,10 @@ import triton.language as tl
 from .philox import special
 
 # The activations that `activate` implements, by their names in fastsde/models/activations.py.
-ACTIVATIONS = ("LogSigmoid", "Softplus", "SiLU", "ReLU", "Tanh", "GELU", "GELU_tanh", "Identity")
+ACTIVATIONS = (
+    *("LogSigmoid", "Softplus", "SiLU", "ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", "GELU", "GELU_tanh", "Mish"),
+    *("Sin", "Identity"),
+)
 BINARY_LOGARITHM = ("LogSigmoid", "Softplus")
 
 
@@ -87,6 +90,14 @@ def _tanh(x):
 
 
 @triton.jit
+def _tanh_softplus(x):
+    """Computes tanh ln(1 + e^x) = n / (n + 2) with n = e^x (e^x + 2), or both terms divided by e^2x."""
+    u = tl.exp(-tl.abs(x))  # never overflows
+    n = tl.where(x < 0, u * (u + 2.0), 1.0 + 2.0 * u)
+    return n / (n + tl.where(x < 0, 2.0, 2.0 * u * u))
+
+
+@triton.jit
 def activate(x, NAME: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
     """Applies an activation; LogSigmoid and Softplus are in units of ln 2 (see above)."""
     if NAME == "LogSigmoid":
@@ -97,12 +108,22 @@ def activate(x, NAME: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.cons
         return x * _sigmoid(x)
     elif NAME == "ReLU":
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "LeakyReLU":
+        return tl.where(x > 0, x, 0.01 * x)
+    elif NAME == "ELU":
+        return tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0)
     elif NAME == "Tanh":
         return _tanh(x)
+    elif NAME == "Sigmoid":
+        return _sigmoid(x)
     elif NAME == "GELU":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "GELU_tanh":
         return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif NAME == "Mish":
+        return x * _tanh_softplus(x)
+    elif NAME == "Sin":
+        return tl.sin(x)
     else:
         tl.static_assert(NAME == "Identity", "an activation that is not one of ACTIVATIONS")
         return x

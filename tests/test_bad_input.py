@@ -213,7 +213,12 @@ SAMPLE = [
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, reference, eager, graph, persistent", "'cuda'"),
     ({"backend": None}, ValueError, "backend must be one of auto", "None"),
     ({"backend": "graph"}, ValueError, "backend 'graph'", "use 'eager' or 'reference'"),
-    ({"backend": "persistent"}, ValueError, "backend 'persistent'", "use 'eager' or 'reference'"),
+    (
+        {"backend": "persistent", "model": lambda x, t: x.cumsum(-1)},
+        ValueError,
+        "backend 'persistent'",
+        "use 'eager' or 'reference'",
+    ),
     ({"backend": "reference", "compile": True}, ValueError, "'reference' is plain PyTorch", "use 'eager'"),
     ({"max_batch": 0}, ValueError, "max_batch must be at least 1", "0"),
     ({"max_batch": 2.5}, TypeError, "max_batch must be an int", "float"),

@@ -169,7 +169,7 @@ def test_the_parts(n: int, max_batch: int | str | None, part: int | None, calls:
         seen.append(len(x))
         return -x
 
-    sampler = Sampler(model, (2,), steps=1, max_batch=max_batch)  # type: ignore[arg-type]
+    sampler = Sampler(model, (2,), steps=1, max_batch=max_batch, backend="eager")  # type: ignore[arg-type]
     assert distributed.sample(sampler, n, part=part).shape == (n, 2)
     assert seen == calls
     assert sampler.max_batch == max_batch

@@ -80,7 +80,7 @@ def test_auto_takes_it_for_an_mlp(model: nn.Module) -> None:
         (lambda x, t: -x, {}, "only runs MLPs"),
         (_Subclass(), {}, "only runs MLPs"),
         (_hooked(), {}, "only runs MLPs"),
-        (_sequential(nn.Linear(3, 8), nn.ELU(), nn.Linear(8, 2)), {}, "only runs MLPs"),
+        (_sequential(nn.Linear(3, 8), nn.Hardswish(), nn.Linear(8, 2)), {}, "only runs MLPs"),
         (_sequential(nn.Linear(3, 8), nn.Softplus(2.0), nn.Linear(8, 2)), {}, "only runs MLPs"),
         (_sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), {}, "only runs MLPs"),
         (_sequential(nn.LogSigmoid(), nn.Linear(3, 2)), {}, "only runs MLPs"),

@@ -567,7 +567,7 @@ def test_fp64_keeps_all_digits_of_x_init_and_noise():
 def test_fp64_takes_the_reference_backend():
     assert Sampler(Scale(torch.float64), (2,)).backend == "reference"
     assert Sampler(Scale(), (2,), dtype=torch.float64).backend == "reference"
-    assert Sampler(Scale(), (2,)).backend == "eager"
+    assert Sampler(Scale(), (2,)).backend in ("persistent", "eager")
     with pytest.raises(ValueError, match=r"'eager' keeps the state in fp32.*use 'reference'"):
         Sampler(Scale(), (2,), dtype=torch.float64, backend="eager")
 
@@ -885,7 +885,7 @@ def test_either_network_of_guidance_is_checked(backend, bad):
 @pytest.mark.parametrize("backend", ["graph", "persistent"])
 def test_backends_that_cannot_run_here_name_those_that_can(backend):
     with pytest.raises(ValueError, match=f"backend '{backend}'.*use 'eager' or 'reference'"):
-        sample(elementwise, (3, 2), backend=backend)
+        sample(lambda x, t: x.cumsum(-1), (3, 2), backend=backend)
     with pytest.raises(ValueError, match="'reference' is plain PyTorch; for compile=True use 'eager'"):
         sample(elementwise, (3, 2), backend="reference", compile=True)
 

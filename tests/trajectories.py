@@ -1,4 +1,4 @@
-"""Whole trajectories of an MLP by the kernel of a device, without the engines."""
+"""Whole trajectories of a small network by the kernel of a device, without the engines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,26 @@ import torch
 from torch import Tensor
 
 from fastsde import StepTable, ops
+from fastsde.engines.network import Network
+from fastsde.lowering import Vectors, lower
 from fastsde.models.mlp import linear_layers
 
-__all__ = ["trajectory"]
+__all__ = ["packed_for", "trajectory"]
+
+
+def packed_for(
+    model: Any, table: StepTable, n: int, device: torch.device, precision: str = "fp32"
+) -> tuple[Any, Vectors | None]:
+    """Returns an MLP of flat samples as the kernel of a device takes it: its layers, or a program and its numbers."""
+    linears, activations = linear_layers(model)
+    if not ops.has_native(device):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return ops.pack_mlp([linear.to(device) for linear in linears], activations, dtype), None
+    shape = getattr(model, "shape", (linears[-1].out_features,))
+    times = table.time.float()
+    sizes = [size for each in model.parameters() for size in each.shape]
+    lowered = lower(Network(model), shape, times, sizes=sizes)
+    return ops.pack_program(lowered.program, device), lowered.vectors(times, n, ())
 
 
 def trajectory(
@@ -29,13 +46,18 @@ def trajectory(
 
     Everything is on the device of ``keys``, to which the MLP is moved.
     """
-    linears, activations = linear_layers(model)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    packed = ops.pack_mlp([linear.to(keys.device) for linear in linears], activations, dtype)
+    packed, vectors = packed_for(model, table, len(keys), keys.device, precision)
     states = None
     if every is not None:
         shape = (len(table) // every + 1, len(keys), packed.dim)
         states = torch.full(shape, math.nan, dtype=torch.float32, device=keys.device)
-    options = {"x_init": x_init, "precision": precision, "every": every or 1, "states": states, "progress": progress}
+    options = {
+        "vectors": vectors,
+        "x_init": x_init,
+        "precision": precision,
+        "every": every or 1,
+        "states": states,
+        "progress": progress,
+    }
     out = ops.launch_mlp_sampler(packed, table, keys, **options)
     return out, torch.empty(0, *out.shape) if states is None else states

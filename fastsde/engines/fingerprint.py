@@ -29,6 +29,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_MODULES = frozenset(vars(nn.Module()))
 # Objects and functions of these libraries are compared by identity and not searched, except for the plain containers.
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "triton", "numpy"}
+_CONSTANT = "fastsde.tracing."  # whose objects that a network may hold, how a loop calls it, never change
 _PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, collections.ChainMap)
 _DEPTH = 8  # of nested objects other than modules
 _LENGTH = 1000  # of a container or an array whose contents are read
@@ -266,7 +267,8 @@ class Look:
 
 
 def _is_of_library(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).partition(".")[0] in LIBRARIES
+    module = str(getattr(value, "__module__", ""))
+    return module.partition(".")[0] in LIBRARIES or module.startswith(_CONSTANT)
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

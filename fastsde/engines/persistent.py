@@ -1,6 +1,6 @@
-"""The persistent engine: the whole trajectory of an MLP in one launch, by the kernel ``mlp_sampler``.
+"""The persistent engine: the whole trajectory of a small network in one launch, by the kernel ``mlp_sampler``.
 
-On the CPU it runs MLPs in fp32 only.
+On the CPU it runs any network that is lowered to a program (`fastsde.lowering`), in fp32. On a GPU it runs MLPs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,48 @@ from ..reference import NonFiniteError
 from ..request import Request
 from . import eager
 from .network import Network
+from .programs import CALL_FAILS, numbers_of, program_of
 
 __all__ = ["pays", "run", "unavailable_reason"]
 
 _FP32_WIDTH = 64
 
 
-def unavailable_reason(network: Network, sample_shape: Sequence[int], device: torch.device) -> str | None:
-    """Returns why the engine cannot run a network on samples of a shape on a device, or None if it can."""
+def unavailable_reason(
+    network: Network,
+    sample_shape: Sequence[int],
+    device: torch.device,
+    times: Tensor | None = None,
+    request: Request | None = None,
+    is_asked_for: bool = True,
+) -> str | None:
+    """Returns why the engine cannot run a network on samples of a shape on a device, or None if it can.
+
+    Args:
+        times: fp32 ``[K]``, of the table.
+        request: whose conditions the network is given, if they are known.
+        is_asked_for: whether no other engine may run it. A network that could not run is then looked at again; and one
+            that cannot be called without conditions is not refused before they are known.
+    """
+    dtypes = (torch.float32,) if ops.has_native(device) else (torch.float32, torch.bfloat16)
+    if not ops.has_native(device):
+        return _no_mlp_reason(network, sample_shape, device, dtypes)
+    if network.dtype not in dtypes:
+        return _wrong_dtype(network, device, dtypes)
+    times = torch.ones(1, dtype=torch.float32, device=device) if times is None else times
+    found = program_of(network, sample_shape, times, request, trusts=(tuple,) if is_asked_for else (tuple, str))
+    if not isinstance(found, str) or (is_asked_for and request is None and found.startswith(CALL_FAILS)):
+        return None
+    return found
+
+
+def _wrong_dtype(network: Network, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+    return f"on {device.type} it runs networks in {' or '.join(map(str, dtypes))}, not in {network.dtype}"
+
+
+def _no_mlp_reason(
+    network: Network, sample_shape: Sequence[int], device: torch.device, dtypes: Sequence[torch.dtype]
+) -> str | None:
     layers = network.layers
     if layers is None:
         reason = "it only runs MLPs: Sequentials of Linear layers and activations between them"
@@ -34,9 +68,8 @@ def unavailable_reason(network: Network, sample_shape: Sequence[int], device: to
             return f"{reason}, not EDM's preconditioning of them"
         strange = unknown_layer(network.model)
         return reason if strange is None else f"{reason}, got {strange}"
-    dtypes = (torch.float32,) if ops.has_native(device) else (torch.float32, torch.bfloat16)
     if network.dtype not in dtypes:
-        return f"on {device.type} it runs networks in {' or '.join(map(str, dtypes))}, not in {network.dtype}"
+        return _wrong_dtype(network, device, dtypes)
     linears, activations = layers
     dim, width = linears[-1].out_features, max(linear.out_features for linear in linears)
     max_dim, max_width = ops.mlp_limits(device)
@@ -61,15 +94,14 @@ def pays(network: Network) -> bool:
 
 
 def _packed(network: Network) -> Any:
-    """Returns the network's parameters as the kernel reads them, packed again if they are not the same as before."""
+    """Returns the MLP's parameters as the Triton kernel reads them, packed again if they are not the same as before."""
     linears, activations = network.layers or ([], [])
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
-    key = (network.dtype, ops.has_native(network.device))
-    known, packed = network.kept.packed.get(key, (None, None))
+    known, packed = network.kept.packed.get(network.dtype, (None, None))
     if known != identity:
         packed = ops.pack_mlp(linears, activations, network.dtype)
-        network.kept.packed[key] = (identity, packed)
+        network.kept.packed[network.dtype] = (identity, packed)
     return packed
 
 
@@ -80,7 +112,7 @@ def _precision(network: Network, device: torch.device) -> str:
 
 
 def run(network: Network, request: Request) -> Tensor:
-    """Runs `fastsde.reference.sample` for an MLP. The plan excludes requests that need the host between rows.
+    """Runs `fastsde.reference.sample` for a small network. The plan excludes requests that need the host between rows.
 
     Raises:
         NonFiniteError: if the network's output or the state becomes NaN or infinite.
@@ -90,10 +122,13 @@ def run(network: Network, request: Request) -> Tensor:
     x_init = None if draws else request.start().reshape(batch, dim)
     states, every = (None, 1) if recorder is None else (recorder.states, recorder.every)
     kept = None if states is None else states.new_empty((len(states), batch, dim))
+    is_native = ops.has_native(request.keys.device)
+    packed, vectors = numbers_of(network, request) if is_native else (_packed(network), None)
     out = ops.launch_mlp_sampler(
-        _packed(network),
+        packed,
         request.table,
         request.keys,
+        vectors=vectors,
         x_init=x_init,
         precision=_precision(network, request.keys.device),
         every=every,

@@ -6,9 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "Activation", "name_of"]
+__all__ = ["ACTIVATIONS", "Activation", "Sin", "name_of"]
+
+
+class Sin(nn.Module):
+    """The sine, of networks such as SIREN (Sitzmann et al. 2020, arXiv:2006.09661)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes sin x."""
+        return torch.sin(x)
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "LogSigmoid": Activation(nn.LogSigmoid),
     "SiLU": Activation(nn.SiLU),
     "ReLU": Activation(nn.ReLU),
+    "LeakyReLU": Activation(nn.LeakyReLU, {"negative_slope": 0.01}),
+    "ELU": Activation(nn.ELU, {"alpha": 1.0}),
     "Tanh": Activation(nn.Tanh),
+    "Sigmoid": Activation(nn.Sigmoid),
     "GELU": Activation(nn.GELU, {"approximate": "none"}),
     "GELU_tanh": Activation(nn.GELU, {"approximate": "tanh"}),
     # Above its threshold, Softplus is the identity to the last bit of fp32.
     "Softplus": Activation(nn.Softplus, {"beta": 1}, lambda softplus: softplus.threshold >= 20),
+    "Mish": Activation(nn.Mish),
+    "Sin": Activation(Sin),
     "Identity": Activation(nn.Identity),
 }
 

@@ -8,7 +8,7 @@ needed that a kernel does not have. Each kernel is a ``torch.library`` operation
 from __future__ import annotations
 
 from .dispatch import has_kernels, has_native, has_triton, is_plain, kernel, multiplies_bf16, native_state
-from .mlp import launch_mlp_sampler, mlp_limits, pack_mlp, unknown_activation
+from .mlp import launch_mlp_sampler, mlp_limits, pack_mlp, pack_program, unknown_activation, unknown_instruction
 from .objective import coefficients, data_order, dsm_loss, perturb, step_coefficients, training_times
 from .step import (
     Stepper,
@@ -42,6 +42,7 @@ __all__ = [
     "new_status",
     "normal",
     "pack_mlp",
+    "pack_program",
     "perturb",
     "sample_keys",
     "solver_step",
@@ -49,4 +50,5 @@ __all__ = [
     "step_counter",
     "training_times",
     "unknown_activation",
+    "unknown_instruction",
 ]

@@ -1,4 +1,4 @@
-"""Whole trajectories of an MLP."""
+"""Whole trajectories of a small network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamo import constant
+from ..lowering import Program, Vectors
 from ..solvers import StepTable
 from .dispatch import contiguous, has_native, kernel
 
-__all__ = ["launch_mlp_sampler", "mlp_limits", "pack_mlp", "unknown_activation"]
+__all__ = [
+    "launch_mlp_sampler",
+    "mlp_limits",
+    "pack_mlp",
+    "pack_program",
+    "unknown_activation",
+    "unknown_instruction",
+]
 
 
 def mlp_limits(device: torch.device) -> tuple[int, int]:
@@ -22,13 +30,13 @@ def mlp_limits(device: torch.device) -> tuple[int, int]:
 
 @constant
 def unknown_activation(activations: Sequence[str], device: torch.device) -> str | None:
-    """Returns the first of the activations that the kernel of a device does not have, or None."""
+    """Returns the first of the activations that the Triton kernel of MLPs does not have, or None."""
     has_activation = kernel("mlp_sampler", device).has_activation
     return next((name for name in activations if not has_activation(name)), None)
 
 
 def pack_mlp(linears: Sequence[nn.Linear], activations: Sequence[str], dtype: torch.dtype) -> Any:
-    """Packs the layers of an MLP (`fastsde.models.mlp.linear_layers`) for `launch_mlp_sampler`."""
+    """Packs the layers of an MLP (`fastsde.models.mlp.linear_layers`) for the Triton kernel."""
     packed = kernel("mlp_sampler", linears[0].weight.device).Packed(
         [(linear.weight, linear.bias) for linear in linears], activations, dtype
     )
@@ -37,22 +45,35 @@ def pack_mlp(linears: Sequence[nn.Linear], activations: Sequence[str], dtype: to
     return packed
 
 
+def unknown_instruction(names: Sequence[str], device: torch.device) -> str | None:
+    """Returns the first of the kinds of instructions that the native kernel does not have, or None."""
+    unknown: str | None = kernel("mlp_sampler", device).unknown_instruction(names)
+    return unknown
+
+
+def pack_program(program: Program, device: torch.device) -> Any:
+    """Packs a program for the native kernel."""
+    return kernel("mlp_sampler", device).Packed(program)
+
+
 def launch_mlp_sampler(
     packed: Any,
     table: StepTable,
     keys: Tensor,
     *,
+    vectors: Vectors | None = None,
     x_init: Tensor | None = None,
     precision: str = "fp32",
     every: int = 1,
     states: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Runs all rows of a table for an MLP in one launch. Arguments are not checked.
+    """Runs all rows of a table for a small network in one launch. Arguments are not checked.
 
     Args:
-        packed: the result of `pack_mlp`.
+        packed: the result of `pack_mlp` or `pack_program`.
         keys: int64 ``[B, 2]``.
+        vectors: the numbers of a program, with the table's rows and B samples.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         precision: of the products on a GPU: "fp32", "tf32" or "bf16". On the CPU they are fp32.
         every: which states are kept: those after 0, every, 2 every, ... rows.
@@ -64,10 +85,12 @@ def launch_mlp_sampler(
     """
     out = torch.empty((len(keys), packed.dim), dtype=torch.float32, device=keys.device)
     x_init, keys = contiguous(x_init, keys)
+    of_program = {} if vectors is None else {"vectors": vectors}
     kernel("mlp_sampler", out.device).mlp_sampler(
         packed,
         table.on(out.device),
         keys,
+        **of_program,
         terms=table.trajectory_terms,
         x_init=x_init,
         clip=table.clip,

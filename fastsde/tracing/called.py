@@ -23,6 +23,13 @@ def model_of(calls: Calls, network: Callable[..., Any]) -> Callable[..., Any]:
     return Called(network, calls)
 
 
+class _Tables:
+    """What a network looks numbers up in, on each device."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Tensor] = {}
+
+
 class Called(nn.Module):
     """A network called as a traced loop calls it.
 
@@ -36,7 +43,7 @@ class Called(nn.Module):
         self.network = network
         self.training = False  # it has no mode of its own
         self._calls = calls
-        self._kept: dict[Any, Tensor] = {}
+        self._tables = _Tables()
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         calls = self._calls
@@ -171,16 +178,16 @@ class Called(nn.Module):
         return own_first.expand(len(x), *item.shape[1:])
 
     def _table(self, item: Item, what: Any, make: Callable[[], Tensor], x: Tensor) -> Tensor:
-        key = (id(item), what, x.device)
-        if key not in self._kept:
-            self._kept[key] = make().to(x.device)
-        return self._kept[key]
+        kept, key = self._tables.kept, (id(item), what, x.device)
+        if key not in kept:
+            kept[key] = make().to(x.device)
+        return kept[key]
 
     def _on(self, index: Tensor, x: Tensor) -> Tensor:
-        key = (id(index), x.device)
-        if key not in self._kept:
-            self._kept[key] = index.to(x.device)
-        return self._kept[key]
+        kept, key = self._tables.kept, (id(index), x.device)
+        if key not in kept:
+            kept[key] = index.to(x.device)
+        return kept[key]
 
 
 def conditions_of(calls: Calls, given: Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class _Job(NamedTuple):
     options: Mapping[str, Any]
 
     def own_keys(self, device: torch.device) -> Tensor:
-        return make_keys(self.keys, self.n, self.seed, self.first_sample, device, "eager")
+        return make_keys(self.keys, self.n, self.seed, self.first_sample, device, plain=False)
 
 
 class Traced:
@@ -220,8 +220,7 @@ class Traced:
             progress=job.progress,
             **seeds,
         )
-        # The backends that run rows together take no noise from outside.
-        self.engine = sampler.backend if noise_function is None or sampler.backend == "reference" else "eager"
+        self.engine = sampler.last_backend
         x, states = found if isinstance(found, tuple) else (found, None)
         return self._returned(x, states, job)
 

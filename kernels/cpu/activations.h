@@ -1,4 +1,4 @@
-// The activations of MLPs, and their derivatives.
+// The activations of networks, and their derivatives.
 
 #pragma once
 
@@ -15,10 +15,15 @@ namespace fastsde {
     X(LOG_SIGMOID, "LogSigmoid") \
     X(SILU, "SiLU")              \
     X(RELU, "ReLU")              \
+    X(LEAKY_RELU, "LeakyReLU")   \
+    X(ELU, "ELU")                \
     X(TANH, "Tanh")              \
+    X(SIGMOID, "Sigmoid")        \
     X(GELU, "GELU")              \
     X(GELU_TANH, "GELU_tanh")    \
-    X(SOFTPLUS, "Softplus")
+    X(SOFTPLUS, "Softplus")      \
+    X(MISH, "Mish")              \
+    X(SIN, "Sin")
 FASTSDE_ENUM(Activation, FASTSDE_ACTIVATIONS)
 
 static inline std::vector<Activation> known_activations(const int32_t* codes, int64_t count) {
@@ -43,9 +48,12 @@ static inline Floats tanh(Floats x) {
     return x < 0.0f ? -size : size;
 }
 
+// PyTorch's default of the parameter: LeakyReLU's slope and ELU's alpha.
+static inline float usual_parameter(Activation kind) { return kind == LEAKY_RELU ? 0.01f : 1.0f; }
+
 // The compiler removes the value or the derivative if it is not used.
 template <Activation KIND>
-static inline void activate(Floats x, Floats& value, Floats& derivative) {
+static inline void activate(Floats x, float parameter, Floats& value, Floats& derivative) {
     const Floats one = all(1.0f);
     if constexpr (KIND == IDENTITY) {
         value = x, derivative = one;
@@ -60,8 +68,23 @@ static inline void activate(Floats x, Floats& value, Floats& derivative) {
         value = x * s, derivative = s * (one + x * (one - s));
     } else if constexpr (KIND == RELU) {
         value = at_least(x, 0.0f), derivative = x > 0.0f ? one : Floats{};
+    } else if constexpr (KIND == LEAKY_RELU) {
+        value = x > 0.0f ? x : parameter * x, derivative = x > 0.0f ? one : all(parameter);
+    } else if constexpr (KIND == ELU) {
+        const Floats e = parameter * exp2_negative(at_most(x, 0.0f) * 1.44269504f);
+        value = x > 0.0f ? x : e - parameter, derivative = x > 0.0f ? one : e;
     } else if constexpr (KIND == TANH) {
         value = tanh(x), derivative = one - value * value;
+    } else if constexpr (KIND == SIGMOID) {
+        value = sigmoid(x), derivative = value * (one - value);
+    } else if constexpr (KIND == MISH) {
+        // tanh ln(1 + e^x) is n / (n + 2) with n = e^x (e^x + 2), or the same divided by e^2x.
+        const Floats e = falling(x, 1.0f);
+        const Floats n = x < 0.0f ? e * (e + 2.0f) : one + 2.0f * e;
+        const Floats below = n / (n + (x < 0.0f ? all(2.0f) : 2.0f * e * e));
+        value = x * below, derivative = below + x * (one - below * below) * sigmoid(x);
+    } else if constexpr (KIND == SIN) {
+        sin_cos(x, value, derivative);
     } else if constexpr (KIND == GELU) {
         const Floats below = 0.5f + 0.5f * erf(x * 0.707106781f);
         value = x * below;
@@ -79,7 +102,7 @@ template <Activation KIND>
 static inline void activate_all(float* x, float* derivative, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) {
         Floats value, slope;
-        activate<KIND>(load(x + i), value, slope);
+        activate<KIND>(load(x + i), usual_parameter(KIND), value, slope);
         store(x + i, value);
         if (derivative) store(derivative + i, slope);
     }

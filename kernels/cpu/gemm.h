@@ -116,11 +116,12 @@ static inline void multiply(const Product& p, int64_t rows, int64_t columns) {
 struct Dots {
     const float* w;  // [rows, depth], rows w_row apart
     int64_t w_row;
-    const float* x;  // [samples, depth], rows x_row apart, with zeros up to a multiple of LANES
+    const float* x;  // [samples, depth], rows x_row apart
     int64_t x_row;
     float* c;
     int64_t c_row, depth;
     const float* start;  // [rows], or null for zeros
+    bool from_c;         // whether the sum starts from c, too
 };
 
 // Computes OUTS rows of c from ``row`` on and SAMPLES columns from ``sample`` on; the sums stay in registers.
@@ -139,7 +140,7 @@ __attribute__((noinline)) static void dots_tile(const Dots& p, int64_t row, int6
         for (int o = 0; o < OUTS; o++) weights[o] = load(w + o * p.w_row + k, here);
 #pragma GCC unroll 8
         for (int s = 0; s < SAMPLES; s++) {
-            const Floats signal = load(x + s * p.x_row + k);
+            const Floats signal = load(x + s * p.x_row + k, here);
 #pragma GCC unroll 8
             for (int o = 0; o < OUTS; o++) sum[o][s] += weights[o] * signal;
         }
@@ -147,8 +148,10 @@ __attribute__((noinline)) static void dots_tile(const Dots& p, int64_t row, int6
 #pragma GCC unroll 8
     for (int o = 0; o < OUTS; o++)
 #pragma GCC unroll 8
-        for (int s = 0; s < SAMPLES; s++)
-            p.c[(row + o) * p.c_row + sample + s] = (p.start ? p.start[row + o] : 0.0f) + sum_of(sum[o][s]);
+        for (int s = 0; s < SAMPLES; s++) {
+            float& c = p.c[(row + o) * p.c_row + sample + s];
+            c = (p.from_c ? c : 0.0f) + (p.start ? p.start[row + o] : 0.0f) + sum_of(sum[o][s]);
+        }
 }
 
 template <int OUTS>

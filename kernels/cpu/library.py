@@ -37,12 +37,14 @@ _SIGNATURES = {
     "solver_step": "i p",
     "perturb": "- p i L l L F F l f f l l F F F",
     "dsm_loss": "s F p i L l F L F l f f l l F F F",
-    "mlp_sampler": "s l p p p p F l l l L F f l l l l F F F",
+    "mlp_sampler": "s p l l l l l F F l F l l l L F f l l l l F F F",
     "mlp_training": "s l p p p p p p p i l f f L l F d d d l l l F F",
     "unet": "s l l l l l p p p F F F F i",
     "unet_has_bf16": "i",
     "lanes": "i",
     "activation": "i n",
+    "operation": "i n",
+    "instruction_bytes": "i",
 }
 _SOURCES = {
     "mlp_training": "mlp_training.cpp",
@@ -111,7 +113,7 @@ def _code(kind: str, name: str) -> int:
 
 
 def has_code(kind: str, name: str) -> bool:
-    """Returns whether the kernels know a name, where ``kind`` is "activation"."""
+    """Returns whether the kernels know a name, where ``kind`` is "activation" or "operation"."""
     return _code(kind, name) >= 0
 
 

@@ -1,19 +1,15 @@
-// Trajectories of an MLP score network: each thread takes blocks of up to 64 samples through some rows of the table.
-// For few samples and wide layers all threads share a block, each computes some of a layer's outputs, and up to 16
-// samples are multiplied by dot products along the features.
+// Trajectories of a small network: each thread takes blocks of up to 64 samples through some rows of the table. For few
+// samples and wide layers all threads share a block, each computes some of a layer's outputs, and up to 16 samples are
+// multiplied by dot products along the features.
 //
-// The slots of the state and the activations of a block are [features, samples] and stay in the cache. A layer is one
-// product of its weights [out, in] with them; the time is an extra input, whose weights are added to the bias of the
-// first layer once per row:
-//
-//     x = n.s,  h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
-//
-// and then comes the row's step (table.h). A slot that only moves on is renamed: its memory becomes another slot's.
+// The slots of the state and the values of the network are [features, samples] and stay in the cache. The network is a
+// program (program.h), which gives f for the input x = n.s; then comes the row's step (table.h). What the network
+// computes from the time alone is given as numbers per row, and what it computes from a sample's conditions as numbers
+// per sample. A slot that only moves on is renamed: its memory becomes another slot's.
 
-#include "activations.h"
-#include "gemm.h"
 #include "memory.h"
 #include "parts.h"
+#include "program.h"
 #include "table.h"
 
 using namespace fastsde;
@@ -22,25 +18,24 @@ namespace {
 
 constexpr int64_t MOST_SAMPLES = 64;  // per block; a multiple of COLUMNS, like every number of samples per block
 constexpr int64_t SHARED_PRODUCTS = 1 << 20;  // per layer and thread; with fewer, waiting for others takes too long
-constexpr int64_t SHARED_ROWS = 12;           // of a layer, that a thread takes at once: a tile of a product
+constexpr int64_t TILE_ROWS = 12;             // of a product, that a thread takes at once
 constexpr int64_t FEW_PRODUCTS = 1 << 15;     // per layer; from here on few samples are not padded to COLUMNS
 
-// widths: of x (without the time), of each hidden layer, and of f. A bias may be null.
-struct Mlp {
-    int64_t layers;
-    const float* const* weights;
-    const float* const* biases;
-    const int64_t* widths;
-    std::vector<Activation> activations;
+// The network: its input and output have ``dim`` units each, the output from unit ``result`` on. Units [dim, dim +
+// conditions) are what each sample is given, and ``units`` counts all.
+struct Network {
+    const Instruction* program;
+    int64_t length, units, conditions, dim, result;
+    const float* given;    // [batch, conditions]
+    const float* vectors;  // [rows, of_row], from the first row of the call on
+    int64_t of_row;
 
-    int64_t dim() const { return widths[layers]; }
-    int64_t widest() const { return *std::max_element(widths, widths + layers + 1); }
-
-    // Per layer, on average.
+    // Per linear layer, on average.
     int64_t products() const {
-        int64_t sum = 0;
-        for (int64_t l = 0; l < layers; l++) sum += widths[l] * widths[l + 1];
-        return sum / layers;
+        int64_t sum = 0, layers = 0;
+        for (int64_t i = 0; i < length; i++)
+            if (program[i].operation == LINEAR) sum += program[i].width * program[i].depth, layers++;
+        return sum / std::max<int64_t>(layers, 1);
     }
 };
 
@@ -60,17 +55,16 @@ struct Trajectory {
 class Samples {
   public:
     // ``shared``: the block is shared by all threads of a team, which call run() together.
-    Samples(const Mlp& mlp, const Trajectory& run, int64_t width, bool shared)
-        : mlp_(mlp), run_(run), shared_(shared), m_((int)run.m), dim_(mlp.dim()), width_(width), size_(dim_ * width),
-          state_(m_ * size_), mixture_(size_), noise_(size_), first_bias_(mlp.widths[1]),
-          signal_(mlp.widest() * width), next_(mlp.widest() * width),
-          few_(run.batch <= COLUMNS && mlp.products() >= FEW_PRODUCTS), row_(padded(mlp.widest())),
-          rows_(few_ ? COLUMNS * row_ : 0), next_rows_(few_ ? COLUMNS * row_ : 0) {}
+    Samples(const Network& network, const Trajectory& run, int64_t width, bool shared)
+        : network_(network), run_(run), shared_(shared), m_((int)run.m), dim_(network.dim), width_(width),
+          size_(dim_ * width), state_(m_ * size_), mixture_(size_), noise_(size_),
+          memory_((network.units - dim_) * width), units_{nullptr, memory_, dim_, width},
+          few_(run.batch <= COLUMNS && network.products() >= FEW_PRODUCTS), rows_(few_ ? COLUMNS * network.units : 0) {}
 
     void run(int64_t first) {
         by_one([&] { start(first); });
         for (int64_t row = run_.first_row; row < run_.end_row; row++) {
-            const float* f = network(row_of(row).time());
+            const float* f = evaluate(row);
             by_one([&] { step(f, row); });
         }
         by_one([&] {
@@ -89,13 +83,17 @@ class Samples {
         barrier_.wait();
     }
 
-    // Runs body(first, end) for rows of a layer's output: all at once, or split over the threads, which then wait for
-    // each other.
+    // Runs body(first, end) for rows of a value: split over the threads, which then wait for each other, or tile by tile
+    // so that what follows a product finds it in the cache.
     template <class Body>
     void for_rows(int64_t rows, Body body) {
-        if (!shared_) return body(0, rows);
+        const int64_t each = TILE_ROWS * (MOST_SAMPLES / width_);
+        if (!shared_) {
+            for (int64_t first = 0; first < rows; first += each) body(first, std::min(rows, first + each));
+            return;
+        }
 #pragma omp for schedule(static) nowait
-        for (int64_t first = 0; first < rows; first += SHARED_ROWS) body(first, std::min(rows, first + SHARED_ROWS));
+        for (int64_t first = 0; first < rows; first += TILE_ROWS) body(first, std::min(rows, first + TILE_ROWS));
         barrier_.wait();
     }
 
@@ -104,14 +102,16 @@ class Samples {
         for (int g = 0; g < width_ / LANES; g++) keys_[g] = Keys::load(run_.keys, first + g * LANES, run_.batch);
         for (int j = 0; j < m_; j++) slots_[j] = state_ + j * size_;
         begin();
+        read(network_.given, network_.conditions, memory_);
+        if (few_) to_rows(memory_, network_.conditions, dim_);
         mix(run_.first_row);
     }
 
     void begin() {
-        for (int j = 0; j < m_; j++) read(run_.first_row > 0 ? kept(j) : nullptr, slots_[j]);
+        for (int j = 0; j < m_; j++) read(run_.first_row > 0 ? kept(j) : nullptr, dim_, slots_[j]);
         if (run_.first_row > 0) return;
         if (run_.x_init)
-            read(run_.x_init, slots_[0]);
+            read(run_.x_init, dim_, slots_[0]);
         else
             draw(0, slots_[0]);
         if (run_.states) write(slots_[0], run_.states);
@@ -137,7 +137,8 @@ class Samples {
                 store(mixture_ + i, k.input(s));
             }
         }
-        if (few_) to_rows(input_, dim_, 0, rows_);
+        units_.input = input_;
+        if (few_) to_rows(input_, dim_, 0);
     }
 
     // Writes the step's normals to [dim, samples].
@@ -154,32 +155,46 @@ class Samples {
     }
 
     // Returns f [dim, samples] for the input.
-    const float* network(float time) {
-        const float* from = input_;
-        float *to = signal_, *other = next_, *rows = rows_, *other_rows = next_rows_;
-        for (int64_t l = 0; l < mlp_.layers; l++) {
-            const int64_t in = mlp_.widths[l], out = mlp_.widths[l + 1], stride = l == 0 ? in + 1 : in;
-            const float *weights = mlp_.weights[l], *given = mlp_.biases[l];
-            const float* bias = l == 0 ? (const float*)first_bias_ : given;
-            for_rows(out, [&](int64_t first, int64_t end) {
-                for (int64_t o = first; l == 0 && o < end; o++)
-                    first_bias_[o] = (given ? given[o] : 0.0f) + time * weights[o * stride + in];
-                float* c = to + first * width_;
-                const float *w = weights + first * stride, *start = bias ? bias + first : nullptr;
-                if (few_) {
-                    multiply(Dots{w, stride, rows, row_, c, width_, in, start}, end - first, here_);
-                } else {
-                    Product product{w, stride, 1, from, width_, c, width_, in, {}};
-                    product.start.of_row = start;
-                    multiply(product, end - first, width_);
-                }
-                if (l + 1 < mlp_.layers) activate(mlp_.activations[l], c, nullptr, (end - first) * width_);
-                if (few_) to_rows(c, end - first, first, other_rows);
+    const float* evaluate(int64_t row) {
+        const float* of_row = network_.vectors + (row - run_.first_row) * network_.of_row;
+        for (int64_t i = 0, next; i < network_.length; i = next) {
+            for (next = i + 1; next < network_.length && !network_.program[next].starts_stage;) next++;
+            const Instruction& first = network_.program[i];
+            const bool grouped = first.operation >= MEAN;
+            for_rows(grouped ? first.width / first.depth : first.width, [&](int64_t begin, int64_t end) {
+                for (int64_t at = i; at < next; at++) compute(network_.program[at], of_row, begin, end);
             });
-            from = to;
-            std::swap(to, other), std::swap(rows, other_rows);
         }
-        return from;
+        return units_.at(network_.result);
+    }
+
+    // Computes some rows of an instruction, or groups of rows.
+    void compute(const Instruction& k, const float* of_row, int64_t first, int64_t end) {
+        if (k.operation == LINEAR)
+            product(k, of_row, first, end);
+        else if (k.operation >= MEAN)
+            run_groups(k, units_, first, end);
+        else
+            run_elements(k, units_, of_row, first, end);
+        if (!few_ || !k.feeds_linear) return;
+        const int64_t each = k.operation == LAYER_NORM || k.operation == RMS_NORM ? k.depth : 1;
+        to_rows(units_.to(k.out + first * each), (end - first) * each, k.out + first * each);
+    }
+
+    // out = start + weights a.
+    void product(const Instruction& k, const float* of_row, int64_t first, int64_t end) {
+        const float* w = k.weights + first * k.w_row;
+        const float* start = k.b_kind == CONSTANT ? k.constant + first : k.b_kind == OF_ROW ? of_row + k.b + first : nullptr;
+        float* c = units_.to(k.out + first);
+        if (k.b_kind == UNITS && k.b != k.out) std::copy_n(units_.at(k.b + first), (end - first) * width_, c);
+        if (few_ && k.w_column == 1) {
+            const bool adds = k.b_kind == UNITS;
+            multiply(Dots{w, k.w_row, rows_ + k.a, network_.units, c, width_, k.depth, start, adds}, end - first, here_);
+            return;
+        }
+        Product p{w, k.w_row, k.w_column, units_.at(k.a), width_, c, width_, k.depth, {}};
+        p.start.of_row = start, p.start.from_c = k.b_kind == UNITS;
+        multiply(p, end - first, width_);
     }
 
     void step(const float* f, int64_t row) {
@@ -229,17 +244,17 @@ class Samples {
         }
     }
 
-    // Copies ``count`` features [features, samples] to columns of [samples, features], from column ``first`` on.
-    void to_rows(const float* from, int64_t count, int64_t first, float* to) const {
+    // Copies ``count`` units [units, samples] to columns of [samples, units], from column ``unit`` on.
+    void to_rows(const float* from, int64_t count, int64_t unit) {
         for (int64_t s = 0; s < here_; s++)
-            for (int64_t i = 0; i < count; i++) to[s * row_ + first + i] = from[i * width_ + s];
+            for (int64_t i = 0; i < count; i++) rows_[s * network_.units + unit + i] = from[i * width_ + s];
     }
 
-    // Reads the block's part of [batch, dim]; zeros if ``from`` is null, and for samples beyond the batch.
-    void read(const float* from, float* to) {
-        for (int64_t e = 0; e < dim_; e++)
+    // Reads the block's part of [batch, count]; zeros if ``from`` is null, and for samples beyond the batch.
+    void read(const float* from, int64_t count, float* to) {
+        for (int64_t e = 0; e < count; e++)
             for (int64_t s = 0; s < width_; s++)
-                to[e * width_ + s] = from && s < here_ ? from[(first_ + s) * dim_ + e] : 0.0f;
+                to[e * width_ + s] = from && s < here_ ? from[(first_ + s) * count + e] : 0.0f;
     }
 
     void write(const float* from, float* to) {
@@ -247,7 +262,7 @@ class Samples {
             for (int64_t e = 0; e < dim_; e++) to[(first_ + s) * dim_ + e] = from[e * width_ + s];
     }
 
-    const Mlp& mlp_;
+    const Network& network_;
     const Trajectory& run_;
     const bool shared_;
     Barrier barrier_;
@@ -255,12 +270,12 @@ class Samples {
     const int64_t dim_, width_, size_;  // of a slot
     int64_t first_ = 0, here_ = 0;
     Keys keys_[MOST_SAMPLES / LANES];
-    Buffer state_, mixture_, noise_, first_bias_, signal_, next_;
+    Buffer state_, mixture_, noise_, memory_;
+    Units units_;
     float* slots_[MAX_SLOTS];
     const float* input_ = nullptr;
     const bool few_;
-    const int64_t row_;
-    Buffer rows_, next_rows_;  // for few samples: the input of a layer and its output as [samples, features]
+    Buffer rows_;  // for few samples: what products read, as [samples, units]
 };
 
 }  // namespace
@@ -269,21 +284,24 @@ class Samples {
 // slot 0 to ``out`` [batch, dim], the other slots to ``others`` [m - 1, batch, dim], and every ``every``-th state to
 // ``states`` [rows / every + 1, batch, dim].
 //
-// weights[l] is [widths[l + 1], widths[l]], with one more column in the first layer, for the time. table is
-// [rows, 2 + 5 m + m^2]. A call that does not start with row 0 continues from ``out`` and ``others`` as an earlier call
-// left them. Nullable: x_init (then drawn), states, each bias, and ``others`` if one call takes all rows. clip is
-// infinite if there is none.
-extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, const float* const* biases,
-                                    const int64_t* widths, const int32_t* activations, const float* table, int64_t m,
-                                    int64_t first_row, int64_t end_row, const int64_t* keys, const float* x_init,
-                                    float clip, int64_t first, int64_t end, int64_t batch, int64_t every,
-                                    float* states, float* others, float* out, int threads) {
+// table is [rows, 2 + 5 m + m^2], vectors [end_row - first_row, of_row], given [batch, conditions]. A call that does not
+// start with row 0 continues from ``out`` and ``others`` as an earlier call left them. Nullable: x_init (then drawn),
+// states, vectors and given if they are empty, and ``others`` if one call takes all rows. clip is infinite if there is
+// none.
+extern "C" int fastsde_mlp_sampler(const Instruction* program, int64_t length, int64_t units, int64_t conditions,
+                                   int64_t dim, int64_t result, const float* given, const float* vectors,
+                                   int64_t of_row, const float* table, int64_t m, int64_t first_row, int64_t end_row,
+                                   const int64_t* keys, const float* x_init, float clip, int64_t first, int64_t end,
+                                   int64_t batch, int64_t every, float* states, float* others, float* out,
+                                   int threads) {
     return with_status([&] {
-        const Mlp mlp{layers, weights, biases, widths, known_activations(activations, layers - 1)};
+        for (int64_t i = 0; i < length; i++)
+            known<Operation>(program[i].operation), known<Activation>(program[i].activation);
+        const Network network{program, length, units, conditions, dim, result, given, vectors, of_row};
         const Trajectory run{table, m, first_row, end_row, keys, x_init, clip, end, batch, every, states, others, out};
         const int64_t least = std::min(MOST_SAMPLES, padded(end - first));
-        if (ceil_div(end - first, COLUMNS) < threads && mlp.products() * least >= SHARED_PRODUCTS * threads) {
-            Samples samples(mlp, run, least, true);
+        if (ceil_div(end - first, COLUMNS) < threads && network.products() * least >= SHARED_PRODUCTS * threads) {
+            Samples samples(network, run, least, true);
             run_team(threads, [&] {
                 for (int64_t at = first; at < end; at += least) samples.run(at);
             });
@@ -292,7 +310,7 @@ extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, 
         int64_t width = MOST_SAMPLES;  // fewer if some threads would have nothing to do
         while (width > COLUMNS && ceil_div(end - first, width) < threads) width /= 2;
         const int64_t blocks = ceil_div(end - first, width), team = std::min<int64_t>(threads, blocks);
-        PerThread<Samples> samples((int)team, mlp, run, width, false);
+        PerThread<Samples> samples((int)team, network, run, width, false);
         run_team((int)team, [&] {
 #pragma omp for schedule(dynamic) nowait
             for (int64_t i = 0; i < blocks; i++) samples.mine().run(first + i * width);
@@ -300,4 +318,6 @@ extern "C" int fastsde_mlp_sampler(int64_t layers, const float* const* weights, 
     });
 }
 
+extern "C" int fastsde_operation(const char* name, int) { return code_of<Operation>(name); }
 extern "C" int fastsde_activation(const char* name, int) { return code_of<Activation>(name); }
+extern "C" int fastsde_instruction_bytes(int) { return sizeof(Instruction); }

@@ -1,64 +1,21 @@
-"""Whole trajectories of an MLP score network in one call, or in several if they take long."""
+"""Whole trajectories of a small network in one call, or in several if they take long."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .library import call, call_products, code, has_code, pointers
+from .library import call, call_products
+from .program import Packed, unknown_instruction
 
-_SPECIALS = 32  # an activation, or a normal, takes as long as so many multiply-adds
+__all__ = ["Packed", "mlp_sampler", "piece", "unknown_instruction"]
+
 _BLOCK, _LEAST = 64, 16  # the most and the fewest samples that a thread takes at once
 _PIECES = 100  # a run that needs more pieces is also cut by samples, so that the state goes through memory less often
-
-
-class Packed:
-    """An MLP as the kernel reads it: pointers to its own parameters, which are not copied if contiguous fp32.
-
-    Args:
-        layers: (weight ``[out, in]``, bias ``[out]`` or None) of each layer, each taking the output of the one before;
-            the last input of the first is the time.
-        activations: the activation after each layer except the last.
-        dtype: of the products, torch.float32.
-
-    Raises:
-        ValueError: for another dtype, or an activation that the kernel does not have.
-    """
-
-    def __init__(
-        self, layers: Sequence[tuple[Tensor, Tensor | None]], activations: Sequence[str], dtype: torch.dtype
-    ) -> None:
-        if dtype != torch.float32:
-            raise ValueError(f"dtype must be torch.float32 on the CPU, got {dtype}")
-        self.layers, self.dim = tuple(layers), layers[-1][0].shape[0]
-        self.widths = (self.dim, *(len(weight) for weight, _ in layers))
-        self.activations = tuple(code("activation", name) for name in activations)
-        # Multiply-adds per sample and row.
-        self.products = sum(weight.numel() for weight, _ in layers) + _SPECIALS * sum(self.widths)
-        tensors = [each for layer in layers for each in layer if each is not None]
-        is_plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
-        self._arguments = self._made() if is_plain else None
-
-    def arguments(self) -> tuple[tuple[Any, ...], Any]:
-        """Returns the network as the kernel takes it, as pointers, and the tensors that they point to."""
-        return self._made() if self._arguments is None else self._arguments
-
-    def _made(self) -> tuple[tuple[Any, ...], Any]:
-        weights = [weight.detach().float().contiguous() for weight, _ in self.layers]
-        biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in self.layers]
-        widths = (ctypes.c_int64 * len(self.widths))(*self.widths)
-        activations = (ctypes.c_int32 * max(1, len(self.activations)))(*self.activations)
-        return (len(weights), pointers(weights), pointers(biases), widths, activations), (weights, biases)
-
-
-def has_activation(name: str) -> bool:
-    """Returns whether the kernel has an activation."""
-    return has_code("activation", name)
 
 
 def piece(rows: int, batch: int, products: int, threads: int) -> tuple[int, int]:
@@ -81,6 +38,7 @@ def mlp_sampler(
     table: Tensor,
     keys: Tensor,
     *,
+    vectors: Any,
     terms: Any,
     x_init: Tensor | None = None,
     clip: float | None = None,
@@ -95,6 +53,7 @@ def mlp_sampler(
     Args:
         table: fp32 ``[K, 2 + 5 m + m^2]``, as for `solver_step`.
         keys: int64 ``[B, 2]``.
+        vectors: the program's numbers (`fastsde.lowering.Vectors`), with K rows and B samples.
         terms: `StepTable.trajectory_terms`; only its number of slots is used, since the kernel reads the table.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
@@ -104,7 +63,7 @@ def mlp_sampler(
     (batch, dim), rows = out.shape, len(table)
     if dim != packed.dim:
         raise ValueError(f"out must be [B, {packed.dim}], like the network's output, got {list(out.shape)}")
-    network, tensors = packed.arguments()
+    network, tensors = packed.arguments(vectors)
     rows_each, samples_each = piece(rows, max(1, batch), packed.products, torch.get_num_threads())
     one_call = rows_each == rows or terms.slots == 1
     others = None if one_call else out.new_empty((terms.slots - 1, batch, dim))
@@ -114,7 +73,10 @@ def mlp_sampler(
         for first in range(0, batch, samples_each):
             samples = (first, min(first + samples_each, batch), batch)
             drawn = (keys, x_init, limit, *samples)
-            call("mlp_sampler", *network, table, terms.slots, row, end_row, *drawn, every, states, others, out)
+            numbers = vectors.given, vectors.rows[row:end_row], packed.program.row_width
+            call(
+                "mlp_sampler", *network, *numbers, table, terms.slots, row, end_row, *drawn, every, states, others, out
+            )
         if progress is not None:
             progress(end_row - row)
     del tensors  # kept alive until here for the pointers

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -216,6 +217,14 @@ static inline Floats log1p(Floats x) {
                           0.0680847117f, -0.0238554681f, 0.00393046022f);
 }
 
+// The sine and the cosine of an angle in a quadrant, from those of its distance to the quadrant's middle.
+static inline void place_quarter(Ints quadrant, Floats s, Floats c, Floats& sine, Floats& cosine) {
+    const Ints swapped = (quadrant & 1) == 0 ? Ints{} : ~Ints{};
+    const Ints sine_sign = (quadrant & 2) << 30, cosine_sign = ((quadrant + 1) & 2) << 30;
+    sine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? c : s) ^ sine_sign);
+    cosine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? s : c) ^ cosine_sign);
+}
+
 // sin and cos of 2 pi turns, for turns in [0, 1], to 1e-7.
 static inline void sin_cos_turns(Floats turns, Floats& sine, Floats& cosine) {
     const Floats quarters = turns * 4.0f;
@@ -224,11 +233,24 @@ static inline void sin_cos_turns(Floats turns, Floats& sine, Floats& cosine) {
     const Floats square = r * r;
     const Floats s = r * polynomial(square, 1.57079631f, -0.645962938f, 0.079675903f, -0.00459228907f);
     const Floats c = polynomial(square, 1.0f, -1.23370054f, 0.253669204f, -0.0208600713f, 0.000903631702f);
-    const Ints quadrant = __builtin_convertvector(whole, Ints);
-    const Ints swapped = (quadrant & 1) == 0 ? Ints{} : ~Ints{};
-    const Ints sine_sign = (quadrant & 2) << 30, cosine_sign = ((quadrant + 1) & 2) << 30;
-    sine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? c : s) ^ sine_sign);
-    cosine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? s : c) ^ cosine_sign);
+    place_quarter(__builtin_convertvector(whole, Ints), s, c, sine, cosine);
+}
+
+// sin x and cos x to 1e-7 (absolute), for any x.
+static inline void sin_cos(Floats x, Floats& sine, Floats& cosine) {
+    const Floats size = x < 0.0f ? -x : x;
+    if (sum_of(size <= 8192.0f ? Floats{} : all(1.0f)) > 0.0f) {  // the quarter turns are not subtracted exactly
+        for (int i = 0; i < LANES; i++) sine[i] = std::sin(x[i]), cosine[i] = std::cos(x[i]);
+        return;
+    }
+    const Floats whole = nearest(x * 0.636619772f);
+    // A quarter turn in three parts, of which the first two have few bits (Cody & Waite 1980).
+    const Floats rest = ((x - whole * 1.5703125f) - whole * 4.837512969970703125e-4f) - whole * 7.5497899548918821e-8f;
+    const Floats r = rest * 0.636619772f;
+    const Floats square = r * r;
+    const Floats s = r * polynomial(square, 1.57079631f, -0.645962938f, 0.079675903f, -0.00459228907f);
+    const Floats c = polynomial(square, 1.0f, -1.23370054f, 0.253669204f, -0.0208600713f, 0.000903631702f);
+    place_quarter(__builtin_convertvector(whole, Ints), s, c, sine, cosine);
 }
 
 // erf x to 1e-7: for |x| up to 4.2, 1 - erf |x| is 2^-(|x| Q(|x|)) with a polynomial Q.

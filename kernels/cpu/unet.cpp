@@ -152,7 +152,7 @@ class PartOfConvolution {
                     Out* to = out_.at(first_image_ + i, first_row_ + row, x) + first_channel_;
                     for (int64_t c = 0; c < channels_; c += LANES) {
                         Floats value, slope;
-                        activate<LOG_SIGMOID>(load(from + c), value, slope);
+                        activate<LOG_SIGMOID>(load(from + c), 1.0f, value, slope);
                         store_as(to + c, value);
                     }
                 }

@@ -11,7 +11,7 @@ import torch
 from tables import random_table
 from tolerances import noise_error
 from torch import Tensor, nn
-from trajectories import trajectory
+from trajectories import packed_for, trajectory
 
 import fastsde
 from fastsde import VPSDE, StepTable, checkpoints, noise, ops, reference, solvers
@@ -64,27 +64,29 @@ def test_every_activation(device: torch.device, activation: str) -> None:
 def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
-    model = _tame(MLP(2, (16,), "Mish"))
+    monkeypatch.setitem(ACTIVATIONS, "Hardswish", Activation(nn.Hardswish))
+    model = _tame(MLP(2, (16,), "Hardswish"))
     expected = _expected(model, 5)
     sampler = fastsde.Sampler(model.to(device), (2,), solver=TABLE, device=device)
     assert sampler.backend in ("graph", "eager")
     _assert_close(sampler(5, seed=3).cpu(), expected)
-    with pytest.raises(
-        ValueError, match=f"'persistent': its kernel on {device.type} does not implement the activation Mish"
-    ):
+    why = f"its kernel on {device.type} does not implement the activation Hardswish"
+    if ops.has_native(device):
+        why = r"Hardswish \(net.1\): hardswish: a program has no such operation"
+    with pytest.raises(ValueError, match=f"'persistent': {why}"):
         fastsde.Sampler(model, (2,), backend="persistent", device=device)
-    with pytest.raises(ValueError, match=r"activation must be one .*got 'Mish'"):
-        _run(model, 5, device)
+    if not ops.has_native(device):
+        with pytest.raises(ValueError, match=r"activation must be one .*got 'Hardswish'"):
+            _run(model, 5, device)
 
 
 def test_an_activation_without_a_formula_is_no_identity(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsde.kernels.mlp_packing.ACTIVATIONS", ("Mish",))
-    monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
+    monkeypatch.setattr("fastsde.kernels.mlp_packing.ACTIVATIONS", ("Hardswish",))
+    monkeypatch.setitem(ACTIVATIONS, "Hardswish", Activation(nn.Hardswish))
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        _run(MLP(2, (16,), "Mish"), 5, triton_device)
+        _run(MLP(2, (16,), "Hardswish"), 5, triton_device)
     # The compiler names the line of the kernel, and in the causes those of the functions that it calls.
     messages, error = [], caught.value
     while error is not None:
@@ -116,11 +118,11 @@ def test_many_samples_of_every_kind_of_layer(device: torch.device, dim: int, hid
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 65, 130])
 def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int) -> None:
     model, kernel = _tame(MLP(2, (16,))), ops.dispatch.kernel("mlp_sampler", device)
-    linears = [(linear.weight.to(device), linear.bias.to(device)) for linear in (model.net[0], model.net[2])]
-    packed = kernel.Packed(linears, ["LogSigmoid"], torch.float32)
+    packed, vectors = packed_for(copy.deepcopy(model), TABLE, n, device)
     guarded = torch.full((n + 2, 2), math.nan, device=device)
     keys = noise.sample_keys(3, n, device=device)
-    kernel.mlp_sampler(packed, TABLE.on(device), keys, terms=TABLE.trajectory_terms, out=guarded[1 : n + 1])
+    options = {"terms": TABLE.trajectory_terms} | ({} if vectors is None else {"vectors": vectors})
+    kernel.mlp_sampler(packed, TABLE.on(device), keys, **options, out=guarded[1 : n + 1])
     assert guarded[0].isnan().all()
     assert guarded[-1].isnan().all()
     _assert_close(guarded[1 : n + 1].cpu(), _expected(model, n))

@@ -189,10 +189,10 @@ def _equal(ours: Weights, theirs: Weights) -> bool:
 
 def test_what_it_does_not_take_is_trained_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NativeSteps, "take", lambda *args: pytest.fail("native steps"))
-    monkeypatch.setitem(ACTIVATIONS, "Mish", Activation(nn.Mish))
+    monkeypatch.setitem(ACTIVATIONS, "Hardswish", Activation(nn.Hardswish))
     Trainer(replace(CONFIG, precision="bf16", steps=3), tmp_path / "bf16").train(progress=False)
-    mish = replace(CONFIG, model=CONFIG.model | {"activation": "Mish"}, steps=3)
-    Trainer(mish, tmp_path / "Mish").train(progress=False)
+    unknown = replace(CONFIG, model=CONFIG.model | {"activation": "Hardswish"}, steps=3)
+    Trainer(unknown, tmp_path / "unknown").train(progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from trajectories import trajectory
+from trajectories import packed_for, trajectory
 
 from fastsde import StepTable, noise, ops
 from fastsde.engines.unet_inference import UNetInference
@@ -98,12 +98,11 @@ def _draws() -> Tensor:
 def _unknown_code() -> Tensor:
     from fastsde.kernels.cpu import library, mlp_sampler
 
-    model = MLP(2, (8,))
-    packed = mlp_sampler.Packed([(model.net[i].weight, model.net[i].bias) for i in (0, 2)], ["SiLU"], torch.float32)
-    packed.activations, packed._arguments = (99,), None
-    given = {"terms": _table().trajectory_terms, "out": torch.zeros(BATCH, 2)}
+    packed, vectors = packed_for(MLP(2, (8,), "SiLU"), _table(), BATCH, KEYS.device)
+    packed._code[1].activation = 99
+    given = {"vectors": vectors, "terms": _table().trajectory_terms, "out": torch.zeros(BATCH, 2)}
     with pytest.raises(ValueError, match="mlp_sampler was given a code that it does not know"):
-        mlp_sampler.mlp_sampler(packed, torch.zeros(1, 8), KEYS, **given)
+        mlp_sampler.mlp_sampler(packed, _table().on(KEYS.device), KEYS, **given)
     with pytest.raises(ValueError, match="activation must be one that the native kernels know, got 'Sine'"):
         library.code("activation", "Sine")
     return torch.zeros(1)

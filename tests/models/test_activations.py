@@ -21,5 +21,12 @@ def test_options_count_where_they_change_the_function() -> None:
     assert name_of(nn.ReLU(inplace=True)) == "ReLU"
     assert name_of(nn.GELU("tanh")) == "GELU_tanh"
     assert name_of(nn.Softplus(1, 30)) == "Softplus"
-    for module in (nn.Softplus(2.0), nn.Softplus(1.0, 10.0), _Subclass(), nn.ELU(), nn.Linear(2, 2)):
+    for module in (
+        nn.Softplus(2.0),
+        nn.Softplus(1.0, 10.0),
+        _Subclass(),
+        nn.ELU(2.0),
+        nn.LeakyReLU(0.2),
+        nn.Linear(2, 2),
+    ):
         assert name_of(module) is None

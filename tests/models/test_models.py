@@ -245,6 +245,11 @@ FORMULAS = {
     "GELU": lambda y: 0.5 * y * (1 + torch.erf(y / 2**0.5)),
     "GELU_tanh": lambda y: 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3))),
     "Softplus": lambda y: torch.log1p(torch.exp(y)),
+    "LeakyReLU": lambda y: y.clamp(min=0) + 0.01 * y.clamp(max=0),
+    "ELU": lambda y: y.clamp(min=0) + torch.exp(y.clamp(max=0)) - 1,
+    "Sigmoid": lambda y: 1 / (1 + torch.exp(-y)),
+    "Mish": lambda y: y * torch.tanh(torch.log1p(torch.exp(y))),
+    "Sin": lambda y: torch.cos(y - torch.pi / 2),
     "Identity": lambda y: y,
 }
 

@@ -1,0 +1,19 @@
+"""Networks become programs that whole-trajectory kernels run."""
+
+from .lowered import Lowered, described, is_shared, lower
+from .program import Instruction, Part, Program, Vector, Vectors, evaluate
+from .recording import NotLowered
+
+__all__ = [
+    "Instruction",
+    "Lowered",
+    "NotLowered",
+    "Part",
+    "Program",
+    "Vector",
+    "Vectors",
+    "described",
+    "evaluate",
+    "is_shared",
+    "lower",
+]
