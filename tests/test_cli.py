@@ -130,6 +130,9 @@ def test_info_tells_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert (lines["prediction"], lines["sample shape"], lines["parameters"]) == ("x0", "[2]", "26")
     assert "trained" not in lines
     assert re.search(r"sde +VPSDE\(.*\)\n.*\ntrained +[\d,]+ steps", _info("swiss-roll"), re.S)
+    if ops.has_native(torch.device("cpu")):
+        assert re.search(r"one launch on cpu +yes\n", _info("swiss-roll"))
+        assert re.search(r"one launch on cpu +no: Conv2d \(encoder.0\): a program has no such layer\n", _info("mnist"))
 
 
 def _info(model: str) -> str:

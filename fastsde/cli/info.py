@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -54,9 +54,23 @@ def _checkpoint(name: str) -> Iterator[tuple[str, str]]:
         yield "data", checkpoint.data
     if checkpoint.value_range is not None:
         yield "value range", "{} to {}".format(*checkpoint.value_range)
+    yield from _trajectory(checkpoint.model, checkpoint.shape)
     record = checkpoint.record
     if "step" in record and record.get("loss") is not None:
         yield "trained", _progress(record)
+
+
+def _trajectory(model: Any, shape: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Yields whether the whole trajectory of a network runs in one launch: on the CPU, and on a GPU if there is one."""
+    import torch
+
+    from ..engines import Network, persistent
+    from ..plan import unavailable_reason
+
+    for device in map(torch.device, ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]):
+        reason = unavailable_reason("persistent", device)
+        reason = reason or persistent.unavailable_reason(Network(model.to(device)), shape, device)
+        yield f"one launch on {device}", "yes" if reason is None else f"no: {reason}"
 
 
 def _progress(record: Mapping[str, Any]) -> str:

@@ -140,6 +140,10 @@ class Network:
         """Returns the same network, with or without ``torch.compile``."""
         return Network(self._given, compile=compile, **self._arguments)
 
+    def plain(self) -> Network:
+        """Returns the network as PyTorch's own operations: nothing in it runs through ``torch.compile``."""
+        return Network(self.model, **self._arguments)
+
     @property
     def is_native(self) -> bool:
         """Whether a native kernel runs the network, which ``torch.compile`` does not make faster."""

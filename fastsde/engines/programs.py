@@ -103,18 +103,18 @@ def _made(
         return reason
     if not network.state().is_whole:
         return "it holds parts whose changes cannot be seen"
-    guidance = None if request is None else request.guidance
+    guidance, plain = None if request is None else request.guidance, network.plain()
 
     def call(x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], *others: Mapping[str, Any]) -> Tensor:
-        f = network(x, t, **model_kwargs)
+        f = plain(x, t, **model_kwargs)
         if guidance is None:
             return f
-        f_uncond = network(x, t, **others[0])
+        f_uncond = plain(x, t, **others[0])
         return f_uncond + guidance * (f - f_uncond)
 
     sizes = [size for module in modules_of(network.model) for each in module.parameters() for size in each.shape]
     try:
-        with network.unchanged():
+        with plain.unchanged():
             for _ in range(2):  # the first call may fill caches
                 before = network.state()
                 lowered = lower(call, sample_shape, times, conditions, sizes=sizes)

@@ -224,6 +224,14 @@ class Builder:
         self.emit(kind, out, a.width, a, b, parameters)
         return Part(out, 0, a.width)
 
+    def as_part(self, operand: Part | Vector) -> Part:
+        """Returns an operand as a part of a value."""
+        if isinstance(operand, Part):
+            return operand
+        out = self.new(operand.width)
+        self.emit("fill", out, operand.width, b=operand)
+        return Part(out, 0, operand.width)
+
     def result(self, part: Part, positions: Tensor, shape: Sequence[int]) -> Tensor:
         """Returns the codes of a tensor whose elements at these positions ``[batch, width]`` are a part's units, and
         whose others are not yet known.

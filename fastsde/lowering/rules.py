@@ -148,9 +148,9 @@ def _combine(builder: Builder, output: Value, kind: str, a: Any, b: Any, alpha: 
 
 def _combined(builder: Builder, kind: str, a: Any, b: Any, alpha: float = 1.0) -> Part:
     if kind in ("add", "sub") and alpha != 1:
-        b = alpha * b if isinstance(b, float) else builder.made("affine", _as_part(builder, b), None, alpha, 0.0)
+        b = alpha * b if isinstance(b, float) else builder.made("affine", builder.as_part(b), None, alpha, 0.0)
     if isinstance(a, Vector) and isinstance(b, Vector):  # both follow the row: one of them becomes a value
-        a = _as_part(builder, a)
+        a = builder.as_part(a)
     if isinstance(b, float):
         factor, shift = {"add": (1.0, b), "sub": (1.0, -b), "mul": (b, 0.0), "div": (1 / b if b else math.inf, 0.0)}[
             kind
@@ -172,14 +172,6 @@ def _combined(builder: Builder, kind: str, a: Any, b: Any, alpha: float = 1.0) -
         return builder.made("multiply" if kind in ("mul", "div") else "add", b, a)
     names = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide"}
     return builder.made(names[kind], a, b)
-
-
-def _as_part(builder: Builder, operand: Part | Vector) -> Part:
-    if isinstance(operand, Part):
-        return operand
-    out = builder.new(operand.width)
-    builder.emit("fill", out, operand.width, b=operand)
-    return Part(out, 0, operand.width)
 
 
 def _power(builder: Builder, operation: Operation) -> None:
@@ -345,6 +337,9 @@ def _linear(builder: Builder, numbers: Tensor, matrix: Tensor, bias: Value | Non
     if per_sample is not None:
         given = builder.part_of_conditions(per_sample)
         begin = given if begin is None else builder.made("add", given, begin)
+    if not kept:
+        assert begin is not None
+        return builder.as_part(begin)
     _products(builder, out, numbers[kept], matrix, kept, begin)
     return Part(out, 0, len(matrix))
 
@@ -365,8 +360,6 @@ def _products(
     part = None
     if len(runs) > 4 or any(run.step == 0 for run in runs):
         part = builder.part(numbers)
-    elif not runs:
-        raise NotLowered("none of its inputs follows the state")
     parts = (
         [builder.part(each) for each in torch.split(numbers, [run.length for run in runs])] if part is None else [part]
     )
