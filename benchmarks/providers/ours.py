@@ -27,13 +27,13 @@ def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: b
     reason = None if backend == "auto" else unavailable_reason(backend, task.device)
     if reason is not None:
         raise UnavailableError(reason)
-    sampler = fastsde.Sampler(model, task.sample_shape, **options)
+    sampler, given = fastsde.Sampler(model, task.sample_shape, **options), task.model_kwargs
 
     def run() -> Tensor:
         with task.precision_of_products(precision):
             if anew:
-                return fastsde.sample(model, task.shape, seed=SEED, **options)
-            return sampler(task.n, seed=SEED)
+                return fastsde.sample(model, task.shape, seed=SEED, model_kwargs=given, **options)
+            return sampler(task.n, seed=SEED, model_kwargs=given)
 
     return run
 
@@ -65,8 +65,8 @@ def eager_steps(recipe: Recipe, compile: bool = False) -> Run:
 
 def native_steps(recipe: Recipe) -> Run:
     work = recipe.work()
-    if not can_run_natively(recipe.config, work.model, recipe.device, Ranks()):
-        raise UnavailableError(f"native steps need an MLP in fp32 on the CPU and a compiler, got {recipe.device}")
+    if not can_run_natively(recipe.config, work.model, work.dataset.shape, recipe.device, Ranks()):
+        raise UnavailableError(f"native steps need a small network in fp32 on the CPU and a compiler, got {recipe.device}")
     return _steps(recipe, NativeSteps(work))
 
 

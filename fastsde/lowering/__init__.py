@@ -3,6 +3,7 @@
 from .lowered import Lowered, described, is_shared, lower
 from .program import Instruction, Part, Program, Vector, Vectors, evaluate
 from .recording import NotLowered
+from .trained import Source
 
 __all__ = [
     "Instruction",
@@ -10,6 +11,7 @@ __all__ = [
     "NotLowered",
     "Part",
     "Program",
+    "Source",
     "Vector",
     "Vectors",
     "described",

@@ -24,13 +24,13 @@ class Builder:
 
     Args:
         recorder: of the network's call.
-        dim: the elements of a sample.
+        inputs: the units of value 0.
     """
 
-    def __init__(self, recorder: Recorder, dim: int) -> None:
+    def __init__(self, recorder: Recorder, inputs: int) -> None:
         self.recorder, self.batch = recorder, recorder.batch
         self.elements = Elements()
-        self.widths = [dim, 0]
+        self.widths = [inputs, 0]
         self.instructions: list[Instruction] = []
         self.matrices: list[Value] = []
         self.constants: list[Value] = []
@@ -67,9 +67,12 @@ class Builder:
             raise NotLowered("it has another shape than expected")
         self._codes[value.number] = codes
 
-    def start(self, value: Value) -> None:
-        """Names the network's input x ``[batch, *shape]``."""
-        self.set(value, coded(self.elements.base(0, self.widths[0]), value.tensor.shape, 0))
+    def start(self, state: Value, time: Value | None = None) -> None:
+        """Names the network's input x ``[batch, *shape]`` and, where it is an input too, t ``[batch]``."""
+        base = self.elements.base(0, self.widths[0])
+        self.set(state, coded(base, state.tensor.shape, 0))
+        if time is not None:
+            self.set(time, coded(base + self.widths[0] - 1, time.tensor.shape, 0))
 
     # Operands --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +153,9 @@ class Builder:
         key = tuple((id(run.source), run.first, run.length, run.step) for run in runs)
         if key not in self._vectors:
             with self.recorder:
-                numbers = torch.cat([self.gathered(run) for run in runs])
+                # One run is looked at, not copied: its gradient is then that of the parameter.
+                one = len(runs) == 1 and runs[0].step
+                numbers = self.gathered(runs[0]) if one else torch.cat([self.gathered(run) for run in runs])
             self._vectors[key] = self.vector_of(numbers)
         return self._vectors[key]
 

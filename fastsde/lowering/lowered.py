@@ -20,6 +20,7 @@ from .builder import Builder
 from .program import Program, Vectors, evaluate
 from .recording import Needs, NotLowered, Operation, Recorder, Value, replay
 from .rules import lower_operation
+from .trained import Source, check_disjoint
 
 __all__ = ["Lowered", "described", "is_shared", "lower"]
 
@@ -49,6 +50,11 @@ class Lowered:
         self._batch, self._time = recorder.batch, time
         self._arguments: list[_Argument] = arguments
         self._matrices, self._constants = builder.matrices, builder.constants
+        # The parameters that have gradients by their storage, and the storages of what is computed from them.
+        self._trained = {
+            value.storage: value.tensor for value in recorder.values if value.is_leaf and value.tensor.requires_grad
+        }
+        self._made_of = _made_of(set(self._trained), recorder)
         self._rows, self._given, self._read = builder.rows, builder.given, recorder.read
         wanted = [*self._matrices, *self._constants, *self._rows, *self._given, *self._read]
         ahead = _needed([each for each in recorder.operations if each.needs.is_ahead], wanted)
@@ -102,6 +108,20 @@ class Lowered:
             self._rows_now,
             given,
         )
+
+    def sources(self) -> list[Source]:
+        """Returns where each matrix comes from, and then each constant.
+
+        Raises:
+            NotLowered: if one is computed from a parameter, or two read the same element of one.
+        """
+        found = []
+        for value in (*self._matrices, *self._constants):
+            if value.storage in self._made_of:
+                raise NotLowered("the weights of its layers are computed from its parameters")
+            found.append(Source(value.tensor, self._trained.get(value.storage)))
+        check_disjoint(found)
+        return found
 
     def _refresh(self, shared: list[Tensor]) -> None:
         """Computes again what follows from weights and shared conditions, if any of them has changed."""
@@ -160,6 +180,15 @@ def _needed(operations: Sequence[Operation], wanted: Sequence[Value]) -> list[Op
     return kept[::-1]
 
 
+def _made_of(storages: set[int], recorder: Recorder) -> set[int]:
+    """Returns the storages of constants that are computed from those of some others."""
+    made: set[int] = set()
+    for operation in recorder.operations:
+        if operation.needs == Needs.NOTHING and any(v.storage in storages | made for v in operation.inputs):
+            made |= {v.storage for v in operation.outputs if v is not None and v.storage not in storages}
+    return made
+
+
 def _is_view(operation: Operation) -> bool:
     """Returns whether an operation only looks at the memory of its first argument."""
     if operation.writes or not operation.inputs:
@@ -179,6 +208,7 @@ def lower(
     conditions: Sequence[Any] = (),
     *,
     sizes: Sequence[int] = (),
+    time_is_input: bool = False,
 ) -> Lowered:
     """Returns a network as a program.
 
@@ -186,6 +216,8 @@ def lower(
         network: called as ``network(x, t, *conditions)`` with x fp32 ``[B, *sample_shape]`` and t ``[B]``.
         times: fp32 ``[K]``, those of the table, on the network's device.
         conditions: nested dicts, tuples and lists of tensors with the batch first, and of other values.
+        time_is_input: whether t is another input, the last unit of value 0, from which nothing is computed ahead: in
+            training each sample has a time of its own, and the weights that it meets have gradients.
         sizes: numbers that the batch of the recorded call must not be equal to: those of the weights' shapes.
 
     Raises:
@@ -197,8 +229,8 @@ def lower(
     x, t, given = _inputs(batch, sample_shape, times[:1], leaves)
     with torch.no_grad():
         network(x.clone(), t.clone(), *tree_unflatten(given, spec))  # fills caches, and raises the network's own errors
-        recorder = Recorder(batch)
-        state, time = recorder.argument(x, Needs.STATE), recorder.argument(t, Needs.TIME)
+        recorder, time_needs = Recorder(batch), Needs.STATE if time_is_input else Needs.TIME
+        state, time = recorder.argument(x, Needs.STATE), recorder.argument(t, time_needs)
         arguments = []
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
@@ -208,8 +240,8 @@ def lower(
         with recorder:
             output = network(x, t, *tree_unflatten(given, spec))
         recorder.settle()
-        builder = Builder(recorder, x[0].numel())
-        builder.start(state)
+        builder = Builder(recorder, x[0].numel() + time_is_input)
+        builder.start(state, time if time_is_input else None)
         for operation in list(recorder.operations):
             if not operation.needs.is_ahead:
                 lower_operation(builder, operation)
@@ -263,11 +295,16 @@ def _check(
     rows = sorted({0, len(times) // 2, len(times) - 1})
     for row in rows:
         x, t, given = _inputs(batch, sample_shape, times[row : row + 1], leaves, seed=1 + row)
+        if lowered.program.inputs > lowered.program.dim:  # each sample has a time of its own
+            t = times[torch.arange(row, row + batch, device=times.device) % len(times)]
         conditions = tree_unflatten(given, spec)
         expected = network(x.clone(), t, *conditions).reshape(batch, -1)
         vectors = lowered.vectors(times, batch, conditions)
         assert vectors is not None
-        found = evaluate(lowered.program, vectors, x.reshape(batch, -1), row)
+        inputs = x.reshape(batch, -1)
+        if lowered.program.inputs > lowered.program.dim:
+            inputs = torch.cat((inputs, t[:, None]), 1)
+        found = evaluate(lowered.program, vectors, inputs, row)
         finite = expected[torch.isfinite(expected)]
         scale = float(finite.abs().max()) if finite.numel() else 0.0
         if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):

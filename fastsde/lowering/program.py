@@ -85,6 +85,11 @@ class Program:
     @property
     def dim(self) -> int:
         """The number of elements of a sample."""
+        return self.result.width
+
+    @property
+    def inputs(self) -> int:
+        """The units of value 0: the elements of a sample and, in training, its time."""
         return self.widths[0]
 
     @property
@@ -119,7 +124,7 @@ class Vectors:
 
 
 def evaluate(program: Program, vectors: Vectors, x: Tensor, row: int) -> Tensor:
-    """Returns the network's output ``[B, dim]`` for x ``[B, dim]`` in a row of the table."""
+    """Returns the network's output ``[B, d]`` for x ``[B, inputs]`` in a row of the table."""
     values: list[Tensor] = [x, vectors.given]
     values += [x.new_full((len(x), width), torch.nan) for width in program.widths[2:]]
 

@@ -379,19 +379,33 @@ def _products(
 def _layer_norm(builder: Builder, operation: Operation) -> None:
     (x, shape, weight, bias, epsilon), _ = operation.arguments()
     groups = x.tensor.numel() // builder.batch // math.prod(shape)
-    _norm(builder, operation, "layer_norm", groups, epsilon, weight, bias, lambda own: own.reshape(-1).repeat(groups))
+    _norm(builder, operation, "layer_norm", groups, epsilon, weight, bias, lambda own: _repeated(own, groups))
 
 
 def _rms_norm(builder: Builder, operation: Operation) -> None:
     (x, shape, weight, epsilon), _ = operation.arguments()
     groups = x.tensor.numel() // builder.batch // math.prod(shape)
     epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
-    _norm(builder, operation, "rms_norm", groups, epsilon, weight, None, lambda own: own.reshape(-1).repeat(groups))
+    _norm(builder, operation, "rms_norm", groups, epsilon, weight, None, lambda own: _repeated(own, groups))
+
+
+def _repeated(own: Tensor, groups: int) -> Tensor:
+    """Returns a norm's weights for all groups; those of one group are looked at, not copied."""
+    return own.reshape(-1) if groups == 1 else own.reshape(-1).repeat(groups)
 
 
 def _group_norm(builder: Builder, operation: Operation) -> None:
     (_, weight, bias, _, _, size, groups, epsilon), _ = operation.arguments()
-    _norm(builder, operation, "layer_norm", groups, epsilon, weight, bias, lambda own: own.repeat_interleave(size))
+    _norm(
+        builder,
+        operation,
+        "layer_norm",
+        groups,
+        epsilon,
+        weight,
+        bias,
+        lambda own: own if size == 1 else own.repeat_interleave(size),
+    )
 
 
 def _norm(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import distributed, ops
 from ..data import Dataset
 from ..distributed import Ranks
-from ..models.mlp import linear_layers
+from ..lowering import NotLowered, Source, lower
 from ..objective import Coefficients
 from ..reference import Draws, ema_update, train_step, training_draws
 from .config import TrainConfig
@@ -64,16 +64,57 @@ class Steps(Protocol):
         """Takes the steps ``first`` to ``first + count - 1`` and returns their losses, fp32 ``[count]``."""
 
 
-def can_run_natively(config: TrainConfig, model: nn.Module, device: torch.device, here: Ranks) -> bool:
-    """Returns whether the native kernel can take the steps: those of an MLP in fp32 on the CPU, in one process."""
-    layers = linear_layers(model)
-    if layers is None or config.compile or config.precision != "fp32" or here.world > 1:
+def can_run_natively(
+    config: TrainConfig, model: nn.Module, shape: Sequence[int], device: torch.device, here: Ranks
+) -> bool:
+    """Returns whether the native kernel can take the steps: of a small network in fp32 on the CPU, in one process.
+
+    Args:
+        shape: of a sample.
+    """
+    if config.compile or config.precision != "fp32" or here.world > 1:
         return False
-    fit = max(max(each.shape) for each in model.parameters()) <= _NATIVE_WIDTH
+    if not ops.has_native(device, "mlp_training"):
+        return False
+    fit = all(max(each.shape, default=0) <= _NATIVE_WIDTH for each in model.parameters())
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in model.parameters())
-    if not (fit and plain and ops.has_native(device, "mlp_training")):
-        return False
-    return bool(ops.kernel("mlp_training", device).takes(layers[1]))
+    return fit and plain and _native(model, shape) is not None
+
+
+class _Native(NamedTuple):
+    """A network in training as the native kernel takes it."""
+
+    packed: Any
+    sources: list[Source]
+    constants: list[Tensor]
+
+    def items(self, tensors: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """Returns the items in tensors by the ids of the parameters; None for an item without a gradient."""
+        return [None if each.parameter is None else each.of(tensors[id(each.parameter)]) for each in self.sources]
+
+    def weights(self) -> list[Tensor]:
+        """Returns the items themselves."""
+        return [
+            constant if each.parameter is None else each.of(each.parameter)
+            for each, constant in zip(self.sources, self.constants, strict=True)
+        ]
+
+
+def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
+    """Returns a network as the native kernel trains it, or None if it is no program of its own parameters."""
+    sizes = [size for each in model.parameters() for size in each.shape]
+    times = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float32, device="cpu")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            lowered = lower(model, shape, times, sizes=sizes, time_is_input=True)
+        sources, program = lowered.sources(), lowered.program
+        vectors = lowered.vectors(times, 1, ())
+        assert vectors is not None
+        trains = [source.parameter is not None for source in sources]
+        packed = ops.kernel("mlp_training", times.device).Packed(program, trains, len(vectors.matrices))
+    except (NotLowered, ValueError):
+        return None
+    return _Native(packed, sources, [*vectors.matrices, *(each.contiguous() for each in vectors.constants)])
 
 
 class EagerSteps:
@@ -135,10 +176,17 @@ class EagerSteps:
 
 
 class NativeSteps:
-    """Whole steps of an MLP by a native CPU kernel: draws, network, loss, backward, Adam and the moving average."""
+    """Whole steps of a small network by a native CPU kernel: draws, network, loss, backward, Adam, the moving average.
+
+    Raises:
+        ValueError: if the kernel cannot train the network; see `can_run_natively`.
+    """
 
     def __init__(self, work: Work) -> None:
-        self._work = work
+        self._work, native = work, _native(work.model, work.dataset.shape)
+        if native is None:
+            raise ValueError(f"the native kernel cannot train a {type(work.model).__name__}")
+        self._native = native
         self._keys = ops.sample_keys(work.config.seed, work.config.batch_size, device="cpu")
         size = (self._most, work.config.batch_size, len(Coefficients._fields))
         self._table = torch.empty(size, dtype=torch.float32, device="cpu")
@@ -158,15 +206,21 @@ class NativeSteps:
     def take(self, first: int, count: int) -> Tensor:
         """As `Steps.take`."""
         work, config, native = self._work, self._work.config, ops.kernel("mlp_training", self._keys.device)
-        weights, activations = _parameters(work.model)
-        states = [None if each is None else self._state(each) for each in weights]
-        average, square = ([None if state is None else state[kind] for state in states] for kind in _ADAM_KINDS)
-        moving = None if work.ema is None else _parameters(work.ema)[0]
-        adam = work.optimizer.param_groups[0]
+        states = {
+            id(source.parameter): self._state(source.parameter)
+            for source in self._native.sources
+            if source.parameter is not None
+        }
+        adam, of_ema = work.optimizer.param_groups[0], self._of_ema()
         with torch.no_grad():
+            weights = self._native.weights()
+            average, square = (
+                self._native.items({key: state[kind] for key, state in states.items()}) for kind in _ADAM_KINDS
+            )
+            moving = None if of_ema is None else self._native.items(of_ema)
             losses: Tensor = native.mlp_training(
                 native.Parameters(weights, average, square, moving),
-                activations,
+                self._native.packed,
                 work.dataset.x,
                 self._keys,
                 self._coefficients(first, count),
@@ -174,13 +228,20 @@ class NativeSteps:
                 betas=adam["betas"],
                 epsilon=adam["eps"],
                 first=first,
-                taken=int(next(state["step"] for state in states if state is not None)),
+                taken=int(next((int(state["step"]) for state in states.values()), 0)),
                 rates=rates_of(config, first, count),
             )
-        for state in states:
-            if state is not None:
-                state["step"] += count
+        for state in states.values():
+            state["step"] += count
         return losses
+
+    def _of_ema(self) -> dict[int, Tensor] | None:
+        """Returns the moving averages by the ids of the parameters."""
+        work = self._work
+        if work.ema is None:
+            return None
+        pairs = zip(work.model.parameters(), work.ema.parameters(), strict=True)
+        return {id(parameter): average for parameter, average in pairs}
 
     def _coefficients(self, first: int, count: int) -> Tensor:
         """Returns the coefficients ``[count, B, 6]``, drawn along with later ones: waking the threads takes longest."""
@@ -200,12 +261,6 @@ class NativeSteps:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state |= {kind: torch.zeros_like(parameter, requires_grad=False) for kind in _ADAM_KINDS}
         return state
-
-
-def _parameters(model: nn.Module) -> tuple[list[Any], list[str]]:
-    """Returns the weight and the bias (or None) of each layer of an MLP, and the activations."""
-    linears, activations = linear_layers(model) or ([], [])
-    return [each for linear in linears for each in (linear.weight, linear.bias)], activations
 
 
 def rates_of(config: TrainConfig, first: int, count: int) -> Tensor:

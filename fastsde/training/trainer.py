@@ -56,8 +56,8 @@ class Trainer:
     run is the mean of the steps since then. On the CPU a resumed run ends with exactly the weights of an uninterrupted
     one.
 
-    On one GPU the steps are captured as CUDA graphs (`fastsde.training.captured.CapturedSteps`); on the CPU those of an
-    MLP are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
+    On one GPU the steps are captured as CUDA graphs (`fastsde.training.captured.CapturedSteps`); on the CPU those of a
+    small network are taken by a native kernel (`NativeSteps`). In a process group (`fastsde.distributed.process_group`) each rank
     takes its part of every batch, and the first one writes the folder. On a GPU the weights of a network with
     convolutions are in channels_last; those of a checkpoint are contiguous.
 
@@ -252,7 +252,7 @@ class Trainer:
         """Returns the fastest available way to take steps."""
         if self._captures:
             return CapturedSteps(work)
-        if can_run_natively(self.config, self.model, self.device, self._here):
+        if can_run_natively(self.config, self.model, self.dataset.shape, self.device, self._here):
             return NativeSteps(work)
         return EagerSteps(work, self._here)
 

@@ -1,17 +1,18 @@
-// Training steps of an MLP score network (the twin of fastsde.reference.train_step, with Adam and a moving average).
+// Training steps of a small network (the twin of fastsde.reference.train_step, with Adam and a moving average).
 //
-// The batch is cut into blocks, whose signals [samples, features], with rows padded to COLUMNS, stay in the cache. Each
-// slot of gradients belongs to a run of consecutive blocks, so that the weights do not depend on the number of threads.
-// With h_0 = (x_in, tau) and d_l the gradient of layer l:
+// The network is a program (fastsde/lowering/program.py), in which the time is one more input. The batch is cut into
+// blocks of samples, whose values [samples, units], and the gradients of these, stay in the cache: all values of a
+// sample lie in one row, each at a multiple of COLUMNS. Each slot of gradients belongs to a run of consecutive blocks,
+// so that the weights do not depend on the number of threads. With d the gradient of an instruction's result:
 //
-//     h_l = act(h_{l-1} W_l^T + b_l),   dW_l = d_l^T h_{l-1},   d_{l-1} = (d_l W_l) act'
+//     linear: out = a W^T + b,   dW = d^T a,   da = d W;   elementwise: out = g(a, b),   da = d dg/da,   db = d dg/db
 //
 // A step has two barriers (team.h): after the gradients, and after the update of the weights.
 
-#include "activations.h"
+#include "backward.h"
 #include "codes.h"
-#include "mlp_parameters.h"
 #include "objective.h"
+#include "trained.h"
 
 using namespace fastsde;
 
@@ -25,6 +26,10 @@ struct Task {
     const Coefficients* coefficients;  // [steps, batch]
     const int64_t* keys;
     int64_t batch, dim;
+    const Trained* program;
+    int64_t length, row, slopes, result;  // units of a row, and of a row of slopes; where the network's output is
+    const int64_t* zeros;                 // runs (first, count) of a row of gradients that start as zeros
+    int64_t runs, widest;
 
     double elements() const { return (double)batch * (double)dim; }
 };
@@ -32,30 +37,33 @@ struct Task {
 // Computes the gradients of a block, in the memory of one thread.
 class GradientsOfBlock {
   public:
-    GradientsOfBlock(const Task& task, Parameters& parameters,
-                     const std::vector<Activation>& activations)
-        : task_(task), parameters_(parameters), layers_(parameters.layers), activations_(activations),
-          noise_(BLOCK_SAMPLES * task.dim), clean_(BLOCK_SAMPLES * task.dim),
-          signals_(BLOCK_SAMPLES * features()), slopes_(BLOCK_SAMPLES * features()),
-          error_(BLOCK_SAMPLES * widest()), next_error_(BLOCK_SAMPLES * widest()) {}
+    GradientsOfBlock(const Task& task, Parameters& parameters)
+        : task_(task), parameters_(parameters), noise_(BLOCK_SAMPLES * task.dim), clean_(BLOCK_SAMPLES * task.dim),
+          values_(BLOCK_SAMPLES * task.row + COLUMNS), gradients_(BLOCK_SAMPLES * task.row + COLUMNS),
+          slopes_(BLOCK_SAMPLES * task.slopes), spare_(BLOCK_SAMPLES * padded(task.widest)) {}
 
     // Writes a block's gradients, or adds them; returns the sum of its squared residuals.
     //
     // ``step`` counts from the first step of the call, ``number`` is the step that random numbers depend on.
     double run(int64_t block, int64_t step, int64_t number, float* gradients, bool adds) {
         first_ = block * BLOCK_SAMPLES, here_ = std::min(BLOCK_SAMPLES, task_.batch - first_);
+        to_ = gradients, adds_ = adds;
         draw(step, number);
-        const float* f = forward();
-        const double sum = residuals(f);
-        backward(gradients, adds);
+        for (int64_t i = 0; i < task_.length; i++) forward(task_.program[i]);
+        for (int64_t s = 0; s < here_; s++)
+            for (int64_t i = 0; i < task_.runs; i++)
+                std::fill_n(gradients_ + s * task_.row + task_.zeros[2 * i], task_.zeros[2 * i + 1], 0.0f);
+        const double sum = residuals();
+        for (int64_t i = task_.length; i-- > 0;)
+            if (task_.program[i].needs_gradient) backward(task_.program[i]);
         return sum;
     }
 
   private:
-    // Writes x_in and tau to the first signal, and x_0 and z for the loss.
+    // Writes x_in and tau to the first units, and x_0 and z for the loss.
     __attribute__((noinline)) void draw(int64_t step, int64_t number) {
         const Task& on = task_;
-        const int64_t dim = on.dim, width = layers_[0].in_padded;
+        const int64_t dim = on.dim;
         draw_normals(on.keys, draw_offset(number, TRAINING_NOISE), Part{first_, here_, 0, dim}, on.batch, noise_);
         coefficients_ = on.coefficients + step * on.batch + first_;
         for_lanes(here_, [&](int64_t first, int64_t here) {
@@ -63,7 +71,7 @@ class GradientsOfBlock {
             const Floats order = uniforms_across(keys, draw_offset(number, DATA_ORDER));
             for (int64_t i = 0; i < here; i++) {
                 const Coefficients k = coefficients_[first + i];
-                float *x_0 = clean_ + (first + i) * dim, *x_in = signals_ + (first + i) * width;
+                float *x_0 = clean_ + (first + i) * dim, *x_in = values_ + (first + i) * on.row;
                 const float* z = noise_ + (first + i) * dim;
                 on.data.read_row((int64_t)((double)order[i] * (double)on.data.rows), 0, dim, x_0);
                 noise_sample(k, x_0, z, dim, x_in);
@@ -72,110 +80,123 @@ class GradientsOfBlock {
         });
     }
 
-    // Computes signals and slopes of all layers in turn; returns the last signal.
-    const float* forward() {
-        float *signal = signals_, *slope = slopes_;
-        for (size_t l = 0; l < layers_.size(); l++) {
-            const Layer& layer = layers_[l];
-            float* next = signal + BLOCK_SAMPLES * layer.in_padded;
-            slope += BLOCK_SAMPLES * layer.in_padded;
-            Product product{signal, layer.in_padded, 1, parameters_.transposed + layer.transposed,
-                            layer.out_padded, next, layer.out_padded, layer.in, {}};
-            product.start.of_column = parameters_.weights + layer.bias;
-            multiply(product, here_, layer.out_padded);
-            if (l + 1 < layers_.size()) activate(activations_[l], next, slope, here_ * layer.out_padded);
-            signal = next;
-        }
-        return signal;
-    }
-
-    // Writes the gradient of f to ``error_``; returns the sum of the squared residuals.
-    __attribute__((noinline)) double residuals(const float* f) {
+    // Writes the gradient of f; returns the sum of the squared residuals.
+    __attribute__((noinline)) double residuals() {
         const Task& on = task_;
-        const int64_t width = layers_.back().out_padded;
         const float outer = (float)(2.0 / on.elements());
         double sum = 0;
         for (int64_t i = 0; i < here_; i++) {
             const Coefficients k = coefficients_[i];
-            const float *x_0 = clean_ + i * on.dim, *z = noise_ + i * on.dim;
-            sum += squared_residuals<true>(k, f + i * width, x_0, z, on.dim, outer * k.w_f, error_ + i * width);
+            const float *x_0 = clean_ + i * on.dim, *z = noise_ + i * on.dim, *f = values_ + i * on.row + on.result;
+            sum += squared_residuals<true>(k, f, x_0, z, on.dim, outer * k.w_f, gradients_ + i * on.row + on.result);
         }
         return sum;
     }
 
-    void backward(float* gradients, bool adds) {
-        int64_t end = features();
-        float *error = error_, *next = next_error_;
-        for (size_t l = layers_.size(); l-- > 0;) {
-            const Layer& layer = layers_[l];
-            end -= layer.out_padded;
-            const int64_t start = BLOCK_SAMPLES * (end - layer.in_padded);  // of the layer's input
-            Product product{error, 1, layer.out_padded, signals_ + start, layer.in_padded,
-                            gradients + layer.weight, layer.in_padded, here_, {}};
-            product.start.from_c = adds;
-            multiply(product, layer.out, layer.in_padded);
-            add_rows(error, layer.out_padded, gradients + layer.bias, adds);
-            if (l == 0) return;
-            multiply(Product{error, layer.out_padded, 1, parameters_.weights + layer.weight, layer.in_padded, next,
-                             layer.in_padded, layer.out, {}},
-                     here_, layer.in_padded);
-            for (int64_t i = 0; i < here_ * layer.in_padded; i += LANES)
-                store(next + i, load(next + i) * load(slopes_ + start + i));
-            std::swap(error, next);
+    void forward(const Trained& k) {
+        if (k.operation != LINEAR) {
+            const Rows rows{values_, task_.row, slopes_, task_.slopes, here_, vector(k)};
+            return fastsde::forward(k, rows);
         }
+        const int64_t out_padded = parameters_.places[k.matrix].rows_padded;
+        Product p{values_ + k.a, task_.row, 1, parameters_.transposed + parameters_.places[k.matrix].transposed,
+                  out_padded, values_ + k.out, task_.row, k.a_width, {}};
+        p.start.of_column = vector(k);
+        p.start.from_c = k.b_kind == UNITS;
+        if (k.b_kind == UNITS && k.b != k.out)
+            for (int64_t s = 0; s < here_; s++) {
+                float* row = values_ + s * task_.row;
+                std::copy_n(row + k.b, k.width, row + k.out);
+            }
+        multiply(p, here_, out_padded);
     }
 
-    void add_rows(const float* rows, int64_t width, float* to, bool adds) {
-        for (int64_t i = 0; i < width; i += LANES) {
-            Floats sum = adds ? load(to + i) : Floats{};
-            for (int64_t s = 0; s < here_; s++) sum += load(rows + s * width + i);
-            store(to + i, sum);
+    void backward(const Trained& k) {
+        if (k.operation != LINEAR) {
+            const Rows rows{values_, task_.row, slopes_, task_.slopes, here_, vector(k)};
+            return fastsde::backward(k, rows, gradients_, gradient_of_vector(k), adds_);
         }
+        const Place& place = parameters_.places[k.matrix];
+        const int64_t row = task_.row;
+        const float* d = gradients_ + k.out;
+        if (parameters_.items[k.matrix].trains) {
+            Product p{d, 1, row, values_ + k.a, row, to_ + place.weight, place.padded, here_, {}};
+            p.start.from_c = adds_;
+            multiply(p, k.width, place.padded);
+            if (!k.a_is_whole)  // the padding of its rows took part in the product
+                for (int64_t o = 0; o < k.width; o++)
+                    std::fill_n(to_ + place.weight + o * place.padded + k.a_width, place.padded - k.a_width, 0.0f);
+        }
+        if (float* to = gradient_of_vector(k)) add_rows(d, k.width, to);
+        if (k.b_gradient && k.b != k.out)
+            for (int64_t s = 0; s < here_; s++)
+                give(d + s * row, gradients_ + s * row + k.b, k.width, k.b_gradient);
+        if (!k.a_gradient) return;
+        Product p{d, row, 1, parameters_.weights + place.weight, place.padded, gradients_ + k.a, row, k.width, {}};
+        if (k.a_is_whole) {
+            p.start.from_c = k.a_gradient == ADDS;
+            return multiply(p, here_, place.padded);
+        }
+        p.c = spare_, p.c_row = place.padded;
+        multiply(p, here_, place.padded);
+        for (int64_t s = 0; s < here_; s++)
+            give(spare_ + s * place.padded, gradients_ + s * row + k.a, k.a_width, k.a_gradient);
     }
 
-    int64_t features() const {
-        int64_t sum = layers_[0].in_padded;
-        for (const Layer& layer : layers_) sum += layer.out_padded;
-        return sum;
+    // Adds the sum over the samples of rows to the gradient of a vector.
+    void add_rows(const float* rows, int64_t width, float* to) {
+        for_lanes(width, [&](int64_t i, int64_t here) {
+            Floats sum = adds_ ? load(to + i, here) : Floats{};
+            for (int64_t s = 0; s < here_; s++) sum += load(rows + s * task_.row + i, here);
+            store(to + i, sum, here);
+        });
     }
 
-    int64_t widest() const {
-        int64_t most = 0;
-        for (const Layer& layer : layers_) most = std::max({most, layer.in_padded, layer.out_padded});
-        return most;
+    const float* vector(const Trained& k) {
+        return k.vector < 0 ? nullptr : parameters_.weights + parameters_.places[k.vector].weight;
+    }
+
+    float* gradient_of_vector(const Trained& k) {
+        return k.vector < 0 || !parameters_.items[k.vector].trains ? nullptr
+                                                                  : to_ + parameters_.places[k.vector].weight;
     }
 
     const Task& task_;
     Parameters& parameters_;
-    const std::vector<Layer>& layers_;
-    const std::vector<Activation>& activations_;
     int64_t first_ = 0, here_ = 0;
+    float* to_ = nullptr;
+    bool adds_ = false;
     const Coefficients* coefficients_ = nullptr;
-    Buffer noise_, clean_, signals_, slopes_, error_, next_error_;
+    Buffer noise_, clean_, values_, gradients_, slopes_, spare_;
 };
 
 }  // namespace
 
-// Takes the steps ``first`` to ``first + count - 1`` in place; Adam has taken ``taken`` steps before. widths: of h_0,
-// ..., f. table [count, batch, 6]: the coefficients. rates [count, 2]: the learning rate of a step, and the fraction by
-// which the moving average moves. Nullable: moving.
-extern "C" int fastsde_mlp_training(int64_t layers, const int64_t* widths, const int32_t* activations,
-                                    TensorList weights, TensorList average, TensorList square, TensorList moving,
-                                    const void* x_0, int bytes, int64_t rows, float scale, float shift,
-                                    const int64_t* keys, int64_t batch, const float* table, double beta1,
-                                    double beta2, double epsilon, int64_t first, int64_t count, int64_t taken,
-                                    const float* rates, float* losses, int threads) {
-    const int64_t dim = widths[layers];
+// Takes the steps ``first`` to ``first + count - 1`` in place; Adam has taken ``taken`` steps before. table [count,
+// batch, 6]: the coefficients. rates [count, 2]: the learning rate of a step, and the fraction by which the moving
+// average moves. Nullable: moving.
+extern "C" int fastsde_mlp_training(const Trained* program, int64_t length, int64_t row, int64_t slopes, int64_t dim,
+                                    int64_t result, const int64_t* zeros, int64_t runs, const Item* items,
+                                    int64_t count_of_items, TensorList weights, TensorList average,
+                                    TensorList square, TensorList moving, const void* x_0, int bytes, int64_t rows,
+                                    float scale, float shift, const int64_t* keys, int64_t batch, const float* table,
+                                    double beta1, double beta2, double epsilon, int64_t first, int64_t count,
+                                    int64_t taken, const float* rates, float* losses, int threads) {
     const int64_t blocks = ceil_div(batch, BLOCK_SAMPLES), blocks_each = ceil_div(blocks, MAX_SLOTS);
     const int64_t slots = ceil_div(blocks, blocks_each);
     threads = (int)std::min<int64_t>(threads, slots);
     return with_status([&] {
+        int64_t widest = 1;
+        for (int64_t i = 0; i < length; i++) {
+            known<Operation>(program[i].operation), known<Activation>(program[i].activation);
+            widest = std::max(widest, program[i].a_width);
+        }
         const Data data{x_0, bytes != 0, nullptr, rows, dim, scale, shift};
-        const Task task{data, (const Coefficients*)table, keys, batch, dim};
-        const std::vector<Activation> kinds = known_activations(activations, layers - 1);
-        Parameters parameters(layers, widths, slots);
+        const Task task{data, (const Coefficients*)table, keys, batch, dim, program, length, row, slopes, result,
+                        zeros, runs, widest};
+        Parameters parameters(count_of_items, items, slots);
         std::vector<double> sums(blocks);
-        PerThread<GradientsOfBlock> gradients(threads, task, parameters, kinds);
+        PerThread<GradientsOfBlock> gradients(threads, task, parameters);
         parameters.read(weights, average, square, moving);
         Barrier barrier;
         const auto take = [&](int64_t i) {

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from networks import Film, Residual
 from torch import Tensor, nn
 
 from fastsde import checkpoints, noise, ops, reference
 from fastsde.models import MLP
 from fastsde.models.activations import ACTIVATIONS, Activation
-from fastsde.models.mlp import linear_layers
 from fastsde.objective import Objective
-from fastsde.training import TrainConfig, Trainer, default_config
+from fastsde.training import TrainConfig, Trainer, default_config, steps
 from fastsde.training.steps import NativeSteps
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -39,15 +39,16 @@ def _native_gradients(
     """Returns the loss and the gradients of a step, as ten times Adam's first moment after the first step."""
     from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
 
-    linears, activations = linear_layers(model) or ([], [])
-    weights = [None if each is None else each.detach() for linear in linears for each in (linear.weight, linear.bias)]
-    average, square = ([None if each is None else torch.zeros_like(each) for each in weights] for _ in range(2))
+    native = steps._native(model, data.shape[1:])
+    assert native is not None
+    average, square = ({id(each): torch.zeros_like(each) for each in model.parameters()} for _ in range(2))
     options = {"scale": 1.0, "shift": 0.0} | given
     options |= {"betas": (0.9, 0.999), "epsilon": 1e-8, "first": step, "taken": 0, "rates": torch.zeros(1, 2)}
-    parameters = Parameters(weights, average, square, None)
-    table = ops.step_coefficients(objective, keys, step)
-    losses = mlp_training(parameters, activations, data, keys, table, **options)
-    return losses[0], [10 * each for each in average if each is not None]
+    with torch.no_grad():
+        parameters = Parameters(native.weights(), native.items(average), native.items(square), None)
+        table = ops.step_coefficients(objective, keys, step)
+        losses = mlp_training(parameters, native.packed, data, keys, table, **options)
+    return losses[0], [10 * average[id(each)] for each in model.parameters()]
 
 
 def _assert_gradients(
@@ -113,6 +114,67 @@ def test_layers_without_bias() -> None:
     model = MLP(2, (16,))
     model.net[0] = nn.Linear(3, 16, bias=False)
     _assert_gradients(model, torch.randn(9, 2), 33)
+
+
+# Other networks -----------------------------------------------------------------------------------------------------
+
+
+class Functions(nn.Module):
+    """Every function that has a derivative, slices, repeats, and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 24), nn.Linear(12, 24, bias=False), nn.Linear(29, 2)
+        self.norm, self.scale, self.group = nn.RMSNorm(24), nn.Parameter(torch.rand(24) + 0.5), nn.GroupNorm(3, 24)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.first(torch.cat((x, t[:, None]), 1))
+        a, b = h.chunk(2, 1)
+        h = self.second(a * torch.sigmoid(b) + (a - b).cos() / (1.5 + b.square())) * self.scale
+        h = h + (0.3 * h).exp() - (h.square() + 1).rsqrt() + (h.abs() + 1).sqrt().reciprocal() * h.erf()
+        h = self.group(h.clamp(-1.5, 1.5)) + self.norm(h) * x[:, :1]
+        return self.last(torch.cat((h, x.mean(1, keepdim=True) - x, x.sum(1, keepdim=True), a[:, 3:5]), 1))
+
+
+NETWORKS = {"residual": Residual, "film": Film, "functions": Functions}
+
+
+@pytest.mark.parametrize("batch", [1, 33, 100])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network(name: str, batch: int) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    dim = 3 if name == "film" else 2
+    if name == "film":
+        del network.condition, network.label  # which have no gradients here
+    _assert_gradients(network, torch.randn(50, dim), batch)
+
+
+def test_a_weight_that_is_computed_or_used_twice_is_trained_eagerly() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.net(torch.tanh(self.net(x)))
+
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    dropped = nn.Sequential(nn.Linear(2, 4), nn.Dropout(), nn.Linear(4, 2))
+    first = nn.Linear(2, 2)
+    for network in (
+        Twice(),
+        lambda_module(lambda x, t: normed(x)),
+        lambda_module(lambda x, t: dropped(x)),
+        lambda_module(lambda x, t: first(x) * t[0]),
+    ):
+        assert steps._native(network, (2,)) is None
+
+
+def lambda_module(function: Any) -> nn.Module:
+    network = nn.Module()
+    network.forward = function
+    return network
 
 
 # Whole runs ---------------------------------------------------------------------------------------------------------

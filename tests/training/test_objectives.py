@@ -65,7 +65,8 @@ def test_native_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> N
     config = CONFIGS[name]
     if not ops.has_native(torch.device("cpu"), "mlp_training"):
         pytest.skip("no C++ compiler")
-    assert can_run_natively(config, Trainer(config, tmp_path).model, torch.device("cpu"), Ranks())
+    trainer = Trainer(config, tmp_path)
+    assert can_run_natively(config, trainer.model, trainer.dataset.shape, torch.device("cpu"), Ranks())
     _assert_same(weights_and_losses(config, NativeSteps, tmp_path), config, tmp_path)
 
 
