@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["CONDITIONED", "LOWERED", "Film", "Residual", "Sinusoidal", "tame"]
+__all__ = ["CONDITIONED", "LOWERED", "Film", "Images", "Residual", "Sinusoidal", "tame"]
 
 
 def tame(net: nn.Module) -> nn.Module:

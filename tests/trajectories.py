@@ -19,17 +19,16 @@ __all__ = ["packed_for", "trajectory"]
 
 def packed_for(
     model: Any, table: StepTable, n: int, device: torch.device, precision: str = "fp32"
-) -> tuple[Any, Vectors | None]:
-    """Returns an MLP of flat samples as the kernel of a device takes it: its layers, or a program and its numbers."""
-    linears, activations = linear_layers(model)
-    if not ops.has_native(device):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return ops.pack_mlp([linear.to(device) for linear in linears], activations, dtype), None
+) -> tuple[Any, Vectors]:
+    """Returns an MLP of flat samples as the kernel of a device takes it: a program and its numbers."""
+    model = model.to(device)
+    linears, _ = linear_layers(model)
     shape = getattr(model, "shape", (linears[-1].out_features,))
-    times = table.time.float()
+    times = table.time.float().to(device)
     sizes = [size for each in model.parameters() for size in each.shape]
     lowered = lower(Network(model), shape, times, sizes=sizes)
-    return ops.pack_program(lowered.program, device), lowered.vectors(times, n, ())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return ops.pack_program(lowered.program, device, dtype), lowered.vectors(times, n, ())
 
 
 def trajectory(

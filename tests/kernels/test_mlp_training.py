@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_steps import native_steps
 from networks import Film, Residual
 from torch import Tensor, nn
 
@@ -37,18 +38,9 @@ def _native_gradients(
     model: nn.Module, data: Tensor, keys: Tensor, step: int, objective: Objective, **given: Any
 ) -> tuple[Tensor, list[Any]]:
     """Returns the loss and the gradients of a step, as ten times Adam's first moment after the first step."""
-    from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
-
-    native = steps._native(model, data.shape[1:])
-    assert native is not None
-    average, square = ({id(each): torch.zeros_like(each) for each in model.parameters()} for _ in range(2))
-    options = {"scale": 1.0, "shift": 0.0} | given
-    options |= {"betas": (0.9, 0.999), "epsilon": 1e-8, "first": step, "taken": 0, "rates": torch.zeros(1, 2)}
-    with torch.no_grad():
-        parameters = Parameters(native.weights(), native.items(average), native.items(square), None)
-        table = ops.step_coefficients(objective, keys, step)
-        losses = mlp_training(parameters, native.packed, data, keys, table, **options)
-    return losses[0], [10 * average[id(each)] for each in model.parameters()]
+    table, rates = ops.step_coefficients(objective, keys, step), torch.zeros(1, 2)
+    losses, average = native_steps(model, data.shape[1:], data, keys, table, first=step, rates=rates, **given)
+    return losses[0], [10 * each for each in average]
 
 
 def _assert_gradients(

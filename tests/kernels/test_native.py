@@ -432,12 +432,13 @@ print(bool((small * 1.0 != 0).all()))  # nothing flushes subnormals now
 # Runs every kernel on odd sizes, with tensors that end at the end of their memory.
 _EVERYTHING = """
 import torch
+import fastsde
 from fastsde import noise, ops, solvers
-from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
+from native_steps import native_steps
+from networks import Film, Images, Residual
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 from fastsde.models.activations import ACTIVATIONS
-from fastsde.models.mlp import linear_layers
 from tables import random_table
 from trajectories import trajectory
 
@@ -468,15 +469,17 @@ mlps = [(1, (), 1), (2, (5,), 63), (3, (64, 64), 65), (17, (1, 33), 130), (70, (
 for dim, hidden, batch in mlps:
     for activation in ACTIVATIONS:
         model, keys = MLP(dim, hidden, activation), noise.sample_keys(0, batch)
-        linears, activations = linear_layers(model)
         trajectory(model, table, keys, x_init=torch.randn(batch, dim), every=2)
         trajectory(model, tables[2], keys)
-        weights = [each.detach() for linear in linears for each in (linear.weight, linear.bias)]
-        zeros = [[torch.zeros_like(each) for each in weights] for _ in range(3)]
-        options = dict(scale=1.0, shift=0.0, betas=(0.9, 0.999))
-        options |= dict(epsilon=1e-8, first=0, taken=0, rates=torch.full((3, 2), 1e-3))
         drawn = (keys, ops.step_coefficients(objective, keys, 0, 3))
-        mlp_training(Parameters(weights, *zeros), activations, torch.randn(9, dim), *drawn, **options)
+        native_steps(model, (dim,), torch.randn(9, dim), *drawn, rates=torch.full((3, 2), 1e-3))
+for network, shape in ((Residual(), (2,)), (Film(), (3,)), (Images(), (2, 3, 2))):
+    for batch in (1, 63):
+        x, keys = torch.randn(batch, *shape), noise.sample_keys(0, batch)
+        fastsde.sample(network, x.shape, steps=3, backend="persistent", x_init=x)
+        if not isinstance(network, Images):
+            table = ops.step_coefficients(objective, keys, 0, 3)
+            native_steps(network, shape, torch.randn(9, *shape), keys, table, rates=torch.full((3, 2), 1e-3))
 for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13), ((1, 1, (16, 16)), 1)):
     model = UNet(*options)
     for dtype in (torch.float32, torch.bfloat16):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from native_steps import native_steps
 from torch import Tensor
 from trajectories import packed_for, trajectory
 
@@ -68,15 +69,13 @@ def _mlp_sampler() -> Tensor:
 
 
 def _mlp_training() -> Tensor:
-    from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
-
-    weights = [_small(8, 3), _small(8), _small(2, 8), _small(2)]
-    zeros = [[torch.zeros_like(each) for each in weights] for _ in range(2)]
-    options = {"scale": 1.0, "shift": 0.0, "betas": (0.9, 0.999), "epsilon": 1e-8}
-    options |= {"first": 0, "taken": 0, "rates": torch.zeros(1, 2)}
+    model = MLP(2, (8,), "SiLU")
+    with torch.no_grad():
+        for each in model.parameters():
+            each.copy_(_small(*each.shape))
     table = Objective(prediction="eps").table(torch.rand(1, BATCH))
-    mlp_training(Parameters(weights, *zeros, None), ["SiLU"], torch.zeros(9, 2), KEYS, table, **options)
-    return torch.cat([each.flatten() for each in weights])
+    native_steps(model, (2,), torch.zeros(9, 2), KEYS, table, rates=torch.zeros(1, 2))
+    return torch.cat([each.detach().flatten() for each in model.parameters()])
 
 
 @torch.no_grad()
