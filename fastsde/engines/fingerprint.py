@@ -23,6 +23,7 @@ __all__ = ["LIBRARIES", "OF_MODULES", "Fingerprint", "Look", "Same", "fingerprin
 _VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, types.MappingProxyType)
+_CHANGEABLE = (bool, int, float, complex, str, Tensor, *_CONTAINERS, *_MAPPINGS)
 _BOUND = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # The attributes of every nn.Module: weights and children, which are read separately, and others that no forward reads.
@@ -75,15 +76,20 @@ class Fingerprint:
         return (self.structure, self.versions) == (other.structure, other.versions)
 
 
-def fingerprint(model: Any) -> Fingerprint:
+def fingerprint(model: Any, reads_classes: bool = False) -> Fingerprint:
     """Reads a module or another callable. It never raises: see `Fingerprint.is_whole`.
 
     It covers attributes and slots, closures, default arguments and the globals that a function names, through
     containers and plain objects; for TorchScript, weights, modes and the attributes that its code reads. It does not
-    cover attributes of classes, the globals that the methods of a class name, the state of extension modules, and
-    what is in a container of more than 1,000 entries or nested in more than 8 objects.
+    cover the state of extension modules, and what is in a container of more than 1,000 entries or nested in more than 8
+    objects.
+
+    Args:
+        reads_classes: whether the attributes of modules' classes and the globals that their methods name are covered,
+            too, where they are numbers, strings, tensors or containers. That takes long for a network of many classes.
     """
     look = Look()
+    look.reads_classes = reads_classes
     look.at(model, _DEPTH)
     return Fingerprint(tuple(look.structure), tuple(look.places), tuple(look.versions), look.is_whole)
 
@@ -129,6 +135,8 @@ class Look:
         self.versions: list[Any] = []
         self.modules: list[nn.Module] = []
         self.is_whole = True
+        self.reads_classes = False
+        self._classes: set[type] = set()
         self._seen: dict[int, tuple[int, object]] = {}  # kept alive, so that no id is reused
 
     def at(self, value: Any, depth: int, is_weight: bool = False) -> None:
@@ -173,6 +181,8 @@ class Look:
     def _at_module(self, module: nn.Module) -> None:
         own = vars(module)
         self.structure += [Same(module), Same(type(module)), module.training]
+        if self.reads_classes and type(module) not in self._classes:
+            self._at_class(type(module))
         for weights in (own["_parameters"], own["_buffers"]):
             for name, tensor in list(weights.items()):
                 self.structure.append(name)
@@ -182,6 +192,22 @@ class Look:
         self._at_items({name: value for name, value in list(own.items()) if name not in OF_MODULES}, _DEPTH)
         self._at_items(own["_modules"], _DEPTH)
         self._at_slots(module, _DEPTH)
+
+    def _at_class(self, kind: type) -> None:
+        self._classes.add(kind)
+        for base in kind.__mro__:
+            if _is_of_library(base) or base is object:
+                continue
+            for name, value in list(vars(base).items()):
+                function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+                if isinstance(function, types.FunctionType):
+                    for read in names_of(function.__code__):
+                        if isinstance(function.__globals__.get(read), _CHANGEABLE):
+                            self.structure.append(read)
+                            self.at(function.__globals__[read], _DEPTH)
+                elif isinstance(value, _CHANGEABLE) and not name.startswith("__"):
+                    self.structure.append(name)
+                    self.at(value, _DEPTH)
 
     def _at_script(self, script: Any) -> None:
         """Reads a scripted, traced or frozen module, which keeps its weights and attributes in C++."""
@@ -285,6 +311,7 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield f"global {name}", function.__globals__[name]
 
 
+@functools.lru_cache(maxsize=4096)
 def names_of(code: types.CodeType) -> set[str]:
     """Returns the names of globals and attributes in a function's code."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))

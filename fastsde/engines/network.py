@@ -52,7 +52,6 @@ class Kept:
     Args:
         feeds: the feed by the dtypes of the arguments, for each dtype of the network and for integer times or not.
         derived, frozen: the modules run instead of the model, by form, dtype and, for ``derived``, device.
-        packed: the identity of the parameters, and the parameters as the Triton kernel of MLPs reads them, by dtype.
         programs: the state of the network, and its program or why it has none, by what the program depends on
             (`fastsde.engines.programs`), the latest last.
         trajectories: the captured trajectories (`fastsde.engines.graph`), the latest last.
@@ -66,7 +65,6 @@ class Kept:
     feeds: dict[tuple[torch.dtype, bool], dict[Any, Feed]] = field(default_factory=dict)
     derived: dict[Any, Derived] = field(default_factory=dict)
     frozen: dict[tuple[str, torch.dtype], Frozen] = field(default_factory=dict)
-    packed: dict[torch.dtype, tuple[Any, Any]] = field(default_factory=dict)
     programs: OrderedDict[Any, tuple[Any, Any]] = field(default_factory=OrderedDict)
     trajectories: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     batches: dict[Any, int] = field(default_factory=dict)
@@ -131,6 +129,7 @@ class Network:
         self._known_feeds = self.kept.feeds.setdefault((self.dtype, integer_times), {})
         self._run: Model | None = None
         self._compiled: Model | None = None
+        self._fp32: Network | None = None
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,6 +142,16 @@ class Network:
     def plain(self) -> Network:
         """Returns the network as PyTorch's own operations: nothing in it runs through ``torch.compile``."""
         return Network(self.model, **self._arguments)
+
+    def in_fp32(self) -> Network:
+        """Returns the same network in fp32, with the present weights: itself if it is in fp32."""
+        if self.dtype == torch.float32:
+            return self
+        if self._fp32 is None:
+            self._fp32 = Network(self._given, **self._arguments | {"dtype": torch.float32})
+        else:
+            self._fp32.refresh()
+        return self._fp32
 
     @property
     def is_native(self) -> bool:
@@ -210,11 +219,11 @@ class Network:
         return fingerprint(self._run)
 
     def state(self) -> Fingerprint:
-        """Returns the fingerprint of the module that is run; of an MLP's layers that of their parameters, which takes a
-        tenth of the time.
+        """Returns the fingerprint of the module that is run, with its classes; of an MLP's layers that of their
+        parameters, which takes a tenth of the time.
         """
         if self.layers is None or self._form != "itself":
-            return self.fingerprint()
+            return fingerprint(self._run, reads_classes=True)
         linears, activations = self.layers
         parameters = [each for linear in linears for each in (linear.weight, linear.bias) if each is not None]
         places = tuple((id(each), each.data_ptr(), each.stride()) for each in parameters)

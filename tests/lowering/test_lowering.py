@@ -216,6 +216,31 @@ def test_what_changes_between_calls_is_seen(change: str, own: bool) -> None:
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+RATE = 1.0
+
+
+class Classy(nn.Module):
+    rate = 1.0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return -x * self.rate * RATE
+
+
+@native
+@pytest.mark.parametrize("what", ["a class attribute", "a global"])
+def test_a_class_and_the_globals_of_its_methods_are_looked_at(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Classy()
+    sampler = Sampler(net, (2,), steps=3, backend="persistent")
+    before = sampler(2)
+    if what == "a global":
+        monkeypatch.setitem(globals(), "RATE", 0.5)
+    else:
+        monkeypatch.setattr(Classy, "rate", 0.5)
+    expected = fastsde.sample(net, (2, 2), steps=3, backend="reference")
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(sampler(2), expected)
+
+
 @native
 def test_numbers_that_python_code_reads_are_looked_at_again() -> None:
     class Scaled(nn.Module):
