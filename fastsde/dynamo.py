@@ -9,7 +9,18 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["constant", "guard_identity", "untraced"]
+__all__ = ["Uncompiled", "constant", "guard_identity", "untraced"]
+
+
+class Uncompiled:
+    """Comes before ``TorchDispatchMode`` among the bases of a mode, which PyTorch would else hide from the compiler by
+    importing that, for a second, when the first operation runs under it.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -136,7 +136,7 @@ class Look:
         self.modules: list[nn.Module] = []
         self.is_whole = True
         self.reads_classes = False
-        self._classes: set[type] = set()
+        self._kinds: set[type] = set()
         self._seen: dict[int, tuple[int, object]] = {}  # kept alive, so that no id is reused
 
     def at(self, value: Any, depth: int, is_weight: bool = False) -> None:
@@ -181,7 +181,7 @@ class Look:
     def _at_module(self, module: nn.Module) -> None:
         own = vars(module)
         self.structure += [Same(module), Same(type(module)), module.training]
-        if self.reads_classes and type(module) not in self._classes:
+        if self.reads_classes and type(module) not in self._kinds:
             self._at_class(type(module))
         for weights in (own["_parameters"], own["_buffers"]):
             for name, tensor in list(weights.items()):
@@ -194,7 +194,7 @@ class Look:
         self._at_slots(module, _DEPTH)
 
     def _at_class(self, kind: type) -> None:
-        self._classes.add(kind)
+        self._kinds.add(kind)
         for base in kind.__mro__:
             if _is_of_library(base) or base is object:
                 continue

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..dynamo import Uncompiled
+
 __all__ = ["Needs", "NotLowered", "Operation", "Recorder", "Value", "replay"]
 
 
@@ -100,7 +102,7 @@ class Operation:
 _READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim", "masked_select")
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operations that run under it. Tensors that it has not seen are constants.
 
     Args:
@@ -117,11 +119,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._needs: dict[int, Needs] = {}
         self._written: dict[int, int] = {}  # the last operation that writes to a storage
         self._used: list[tuple[int, int]] = []  # (the operation before which the program reads it, storage)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keeps PyTorch from importing ``torch._dynamo``, which takes a second, to hide this class from it."""
-        return False
 
     def argument(self, tensor: Tensor, needs: Needs) -> Value:
         """Names an argument of the call."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from ..dynamo import Uncompiled
 from .tape import Handler, Tape, registered, shape_of
 from .values import Value, added, scaled
 
@@ -95,7 +96,7 @@ def _normal_arguments(args: Any, kwargs: Any) -> tuple[Any, Any, Sequence[int], 
     return mean, std, shape, dtype
 
 
-class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Replay(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs a loop for real with given draws, in its order. After it, `left` says how many were not used.
 
     Args:

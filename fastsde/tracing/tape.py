@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..dynamo import Uncompiled
 from .brownian import NOTE
 from .errors import TraceError
 from .probe import Memory, Probe
@@ -138,7 +139,7 @@ class Rules(NamedTuple):
     reason: Callable[[str], str]
 
 
-class Tape(TorchDispatchMode):
+class Tape(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records a loop.
 
     Args:
