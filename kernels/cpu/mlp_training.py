@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .library import call, code, has_code
-from .program import unknown_instruction
+from .library import call, has_code
+from .program import codes_of, is_part, parameters_of, parts_of, unknown_instruction
 
 _LANES = 16  # the places of values in a row are multiples of this
 _NO_OPERAND, _UNITS, _CONSTANT = range(3)  # the kinds of a second operand
 _NOTHING, _WRITES, _ADDS = range(3)  # how the gradient of an operand is given
 _FORGET = {"linear", "add", "subtract", "multiply", "affine"}  # whose derivatives do not need the result
-_DEFAULTS = {"LeakyReLU": 0.01, "ELU": 1.0}  # parameters
 
 
 class _Trained(ctypes.Structure):
@@ -87,14 +86,14 @@ class Packed:
         read: set[int] = set()
         for k in self.program.instructions:
             own = k.kind == "linear" and self.trains[k.weight]
-            if k.b is not None and not hasattr(k.b, "value"):
+            if k.b is not None and not is_part(k.b):
                 vector = self.matrices + k.b.number
                 if self.trains[vector]:
                     if vector in read:
                         raise ValueError("a parameter is used twice")
                     read.add(vector)
                     own = True
-            needs[k.out] |= own or any(needs[part.value] for part in _parts(k))
+            needs[k.out] |= own or any(needs[part.value] for part in parts_of(k))
         return needs
 
     def _give(self, needs: Sequence[bool]) -> list[tuple[int, int]]:
@@ -102,17 +101,15 @@ class Packed:
 
         The last reader of a whole value writes its gradient; if it reads a part, the gradient starts as zeros.
         """
-        seen: set[int] = set()
         zeros = []
         widths, result = self.program.widths, self.program.result
-        for value, first, width in [(result.value, result.first, result.width)]:
-            seen.add(value)
-            if (first, width) != (0, widths[value]):
-                zeros.append((self.places[value], widths[value]))
+        seen = {result.value}
+        if (result.first, result.width) != (0, widths[result.value]):
+            zeros.append((self.places[result.value], widths[result.value]))
         for number in reversed(range(len(self.program.instructions))):
             k, to = self.program.instructions[number], self._code[number]
             for name, part in (("a_gradient", k.a), ("b_gradient", k.b)):
-                if part is None or not hasattr(part, "value") or not needs[part.value] or part.value == k.out:
+                if not is_part(part) or not needs[part.value] or part.value == k.out:
                     continue
                 is_whole = part.step == 1 and (part.first, part.width) == (0, widths[part.value])
                 setattr(to, name, _WRITES if is_whole and part.value not in seen else _ADDS)
@@ -123,22 +120,20 @@ class Packed:
         return zeros + [(self.places[v], widths[v]) for v in unread]
 
     def _write(self, to: _Trained, k: Any, needs_gradient: bool) -> None:
-        is_operation = has_code("operation", k.kind)
-        to.operation = code("operation", k.kind if is_operation else "activation")
-        to.activation = 0 if is_operation else code("activation", k.kind)
+        to.operation, to.activation = codes_of(k)
         to.out, to.width, to.groups = self.places[k.out] + k.first, k.width, k.groups
         to.matrix, to.vector, to.needs_gradient = k.weight, -1, needs_gradient
         if k.a is not None:
             to.a, to.a_step, to.a_width = self.places[k.a.value] + k.a.first, k.a.step, k.a.width
             to.a_is_whole = (k.a.first, k.a.width) == (0, self.program.widths[k.a.value])
-        if k.b is not None and hasattr(k.b, "value"):
+        if is_part(k.b):
             to.b_kind, to.b, to.b_step = _UNITS, self.places[k.b.value] + k.b.first, k.b.step
         elif k.b is not None:
             to.b_kind, to.vector = _CONSTANT, self.matrices + k.b.number
-        if not is_operation:
+        if not has_code("operation", k.kind):
             to.slope = self.slopes
             self.slopes += -(-k.width // _LANES) * _LANES
-        for i, value in enumerate(k.parameters or (_DEFAULTS.get(k.kind, 0.0),)):
+        for i, value in enumerate(parameters_of(k)):
             to.parameters[i] = value
 
     def items(self, weights: Sequence[Tensor]) -> Any:
@@ -158,7 +153,7 @@ def _in_place(program: Any) -> dict[int, int]:
 
     The derivative of an activation is kept; that of the operand must not need it.
     """
-    readers = [part.value for k in program.instructions for part in _parts(k) if part.value != k.out]
+    readers = [part.value for k in program.instructions for part in parts_of(k) if part.value != k.out]
     readers.append(program.result.value)
     makers: dict[int, set[str]] = {}
     for k in program.instructions:
@@ -172,10 +167,6 @@ def _in_place(program: Any) -> dict[int, int]:
         if is_whole and readers.count(k.a.value) == 1 and makers[k.a.value] <= _FORGET:
             found[k.out] = k.a.value
     return found
-
-
-def _parts(k: Any) -> list[Any]:
-    return [part for part in (k.a, k.b) if part is not None and hasattr(part, "value")]
 
 
 def _pointers(tensors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Any:

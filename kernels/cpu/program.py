@@ -14,7 +14,29 @@ from .library import address, code, has_code
 GROUPED = ("mean", "layer_norm", "rms_norm")
 _NO_OPERAND, _UNITS, _CONSTANT, _OF_ROW = range(4)  # the kinds of a second operand
 _SPECIALS = 32  # an activation, or a normal, takes as long as so many multiply-adds
-_DEFAULTS = {"LeakyReLU": 0.01, "ELU": 1.0}  # parameters
+_USUAL = {"LeakyReLU": 0.01, "ELU": 1.0}  # PyTorch's defaults of an activation's parameter
+
+
+def parts_of(k: Any) -> list[Any]:
+    """Returns the operands of an instruction that are parts of values."""
+    return [each for each in (k.a, k.b) if is_part(each)]
+
+
+def is_part(operand: Any) -> bool:
+    """Returns whether an operand is a part of a value, not a vector."""
+    return hasattr(operand, "value")
+
+
+def codes_of(k: Any) -> tuple[int, int]:
+    """Returns the kernel's numbers for an instruction: of the operation, and of the activation if it is one."""
+    if has_code("operation", k.kind):
+        return code("operation", k.kind), 0
+    return code("operation", "activation"), code("activation", k.kind)
+
+
+def parameters_of(k: Any) -> tuple[float, ...]:
+    """Returns an instruction's parameters."""
+    return k.parameters or (_USUAL.get(k.kind, 0.0),)
 
 
 class _Instruction(ctypes.Structure):
@@ -63,21 +85,19 @@ class Packed:
     def _write(to: _Instruction, k: Any, places: Sequence[int], stage: int, feeds_linear: bool) -> None:
         if unknown_instruction([k.kind]) is not None:
             raise ValueError(f"the native kernel has no instruction {k.kind!r}")
-        is_operation = has_code("operation", k.kind)
-        to.operation = code("operation", k.kind if is_operation else "activation")
-        to.activation = 0 if is_operation else code("activation", k.kind)
+        to.operation, to.activation = codes_of(k)
         to.out, to.width, to.depth = places[k.out] + k.first, k.width, 1
         if k.a is not None:
             to.a, to.a_step = places[k.a.value] + k.a.first, k.a.step
             to.depth = k.a.width if k.kind == "linear" else k.a.width // k.groups
         if k.kind == "mean":
             to.width = k.a.width
-        if k.b is not None and hasattr(k.b, "value"):
+        if is_part(k.b):
             to.b_kind, to.b, to.b_step = _UNITS, places[k.b.value] + k.b.first, k.b.step
         elif k.b is not None:
             to.b_kind, to.b = (_OF_ROW, k.b.number) if k.b.is_row else (_CONSTANT, 0)
         to.starts_stage, to.feeds_linear = stage, feeds_linear
-        for i, value in enumerate(k.parameters or (_DEFAULTS.get(k.kind, 0.0),)):
+        for i, value in enumerate(parameters_of(k)):
             to.parameters[i] = value
 
     def arguments(self, vectors: Any) -> tuple[tuple[Any, ...], Any]:
@@ -108,7 +128,7 @@ def _stages(program: Any) -> list[int]:
     """
     starts, width, written = [], -1, {}
     for k in program.instructions:
-        parts = [each for each in (k.a, k.b) if each is not None and hasattr(each, "value") and each.value in written]
+        parts = [each for each in parts_of(k) if each.value in written]
         aligned = all(part.step == 1 and part.first == written[part.value] for part in parts)
         if k.kind == "linear":
             aligned = aligned and k.a.value not in written
@@ -134,11 +154,10 @@ def _allocated(program: Any, starts: Sequence[int]) -> tuple[int, list[int]]:
     for number, k in enumerate(program.instructions):
         stage_of.append((stage_of[-1] if stage_of else -1) + starts[number])
         first.setdefault(k.out, number)
-        for part in (k.a, k.b):
-            if part is not None and hasattr(part, "value"):
-                last[part.value] = number
-                if k.kind == "linear" or part.step != 1 or part.first != k.first:
-                    scattered[part.value] = stage_of[-1]
+        for part in parts_of(k):
+            last[part.value] = number
+            if k.kind == "linear" or part.step != 1 or part.first != k.first:
+                scattered[part.value] = stage_of[-1]
         last[k.out] = max(last.get(k.out, 0), number)
     last[program.result.value] = len(program.instructions)
     places = [0] * len(program.widths)
