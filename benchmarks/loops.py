@@ -1,16 +1,13 @@
 """Other people's loops, as their users call them, with and without `fastsde.accelerate`.
 
 The tutorial's on the swiss roll, a DDPMPipeline of diffusers with a small U-Net, DPM-Solver++(2M) of k-diffusion with
-an MLP, and an NPSE posterior of sbi. Where the network takes nearly all of the time, there is little to gain: its share
-is measured in the same run.
+an MLP, an NPSE posterior of sbi, DDPM of azula with an MLP, and a policy that draws actions by diffusers' DDPM. Where
+the network takes nearly all of the time, there is little to gain: its share is measured in the same run.
 """
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,18 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import checkpoints
+from fastsde.compat import azula as compat_azula
 from fastsde.compat import diffusers as compat_diffusers
 from fastsde.compat import k_diffusion as compat_k_diffusion
 from fastsde.compat import sbi as compat_sbi
 
 from .clients.case import Loop
-from .providers.accelerated import Way, accelerated, as_it_is, direct
+from .providers.accelerated import case, direct
 from .providers.tutorial import beta_at, integral, step
-from .suite.case import LOOP, Case, UnavailableError
-from .suite.machine import Work
+from .suite.case import LOOP, Case, imported
 from .suite.plan import Plan
-from .tasks.loop import LoopProof, LoopTask
-from .tasks.networks import mlp_work
+from .tasks.loop import LoopTask
+from .tasks.mlps import ACTIONS, AZULA_WORK, OBSERVED, POLICY_STEPS, POLICY_WORK, Backbone, Joined, Policy
+from .tasks.networks import fixed, mlp_work
 
 UNET_CHANNELS, UNET_SIDE = (32, 64), 32
 UNET_FLOP = 452_000_000  # per image, of its convolutions without products with padding
@@ -41,61 +39,18 @@ _TORCH, _COMPILED = {"noise": "torch"}, {"compile": True}
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """Yields one case per package. With --quick they have fewer samples and steps."""
+    """Yields the cases of each package. With --quick they have fewer samples and steps, and one size.
+
+    All rows take the same time, so that many points of azula's run a tenth of its thousand.
+    """
     yield _tutorial(plan, 1000, 100 if plan.quick else 999)
     yield _pipeline(plan, *((2, 5) if plan.quick else (8, 20)))
     yield _k_diffusion(plan, *((64, 10) if plan.quick else (512, 50)))
     yield _posterior(plan, *((100, 50) if plan.quick else (1000, 500)))
-
-
-def _case(
-    task: LoopTask,
-    name: str,
-    what: str,
-    baseline: str,
-    ways: Sequence[tuple[str, Way, dict[str, Any]]],
-    flop: float,
-    specials: float = 0.0,
-    precision: str = "fp32",
-    rounds: int = 10,
-) -> Case:
-    """Returns the case of a loop and of some ways to accelerate it: a label, the way, and options of `accelerate`."""
-    proof = LoopProof(task)
-
-    def prepare() -> None:
-        with suppress(UnavailableError):  # each provider says so itself
-            proof.prepare()
-
-    n = task.shape[0]
-    base = as_it_is(baseline, task, proof, precision)
-    return Case(
-        subject="loops",
-        name=f"loop-{name}",
-        what=f"{what}, {n:,} x {task.rows}",
-        about={"n": n, "rows": task.rows},
-        providers=[base, *(accelerated(task, proof, precision, way, label, **more) for label, way, more in ways)],
-        baseline=base.name,
-        work=Work(flop=flop * n, specials=specials * n) * task.rows,
-        network_calls=task.rows,
-        rounds=rounds,
-        prepare=prepare,
-    )
-
-
-def _imported(name: str, package: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise UnavailableError(f"{package} is not installed, or has no {name}: pip install {package}") from error
-
-
-def _fixed(build: Callable[[], Any]) -> Any:
-    """Returns what is built from random weights, the same in each run."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build()
+    for n, steps, bound in ((64, 50, 0.0),) if plan.quick else ((64, 1000, 5.0), (4096, 100, 3.5)):
+        yield _azula(plan, n, steps, bound)
+    for n in (1,) if plan.quick else (1, 256):
+        yield _policy(plan, n)
 
 
 # The tutorial -------------------------------------------------------------------------------------------------------
@@ -118,7 +73,7 @@ def _tutorial(plan: Plan, n: int, rows: int) -> Case:
 
     task = LoopTask(build, plan.device, (n, 2), rows + 1, rows)
     ways = [("", direct, {}), ("", direct, _TORCH)]
-    return _case(task, "tutorial", "the tutorial's loop", LOOP, ways, *mlp_work())
+    return case(task, "tutorial", "the tutorial's loop", LOOP, ways, *mlp_work())
 
 
 # diffusers ----------------------------------------------------------------------------------------------------------
@@ -140,8 +95,8 @@ def small_unet(diffusers: Any, channels: Sequence[int] = UNET_CHANNELS, side: in
 
 def _pipeline(plan: Plan, n: int, steps: int) -> Case:
     def build(device: torch.device) -> Loop:
-        diffusers = _imported("diffusers", "diffusers")
-        unet = _fixed(lambda: small_unet(diffusers)).to(device)
+        diffusers = imported("diffusers", "diffusers")
+        unet = fixed(lambda: small_unet(diffusers)).to(device)
         pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
         pipeline.set_progress_bar_config(disable=True)
         arguments = {"batch_size": n, "num_inference_steps": steps, "output_type": "np"}
@@ -154,33 +109,18 @@ def _pipeline(plan: Plan, n: int, steps: int) -> Case:
     task = LoopTask(build, plan.device, shape, steps, steps)  # no draw in the last step
     ways = [("", whole, {}), ("", whole, _TORCH), ("", whole, _COMPILED), ("", whole, _TORCH | _COMPILED)]
     precision = "TF32" if plan.has_gpu else "fp32"  # PyTorch's default for convolutions
-    return _case(task, "diffusers", "diffusers' DDPMPipeline", "DDPMPipeline", ways, UNET_FLOP, 0, precision, rounds=8)
+    return case(task, "diffusers", "diffusers' DDPMPipeline", "DDPMPipeline", ways, UNET_FLOP, 0, precision, rounds=8)
 
 
 # k-diffusion --------------------------------------------------------------------------------------------------------
 
 
-class Joined(nn.Module):
-    """Layers that take x and a time per sample as columns."""
-
-    def __init__(self, dim: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        sizes, layers = (dim + 1, *hidden), []
-        for inputs, outputs in zip(sizes, hidden, strict=False):
-            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], dim))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        f: Tensor = self.layers(torch.cat((x, t[:, None]), 1))
-        return f
-
-
 def _k_diffusion(plan: Plan, n: int, steps: int) -> Case:
     def build(device: torch.device) -> Loop:
-        sampling = _imported("k_diffusion.sampling", "k-diffusion")
-        denoiser = _imported("k_diffusion.external", "k-diffusion").VDenoiser(_fixed(lambda: Joined(_DIM, _HIDDEN)))
+        sampling = imported("k_diffusion.sampling", "k-diffusion")
+        denoiser = imported("k_diffusion.external", "k-diffusion").VDenoiser(fixed(lambda: Joined(_DIM, _HIDDEN)))
         denoiser.to(device).eval().requires_grad_(False)
-        start = _fixed(lambda: _SIGMA_MAX * torch.randn(n, _DIM)).to(device)
+        start = fixed(lambda: _SIGMA_MAX * torch.randn(n, _DIM)).to(device)
         sigmas = sampling.get_sigmas_karras(steps, _SIGMA_MIN, _SIGMA_MAX, device=device)
         arguments = {"x": start, "sigmas": sigmas, "disable": True}
         layers = denoiser.inner_model.layers
@@ -195,7 +135,7 @@ def _k_diffusion(plan: Plan, n: int, steps: int) -> Case:
     ways = [("", direct, {}), ("the wrapper", wrapper, {}), ("the wrapper", wrapper, _COMPILED)]
     flop, _ = mlp_work(_HIDDEN, _DIM)
     what = "k-diffusion's dpmpp_2m on an MLP"
-    return _case(task, "k-diffusion", what, "sample_dpmpp_2m", ways, flop, sum(_HIDDEN), rounds=30)
+    return case(task, "k-diffusion", what, "sample_dpmpp_2m", ways, flop, sum(_HIDDEN), rounds=30)
 
 
 # sbi ----------------------------------------------------------------------------------------------------------------
@@ -203,20 +143,20 @@ def _k_diffusion(plan: Plan, n: int, steps: int) -> Case:
 
 def untrained_posterior(device: torch.device) -> Any:
     """Returns an NPSE posterior of three parameters with sbi's own defaults, standardised by some data."""
-    factory = _imported("sbi.neural_nets", "sbi")
-    posteriors = _imported("sbi.inference.posteriors.vector_field_posterior", "sbi")
+    factory = imported("sbi.neural_nets", "sbi")
+    posteriors = imported("sbi.inference.posteriors.vector_field_posterior", "sbi")
     theta = torch.randn(500, POSTERIOR_SHAPE[-1]) * torch.tensor([0.5, 1.0, 2.0])
     x = theta[:, :2] + 0.1 * torch.randn(500, 2)
     estimator = factory.posterior_score_nn()(theta, x).to(device)
     width = torch.full(POSTERIOR_SHAPE[-1:], 1e3, device=device)  # so wide that no sample is rejected
-    prior = _imported("sbi.utils", "sbi").BoxUniform(-width, width, device=str(device))
+    prior = imported("sbi.utils", "sbi").BoxUniform(-width, width, device=str(device))
     posterior = posteriors.VectorFieldPosterior(estimator, prior, sample_with="sde", device=str(device))
     return posterior.set_default_x(torch.tensor([[0.2, -0.4]], device=device))
 
 
 def _posterior(plan: Plan, n: int, steps: int) -> Case:
     def build(device: torch.device) -> Loop:
-        posterior = _fixed(lambda: untrained_posterior(device))
+        posterior = fixed(lambda: untrained_posterior(device))
         arguments = {"steps": steps, "show_progress_bars": False}
         return Loop(posterior.sample, ((n,),), arguments, (posterior.vector_field_estimator,))
 
@@ -226,5 +166,59 @@ def _posterior(plan: Plan, n: int, steps: int) -> Case:
 
     task = LoopTask(build, plan.device, (n, *POSTERIOR_SHAPE), steps, steps - 1)
     ways = [("", whole, {}), ("", whole, _TORCH), ("", whole, _COMPILED)]
-    rounds = 10 if plan.quick else 3
-    return _case(task, "sbi", "sbi's NPSE posterior", "posterior.sample", ways, POSTERIOR_FLOP, rounds=rounds)
+    rounds, bound = (10, 0.0) if plan.quick else (3, 3.0)
+    what = "sbi's NPSE posterior"
+    return case(task, "sbi", what, "posterior.sample", ways, POSTERIOR_FLOP, rounds=rounds, at_least=bound)
+
+
+# azula --------------------------------------------------------------------------------------------------------------
+
+
+def _azula(plan: Plan, n: int, steps: int, at_least: float) -> Case:
+    """Returns the case of azula's first example: points of five numbers by its DDPMSampler."""
+
+    def build(device: torch.device) -> Loop:
+        denoise, noise = imported("azula.denoise", "azula"), imported("azula.noise", "azula")
+        encoding = imported("azula.nn.layers", "azula").SineEncoding
+        backbone = fixed(lambda: Backbone(encoding)).to(device).eval()
+        denoiser = denoise.KarrasDenoiser(backbone, noise.VPSchedule()).to(device)
+        sampler = imported("azula.sample", "azula").DDPMSampler(denoiser, steps=steps, silent=True, device=device)
+        start = fixed(lambda: torch.randn(n, 5)).to(device)
+        return Loop(sampler, kwargs={"x": start}, modules=(backbone,), state="x")
+
+    def whole(loop: Loop, **options: Any) -> Callable[..., Any]:
+        return compat_azula.accelerate(loop.call, **options)
+
+    task = LoopTask(build, plan.device, (n, 5), steps, steps)
+    ways = [("", whole, {}), ("", whole, _TORCH)]
+    rounds = 10 if n < 1000 else 5
+    what = "azula's DDPMSampler on an MLP"
+    return case(task, f"azula-{n}", what, "DDPMSampler", ways, *AZULA_WORK, rounds=rounds, at_least=at_least)
+
+
+# A policy -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_actions(network: nn.Module, scheduler: Any, observed: Tensor) -> Tensor:
+    """Returns a sequence of actions for each observation."""
+    actions = torch.randn(len(observed), *ACTIONS, device=observed.device)
+    for t in scheduler.timesteps:
+        actions = scheduler.step(network(actions, t, observed), t, actions).prev_sample
+    return actions
+
+
+def _policy(plan: Plan, n: int) -> Case:
+    def build(device: torch.device) -> Loop:
+        scheduler = imported("diffusers", "diffusers").DDPMScheduler(POLICY_STEPS)
+        scheduler.set_timesteps(POLICY_STEPS, device=device)
+        network = fixed(Policy).to(device).eval()
+        observed = fixed(lambda: torch.randn(n, OBSERVED)).to(device)
+        return Loop(draw_actions, (network, scheduler, observed))
+
+    steps = POLICY_STEPS
+    task = LoopTask(build, plan.device, (n, *ACTIONS), steps, steps)  # no draw in the last step
+    ways = [("", direct, {}), ("", direct, _TORCH)]
+    what = "policy by diffusers' DDPM"
+    at_least = 0.0 if plan.quick else 4.0
+    return case(task, f"policy-{n}", what, "the loop", ways, *POLICY_WORK, rounds=30, at_least=at_least)

@@ -73,8 +73,8 @@ class Sampler:
         guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598).
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of a small
-            network in one launch); "auto" picks the fastest that can run. A captured network must depend only on its arguments,
-            weights and attributes: its host code runs only once.
+            network in one launch); "auto" picks the fastest that can run. There, as in a capture, a network must depend
+            only on its arguments, weights and attributes: its host code runs only once.
         compile: run the network through ``torch.compile``. If that fails, it runs uncompiled, with a warning. "auto"
             compiles for calls with enough work to be worth the time, and keeps the result only if it is faster.
         max_batch: the most samples that run at once; larger batches are split, with the same result up to the rounding

@@ -37,7 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__, engines, subject
+from .checkpoints import Checkpoint
 from .files import atomic_path
+from .networks import NETWORKS
 from .notices import first_line
 from .reference import Model, NonFiniteError
 from .sampler import Sampler
@@ -45,7 +47,7 @@ from .sde import Process
 from .solvers import StepTable
 from .subject import ModelLike, TableOptions
 from .tf32 import with_rounded_products
-from .validation import check_bool, check_int
+from .validation import check_bool, check_device, check_int
 from .vocabulary import BACKENDS, VERIFIED_DTYPES
 from .yardstick import in_dtype, in_its_own_dtype
 
@@ -187,7 +189,8 @@ def verify(
     """Compares every backend with the reference, by the rule in the module's docstring.
 
     Args:
-        model: a shipped model by name, a checkpoint file, the folder of a training run, a `Checkpoint`, or a network.
+        model: a shipped model by name, a checkpoint file, the folder of a training run, a `Checkpoint`, or a network;
+            or the name of an untrained network of `fastsde.networks`, by default with conditions if it takes some.
         sample_shape, sde, prediction: of a network, as for `fastsde.Sampler`; a checkpoint has its own.
         n: how many samples; by default 4 images or 256 others, or as many as there are conditions.
         device: by default the network's own; for a model that is loaded, CUDA if available, else the CPU.
@@ -205,6 +208,8 @@ def verify(
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
         NonFiniteError: if the reference in float64 has NaN or infinity.
     """
+    if isinstance(model, str) and model in NETWORKS:
+        model, n, model_kwargs = _named(model, n, model_kwargs, device)
     model, shape, sde, prediction = subject.resolve(model, sample_shape, sde, prediction, device)
     # This also checks the arguments: after it, a ValueError of a sampler means that its backend cannot run.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
@@ -226,6 +231,17 @@ def verify(
     for dtype in dtypes:
         results += _in_dtype(case, truth, dtype, compile)
     return results
+
+
+def _named(
+    name: str, n: int | None, model_kwargs: Mapping[str, Any] | None, device: torch.device | str | None
+) -> tuple[Checkpoint, int | None, Mapping[str, Any]]:
+    """Returns a network of `fastsde.networks`, the number of samples, and conditions: its own if none are given."""
+    named, device = NETWORKS[name], check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if model_kwargs is None:
+        n = default_n(named.shape) if n is None else check_int("n", n, 1)
+        model_kwargs = named.conditions(n, device)
+    return named.load(device), n, model_kwargs
 
 
 def _usual_n(shape: Sequence[int], conditions: Mapping[str, Any]) -> int:

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsde import VPSDE, checkpoints, data, ops
 from fastsde import noise as contract
-from fastsde.benchmarks import dsm_loss, loops, noise, perturb, solver_step
-from fastsde.benchmarks.providers import compiled, lean, sampling, tutorial
+from fastsde.benchmarks import architectures, dsm_loss, loops, noise, perturb, solver_step
+from fastsde.benchmarks.providers import compiled, lean, ours, sampling, tutorial
 from fastsde.benchmarks.suite import budget, measure, progress, run, runner, table
 from fastsde.benchmarks.suite import case as cases
 from fastsde.benchmarks.suite.case import Case, Provider, Target
@@ -39,6 +39,7 @@ from fastsde.benchmarks.tasks.recipe import Recipe
 from fastsde.benchmarks.tasks.trajectory import Score, Trajectory, proof
 from fastsde.checkpoints import Checkpoint
 from fastsde.cli import main
+from fastsde.networks import NETWORKS
 from fastsde.training import tutorial_config
 
 CPU = torch.device("cpu")
@@ -483,10 +484,12 @@ def test_loops_with_steps_of_their_own_are_proved_number_for_number(monkeypatch:
 
 
 LOOPS = {  # with the package that each one needs
-    "torch": lambda: loops._tutorial(QUICK, 5, 20),
-    "diffusers": lambda: loops._pipeline(QUICK, 1, 3),
-    "k_diffusion": lambda: loops._k_diffusion(QUICK, 5, 4),
-    "sbi": lambda: loops._posterior(QUICK, 5, 20),
+    "tutorial": ("torch", lambda: loops._tutorial(QUICK, 5, 20)),
+    "pipeline": ("diffusers", lambda: loops._pipeline(QUICK, 1, 3)),
+    "policy": ("diffusers", lambda: loops._policy(QUICK, 3)),
+    "k-diffusion": ("k_diffusion", lambda: loops._k_diffusion(QUICK, 5, 4)),
+    "sbi": ("sbi", lambda: loops._posterior(QUICK, 5, 20)),
+    "azula": ("azula", lambda: loops._azula(QUICK, 5, 20, 0.0)),
 }
 
 
@@ -497,10 +500,11 @@ def imported(package: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # from the packages
-@pytest.mark.parametrize("package", LOOPS)
-def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_is_found_out(package: str) -> None:
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_is_found_out(name: str) -> None:
+    package, make = LOOPS[name]
     imported(package)
-    case = LOOPS[package]()
+    case = make()
     base, *own = [each for each in case.providers if not each.compiles]
     assert case.baseline == base.name
     assert case.prepare is not None
@@ -521,13 +525,38 @@ def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_i
 
 
 def test_a_loop_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("diffusers", "k_diffusion.sampling", "sbi.neural_nets"):
+    for module in ("diffusers", "k_diffusion.sampling", "sbi.neural_nets", "azula.denoise"):
         monkeypatch.setitem(sys.modules, module, None)
-        package = module.split(".")[0]
-        record = runner.run_case(LOOPS[package](), CPU, MOST).record
+    for package, make in LOOPS.values():
+        if package == "torch":
+            continue
+        record = runner.run_case(make(), CPU, MOST).record
         for figures in record["providers"].values():
             assert f"pip install {package.replace('_', '-')}" in figures["unavailable"]
         assert not table.headlines(record)
+
+
+def test_a_trajectory_with_conditions_is_proved_with_them_by_every_provider_of_pytorch() -> None:
+    """A chosen sample is compared under its own condition, which differs from that of any other."""
+    named = NETWORKS["film"]
+    task = Trajectory(named.load, named.shape, 1200, 3, CPU, 0, 0, conditions=named.conditions)
+    shows = proof(task)
+    shown = [sampling.loop(cases.LEAN, lean.sampling, task, shows, "fp32"), ours.sampler(task, shows, "eager", "fp32")]
+    for each in shown:
+        run = each.make()
+        assert each.prove(run, run())["error"] < 1e-4
+    other = replace(task, conditions=lambda n: {"c": named.conditions(n)["c"].flip(0)})
+    run = lean.sampling(other, "fp32")
+    with pytest.raises(cases.WrongError, match="a trajectory is off"):
+        shows.given_noise("fp32", run, run())
+
+
+def test_a_u_net_without_its_library_is_unavailable_and_fails_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (case,) = (each for each in architectures.cases(QUICK) if each.name.startswith("ddpm-unet"))
+    record = runner.run_case(case, CPU, MOST).record
+    assert all("pip install diffusers" in figures["unavailable"] for figures in record["providers"].values())
+    assert not list(run._wrong(record))
 
 
 def test_the_least_arithmetic_of_the_networks_of_other_peoples_loops() -> None:

@@ -46,7 +46,7 @@ def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets(resul
     names = [case.name for case in run.cases(Plan(torch.device("cpu")))]
     assert [record["name"] for record in result["cases"]] == names
     targets = [target for record in result["cases"] for target in record["targets"]]
-    assert len(targets) == 8
+    assert len(targets) == 16
     assert all(target["met"] for target in targets)
     for record in result["cases"]:
         for name, each in record["providers"].items():

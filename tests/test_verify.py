@@ -254,6 +254,12 @@ def test_a_run_and_a_file_are_checked_and_quietly(tmp_path: Path, capsys: pytest
         assert ": 7 samples, euler_maruyama, 9 steps, seed 0" in out
 
 
+def test_an_untrained_network_is_checked_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _command(capsys, "film", "-n", 5, "--steps", 4, "--quiet", "--device", "cpu")
+    assert (code, err) == (0, ""), err
+    assert out.startswith("film: 5 samples, euler_maruyama, 4 steps, seed 0")
+
+
 def test_a_failure_ends_with_exit_code_1_and_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

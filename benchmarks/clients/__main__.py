@@ -18,7 +18,7 @@ import click
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from .check import check
-from .table import Client, inserted, kind, markdown, summary
+from .table import MARKS, Client, kind, markdown, summary
 
 CLIENTS = (
     "tutorial",
@@ -68,7 +68,7 @@ def main(out: Path | None, names: tuple[str, ...], only: str) -> None:
     if out is None:
         click.echo(tables)
     else:
-        out.write_text(inserted(out.read_text() if out.exists() else None, tables))
+        out.write_text(MARKS.inserted(out.read_text() if out.exists() else None, tables))
     bad = [result for client in clients for result in client.results if kind(result) in ("wrong", "failed")]
     for result in bad:
         click.echo(f"{kind(result)}: {result.name}: {result.failed or (result.error64, result.error32)}", err=True)

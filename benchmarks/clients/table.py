@@ -15,7 +15,34 @@ import fastsde
 
 from .check import Result
 
-_MARK = re.compile(r"(?P<begin><!-- clients -->\n).*?(?P<end><!-- end of clients -->)", re.DOTALL)
+
+@dataclass(frozen=True)
+class Marks:
+    """The lines of a document between which tables are written: ``<!-- name -->`` and ``<!-- end of name -->``.
+
+    Args:
+        title: of a new document.
+    """
+
+    name: str
+    title: str
+
+    def inserted(self, document: str | None, tables: str) -> str:
+        """Returns a document with the tables between its marks, or a new one.
+
+        Raises:
+            ValueError: for a document without marks.
+        """
+        begin, end = f"<!-- {self.name} -->", f"<!-- end of {self.name} -->"
+        if document is None:
+            document = f"# {self.title}\n\n{begin}\n{end}\n"
+        pattern = re.compile(rf"(?P<begin>{re.escape(begin)}\n).*?(?P<end>{re.escape(end)})", re.DOTALL)
+        if pattern.search(document) is None:
+            raise ValueError(f"the document has no lines {begin!r} and {end!r}")
+        return pattern.sub(lambda match: f"{match['begin']}\n{tables}\n{match['end']}", document)
+
+
+MARKS = Marks("clients", "Samplers that are traced")
 
 
 @dataclass
@@ -113,16 +140,3 @@ def markdown(clients: Sequence[Client], command: str) -> str:
     results = [result for client in clients for result in client.results]
     total = f"All clients together: {summary(results)}"
     return "\n\n".join([about(command), total, *(section(client) for client in clients)]) + "\n"
-
-
-def inserted(document: str | None, tables: str) -> str:
-    """Returns a document with the tables between its marks, or a new one.
-
-    Raises:
-        ValueError: for a document without marks.
-    """
-    if document is None:
-        document = "# Samplers that are traced\n\n<!-- clients -->\n<!-- end of clients -->\n"
-    if _MARK.search(document) is None:
-        raise ValueError("the document has no lines '<!-- clients -->' and '<!-- end of clients -->'")
-    return _MARK.sub(lambda match: f"{match['begin']}\n{tables}\n{match['end']}", document)

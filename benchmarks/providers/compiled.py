@@ -65,7 +65,7 @@ class Step:
         inputs = x.to(self._dtype)
         if self._task.has_images:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        f = self._model(inputs, t.expand(len(x)).to(self._dtype)).float()
+        f = self._model(inputs, t.expand(len(x)).to(self._dtype), **self._task.model_kwargs).float()
         data = z = f
         if self._has_data:
             data = _sum([*p, q[0]], [*slots, f], [*terms.p, terms.q])
@@ -111,10 +111,10 @@ class Step:
             index = torch.linspace(0, task.n - 1, min(task.n, 20)).long().to(task.device)
             some = [slot[index] for slot in slots]
             x = reference.network_input(some, self._table, k)
-            t = self.rows[k, :1].expand(len(x))
-            plain = task.network(self._precision)(x, t)
+            t, given = self.rows[k, :1].expand(len(x)), task.conditions_of(index)
+            plain = replace(task, n=len(x), conditions=lambda _: given).network(self._precision)(x, t)
         some = [slot.double() for slot in some]
-        truth = copy.deepcopy(task.checkpoint.model).double()(x.double(), t.double())
+        truth = copy.deepcopy(task.checkpoint.model).double()(x.double(), t.double(), **given)
         own, right = (self._without_noise(some, f.double(), k) for f in (plain, truth))
         error = float((own - right).square().mean().sqrt())
         figures = check("a row", float((found[index] - right).square().mean().sqrt()), 2 * error + 1e-6)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,24 +13,15 @@ from torch import Tensor
 from fastsde import solvers
 from fastsde.checkpoints import Checkpoint
 
-from ..suite.case import UnavailableError
+from ..suite.case import UnavailableError, imported
 from ..suite.measure import Run
 from ..tasks.trajectory import Score, Trajectory
 from .tutorial import BETA_MAX, BETA_MIN
 
 
-def _imported(name: str) -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise UnavailableError(f"diffusers is not installed, or has no {name}: pip install diffusers") from error
-
-
 def _score_sde_vp(rows: int, device: torch.device) -> Any:
     """Returns a scheduler with steps of 1/rows on linspace(1, 1/rows, rows), as in the tutorial. It expects eps."""
-    module = _imported("diffusers.schedulers.deprecated.scheduling_sde_vp")
+    module = imported("diffusers.schedulers.deprecated.scheduling_sde_vp", "diffusers")
     scheduler = module.ScoreSdeVpScheduler(beta_min=BETA_MIN, beta_max=BETA_MAX, sampling_eps=1 / rows)
     scheduler.set_timesteps(rows, device=device)
     return scheduler
@@ -64,7 +52,7 @@ def _ddpm(task: Trajectory) -> Any:
     """Returns a scheduler for ancestral sampling on a discrete chain of as many steps, with betas beta(t) / rows."""
     if task.rows < 2 * BETA_MAX:
         raise UnavailableError(f"a DDPM chain of beta(t) / rows needs at least {2 * BETA_MAX} rows, got {task.rows}")
-    diffusers = _imported("diffusers")
+    diffusers = imported("diffusers", "diffusers")
     scheduler = diffusers.DDPMScheduler(
         task.rows, beta_start=BETA_MIN / task.rows, beta_end=BETA_MAX / task.rows, clip_sample=False
     )
@@ -85,7 +73,7 @@ def ddpm_task(task: Trajectory) -> Trajectory:
 
 def _dpm_solver(task: Trajectory) -> Any:
     """Returns a scheduler for DPM-Solver++(2M) with a thousand training steps; its last step is of first order."""
-    diffusers = _imported("diffusers")
+    diffusers = imported("diffusers", "diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
         1000, beta_start=BETA_MIN / 1000, beta_end=BETA_MAX / 1000, final_sigmas_type="zero"
     )

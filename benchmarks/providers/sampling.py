@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from ..suite.case import LEAN, LOOP, Case, Provider, Rank
+from ..suite.case import LEAN, LOOP, Case, Provider, Rank, UnavailableError
 from ..suite.machine import cpu_instructions
 from ..suite.measure import Figures, Run
 from ..tasks.trajectory import Proof, Trajectory
@@ -32,6 +33,11 @@ def case(
     task: Trajectory, proof: Proof, subject: str, name: str, what: str, providers: Sequence[Provider], **options: Any
 ) -> Case:
     """Returns a case of a whole trajectory; the first provider is the baseline."""
+
+    def prepare() -> None:
+        with suppress(UnavailableError):  # the network's library is not installed: each provider says so itself
+            proof.prepare(precisions(task)[0])
+
     return Case(
         subject=subject,
         name=name,
@@ -40,7 +46,7 @@ def case(
         providers=providers,
         baseline=providers[0].name,
         work=task.work,
-        prepare=lambda: proof.prepare(precisions(task)[0]),
+        prepare=prepare,
         network_calls=task.rows,
         **options,
     )

@@ -6,15 +6,13 @@ default for a thousand points and 999 rows, and 16 times for 100 rows.
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..suite.case import UnavailableError
+from ..suite.case import imported
 from ..suite.measure import Figures
 from ..tasks.trajectory import Proof, Score, Trajectory
 from .tutorial import beta_at
@@ -82,13 +80,7 @@ class Increments:
 
 
 def sdeint(task: Trajectory, precision: str) -> Sdeint:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            package = importlib.import_module("torchsde")
-    except ImportError as error:
-        raise UnavailableError("torchsde is not installed: pip install torchsde") from error
-    return Sdeint(task, precision, package)
+    return Sdeint(task, precision, imported("torchsde", "torchsde"))
 
 
 def prove(proof: Proof, precision: str, run: Sdeint, x: Tensor) -> Figures:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -33,6 +35,24 @@ class UnavailableError(Exception):
 
 class WrongError(Exception):
     """A provider computes wrong results."""
+
+
+def imported(name: str, package: str) -> Any:
+    """Imports a module of a library that fastsde does not need, without the library's own warnings.
+
+    Args:
+        package: what pip calls the library.
+
+    Raises:
+        UnavailableError: if it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError as error:
+        lacks = "" if name == package else f", or has no {name}"
+        raise UnavailableError(f"{package} is not installed{lacks}: pip install {package}") from error
 
 
 def check(name: str, error: float, bound: float) -> Figures:

@@ -21,7 +21,10 @@ from fastsde.verify import machine
 from .measure import Figures, fp32_products, seconds
 
 SPECIAL_FLOP = 12  # on a CPU, which has no unit for exp and log: each needs at least 6 fused multiply-adds
-_RIVALS = ("diffusers", "torchsde", "k-diffusion", "sbi", "pytest-benchmark")
+_RIVALS = (
+    *("diffusers", "torchsde", "k-diffusion", "sbi", "azula"),
+    *("jax", "onnxruntime", "openvino", "pytest-benchmark"),
+)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ SUBJECTS = (  # in the order of the tables
     "swiss_roll",
     "mnist",
     "loops",
+    "architectures",
     "fresh_weights",
     "few_steps",
     "train_swiss_roll",

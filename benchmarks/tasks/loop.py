@@ -147,8 +147,9 @@ class LoopProof:
         if kind == "torch":
             torch.manual_seed(SEED)
             return [torch.randn(task.shape, device=task.device) for _ in range(task.draws)]
-        keys = noise.sample_keys(SEED, task.shape[0], device=task.device)
-        return list(noise.normal(keys, torch.arange(task.draws, device=task.device), task.shape[1:]))
+        keys, first = noise.sample_keys(SEED, task.shape[0], device=task.device), int(task.loop.state is not None)
+        steps = torch.arange(first, first + task.draws, device=task.device)  # step 0 is for a start that is drawn
+        return list(noise.normal(keys, steps, task.shape[1:]))
 
 
 def _replayed(loop: Loop, draws: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from fastsde import models
 from fastsde.checkpoints import Checkpoint
 
+Built = TypeVar("Built")
 DIGITS = (1, 28, 28)
 CHANNELS = (32, 64, 128, 256, 256)  # of the tutorial's U-Net
 UNET_KERNELS = 11  # one per convolution
+DDPM_FLOP = 2_675_000_000  # per image of `fastsde.networks.DDPMUNet`, without products with padding
+DDPM_KERNELS = 40  # one per convolution, without those that run beside others
 
 
 def unet_work(channels: Sequence[int] = CHANNELS, size: int = 28, images: int = 1) -> tuple[int, int]:
@@ -45,6 +49,24 @@ def mlp_work(hidden: Sequence[int] = (64, 64, 64), dimensions: int = 2) -> tuple
     return 2 * sum(i * o for i, o in pairwise(widths)), 2 * sum(hidden)
 
 
+def residual_work(dim: int = 2, width: int = 128, blocks: int = 3) -> tuple[int, int]:
+    """Returns (FLOP, special functions) per sample of `fastsde.networks.Residual`.
+
+    The embedding of t is the same for all samples, and so is its part of the first layer. Each element of the others is
+    a sine or a cosine, and a GELU takes an exponential.
+    """
+    return 2 * width * (dim * width + blocks * width + dim), width * (dim + 1 + blocks)
+
+
+def film_work(dim: int = 3, width: int = 128, blocks: int = 2) -> tuple[int, int]:
+    """Returns (FLOP, special functions) per sample of `fastsde.networks.FiLM`.
+
+    What follows from t or from the condition alone is known before, but not from both together: SiLU of their sum, and
+    the scales and shifts. A LayerNorm takes a root and a Mish an exponential and a logarithm.
+    """
+    return 2 * width * (2 * dim + 3 * blocks * width), width + blocks * (1 + 2 * width)
+
+
 def unet_training_work() -> tuple[int, int]:
     """Returns (FLOP, special functions) per sample of a training step of the tutorial's U-Net.
 
@@ -72,23 +94,24 @@ class Unknown(nn.Module):
         return f
 
 
-def fresh(architecture: Callable[[], nn.Module]) -> Checkpoint:
-    """Returns one of the tutorial's networks before training; it predicts the score."""
+def fixed(build: Callable[[], Built]) -> Built:
+    """Returns what is built from random numbers, the same in each run."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Checkpoint(architecture(), prediction="score")
+        return build()
+
+
+def fresh(architecture: Callable[[], nn.Module]) -> Checkpoint:
+    """Returns one of the tutorial's networks before training; it predicts the score."""
+    return Checkpoint(fixed(architecture), prediction="score")
 
 
 def random_unet(width: int, known: bool = True) -> Checkpoint:
     """Returns an untrained U-Net that is ``width`` times as wide as the tutorial's and predicts v."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = models.UNet(channels=[width * each for each in CHANNELS])
+    model: nn.Module = fixed(lambda: models.UNet(channels=[width * each for each in CHANNELS]))
     return Checkpoint(model if known else Unknown(model, DIGITS), prediction="v")
 
 
 def random_mlp(width: int) -> Checkpoint:
     """Returns an untrained MLP for points that predicts v."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Checkpoint(models.MLP(2, (width,) * 3), prediction="v")
+    return Checkpoint(fixed(lambda: models.MLP(2, (width,) * 3)), prediction="v")

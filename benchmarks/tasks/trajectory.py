@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -41,6 +41,7 @@ class Trajectory:
         specials: exponentials and logarithms of the network per sample and call.
         kernels: the fewest dependent GPU kernels in a call of the network; 0 if all rows run in one kernel.
         clocks: the latency of a call in GPU clock cycles, if all rows run in one kernel.
+        conditions: returns the conditions of so many samples on the CPU, by their names as the network's arguments.
     """
 
     load: Callable[[], Checkpoint]
@@ -53,12 +54,19 @@ class Trajectory:
     kernels: int = 0
     clocks: float = 0
     solver: str | solvers.StepTable = "euler_maruyama"
+    conditions: Callable[[int], dict[str, Tensor]] | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         loaded = self.load()
         loaded.model.to(self.device)
         return loaded
+
+    @cached_property
+    def model_kwargs(self) -> dict[str, Tensor]:
+        """The conditions of all samples."""
+        given = {} if self.conditions is None else self.conditions(self.n)
+        return {name: value.to(self.device) for name, value in given.items()}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,24 +101,35 @@ class Trajectory:
         kind = torch.backends.cudnn if self.has_images else torch.backends.cuda.matmul
         return fp32_products(kind, "tf32" if precision == "TF32" else "ieee")
 
-    def reference(self, n: int, precision: str, model: Any = None, **options: Any) -> Tensor:
-        """Returns samples computed in plain PyTorch with the contract's noise, by another model if one is given."""
-        options = {"dtype": dtype_of(precision), **self.options, **options}
+    def reference(self, index: Tensor, precision: str, model: Any = None, **options: Any) -> Tensor:
+        """Returns some samples computed in plain PyTorch with the contract's noise, by another model if one is given.
+
+        Args:
+            index: of the samples.
+        """
+        keys, given = noise.sample_keys(SEED, self.n, device=self.device)[index], self.conditions_of(index)
+        options = {"dtype": dtype_of(precision), "keys": keys, "model_kwargs": given, **self.options, **options}
         with self.precision_of_products(precision):
-            shape = (n, *self.sample_shape)
+            shape = (len(index), *self.sample_shape)
             x: Tensor = fastsde.sample(model or self.checkpoint.model, shape, backend="reference", **options)
         return x
 
+    def conditions_of(self, index: Tensor) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in self.model_kwargs.items()}
+
     def network(self, precision: str, channels_last: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns the network in a precision, with fp32 inputs and outputs; it is a copy for bf16 or channels last."""
-        dtype = dtype_of(precision) or torch.float32
+        """Returns the network in a precision, with fp32 inputs and outputs; it is a copy for bf16 or channels last.
+
+        It is given the conditions of all samples.
+        """
+        dtype, given = dtype_of(precision) or torch.float32, self.model_kwargs
         if precision != "bf16" and not (channels_last and self.has_images):
-            return self.checkpoint.model
+            return partial(self.checkpoint.model, **given) if given else self.checkpoint.model
         layout = torch.channels_last if self.has_images else torch.preserve_format
         model = copy.deepcopy(self.checkpoint.model).to(dtype, memory_format=layout)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            f: Tensor = model(x.to(dtype, memory_format=layout), t.to(dtype))
+            f: Tensor = model(x.to(dtype, memory_format=layout), t.to(dtype), **given)
             return f.float()
 
         return network
@@ -212,11 +231,10 @@ class Proof:
         if x.shape != self.task.shape or not x.isfinite().all():
             raise WrongError(f"samples must be finite and {self.task.shape}, got {tuple(x.shape)}")
 
-    def _chosen(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns indices spread over the batch, and their keys."""
+    def _chosen(self, count: int) -> Tensor:
+        """Returns indices spread over the batch."""
         task = self.task
-        index = torch.linspace(0, task.n - 1, min(task.n, count)).long().to(task.device)
-        return index, noise.sample_keys(SEED, task.n, device=task.device)[index]
+        return torch.linspace(0, task.n - 1, min(task.n, count)).long().to(task.device)
 
 
 class PointsProof(Proof):
@@ -227,8 +245,8 @@ class PointsProof(Proof):
 
     @cached_property
     def _expected(self) -> tuple[Tensor, Tensor]:
-        index, keys = self._chosen(_MANY)
-        return index, self.task.reference(len(keys), "fp32", keys=keys)
+        index = self._chosen(_MANY)
+        return index, self.task.reference(index, "fp32")
 
     def prepare(self, precision: str) -> None:
         assert self._expected
@@ -250,29 +268,29 @@ class ImagesProof(Proof):
         self._own = cache(self._error_of_reference)
 
     @cached_property
-    def _truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        index, keys = self._chosen(_FEW)
-        return index, keys, self.task.reference(len(keys), "fp32", keys=keys, dtype=torch.float64)
+    def _truth(self) -> tuple[Tensor, Tensor]:
+        index = self._chosen(_FEW)
+        return index, self.task.reference(index, "fp32", dtype=torch.float64)
 
     def prepare(self, precision: str) -> None:
         self._own(precision)
 
     def _error(self, x: Tensor) -> float:
-        return float((x - self._truth[2]).square().flatten(1).mean(1).sqrt().median())
+        return float((x - self._truth[1]).square().flatten(1).mean(1).sqrt().median())
 
     def _error_of_reference(self, precision: str) -> float:
         """Returns the error of plain PyTorch; in TF32 at least that of rounded products, whatever cuDNN chooses."""
-        keys, task = self._truth[1], self.task
-        errors = [self._error(task.reference(len(keys), precision, keys=keys))]
+        index, task = self._truth[0], self.task
+        errors = [self._error(task.reference(index, precision))]
         with task.precision_of_products(precision):
             rounded = with_rounded_products(task.checkpoint.model, task.device) if precision != "bf16" else None
         if rounded is not None:
-            errors.append(self._error(task.reference(len(keys), precision, rounded, keys=keys)))
+            errors.append(self._error(task.reference(index, precision, rounded)))
         return max(errors)
 
     def _near(self, precision: str, x: Tensor, more: float) -> Figures:
         self.check_samples(x)
-        index, _, truth = self._truth
+        index, truth = self._truth
         table = self.task.table
         noises = 4e-6 * math.sqrt(1 + float(table.d.abs().sum(dim=1).square().sum()))
         constant = noises + 2.0**-24 * math.sqrt(len(table)) * float(truth.square().mean().sqrt())

@@ -32,8 +32,9 @@ def bench(
 ) -> None:
     """Time fastsde against its alternatives on this machine.
 
-    The tutorial's loops, lean eager PyTorch, torch.compile and, if installed, diffusers and torchsde do the same tasks
-    in turn. An alternative that computes a wrong result gets no time, and the exit code is then 1.
+    The tutorial's loops, lean eager PyTorch, torch.compile and, if installed, diffusers, torchsde, JAX, OpenVINO and
+    ONNX Runtime do the same tasks in turn. An alternative that computes a wrong result gets no time, and the exit code
+    is then 1.
     """
     for option, given in (("--minutes", minutes), ("--out", out)):
         if names_only and given is not None:

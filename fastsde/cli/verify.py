@@ -40,6 +40,8 @@ def verify(
 ) -> None:
     """Check every backend against the reference, on MODEL: a shipped model, a checkpoint or a training run.
 
+    MODEL may also be an untrained network: residual, film, or ddpm-unet if diffusers is installed.
+
     Prints a table of the differences from the reference in float64. The exit code is 1 if a backend fails: if its RMS
     is not finite, or above twice that of plain PyTorch in the same dtype plus a small constant. MODEL defaults to
     swiss-roll.
@@ -47,14 +49,17 @@ def verify(
     from .. import distributed
     from .. import verify as verification
     from ..files import check_writable
+    from ..networks import NETWORKS
 
     if out is not None:
         check_writable(out)
     on_device = distributed.device(device)
-    checkpoint = load_checkpoint(model, on_device)
-    n = n or verification.default_n(checkpoint.shape)
+    named = NETWORKS.get(model)
+    subject = load_checkpoint(model, on_device) if named is None else named
+    n = n or verification.default_n(subject.shape)
     types = [verification.DTYPES[name] for name in dtypes] or None
-    results = verification.verify(checkpoint, n=n, dtypes=types, progress=not quiet, **options)
+    given: Any = subject if named is None else model
+    results = verification.verify(given, n=n, device=on_device, dtypes=types, progress=not quiet, **options)
     about = {"model": model, "n": n, **options, **verification.machine(on_device), "triton": version("triton")}
     if out is not None:
         verification.write_json(out, results, about)

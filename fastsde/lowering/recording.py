@@ -170,7 +170,7 @@ class Recorder(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in inputs:
             needs |= self.needs(value)
         name = str(function._schema.name).partition("::")[2]
-        if torch.Tag.nondeterministic_seeded in function.tags:
+        if torch.Tag.nondeterministic_seeded in function.tags and _draws(function, args, kwargs or {}):
             raise NotLowered(f"{name} draws random numbers", module)
         if name in _READS and needs:
             raise NotLowered(f"Python code reads {_said(needs)} ({name})", module)
@@ -231,6 +231,16 @@ class Recorder(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
             for other in self.values:
                 if other.storage == value.storage and other is not value:
                     other.is_stale = True
+
+
+def _draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether an operation that may draw random numbers does: attention does not without dropout."""
+    names = [argument.name for argument in function._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    default = function._schema.arguments[place].default_value
+    return bool(args[place] if place < len(args) else kwargs.get("dropout_p", default))
 
 
 def _said(needs: Needs) -> str:
