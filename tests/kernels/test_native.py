@@ -22,7 +22,6 @@ from trajectories import trajectory
 
 import fastsde
 from fastsde import VPSDE, StepTable, noise, ops, reference, solvers
-from fastsde.engines.capture import CaptureError
 from fastsde.models import MLP, ConcatTime
 from fastsde.models.activations import ACTIVATIONS
 from fastsde.objective import Objective
@@ -388,7 +387,7 @@ def test_tensors_without_memory_are_refused() -> None:
     sampler = fastsde.Sampler(model, (2,), steps=2, backend="persistent")
     sampler(1)
     model.net[0].weight.untyped_storage().resize_(0)  # as FSDP does between calls
-    with pytest.raises(CaptureError, match="'persistent': a call of it fails: setStorage"):
+    with pytest.raises(RuntimeError, match="setStorage"):  # of PyTorch
         sampler(1)
 
 

@@ -168,6 +168,19 @@ def test_the_network_s_own_errors_are_its_own() -> None:
 
 
 @native
+def test_no_samples_and_conditions_out_of_range() -> None:
+    network, options = Film().eval(), {"steps": 3, "backend": "persistent"}
+    for n in (0, 2, 0):
+        assert fastsde.sample(network, (n, 3), model_kwargs={"c": torch.zeros(n, 2)}, **options).shape == (n, 3)
+    sampler, labels = Sampler(network, (3,), **options), torch.tensor([1, 2, 99])
+    for before in (False, True):
+        if before:
+            sampler(3, model_kwargs={"y": labels % 11})
+        with pytest.raises(IndexError, match=r"at time 1 with model_kwargs 'y' of 1 \.\. 99: index out of range"):
+            sampler(3, model_kwargs={"y": labels})
+
+
+@native
 def test_a_network_that_needs_conditions_is_decided_on_when_they_come() -> None:
     sampler = Sampler(lambda x, t, c: -x * c, (2,), steps=3, backend="persistent")
     c = torch.rand(5, 1)
