@@ -248,6 +248,12 @@ class Builder:
         codes[positions.reshape(-1)] = (numbers[None] + samples).reshape(-1)
         return codes.reshape(tuple(shape))
 
+    def finish(self, operation: Operation, part: Part, positions: Tensor) -> None:
+        """Says that the units of a part are the elements of an operation's result at these positions."""
+        output = operation.outputs[0]
+        assert output is not None
+        self.set(output, self.result(part, positions, output.tensor.shape))
+
     def finished(self, output: Value) -> Program:
         """Returns the program, without what its result does not need."""
         self.at = None
