@@ -7,21 +7,25 @@ global accesses by width, and what should not occur: spills and local memory.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fastsde import VPSDE, StepTable, solvers
 from fastsde.files import atomic_path
+from fastsde.lowering import Program, lower
+from fastsde.models import MLP
 
 CAPABILITIES = (80, 90, 100)
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -239,37 +243,87 @@ def _head_cases() -> Iterator[Case]:
         yield _case(name, kernel.head_convolution_kernel, arguments, kernel._ELEMENTS, kernel.WARPS)
 
 
-def _mlp_cases(capability: int) -> Iterator[Case]:
-    """Yields MLPs of three hidden layers with LogSigmoid for few and for many samples.
+class _Residual(nn.Module):
+    """tiny-diffusion's network: sinusoidal embeddings of t and of both coordinates, and three residual blocks."""
 
-    They are the swiss roll's, also with a table of two slots, a 64-dimensional one, and a wide one.
-    """
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3 * width, width), nn.Linear(width, 2)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.frequencies = torch.exp(-torch.linspace(0, math.log(10_000), width // 2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = torch.cat((25 * x, t[:, None]), -1)[:, :, None] * self.frequencies
+        h = functional.gelu(self.first(torch.cat((angles.sin(), angles.cos()), -1).flatten(1)))
+        for layer in self.layers:
+            h = h + functional.gelu(layer(h))
+        return self.last(h)  # type: ignore[no-any-return]
+
+
+class _Film(nn.Module):
+    """Two blocks with LayerNorm, a scale and a shift from the time and from a condition, and a residual sum."""
+
+    def __init__(self, dim: int = 2, width: int = 64) -> None:
+        super().__init__()
+        self.first, self.last, self.condition = nn.Linear(dim, width), nn.Linear(width, dim), nn.Linear(8, width)
+        self.films = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        h, e = self.first(x), functional.silu(self.condition(c) + t[:, None])
+        for film, norm, layer in zip(self.films, self.norms, self.layers, strict=True):
+            scale, shift = film(e).chunk(2, -1)
+            h = h + layer(functional.silu(norm(h) * (1 + scale) + shift))
+        return self.last(h)  # type: ignore[no-any-return]
+
+
+def _program(network: nn.Module, dim: int, conditions: Sequence[Tensor] = ()) -> Program:
+    return lower(network.eval(), (dim,), torch.linspace(1, 0.01, 5), conditions).program
+
+
+def _networks() -> dict[str, Program]:
+    """Returns networks as programs: those of the swiss roll and of 64 elements, a wide one, and others than MLPs."""
+    return {
+        "2, width 64": _program(MLP(2, (64,) * 3, "LogSigmoid"), 2),
+        "64, width 64": _program(MLP(64, (64,) * 3, "LogSigmoid"), 64),
+        "2, width 256": _program(MLP(2, (256,) * 3, "LogSigmoid"), 2),
+        "2, residual": _program(_Residual(), 2),
+        "2, FiLM": _program(_Film(), 2, (torch.ones(5, 8),)),
+        "2, FiLM of a condition": _program(_Film(), 2, (torch.randn(5, 8),)),
+    }
+
+
+def _mlp_cases(capability: int) -> Iterator[Case]:
+    """Yields networks for few and for many samples, and the swiss roll's also with a table of two slots."""
     from fastsde.kernels import mlp_sampler
     from fastsde.kernels.tile import PROCESSORS
 
-    arguments = {"x_init_ptr": None, "keys_ptr": "*i64", "table_ptr": "*fp32", "biases_ptr": "*fp32"}
-    arguments |= {"out_ptr": "*fp32", "states_ptr": None, "FAST": True}
+    pointers = ("table_ptr", "rows_ptr", "given_ptr", "constants_ptr", "out_ptr")
+    arguments = {**dict.fromkeys(pointers, "*fp32"), "keys_ptr": "*i64"}
+    arguments |= {"x_init_ptr": None, "states_ptr": None, "FAST": True}
     arguments |= dict.fromkeys(("batch", "dim", "rows", "every", "stride"), "i64")
     one_slot, two_slots = solvers.build("euler_maruyama", VPSDE(), 4), _multistep(stochastic=False)
     few, many = 1000, 1_000_000
-    for dim, width, precision, batches, table in (
-        *((2, 64, precision, (few, many), one_slot) for precision in mlp_sampler.PRECISIONS),
-        *((2, 64, precision, (few, many), two_slots) for precision in mlp_sampler.PRECISIONS),
-        (64, 64, "fp32", (few, many), one_slot),
-        (2, 256, "bf16", (many,), one_slot),
+    programs = _networks()
+    for of, precision, batches, table in (
+        *(("2, width 64", precision, (few, many), one_slot) for precision in mlp_sampler.PRECISIONS),
+        *(("2, width 64", precision, (few, many), two_slots) for precision in mlp_sampler.PRECISIONS),
+        ("64, width 64", "fp32", (few, many), one_slot),
+        ("2, width 256", "bf16", (many,), one_slot),
+        *(("2, residual", precision, (few, many), one_slot) for precision in mlp_sampler.PRECISIONS),
+        *(("2, FiLM", precision, (few, many), one_slot) for precision in ("fp32", "bf16")),
+        ("2, FiLM of a condition", "bf16", (few, many), one_slot),
     ):
-        sizes = (dim + 1, width, width, width, dim)
-        layers = [(torch.zeros(outputs, inputs), torch.zeros(outputs)) for inputs, outputs in pairwise(sizes)]
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        packed = mlp_sampler.Packed(layers, ["LogSigmoid"] * 3, dtype)
+        packed = mlp_sampler.Packed(programs[of], torch.device("cpu"), dtype)
         for batch in batches:
             config = mlp_sampler.launch_config(batch, packed, precision, PROCESSORS, capability)
             warps, height = config.pop("num_warps"), config["M"]
             known = {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32", "clip": table.clip and "fp32"}
             known |= mlp_sampler.network_constants(packed, precision) | config
             known |= mlp_sampler.table_constants(table.trajectory_terms)
-            of = "few" if batch == few else "many"
-            name = f"mlp_sampler, {precision}, {of} samples of {dim}, width {width}"
+            name = f"mlp_sampler, {precision}, {'few' if batch == few else 'many'} samples of {of}"
             name += "" if table is one_slot else ", two slots"
             yield _case(name, mlp_sampler.mlp_sampler_kernel, arguments | known, height, warps)
 

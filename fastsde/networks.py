@@ -163,7 +163,8 @@ class Named:
         if not self.condition:
             return {}
         generator = torch.Generator().manual_seed(0)
-        return {"c": torch.randn(n, self.condition, generator=generator, device="cpu").to(device)}
+        drawn = torch.randn(n, self.condition, generator=generator, dtype=torch.float32, device="cpu")
+        return {"c": drawn.to(device)}
 
 
 NETWORKS = {

@@ -20,7 +20,6 @@ _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
 # another network call.
 _TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "runs a whole trajectory in one launch"}
 _WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "noise", "callback")}
-_ONLY_NATIVE = ("guidance", "model_kwargs")  # of the persistent backend: its kernel on a GPU has none of these
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify it.
 # Compiling takes about 10 to 60 s, and saves hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
@@ -65,10 +64,7 @@ def unavailable_reason(
             needs += f" ({ops.native_state()})"
         return f"backend 'persistent' needs {needs}; use 'eager' or 'reference'"
     used = [*options, "compile"] if compile else options
-    lacks = _WITHOUT[backend]
-    if backend == "persistent" and not ops.has_native(device):
-        lacks += _ONLY_NATIVE
-    missing = next((name for name in lacks if name in used), None)
+    missing = next((name for name in _WITHOUT[backend] if name in used), None)
     if missing is not None:
         return f"backend {backend!r} {_TOGETHER[backend]} and does not support {missing}; use 'eager' or 'reference'"
     if backend == "persistent" and network is not None:
@@ -159,9 +155,12 @@ class Planner:
                 request=request,
                 is_asked_for=not self.is_free,
             )
-            if reason is None and (not self.is_free or candidate != "persistent" or persistent.pays(network)):
+            if reason is None and (not self.is_free or candidate != "persistent" or self._pays(request)):
                 return candidate
         raise ValueError(reason)
+
+    def _pays(self, request: Request | None) -> bool:
+        return persistent.pays(self._network, self._sample_shape, self._times, request)
 
     def plan(self, request: Request, max_batch: int | str | None, tell: Callable[[Network], object]) -> Plan:
         """Returns the plan of a request.

@@ -1,18 +1,14 @@
-"""An MLP on a tile of samples, for kernels that keep it on the chip (`mlp_sampler`).
+"""A network on a tile of samples, for kernels that keep it on the chip (`mlp_sampler`).
 
-A layer is one matrix product for each block of its weights (`mlp_packing`). The tile comes in two forms:
+The network is a list of instructions (`program_blocks`), unrolled at compile time. Each makes a register: a block of
+units, or one unit per sample. A linear layer is one matrix product for each block of its weights. The tile comes in two
+forms:
 
 - ``[samples, units]``, for throughput: the activations of one layer are the left operand of the next product, which
   tensor cores take from registers. In fp32 and tf32 the units are taken in the order 0 2 4 6 1 3 5 7 within each group
   of eight, on both sides of a product: a thread's results are then its operands of the next product, with no exchange.
 - ``TRANSPOSED``, ``[units, samples]``, for latency: the weights are the left operand, whose 64 rows fill the tensor
   cores with as few as 8 samples, and the work of a row is spread over four warps.
-
-LogSigmoid and Softplus are computed as min(x, 0) - log2(1 + 2^-|x|): the packing multiplies the layer before by log2(e)
-and the layer after by ln 2. On a GPU that takes two special functions, which have the lowest throughput of all
-instructions: 16 a clock per multiprocessor. For throughput in tf32 and bf16 three of four logarithms are polynomials
-(`_log2_1p`), so that both kinds of work take about as long. Exponentials of two packed bf16 or fp16 numbers gain
-nothing: from sm_80 to sm_100 they compile to two instructions of that unit.
 """
 
 from __future__ import annotations
@@ -20,113 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .philox import special
+from .elements import combined, function
 
-# The activations that `activate` implements, by their names in fastsde/models/activations.py.
-ACTIVATIONS = (
-    *("LogSigmoid", "Softplus", "SiLU", "ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", "GELU", "GELU_tanh", "Mish"),
-    *("Sin", "Identity"),
-)
-BINARY_LOGARITHM = ("LogSigmoid", "Softplus")
-
-
-@triton.jit
-def _exp2_minus_abs(x, FAST: tl.constexpr):
-    """Computes 2^-|x|; the special-function unit applies the absolute value and the sign by itself."""
-    if FAST:
-        return special(x, "{ .reg .f32 m; abs.f32 m, $1; neg.f32 m, m; ex2.approx.ftz.f32 $0, m; }")
-    else:
-        return tl.exp2(-tl.abs(x))
-
-
-@triton.jit
-def _log2_1p(u, PRECISION: tl.constexpr):
-    """Computes log2(1 + u) for u in [0, 1] as u times a polynomial that is minimax in the relative error.
-
-    The error is 5.7e-5 for tf32 and 3.9e-4 for bf16, a ninth and a tenth of the error of rounding the result for the
-    next product. fp32 keeps the special functions: the three products of a layer take longer than they do.
-    """
-    if PRECISION == "bf16":
-        q = 0.3664806092435519 - 0.1072544223 * u
-        return u * (1.4421280943300316 + (q * u - 0.701747258699283) * u)
-    else:
-        tl.static_assert(PRECISION == "tf32", "no polynomial is as good as fp32")
-        q = 0.4418988306344527 + (0.0596515470698109 * u - 0.2271194489777643) * u
-        return u * (1.4426132082633483 + (q * u - 0.7169874149351245) * u)
-
-
-@triton.jit
-def _log2_1p_special(u, FAST: tl.constexpr):
-    return special(1.0 + u, "lg2.approx.ftz.f32 $0, $1;") if FAST else tl.log2(1.0 + u)
-
-
-@triton.jit
-def _softplus2(x, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """Computes log2(1 + 2^-|x|)."""
-    u = _exp2_minus_abs(x, FAST)
-    if PRECISION != "fp32" and not TRANSPOSED:
-        # Of 16 units a thread has four: the odd one in the second half takes the special function, the others do not.
-        M: tl.constexpr = x.shape[0]
-        W: tl.constexpr = x.shape[1]
-        even, odd = tl.split(tl.reshape(u, (M, W // 2, 2)))
-        low, high = tl.split(tl.permute(tl.reshape(odd, (M, W // 16, 2, 4)), (0, 1, 3, 2)))
-        odd = tl.join(_log2_1p(low, PRECISION), _log2_1p_special(high, FAST))
-        odd = tl.reshape(tl.permute(odd, (0, 1, 3, 2)), (M, W // 2))
-        return tl.reshape(tl.join(_log2_1p(even, PRECISION), odd), (M, W))
-    else:
-        return _log2_1p_special(u, FAST)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # never overflows
-
-
-@triton.jit
-def _tanh(x):
-    power = tl.exp(-2.0 * tl.abs(x))  # never overflows
-    magnitude = (1.0 - power) / (1.0 + power)
-    return tl.where(x < 0, -magnitude, magnitude)
-
-
-@triton.jit
-def _tanh_softplus(x):
-    """Computes tanh ln(1 + e^x) = n / (n + 2) with n = e^x (e^x + 2), or both terms divided by e^2x."""
-    u = tl.exp(-tl.abs(x))  # never overflows
-    n = tl.where(x < 0, u * (u + 2.0), 1.0 + 2.0 * u)
-    return n / (n + tl.where(x < 0, 2.0, 2.0 * u * u))
-
-
-@triton.jit
-def activate(x, NAME: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """Applies an activation; LogSigmoid and Softplus are in units of ln 2 (see above)."""
-    if NAME == "LogSigmoid":
-        return tl.minimum(x, 0.0) - _softplus2(x, TRANSPOSED, PRECISION, FAST)
-    elif NAME == "Softplus":
-        return tl.maximum(x, 0.0) + _softplus2(x, TRANSPOSED, PRECISION, FAST)
-    elif NAME == "SiLU":
-        return x * _sigmoid(x)
-    elif NAME == "ReLU":
-        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif NAME == "LeakyReLU":
-        return tl.where(x > 0, x, 0.01 * x)
-    elif NAME == "ELU":
-        return tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)) - 1.0)
-    elif NAME == "Tanh":
-        return _tanh(x)
-    elif NAME == "Sigmoid":
-        return _sigmoid(x)
-    elif NAME == "GELU":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif NAME == "GELU_tanh":
-        return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif NAME == "Mish":
-        return x * _tanh_softplus(x)
-    elif NAME == "Sin":
-        return tl.sin(x)
-    else:
-        tl.static_assert(NAME == "Identity", "an activation that is not one of ACTIVATIONS")
-        return x
+OPERANDS = ("none", "register", "constant", "row")  # the kinds of operands, by their numbers
 
 
 @triton.jit
@@ -218,75 +110,176 @@ def _block(
 
 
 @triton.jit
-def _layer(
-    h,
-    time,
+def _units(WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    return per_unit(tl.arange(0, WIDTH), TRANSPOSED)
+
+
+@triton.jit
+def _tile(x, values, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Broadcasts values to a tile of WIDTH units, of the samples of x."""
+    if TRANSPOSED:
+        return tl.broadcast_to(values, (WIDTH, x.shape[1]))
+    else:
+        return tl.broadcast_to(values, (x.shape[0], WIDTH))
+
+
+@triton.jit
+def _operand(
+    registers,
+    constants_ptr,
+    row_ptr,
+    KIND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Returns an operand of one of `OPERANDS`."""
+    if KIND == 0:
+        return tl.zeros((1, 1), tl.float32)
+    elif KIND == 1:
+        return registers[NUMBER]
+    else:
+        ptr = (row_ptr if KIND == 3 else constants_ptr) + NUMBER
+        return per_unit(tl.load(ptr + tl.arange(0, WIDTH)), TRANSPOSED)
+
+
+@triton.jit
+def _linear(
+    registers,
+    total,
     weights,
     weights_ptr,
-    biases_ptr,
-    FIRST: tl.constexpr,
-    BIAS: tl.constexpr,
-    COUNT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    CODE: tl.constexpr,
+    NUMBER: tl.constexpr,
     BLOCKS: tl.constexpr,
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Returns the COUNT blocks of ``h W + b``, each WIDTH wide, with the blocks of weights from FIRST on."""
-    out = ()
-    for j in tl.static_range(COUNT):
-        unit = j * WIDTH + tl.arange(0, WIDTH)
-        bias = tl.load(biases_ptr + BIAS + unit)
-        if FIRST == 0:
-            bias += time * tl.load(biases_ptr + unit)
-        total = per_unit(bias, TRANSPOSED)
-        if TRANSPOSED:
-            total = tl.broadcast_to(total, (WIDTH, h[0].shape[1]))
-        else:
-            total = tl.broadcast_to(total, (h[0].shape[0], WIDTH))
-        for i in tl.static_range(len(h)):
-            w = _block(weights, weights_ptr, FIRST + j * len(h) + i, BLOCKS, RESIDENT, TRANSPOSED)
-            total = _product(h[i], w, total, TRANSPOSED, PRECISION, FAST)
-        out = out + (total,)  # noqa: RUF005
-    return out
+    """Adds the products of registers with blocks of weights to ``total``."""
+    for i in tl.static_range(4, len(CODE[NUMBER]), 2):
+        w = _block(weights, weights_ptr, CODE[NUMBER][i + 1], BLOCKS, RESIDENT, TRANSPOSED)
+        total = _product(registers[CODE[NUMBER][i]], w, total, TRANSPOSED, PRECISION, FAST)
+    return total
 
 
 @triton.jit
-def _activate_all(
-    h, NAMES: tl.constexpr, NUMBER: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr
+def _sum_of_units(x, FIRST: tl.constexpr, END: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Returns the sum of units FIRST to END - 1 of a register."""
+    WIDTH: tl.constexpr = x.shape[0 if TRANSPOSED else 1]
+    if WIDTH == 1:
+        return x
+    else:
+        if END - FIRST < WIDTH:
+            unit = _units(WIDTH, TRANSPOSED)
+            x = tl.where((unit >= FIRST) & (unit < END), x, 0.0)
+        return tl.sum(x, 0 if TRANSPOSED else 1, keep_dims=True)
+
+
+@triton.jit
+def _mean(registers, CODE: tl.constexpr, NUMBER: tl.constexpr, TRANSPOSED: tl.constexpr):
+    total = None
+    for i in tl.static_range(2, len(CODE[NUMBER]), 3):
+        x = registers[CODE[NUMBER][i]]
+        x = x * x if CODE[NUMBER][1] else x
+        part = _sum_of_units(x, CODE[NUMBER][i + 1], CODE[NUMBER][i + 2], TRANSPOSED)
+        total = part if total is None else total + part
+    return total * CODE[NUMBER][0]
+
+
+@triton.jit
+def _gather(registers, constants_ptr, CODE: tl.constexpr, NUMBER: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Returns a block of units of several registers."""
+    WIDTH: tl.constexpr = CODE[NUMBER][0]
+    found = _tile(registers[0], tl.zeros((1, 1), tl.float32), WIDTH, TRANSPOSED)
+    for i in tl.static_range(1, len(CODE[NUMBER]), 2):
+        x = registers[CODE[NUMBER][i]]
+        number = tl.load(constants_ptr + CODE[NUMBER][i + 1] + _units(WIDTH, TRANSPOSED)).to(tl.int32)
+        if x.shape[0 if TRANSPOSED else 1] > 1:
+            index = _tile(x, tl.maximum(number, 0), WIDTH, TRANSPOSED)
+            x = tl.gather(x, index, 0 if TRANSPOSED else 1)
+        found = tl.where(number >= 0, x, found)
+    return found
+
+
+@triton.jit
+def _instruction(
+    registers,
+    row_ptr,
+    given_ptr,
+    exists,
+    weights,
+    weights_ptr,
+    constants_ptr,
+    NAMES: tl.constexpr,
+    CODE: tl.constexpr,
+    NUMBER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):
+    """Returns the register that an instruction makes."""
+    # All numbers of an instruction are in one tuple, without tuples or names in it, which Triton 3.6 does not take.
     NAME: tl.constexpr = NAMES[NUMBER]
-    out = ()
-    for i in tl.static_range(len(h)):
-        out = out + (activate(h[i], NAME, TRANSPOSED, PRECISION, FAST),)  # noqa: RUF005
-    return out
+    FIRST: tl.constexpr = CODE[NUMBER][0]
+    SECOND: tl.constexpr = CODE[NUMBER][1]
+    if NAME == "linear" or NAME == "fill":
+        total = _operand(registers, constants_ptr, row_ptr, SECOND, CODE[NUMBER][2], CODE[NUMBER][3], TRANSPOSED)
+        total = _tile(registers[0], total, FIRST, TRANSPOSED)
+        of = (registers, total, weights, weights_ptr)
+        return _linear(*of, CODE, NUMBER, BLOCKS, RESIDENT, TRANSPOSED, PRECISION, FAST)
+    elif NAME == "add" or NAME == "subtract" or NAME == "multiply" or NAME == "divide":
+        b = _operand(registers, constants_ptr, row_ptr, SECOND, CODE[NUMBER][2], CODE[NUMBER][3], TRANSPOSED)
+        return combined(registers[FIRST], b, NAME)
+    elif NAME == "given":
+        unit = _units(CODE[NUMBER][2], TRANSPOSED)
+        return tl.load(given_ptr + FIRST + unit, mask=exists & (unit < SECOND), other=0.0)
+    elif NAME == "gather":
+        return _gather(registers, constants_ptr, CODE, NUMBER, TRANSPOSED)
+    elif NAME == "mean":
+        return _mean(registers, CODE, NUMBER, TRANSPOSED)
+    elif NAME == "mask":
+        x = registers[FIRST]
+        return tl.where(_units(x.shape[0 if TRANSPOSED else 1], TRANSPOSED) < SECOND, x, 0.0)
+    elif NAME == "unit":
+        return _sum_of_units(registers[FIRST], SECOND, SECOND + 1, TRANSPOSED)
+    else:
+        return function(registers[FIRST], NAME, SECOND, CODE[NUMBER][2], TRANSPOSED, PRECISION, FAST)
 
 
 @triton.jit
 def network(
     x,
-    time,
+    row_ptr,
+    given_ptr,
+    exists,
     weights,
     weights_ptr,
-    biases_ptr,
-    LAYERS: tl.constexpr,
+    constants_ptr,
+    NAMES: tl.constexpr,
+    CODE: tl.constexpr,
+    RESULT: tl.constexpr,
     BLOCKS: tl.constexpr,
-    ACTIVATIONS: tl.constexpr,
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Returns the MLP's output for a tile and a time; if RESIDENT, ``weights`` come from `load_weights`."""
-    h = (x,)
-    for number in tl.static_range(len(LAYERS)):
-        h = _layer(
-            *(h, time, weights, weights_ptr, biases_ptr),
-            *(LAYERS[number][0], LAYERS[number][1], LAYERS[number][2], LAYERS[number][3]),
-            *(BLOCKS, RESIDENT, TRANSPOSED, PRECISION, FAST),
+    """Returns the network's output for a tile in a row; if RESIDENT, ``weights`` come from `load_weights`.
+
+    Args:
+        row_ptr: the row's numbers.
+        given_ptr: what each sample of the tile is given, or None.
+        exists: which samples of the tile exist.
+    """
+    registers = (x,)
+    for i in tl.static_range(len(CODE)):
+        register = _instruction(
+            *(registers, row_ptr, given_ptr, exists, weights, weights_ptr, constants_ptr),
+            *(NAMES, CODE, i, BLOCKS, RESIDENT, TRANSPOSED, PRECISION, FAST),
         )
-        if number < len(LAYERS) - 1:
-            h = _activate_all(h, ACTIVATIONS, number, TRANSPOSED, PRECISION, FAST)
-    return h[0]
+        registers = registers + (register,)  # noqa: RUF005
+    return registers[RESULT]

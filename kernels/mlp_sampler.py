@@ -1,15 +1,15 @@
-"""A whole trajectory of an MLP score network in one launch.
+"""A whole trajectory of a small score network in one launch.
 
-Each program takes M samples from the prior to the end: all slots of the state stay in registers, and the weights stay
-on the chip if they fit. A layer of the network is one matrix product of the tile (`mlp_network`); the time is an extra
-input, whose weights are added to the bias of the first layer once per row:
+Each program of the grid takes M samples from the prior to the end: all slots of the state stay in registers, and the
+weights stay on the chip if they fit. The network is unrolled at compile time (`mlp_network`, `program_blocks`); what it
+computes from the time alone is given as numbers for each row of the table, and what it computes from a sample's
+conditions as numbers for each sample. A row is
 
-    x = n.s,  h_1 = act(W_1 x + (b_1 + time w_time)),  h_l = act(W_l h_{l-1} + b_l),  f = W_L h_{L-1} + b_L
+    x = n.s,  f = network(x)
 
 and then comes the row's step, as in `solver_step`. Terms that are absent from all rows are dropped at compile time, and
-a slot that takes over another one reuses its registers. The weights are packed (`mlp_packing`) in blocks whose sides
-are powers of two of at least 16, so that a product is never ragged. Precisions: "fp32" (three TF32 products), "tf32"
-and "bf16"; the state, the bias and the activations are fp32 in all of them.
+a slot that takes over another one reuses its registers. Precisions of the network's products: "fp32" (three TF32
+products), "tf32" and "bf16"; the state and all else are fp32 in all of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .mlp_config import PRECISIONS, device_config, launch_config, network_constants, table_constants
 from .mlp_network import load_weights, network, per_sample, per_unit
-from .mlp_packing import MIN_WIDTH, Packed, blocks_of, has_activation
+from .mlp_packing import Packed, unknown_instruction
 from .philox import STREAM_SAMPLING, draw_offset, load_keys, normal
 from .solver_step import data_prediction, new_slot, plus
 from .tile import fast_math, on_device
@@ -31,17 +31,13 @@ from .tile import fast_math, on_device
 __all__ = [
     "PRECISIONS",
     "Packed",
-    "has_activation",
     "launch_config",
     "mlp_sampler",
     "mlp_sampler_kernel",
     "network_constants",
     "table_constants",
+    "unknown_instruction",
 ]
-
-PRECISIONS = ("fp32", "tf32", "bf16")
-_SLOT_0 = (1, *(0,) * 7)  # the kinds of n if slot 0 itself is the network's input
-_RESIDENT_BYTES = 88 * 1024  # of shared memory, available on every GPU from sm_80 on
 
 
 @triton.jit
@@ -96,8 +92,10 @@ def mlp_sampler_kernel(
     x_init_ptr,
     keys_ptr,
     table_ptr,
+    rows_ptr,
+    given_ptr,
     weights_ptr,
-    biases_ptr,
+    constants_ptr,
     out_ptr,
     states_ptr,
     clip,
@@ -109,9 +107,12 @@ def mlp_sampler_kernel(
     M: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
-    LAYERS: tl.constexpr,
+    NAMES: tl.constexpr,
+    CODE: tl.constexpr,
+    RESULT: tl.constexpr,
     BLOCKS: tl.constexpr,
-    ACTIVATIONS: tl.constexpr,
+    ROW_WIDTH: tl.constexpr,
+    GIVEN_WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -141,13 +142,16 @@ def mlp_sampler_kernel(
     for index in range(rows):
         row = zero + index  # the interpreter counts in plain ints
         row_ptr = table_ptr + row * WIDTH
-        # The stride is 0, which the compiler cannot know: it reloads the biases in each row. Kept in registers from row
-        # to row, they would make others spill.
+        # The stride is 0, which the compiler cannot know: it reloads constants in each row. Kept in registers from row
+        # to row, they would make others spill. All pointers take part, since Triton arranges those products alike that
+        # it can see to be connected.
         nothing = tl.multiple_of(row * stride, 16)
         x = _network_input(slots, row_ptr, SLOTS, KINDS, HAS_INPUT)
+        numbers_ptr = rows_ptr + nothing + row * ROW_WIDTH
+        sample_ptr = given_ptr + nothing + sample * GIVEN_WIDTH
         f = network(
-            *(x, tl.load(row_ptr), weights, weights_ptr + nothing, biases_ptr + nothing),
-            *(LAYERS, BLOCKS, ACTIVATIONS, RESIDENT, TRANSPOSED, PRECISION, FAST),
+            *(x, numbers_ptr, sample_ptr, sample < batch, weights, weights_ptr + nothing, constants_ptr + nothing),
+            *(NAMES, CODE, RESULT, BLOCKS, RESIDENT, TRANSPOSED, PRECISION, FAST),
         )
         data = None
         if HAS_DATA:
@@ -165,81 +169,12 @@ def mlp_sampler_kernel(
     _store(out_ptr, slots[0], sample, unit, batch, dim)
 
 
-def is_resident(packed: Packed, precision: str) -> bool:
-    """Returns whether the weights stay in shared memory from row to row."""
-    copies = 2 if precision == "fp32" else 1  # the leading bits and the remainder
-    return copies * packed.nbytes <= _RESIDENT_BYTES
-
-
-def network_constants(packed: Packed, precision: str) -> dict[str, object]:
-    """Returns the compile-time constants of an MLP."""
-    return {
-        "P": triton.next_power_of_2(triton.cdiv(packed.dim, 4)),
-        "D": blocks_of(packed.dim)[1],
-        "LAYERS": packed.layers,
-        "BLOCKS": packed.blocks,
-        "ACTIVATIONS": packed.activations,
-        "RESIDENT": is_resident(packed, precision),
-        "PRECISION": precision,
-    }
-
-
-def table_constants(terms: Any) -> dict[str, object]:
-    """Returns the compile-time constants of a table, from its `StepTable.trajectory_terms`."""
-    return {
-        "SLOTS": terms.slots,
-        "KINDS": terms.columns,
-        "HAS_INPUT": terms.n != _SLOT_0[: terms.slots],
-        "HAS_DATA": terms.has_data,
-        "HAS_NOISE": terms.has_noise,
-    }
-
-
-def launch_config(
-    batch: int, packed: Packed, precision: str, processors: int, capability: int
-) -> dict[str, int | bool]:
-    """Returns the form and the height of the tiles that a batch is cut into, and their warps.
-
-    Few samples are cut into transposed tiles of 8, for latency; many into tiles as high as the product of a warp group.
-    In fp32, whose operands come in two parts, many dimensions and wide layers would spill a hundred registers in those:
-    they use transposed tiles for any batch.
-
-    Args:
-        processors: how many multiprocessors the GPU has.
-        capability: 10 times the compute capability.
-    """
-    few = batch <= 16 * processors
-    blocks = max(count for _, _, count, _ in packed.layers)  # of the widest layer
-    narrow = blocks == 1 and packed.dim <= MIN_WIDTH
-    if few and (precision == "fp32" or is_resident(packed, precision)):
-        # A warp for each 16 units. Not four warps on sm_100 for narrow networks: those would use the tensor memory, and
-        # the way there and back takes longer than so small a product.
-        widest = max(width for *_, width in packed.layers)
-        return {"M": 8, "TRANSPOSED": True, "num_warps": min(widest // 16, 2 if narrow and capability >= 100 else 4)}
-    if precision == "fp32" and not narrow:
-        return {"M": 16 if blocks == 1 else 8, "TRANSPOSED": True, "num_warps": 4}
-    if blocks > 2 and capability >= 100:  # Triton 3.6 compiles to an empty program if there is too little tensor memory
-        return {"M": 16, "TRANSPOSED": True, "num_warps": 4}
-    if capability < 90 and precision == "fp32":  # in larger tiles more registers spill
-        return {"M": 32, "TRANSPOSED": False, "num_warps": 2}
-    # From sm_100 on the accumulator of a product is in tensor memory, so that more warps can share the rest of a tile.
-    warps = 8 if packed.dim > MIN_WIDTH or capability >= 100 else 4
-    return {"M": 64, "TRANSPOSED": False, "num_warps": warps}
-
-
-def _device_config(batch: int, packed: Packed, precision: str, device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return launch_config(batch, packed, precision, 1, 90)
-    properties = torch.cuda.get_device_properties(device)
-    capability = properties.major * 10 + properties.minor
-    return launch_config(batch, packed, precision, properties.multi_processor_count, capability)
-
-
 def mlp_sampler(
     packed: Packed,
     table: Tensor,
     keys: Tensor,
     *,
+    vectors: Any,
     terms: Any,
     x_init: Tensor | None = None,
     clip: float | None = None,
@@ -254,6 +189,7 @@ def mlp_sampler(
     Args:
         table: fp32 ``[K, 2 + 5 m + m^2]`` on the device, as for `solver_step`.
         keys: int64 ``[B, 2]``.
+        vectors: the program's numbers (`fastsde.lowering.Vectors`), with K rows and B samples.
         terms: which coefficients are zero, or one, in all rows (`StepTable.trajectory_terms`).
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.
         states: fp32 ``[K // every + 1, B, d]``, from the initial state on.
@@ -268,15 +204,17 @@ def mlp_sampler(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if batch:
-        weights, biases = packed.read()
-        config = _device_config(batch, packed, precision, out.device)
+        weights, constants, rows, given = packed.read(vectors)
+        config = device_config(batch, packed, precision, out.device)
         with on_device(out):
             mlp_sampler_kernel[(triton.cdiv(batch, config["M"]),)](
                 x_init,
                 keys,
                 table,
+                table if rows is None else rows,  # of which nothing is read
+                table if given is None else given,
                 weights,
-                biases,
+                constants,
                 out,
                 states,
                 None if clip is None else float(clip),

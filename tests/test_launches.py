@@ -33,7 +33,7 @@ EXPECTED = {
     "call around its rows, U-Net, reference": 384,
     "call around its rows, U-Net, eager": 23,
     "call around its rows, U-Net, graph": 30,
-    "call of all rows, MLP, persistent": 8,
+    "call of all rows, MLP, persistent": 12,
     "step of the MLP, no average, reference": 53,
     "step of the MLP, no average, captured": 30,
     "step of the MLP, reference": 54,

@@ -1,6 +1,6 @@
 """The persistent engine: the whole trajectory of a small network in one launch, by the kernel ``mlp_sampler``.
 
-On the CPU it runs any network that is lowered to a program (`fastsde.lowering`), in fp32. On a GPU it runs MLPs.
+It runs any network that is lowered to a program (`fastsde.lowering`): on the CPU in fp32, on a GPU in fp32 or bf16.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, tf32
-from ..models import Preconditioned
-from ..models.mlp import MLP, unknown_layer
+from ..lowering import Vectors
 from ..reference import NonFiniteError
 from ..request import Request
 from . import eager
@@ -24,6 +23,7 @@ from .programs import CALL_FAILS, numbers_of, program_of
 __all__ = ["pays", "run", "unavailable_reason"]
 
 _FP32_WIDTH = 64
+_COMPILE_S = 20.0
 
 
 def unavailable_reason(
@@ -43,66 +43,32 @@ def unavailable_reason(
             that cannot be called without conditions is not refused before they are known.
     """
     dtypes = (torch.float32,) if ops.has_native(device) else (torch.float32, torch.bfloat16)
-    if not ops.has_native(device):
-        return _no_mlp_reason(network, sample_shape, device, dtypes)
     if network.dtype not in dtypes:
-        return _wrong_dtype(network, device, dtypes)
+        return f"on {device.type} it runs networks in {' or '.join(map(str, dtypes))}, not in {network.dtype}"
     times = torch.ones(1, dtype=torch.float32, device=device) if times is None else times
     found = program_of(network, sample_shape, times, request, trusts=(tuple,) if is_asked_for else (tuple, str))
-    if not isinstance(found, str) or (is_asked_for and request is None and found.startswith(CALL_FAILS)):
-        return None
+    if not isinstance(found, str) or (is_asked_for and found.startswith(CALL_FAILS)):
+        return None  # the call itself raises the network's error
     return found
 
 
-def _wrong_dtype(network: Network, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    return f"on {device.type} it runs networks in {' or '.join(map(str, dtypes))}, not in {network.dtype}"
+def pays(network: Network, sample_shape: Sequence[int], times: Tensor, request: Request | None) -> bool:
+    """Returns whether "auto" picks the engine for a network that it can run. On a GPU it does not for wide values in
+    fp32, whose weights do not stay on the chip, nor for programs that take long to compile. The number of samples must
+    not matter, or a sample would depend on its batch by more than the rounding of one precision.
 
-
-def _no_mlp_reason(
-    network: Network, sample_shape: Sequence[int], device: torch.device, dtypes: Sequence[torch.dtype]
-) -> str | None:
-    layers = network.layers
-    if layers is None:
-        reason = "it only runs MLPs: Sequentials of Linear layers and activations between them"
-        if isinstance(network.model, Preconditioned):
-            return f"{reason}, not EDM's preconditioning of them"
-        strange = unknown_layer(network.model)
-        return reason if strange is None else f"{reason}, got {strange}"
-    if network.dtype not in dtypes:
-        return _wrong_dtype(network, device, dtypes)
-    linears, activations = layers
-    dim, width = linears[-1].out_features, max(linear.out_features for linear in linears)
-    max_dim, max_width = ops.mlp_limits(device)
-    if linears[0].in_features != dim + 1 or dim > max_dim or width > max_width:
-        return f"it runs MLPs of x and t with up to {max_dim} data and {max_width} hidden units"
-    unknown = ops.unknown_activation(activations, device)
-    if unknown is not None:
-        return f"its kernel on {device.type} does not implement the activation {unknown}"
-    fits = math.prod(sample_shape) == dim if isinstance(network.model, MLP) else tuple(sample_shape) == (dim,)
-    return None if fits else f"the network takes samples of {dim} elements, not of shape {list(sample_shape)}"
-
-
-def pays(network: Network) -> bool:
-    """Returns whether "auto" picks the engine: on a GPU not for wide layers in fp32, whose weights do not stay on the
-    chip and which take long to compile. The number of samples must not matter, or a sample would depend on its batch by
-    more than the rounding of one precision.
+    Args:
+        times, request: as for `unavailable_reason`.
     """
     if ops.has_native(network.device):
         return True
-    linears, _ = network.layers or ([], [])
-    return network.dtype == torch.bfloat16 or all(linear.out_features <= _FP32_WIDTH for linear in linears)
-
-
-def _packed(network: Network) -> Any:
-    """Returns the MLP's parameters as the Triton kernel reads them, packed again if they are not the same as before."""
-    linears, activations = network.layers or ([], [])
-    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
-    identity = (activations, [(id(t), t.data_ptr(), t.shape, t.stride()) for t in tensors])
-    known, packed = network.kept.packed.get(network.dtype, (None, None))
-    if known != identity:
-        packed = ops.pack_mlp(linears, activations, network.dtype)
-        network.kept.packed[network.dtype] = (identity, packed)
-    return packed
+    found = program_of(network, sample_shape, times, request, trusts=(tuple, str))
+    if isinstance(found, str):
+        return False
+    lowered, packed = found
+    if packed.compile_seconds(_precision(network, network.device)) > _COMPILE_S:
+        return False
+    return network.dtype == torch.bfloat16 or max(lowered.program.widths) <= _FP32_WIDTH
 
 
 def _precision(network: Network, device: torch.device) -> str:
@@ -122,8 +88,7 @@ def run(network: Network, request: Request) -> Tensor:
     x_init = None if draws else request.start().reshape(batch, dim)
     states, every = (None, 1) if recorder is None else (recorder.states, recorder.every)
     kept = None if states is None else states.new_empty((len(states), batch, dim))
-    is_native = ops.has_native(request.keys.device)
-    packed, vectors = numbers_of(network, request) if is_native else (_packed(network), None)
+    packed, vectors = _numbers(network, request)
     out = ops.launch_mlp_sampler(
         packed,
         request.table,
@@ -141,6 +106,14 @@ def run(network: Network, request: Request) -> Tensor:
     if states is not None and kept is not None:
         states.copy_(kept.reshape(states.shape))
     return out.reshape(request.shape)
+
+
+def _numbers(network: Network, request: Request) -> tuple[Any, Vectors]:
+    try:
+        return numbers_of(network, request)
+    except Exception:
+        eager.run(network, request.probe())  # raises the network's own error, with its arguments, if it was that
+        raise
 
 
 def _raise(network: Network, request: Request, bad: int) -> None:

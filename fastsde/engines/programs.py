@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .. import ops
+from ..dynamo import untraced
 from ..lowering import Lowered, NotLowered, Vectors, described, is_shared, lower
 from ..notices import first_line
 from ..request import Request
@@ -28,11 +29,12 @@ _OTHERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-_PARAMETERS, _WIDTH = 8_000_000, 4096
+_PARAMETERS = 8_000_000
 _PROGRAMS = 16  # kept per network
 CALL_FAILS = "a call of it fails"  # how that reason starts
 
 
+@untraced
 def program_of(
     network: Network, sample_shape: Sequence[int], times: Tensor, request: Request | None, trusts: Collection[type]
 ) -> tuple[Lowered, Any] | str:
@@ -44,15 +46,16 @@ def program_of(
         trusts: which kinds of earlier results are taken without a look at whether the network has changed since:
             ``str`` for reasons, ``tuple`` for programs.
     """
+    dtype, network = network.dtype, network.in_fp32()
     conditions = _conditions(request)
-    key = _key(network, sample_shape, request, conditions)
+    key = (dtype, *_key(network, sample_shape, request, conditions))
     kept = network.kept.programs
     if key in kept:
         state, found = kept[key]
         if type(found) in trusts or state.is_run_as(network.state()):
             kept.move_to_end(key)
             return found  # type: ignore[no-any-return]
-    made = _made(network, sample_shape, times, request, conditions)
+    made = _made(network, dtype, sample_shape, times, request, conditions)
     if isinstance(made, str) and made.startswith(CALL_FAILS):
         return made
     kept[key] = (network.state(), made)
@@ -84,20 +87,34 @@ def _conditions(request: Request | None) -> tuple[Mapping[str, Any], ...]:
     if request is None:
         return ({},)
     model_kwargs, uncond_kwargs = request.conditions
+    if not request.shape[0]:  # conditions of no sample: any one will do, to run nothing
+        model_kwargs = {name: _one(value) for name, value in model_kwargs.items()}
+        uncond_kwargs = None if uncond_kwargs is None else {name: _one(value) for name, value in uncond_kwargs.items()}
     return (model_kwargs,) if uncond_kwargs is None else (model_kwargs, uncond_kwargs)
+
+
+def _one(value: Any) -> Any:
+    return value.new_zeros((1, *value.shape[1:])) if isinstance(value, Tensor) else value
 
 
 def _key(network: Network, sample_shape: Sequence[int], request: Request | None, conditions: Any) -> tuple[Any, ...]:
     leaves, spec = tree_flatten(conditions)
     kinds = [(leaf.shape[1:], leaf.dtype, is_shared(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    autocast = torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled(network.device.type)
     guidance = None if request is None else request.guidance
-    return network.form(), tuple(sample_shape), str(spec), repr(kinds), guidance, autocast
+    where = network.device, ops.has_native(network.device)
+    return where, network.form(), tuple(sample_shape), str(spec), repr(kinds), guidance, autocast
 
 
 def _made(
-    network: Network, sample_shape: Sequence[int], times: Tensor, request: Request | None, conditions: Any
+    network: Network,
+    dtype: torch.dtype,
+    sample_shape: Sequence[int],
+    times: Tensor,
+    request: Request | None,
+    conditions: Any,
 ) -> tuple[Lowered, Any] | str:
+    """Returns a program of a network in fp32, packed for products in a dtype, or why there is none."""
     reason = _unsuitable(network, sample_shape)
     if reason is not None:
         return reason
@@ -127,13 +144,13 @@ def _made(
     except Exception as error:  # the network's own, which the caller sees when it runs
         return f"{CALL_FAILS}: {first_line(error)}"
     program = lowered.program
-    widest = max(program.widths)
-    if widest > _WIDTH:
-        return f"it has {widest} units side by side, more than {_WIDTH}"
+    widest, (_, most) = max(program.widths), ops.mlp_limits(network.device)
+    if widest > most:
+        return f"it has {widest} units side by side, more than {most}"
     unknown = ops.unknown_instruction(program.names, network.device)
     if unknown is not None:
         return f"its kernel on {network.device.type} has no {unknown}"
-    return lowered, ops.pack_program(program, network.device)
+    return lowered, ops.pack_program(program, network.device, dtype)
 
 
 def _unsuitable(network: Network, sample_shape: Sequence[int]) -> str | None:

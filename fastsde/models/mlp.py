@@ -14,7 +14,7 @@ from ..validation import check_ints
 from .activations import ACTIVATIONS, name_of
 from .hooks import is_hooked
 
-__all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers", "unknown_layer"]
+__all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers"]
 
 
 class MLP(nn.Module):
@@ -124,15 +124,6 @@ def _fit(linears: Sequence[nn.Linear]) -> bool:
             return False
         width = out
     return True
-
-
-def unknown_layer(model: object) -> str | None:
-    """Returns the class name of the first layer of a Sequential that is neither Linear nor an activation, or None."""
-    net = model.net if isinstance(model, ConcatTime) else model
-    if not isinstance(net, nn.Sequential):
-        return None
-    unknown = (type(layer).__name__ for layer in net if type(layer) is not nn.Linear and name_of(layer) is None)
-    return next(unknown, None)
 
 
 def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:

@@ -8,7 +8,7 @@ needed that a kernel does not have. Each kernel is a ``torch.library`` operation
 from __future__ import annotations
 
 from .dispatch import has_kernels, has_native, has_triton, is_plain, kernel, multiplies_bf16, native_state
-from .mlp import launch_mlp_sampler, mlp_limits, pack_mlp, pack_program, unknown_activation, unknown_instruction
+from .mlp import launch_mlp_sampler, mlp_limits, pack_program, unknown_instruction
 from .objective import coefficients, data_order, dsm_loss, perturb, step_coefficients, training_times
 from .step import (
     Stepper,
@@ -41,7 +41,6 @@ __all__ = [
     "native_state",
     "new_status",
     "normal",
-    "pack_mlp",
     "pack_program",
     "perturb",
     "sample_keys",
@@ -49,6 +48,5 @@ __all__ = [
     "step_coefficients",
     "step_counter",
     "training_times",
-    "unknown_activation",
     "unknown_instruction",
 ]

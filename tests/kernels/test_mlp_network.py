@@ -13,10 +13,10 @@ from fastsde.models.activations import ACTIVATIONS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-mlp_network = pytest.importorskip("fastsde.kernels.mlp_network")
+elements = pytest.importorskip("fastsde.kernels.elements")
 tile = pytest.importorskip("fastsde.kernels.tile")
 
-# The relative error of log2(1 + u) in `mlp_network._log2_1p`; in fp32 a few roundings.
+# The relative error of log2(1 + u) in `elements._log2_1p`; in fp32 a few roundings.
 LOGARITHM = {"fp32": 0.0, "tf32": 5.7e-5, "bf16": 3.94e-4}
 
 
@@ -27,17 +27,20 @@ def _activate_kernel(
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
     NAME: tl.constexpr,  # noqa: N803
+    P: tl.constexpr,  # noqa: N803
     TRANSPOSED: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
     FAST: tl.constexpr,  # noqa: N803
 ):
     offset = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(out_ptr + offset, mlp_network.activate(tl.load(x_ptr + offset), NAME, TRANSPOSED, PRECISION, FAST))
+    tl.store(out_ptr + offset, elements.function(tl.load(x_ptr + offset), NAME, P, 0.0, TRANSPOSED, PRECISION, FAST))
 
 
 def _activate(x: Tensor, name: str, transposed: bool, precision: str) -> Tensor:
     out = torch.full_like(x, torch.nan)
-    _activate_kernel[(1,)](x, out, *x.shape, name, transposed, precision, tile.fast_math(x))
+    _activate_kernel[(1,)](
+        x, out, *x.shape, name, {"LeakyReLU": 0.01, "ELU": 1.0}.get(name, 0.0), transposed, precision, tile.fast_math(x)
+    )
     return out
 
 
@@ -45,10 +48,10 @@ def _activate(x: Tensor, name: str, transposed: bool, precision: str) -> Tensor:
 @pytest.mark.parametrize("precision", LOGARITHM)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_activations_of_a_tile(triton_device: torch.device, name: str, precision: str, transposed: bool) -> None:
-    assert name in mlp_network.ACTIVATIONS
+    assert name in elements.ACTIVATIONS
     # Every value occurs in every part of the tile, since only some parts use the polynomial.
     x = torch.linspace(-30, 30, 16 * 64, device=triton_device)[torch.randperm(16 * 64)].reshape(16, 64)
-    binary = name in mlp_network.BINARY_LOGARITHM
+    binary = name in ("LogSigmoid", "Softplus")
     exact = ACTIVATIONS[name].build()(x.double() * math.log(2) if binary else x.double())
     exact = exact / math.log(2) if binary else exact
     error = (_activate(x, name, transposed, precision).double() - exact).abs()

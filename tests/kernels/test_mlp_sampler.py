@@ -15,6 +15,7 @@ from trajectories import packed_for, trajectory
 
 import fastsde
 from fastsde import VPSDE, StepTable, checkpoints, noise, ops, reference, solvers
+from fastsde.lowering import Instruction, Part, Program, Vectors
 from fastsde.models import MLP, ConcatTime
 from fastsde.models.activations import ACTIVATIONS, Activation
 
@@ -70,29 +71,30 @@ def test_an_activation_that_it_does_not_have_is_refused_and_runs_elsewhere(
     sampler = fastsde.Sampler(model.to(device), (2,), solver=TABLE, device=device)
     assert sampler.backend in ("graph", "eager")
     _assert_close(sampler(5, seed=3).cpu(), expected)
-    why = f"its kernel on {device.type} does not implement the activation Hardswish"
-    if ops.has_native(device):
-        why = r"Hardswish \(net.1\): hardswish: a program has no such operation"
+    why = r"Hardswish \(net.1\): hardswish: a program has no such operation"
     with pytest.raises(ValueError, match=f"'persistent': {why}"):
         fastsde.Sampler(model, (2,), backend="persistent", device=device)
-    if not ops.has_native(device):
-        with pytest.raises(ValueError, match=r"activation must be one .*got 'Hardswish'"):
-            _run(model, 5, device)
 
 
-def test_an_activation_without_a_formula_is_no_identity(
-    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["log", "a function without a formula"])
+def test_an_instruction_that_it_does_not_have_is_no_identity(
+    triton_device: torch.device, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsde.kernels.mlp_packing.ACTIVATIONS", ("Hardswish",))
-    monkeypatch.setitem(ACTIVATIONS, "Hardswish", Activation(nn.Hardswish))
+    program = Program((2, 0, 2), (Instruction(kind, 2, 2, Part(0, 0, 2)),), Part(2, 0, 2), 0)
+    assert ops.unknown_instruction(program.names, triton_device) == kind
+    with pytest.raises(ValueError, match=f"the kernel has no instruction '{kind}'"):
+        ops.pack_program(program, triton_device)
+    monkeypatch.setattr("fastsde.kernels.mlp_packing._KINDS", (kind,))
+    keys = noise.sample_keys(3, 5, device=triton_device)
+    vectors = Vectors([], [], *(torch.empty(n, 0, device=triton_device) for n in (5, 5)))
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        _run(MLP(2, (16,), "Hardswish"), 5, triton_device)
+        ops.launch_mlp_sampler(ops.pack_program(program, triton_device), TABLE, keys, vectors=vectors)
     # The compiler names the line of the kernel, and in the causes those of the functions that it calls.
     messages, error = [], caught.value
     while error is not None:
         messages.append(str(error))
         error = error.__cause__
-    assert "not one of ACTIVATIONS" in messages[-1]
+    assert "not one of FUNCTIONS" in messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int
     packed, vectors = packed_for(copy.deepcopy(model), TABLE, n, device)
     guarded = torch.full((n + 2, 2), math.nan, device=device)
     keys = noise.sample_keys(3, n, device=device)
-    options = {"terms": TABLE.trajectory_terms} | ({} if vectors is None else {"vectors": vectors})
+    options = {"terms": TABLE.trajectory_terms, "vectors": vectors}
     kernel.mlp_sampler(packed, TABLE.on(device), keys, **options, out=guarded[1 : n + 1])
     assert guarded[0].isnan().all()
     assert guarded[-1].isnan().all()

@@ -27,6 +27,14 @@ TENSORS = {
     "dsm_loss": (2, 0),  # the data are read only if their coefficient is not zero
     "dsm_loss, backward": (2, 1),
 }
+KNOWN_SPILLS = {  # of a few registers, all but the first
+    ("mlp_sampler, bf16, many samples of 2, width 256", 80),
+    ("mlp_sampler, fp32, few samples of 2, FiLM", 100),  # twice the samples would spill none, and take longer
+    # With Triton 3.6.
+    ("mlp_sampler, fp32, few samples of 64, width 64", 90),
+    ("mlp_sampler, bf16, few samples of 2, FiLM of a condition", 90),
+    ("mlp_sampler, bf16, few samples of 2, FiLM of a condition", 100),
+}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ACCESSES = 4  # of 128 bits, for the 16 elements of a thread
@@ -55,11 +63,8 @@ def test_every_variant_is_compiled_for_every_generation(reports: list[dict[str, 
 
 
 def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
-    def spills(report: dict[str, Any]) -> bool:
-        known = report["name"].endswith("width 256") and report["capability"] == 80
-        return not known and bool(report["stack_bytes"] or report["local_accesses"])
-
-    assert not _names(reports, spills)
+    found = _names(reports, lambda report: report["stack_bytes"] or report["local_accesses"])
+    assert set(found) <= KNOWN_SPILLS
 
 
 def test_large_tiles_multiply_on_the_tensor_cores_of_their_generation(reports: list[dict[str, Any]]) -> None:
