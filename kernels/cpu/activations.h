@@ -86,7 +86,7 @@ static inline void activate(Floats x, float parameter, Floats& value, Floats& de
     } else if constexpr (KIND == SIN) {
         sin_cos(x, value, derivative);
     } else if constexpr (KIND == GELU) {
-        const Floats below = 0.5f + 0.5f * erf(x * 0.707106781f);
+        const Floats below = normal_below(x);
         value = x * below;
         derivative = below + x * (0.398942280f * exp2_negative(x * x * -0.721347520f));
     } else {

@@ -162,7 +162,15 @@ class Samples {
             const Instruction& first = network_.program[i];
             const bool grouped = first.operation >= MEAN;
             for_rows(grouped ? first.width / first.depth : first.width, [&](int64_t begin, int64_t end) {
-                for (int64_t at = i; at < next; at++) compute(network_.program[at], of_row, begin, end);
+                for (int64_t at = i; at < next; at++) {
+                    const Instruction* k = network_.program + at;
+                    if (at + 1 < next && is_cosine_of(k[1], k[0])) {
+                        run_sine_and_cosine(k[0], k[1], units_, begin, end);
+                        mirror(k[0], begin, end), mirror(k[1], begin, end), at++;
+                    } else {
+                        compute(*k, of_row, begin, end);
+                    }
+                }
             });
         }
         return units_.at(network_.result);
@@ -176,6 +184,11 @@ class Samples {
             run_groups(k, units_, first, end);
         else
             run_elements(k, units_, of_row, first, end);
+        mirror(k, first, end);
+    }
+
+    // Writes rows of a result to where products of few samples read them.
+    void mirror(const Instruction& k, int64_t first, int64_t end) {
         if (!few_ || !k.feeds_linear) return;
         const int64_t each = k.operation == LAYER_NORM || k.operation == RMS_NORM ? k.depth : 1;
         to_rows(units_.to(k.out + first * each), (end - first) * each, k.out + first * each);

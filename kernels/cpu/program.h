@@ -115,6 +115,26 @@ static inline void activate(const Instruction& k, const Units& units, int64_t fi
     });
 }
 
+// Whether an instruction is the cosine of what the one before it is the sine of: embeddings have both.
+static inline bool is_cosine_of(const Instruction& k, const Instruction& before) {
+    return k.operation == COS && before.operation == ACTIVATION && before.activation == SIN && k.a == before.a &&
+           k.a_step == before.a_step && k.width == before.width;
+}
+
+// Computes rows of a sine and its cosine.
+static inline void run_sine_and_cosine(const Instruction& sine, const Instruction& cosine, const Units& units,
+                                       int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; row++) {
+        const float* a = units.at(sine.a + row * sine.a_step);
+        float *to_sine = units.to(sine.out + row), *to_cosine = units.to(cosine.out + row);
+        for (int64_t i = 0; i < units.samples; i += LANES) {
+            Floats s, c;
+            sin_cos(load(a + i), s, c);
+            store(to_sine + i, s), store(to_cosine + i, c);
+        }
+    }
+}
+
 // Computes rows ``first`` to ``end - 1`` of an elementwise instruction.
 static inline void run_elements(const Instruction& k, const Units& units, const float* of_row, int64_t first,
                                 int64_t end) {

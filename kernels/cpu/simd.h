@@ -78,6 +78,21 @@ static inline bool any_nan(Floats v) {
     return false;
 }
 
+// Returns whether any lane of a comparison holds.
+static inline bool any(Ints lanes) {
+#if defined(FASTSDE_AVX512)
+    return _mm512_movepi32_mask((__m512i)lanes) != 0;
+#elif defined(FASTSDE_AVX2)
+    return _mm256_movemask_ps((__m256)lanes) != 0;
+#elif defined(FASTSDE_SSE2)
+    return _mm_movemask_ps((__m128)lanes) != 0;
+#else
+    for (int i = 0; i < LANES; i++)
+        if (lanes[i]) return true;
+    return false;
+#endif
+}
+
 // Returns the sum of all lanes, adding halves to halves.
 static inline float sum_of(Floats v) {
 #if defined(__x86_64__)
@@ -177,9 +192,8 @@ static inline Floats polynomial(Floats x, float first, Rest... rest) {
     return polynomial(x, rest...) * x + first;
 }
 
-// 2^x to 1e-7, for x up to 0; never below 2^-126.
-static inline Floats exp2_negative(Floats x) {
-    x = at_least(x, -126.0f);
+// 2^x to 1e-7, for x in [-126, 0].
+static inline Floats exp2_bounded(Floats x) {
     const Floats whole = nearest(x);
     const Floats fraction = x - whole;
     const Floats mantissa = polynomial(fraction, 1.00000007f, 0.693146967f, 0.240221197f, 0.0555071327f,
@@ -192,6 +206,9 @@ static inline Floats exp2_negative(Floats x) {
     return mantissa * bits_of<Floats>((exponent + 127) << 23);
 #endif
 }
+
+// 2^x to 1e-7, for x up to 0; never below 2^-126.
+static inline Floats exp2_negative(Floats x) { return exp2_bounded(at_least(x, -126.0f)); }
 
 // e^x to 1e-7; never above 2^127.
 static inline Floats exp(Floats x) {
@@ -239,7 +256,7 @@ static inline void sin_cos_turns(Floats turns, Floats& sine, Floats& cosine) {
 // sin x and cos x to 1e-7 (absolute), for any x.
 static inline void sin_cos(Floats x, Floats& sine, Floats& cosine) {
     const Floats size = x < 0.0f ? -x : x;
-    if (sum_of(size <= 8192.0f ? Floats{} : all(1.0f)) > 0.0f) {  // the quarter turns are not subtracted exactly
+    if (any(~(size <= 8192.0f))) {  // beyond, the quarter turns are not subtracted exactly
         for (int i = 0; i < LANES; i++) sine[i] = std::sin(x[i]), cosine[i] = std::cos(x[i]);
         return;
     }
@@ -260,6 +277,16 @@ static inline Floats erf(Floats x) {
                                 0.00227478386f, -0.000848233462f, 0.000152964103f, -1.1604781e-05f);
     const Floats result = 1.0f - exp2_negative(-size * q);
     return x < 0.0f ? -result : result;
+}
+
+// The share of a standard normal below x, (1 + erf(x / sqrt 2)) / 2, to 1e-7: as `erf`, with its factors in Q.
+static inline Floats normal_below(Floats x) {
+    const Floats size = at_most(x < 0.0f ? -x : x, 5.93f);
+    const Floats q = polynomial(size, 1.15110427f, 0.459221451f, 0.0524347648f, -0.00693111925f,
+                                -1.49913045e-05f, 0.000284347983f, -7.49739541e-05f,
+                                9.56025644e-06f, -5.12863709e-07f);
+    const Floats tail = exp2_bounded(-size * q - 1.0f);
+    return x < 0.0f ? tail : 1.0f - tail;
 }
 
 }  // namespace fastsde
