@@ -443,6 +443,7 @@ def test_convolutions_are_those_of_aten_while_a_step_for_a_gpu_compiles_and_only
         assert backends() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["a", "b", "c", "d"])
 def test_a_wrong_compiled_step_is_found_out(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """One wrong coefficient is enough."""

@@ -139,6 +139,7 @@ def test_verify_does_not_depend_on_it(dtype: torch.dtype, tmp_path: Path) -> Non
         assert verify("swiss-roll", n=8, steps=4, device="cpu") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 def test_the_triton_kernels_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")

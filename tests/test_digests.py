@@ -87,7 +87,10 @@ DIGESTS = {
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("network", "solver"), DIGESTS)
+@pytest.mark.parametrize(
+    ("network", "solver"),
+    [pytest.param(*each, marks=[pytest.mark.slow] if each[0] == "mnist" else []) for each in DIGESTS],
+)
 def test_seeds_give_the_samples_that_they_gave(network: str, solver: str, device: str) -> None:
     check(network, solver, device, "eager", "auto")
 

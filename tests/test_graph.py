@@ -195,6 +195,7 @@ def test_new_seeds_samples_and_table_values_need_no_capture(graphs: Any) -> None
     assert all(torch.equal(*pair) for pair in zip(results, kept, strict=True))  # results are not static memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

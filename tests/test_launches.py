@@ -143,6 +143,7 @@ RECIPES: dict[str, TrainConfig] = {
 SLOW = ("MLP, no average", "MLP, bf16", "U-Net", "U-Net, bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RECIPES]
 )

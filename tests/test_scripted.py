@@ -108,6 +108,7 @@ def test_samples_are_those_of_the_module_and_follow_its_weights(kind: str) -> No
     assert_samples_of(model, net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scripted", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_captures_follow_weights_and_modes(graphs: Any, kind: str) -> None:
     net = Net()

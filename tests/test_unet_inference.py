@@ -231,6 +231,7 @@ def _assert_about_as_near(unet: UNet, ours: Tensor, theirs: Tensor, exact: Tenso
     assert excess <= (2 * len(unet.channels) + 1) * per_layer
 
 
+@pytest.mark.slow
 def test_the_tutorials_unet(path: str) -> None:
     torch.manual_seed(0)
     unet = UNet()
@@ -273,6 +274,7 @@ def test_an_empty_batch_and_samples_apart(path: str) -> None:
         torch.testing.assert_close(form(x[2:3], t[2:3]), whole[2:3], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["kernel"], indirect=True)
 def test_a_batch_with_too_many_pixels_is_cut(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = build("of three channels")
@@ -298,6 +300,7 @@ def test_an_image_with_too_many_pixels_runs_in_plain_pytorch(path: str, monkeypa
         torch.testing.assert_close(form(*inputs(unet)), unet(*inputs(unet)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["kernel"], indirect=True)
 @pytest.mark.parametrize(
     "changed",

@@ -125,7 +125,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("predictor", "corrector", "kind", "flow", "continuous"), CASES)
+@pytest.mark.parametrize(
+    ("predictor", "corrector", "kind", "flow", "continuous"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[2] == "vp" else []) for case in CASES],
+)
 def test_samplers_are_the_papers(predictor: str, corrector: str, kind: str, flow: bool, continuous: bool) -> None:
     net = Network()
     theirs = seeded(reference(predictor, corrector, kind == "vp", flow, continuous), net)

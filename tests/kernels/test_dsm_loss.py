@@ -175,6 +175,7 @@ def test_a_second_derivative_is_an_error(kernels: torch.device) -> None:
         torch.autograd.grad(grad.square().sum(), f)
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bits(kernels: torch.device) -> None:
     inputs = _inputs(CASES["scaled, bf16 network"], 300, (65,), kernels)
     for once, again in zip(_loss_and_gradient(inputs), _loss_and_gradient(inputs), strict=True):

@@ -55,7 +55,13 @@ def _expected(model: nn.Module, n: int, table: StepTable = TABLE, **options: Any
         return reference.sample(model, (n, *shape), table, noise.sample_keys(3, n), **options)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(name, marks=[] if name in ("LogSigmoid", "SiLU", "Mish") else [pytest.mark.slow])
+        for name in ACTIVATIONS
+    ],
+)
 def test_every_activation(device: torch.device, activation: str) -> None:
     model = _tame(MLP(3, (20, 33), activation))
     for n in _sizes(device):
@@ -237,6 +243,7 @@ def test_what_is_not_finite_stays_so_to_the_end_once_it_matters(device: torch.de
     assert bool(finite[1].all()) is not matters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("hidden", [(64, 64, 64), (128,)])
 def test_lower_precisions_are_as_close_as_their_products(

@@ -319,6 +319,7 @@ def noted(device: torch.device, spoil: str | None, value: float, shape: tuple[in
     return int(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "kind"), [("f", 0), ("f_uncond", 0), ("slot 2", 1)])
 def test_what_is_not_finite_is_noted_with_its_row(device: torch.device, spoil: str, kind: int) -> None:
     assert status.STATUS_KINDS == ("the network returned", "the state became")

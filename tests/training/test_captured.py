@@ -77,7 +77,9 @@ def assert_same(ours: Weights, theirs: Weights, config: TrainConfig, share: floa
         pytest.param(
             replace(POINTS, ema_decay=0.0, lr_schedule="constant", prediction="score"), 1e-3, marks=pytest.mark.slow
         ),
-        (replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3),
+        pytest.param(
+            replace(POINTS, prediction="x0", weighting="likelihood", batch_size=1), 1e-3, marks=pytest.mark.slow
+        ),
         # The loss is computed from the network's output before it is converted to fp32.
         pytest.param(replace(POINTS, precision="bf16"), 0.2, marks=pytest.mark.slow),
         pytest.param(IMAGES, 1e-2, marks=pytest.mark.slow),

@@ -70,6 +70,7 @@ def test_native_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> N
     _assert_same(weights_and_losses(config, NativeSteps, tmp_path), config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("graphs", ["tape"], indirect=True)
 @pytest.mark.parametrize(

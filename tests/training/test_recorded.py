@@ -86,6 +86,7 @@ def test_native_steps(name: str, tmp_path: Path) -> None:
     _assert_as_recorded(name, _take(CONFIGS[name], NativeSteps, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("graphs", ["tape"], indirect=True)
 @pytest.mark.parametrize(
