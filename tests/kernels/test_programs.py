@@ -44,6 +44,8 @@ def test_functions(triton_device: torch.device, kind: str, width: int) -> None:
     value = make.linear(0, width, is_row=True)
     if kind in POSITIVE:
         value = _away_from_zero(make, make.whole(value)).value
+    elif kind == "exp":  # of an exponential's exponential nothing would be left to compare
+        value = make.add("Tanh", make.whole(value))
     value = make.add(kind, make.whole(value), parameters=UNARY.get(kind, ()))
     check(make.finished(value, 5), 5, triton_device)
 
