@@ -98,7 +98,7 @@ def _one(value: Any) -> Any:
 
 
 def _key(network: Network, sample_shape: Sequence[int], request: Request | None, conditions: Any) -> tuple[Any, ...]:
-    leaves, spec = tree_flatten(conditions)
+    leaves, spec = tree_flatten(conditions) if any(conditions) else ([], len(conditions))
     kinds = [(leaf.shape[1:], leaf.dtype, is_shared(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     autocast = torch.is_autocast_enabled(network.device.type)
     guidance = None if request is None else request.guidance

@@ -88,7 +88,7 @@ class Lowered:
         Returns:
             The numbers, or None if Python code in the network has read other numbers than now: then lower it again.
         """
-        leaves, _ = tree_flatten(conditions)
+        leaves = tree_flatten(conditions)[0] if self._arguments else []
         self._refresh([leaves[each.place] for each in self._arguments if each.is_shared])
         env = self._constants_now
         for value in self._read:
