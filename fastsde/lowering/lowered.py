@@ -237,7 +237,7 @@ def lower(
                 shared = is_shared(leaf)
                 needs = Needs.NOTHING if shared else Needs.CONDITION
                 arguments.append(_Argument(place, recorder.argument(given[place], needs), shared))
-        with recorder:
+        with recorder.recording():
             output = network(x, t, *tree_unflatten(given, spec))
         recorder.settle()
         builder = Builder(recorder, x[0].numel() + time_is_input)
@@ -278,6 +278,15 @@ def _inputs(
     return x, time.expand(batch).contiguous(), given
 
 
+def _others(condition: Tensor, seed: int) -> Tensor:
+    """Returns a condition with other numbers, which differ from sample to sample, if it has numbers."""
+    if not condition.is_floating_point():
+        return condition
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(condition.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return condition + drawn.to(condition)
+
+
 def _check(
     lowered: Lowered,
     network: Callable[..., Tensor],
@@ -295,6 +304,9 @@ def _check(
     rows = sorted({0, len(times) // 2, len(times) - 1})
     for row in rows:
         x, t, given = _inputs(batch, sample_shape, times[row : row + 1], leaves, seed=1 + row)
+        for argument in lowered._arguments:
+            if not argument.is_shared:
+                given[argument.place] = _others(given[argument.place], seed=row)
         if lowered.program.inputs > lowered.program.dim:  # each sample has a time of its own
             t = times[torch.arange(row, row + batch, device=times.device) % len(times)]
         conditions = tree_unflatten(given, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sys
 import types
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -120,6 +122,13 @@ class Recorder(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._written: dict[int, int] = {}  # the last operation that writes to a storage
         self._used: list[tuple[int, int]] = []  # (the operation before which the program reads it, storage)
 
+    def recording(self) -> contextlib.ExitStack:
+        """Records the call of a network in this context, also what Python code reads of its tensors."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(_HostReads(self))
+        stack.enter_context(self)
+        return stack
+
     def argument(self, tensor: Tensor, needs: Needs) -> Value:
         """Names an argument of the call."""
         return self._add(tensor, needs, is_leaf=True)
@@ -139,7 +148,14 @@ class Recorder(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._used.append((number, value.storage))
 
     def check_uses(self) -> None:
-        """Raises `NotLowered` if something that the program reads is written to later."""
+        """Raises `NotLowered` if something that the program reads is written to later, or something that an operation
+        of another kind reads: operations are run again kind by kind.
+        """
+        for operation in self.operations:
+            for value in operation.inputs:
+                writer = self._written.get(value.storage, -1)
+                if writer > operation.number and self.operations[writer].needs != operation.needs:
+                    raise NotLowered("it writes in place to what it has read before")
         for number, storage in self._used:
             if self._written.get(storage, -1) > number:
                 raise NotLowered("it writes in place to what it has read before")
@@ -233,6 +249,25 @@ class Recorder(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
                     other.is_stale = True
 
 
+class _HostReads(TorchFunctionMode):
+    """Notes what Python code reads by methods that run no operation."""
+
+    _METHODS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage)
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self._METHODS and args and isinstance(args[0], Tensor):
+            value = self._recorder.value_of(args[0])
+            needs = self._recorder.needs(value)
+            if needs:
+                raise NotLowered(f"Python code reads {_said(needs)} ({function.__name__})", _module())
+            self._recorder.read.append(value)
+        return function(*args, **(kwargs or {}))
+
+
 def _draws(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Returns whether an operation that may draw random numbers does: attention does not without dropout."""
     names = [argument.name for argument in function._schema.arguments]
@@ -261,7 +296,8 @@ def _module() -> nn.Module | None:
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Does what ``to.copy_(source)`` does, by operations that vmap has."""
-    return to.zero_().add_(source.to(to.dtype))
+    source = source.to(to.dtype, copy=True)  # it may be the same memory
+    return to.zero_().add_(source)
 
 
 def replay(operations: Iterable[Operation], env: dict[int, Any]) -> None:

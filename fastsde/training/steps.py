@@ -112,7 +112,7 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
         assert vectors is not None
         trains = [source.parameter is not None for source in sources]
         packed = ops.kernel("mlp_training", times.device).Packed(program, trains, len(vectors.matrices))
-    except (NotLowered, ValueError):
+    except (NotLowered, ValueError, RuntimeError):  # of parameters that share memory
         return None
     return _Native(packed, sources, [*vectors.matrices, *(each.contiguous() for each in vectors.constants)])
 

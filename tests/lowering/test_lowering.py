@@ -126,6 +126,13 @@ def _in_place(x: Tensor, t: Tensor) -> Tensor:
     return torch.cat((view, view), 1)
 
 
+def _written_later(t: Tensor) -> Tensor:
+    scale = torch.ones(1)
+    found = scale * t[:, None]
+    scale.add_(1)
+    return found + scale
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "attention": (lambda x, t: x * (x @ x.T).mean(), "both of its factors follow the state, as in attention"),
     "mixing": (lambda x, t: x - x.mean(0), "it mixes samples"),
@@ -144,7 +151,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "its argument": (lambda x, t: x.mul_(2), "changes a weight or an argument in place"),
     "half": (lambda x, t: x.bfloat16().float(), "it computes in torch.bfloat16"),
     "threshold": (lambda x, t: functional.softplus(x, threshold=5), "it is linear from 5 on"),
-    "numpy": (lambda x, t: x * float(t.numpy()[0]), "depends on more than x, t, the conditions and the weights"),
+    "numpy": (lambda x, t: x * float(t.numpy()[0]), r"Python code reads the time \(numpy\)"),
+    "a list": (lambda x, t: x * t.tolist()[0], r"Python code reads the time \(tolist\)"),
+    "written later": (lambda x, t: x + _written_later(t), "it writes in place to what it has read before"),
     "large": (nn.Sequential(nn.Linear(3, 3000), nn.Linear(3000, 3000), nn.Linear(3000, 2)), "9,021,002 parameters"),
 }
 
@@ -270,6 +279,40 @@ def test_numbers_that_python_code_reads_are_looked_at_again() -> None:
     net.scale.data.fill_(0.5)
     expected = fastsde.sample(net, (2, 2), steps=3, backend="reference")
     torch.testing.assert_close(sampler(2), expected)
+
+
+class Reading(nn.Module):
+    """Reads a buffer and a shared condition as lists, and adds to a part of an embedding in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("k", torch.ones(1))
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        embedding = torch.stack((t, 2 * t, 3 * t), -1)
+        embedding[:, :2] += 1.5
+        return self.last(x + embedding) * c.tolist()[0] * float(self.k.numpy()[0])
+
+
+@native
+def test_lists_and_arrays_that_python_code_reads_are_looked_at_again() -> None:
+    torch.manual_seed(0)
+    net = Reading()
+    sampler = Sampler(net, (3,), steps=3, backend="persistent")
+    for c, k in ((1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5)):
+        net.k.fill_(k)
+        given = {"c": torch.full((4,), c)}
+        expected = fastsde.sample(net, (4, 3), steps=3, backend="reference", model_kwargs=given)
+        torch.testing.assert_close(sampler(4, model_kwargs=given), expected, rtol=1e-4, atol=1e-3)
+
+
+@native
+@pytest.mark.parametrize("mix", [lambda c: c - c.mean(0), lambda c: c / c.max()])
+def test_conditions_that_mix_samples_are_seen_whatever_they_are(mix: Callable[[Tensor], Tensor]) -> None:
+    layer, c = nn.Linear(3, 3), torch.cat((torch.ones(8, 1), torch.full((2, 1), 4.0)))
+    with pytest.raises(ValueError, match="depends on more than"):
+        fastsde.sample(lambda x, t, c: layer(x) * mix(c), (10, 3), steps=2, backend="persistent", model_kwargs={"c": c})
 
 
 @native
