@@ -55,6 +55,8 @@ class Lowered:
             value.storage: value.tensor for value in recorder.values if value.is_leaf and value.tensor.requires_grad
         }
         self._made_of = _made_of(set(self._trained), recorder)
+        read = {value.number for operation in recorder.operations for value in operation.inputs}
+        self._stops = any(_stops_gradients(operation, read) for operation in recorder.operations)
         self._rows, self._given, self._read = builder.rows, builder.given, recorder.read
         wanted = [*self._matrices, *self._constants, *self._rows, *self._given, *self._read]
         ahead = _needed([each for each in recorder.operations if each.needs.is_ahead], wanted)
@@ -115,6 +117,8 @@ class Lowered:
         Raises:
             NotLowered: if one is computed from a parameter, or two read the same element of one.
         """
+        if self._stops:
+            raise NotLowered("it stops gradients")
         found = []
         for value in (*self._matrices, *self._constants):
             if value.storage in self._made_of:
@@ -180,6 +184,19 @@ def _needed(operations: Sequence[Operation], wanted: Sequence[Value]) -> list[Op
     return kept[::-1]
 
 
+def _stops_gradients(operation: Operation, read: set[int]) -> bool:
+    """Returns whether no result of an operation has a gradient though an argument has: as in ``detach``.
+
+    Args:
+        read: the numbers of the values that the call reads; others are what autograd keeps for itself.
+    """
+    results = [
+        v.tensor for v in operation.outputs if v is not None and v.number in read and v.tensor.is_floating_point()
+    ]
+    has_gradient = any(value.tensor.requires_grad for value in operation.inputs)
+    return has_gradient and bool(results) and not any(tensor.requires_grad for tensor in results)
+
+
 def _made_of(storages: set[int], recorder: Recorder) -> set[int]:
     """Returns the storages of constants that are computed from those of some others."""
     made: set[int] = set()
@@ -237,15 +254,18 @@ def lower(
                 shared = is_shared(leaf)
                 needs = Needs.NOTHING if shared else Needs.CONDITION
                 arguments.append(_Argument(place, recorder.argument(given[place], needs), shared))
-        with recorder.recording():
+        with recorder.recording(), torch.set_grad_enabled(time_is_input):
             output = network(x, t, *tree_unflatten(given, spec))
         recorder.settle()
         builder = Builder(recorder, x[0].numel() + time_is_input)
         builder.start(state, time if time_is_input else None)
+        result = recorder.value_of(output)
+        read = {result.number, *(value.number for operation in recorder.operations for value in operation.inputs)}
         for operation in list(recorder.operations):
-            if not operation.needs.is_ahead:
+            # What nothing reads is what autograd keeps for itself.
+            if not operation.needs.is_ahead and any(v is not None and v.number in read for v in operation.outputs):
                 lower_operation(builder, operation)
-        program = builder.finished(recorder.value_of(output))
+        program = builder.finished(result)
         recorder.settle()
         recorder.check_uses()
         for value in recorder.read:
