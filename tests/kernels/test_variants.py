@@ -34,6 +34,8 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         stem_convolution,
         uniform,
     )
+    from fastsde.lowering import Vectors, lower
+    from fastsde.models import MLP
     from fastsde.sde import VPSDE
 
     multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
@@ -91,12 +93,15 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     yield "coefficients", coefficients.coefficients_kernel, launches
     launches = [partial(guided, guidance, clip) for guidance in (2.5, 1, 2, 16) for clip in (1.5, 1, 2)]
     yield INTS, solver_step.solver_step_kernel, launches
-    layers = [(torch.zeros(16, 3), torch.zeros(16)), (torch.zeros(2, 16), torch.zeros(2))]
-    packed = mlp_sampler.Packed(layers, ["SiLU"], torch.float32)
+    lowered = lower(MLP(2, (16,), "SiLU"), (2,), torch.ones(1))
+    numbers = lowered.vectors(torch.ones(1), 1, ())
+    packed = mlp_sampler.Packed(lowered.program, torch.device("cpu"), torch.float32)
 
     def trajectories(n: int, rows: int) -> None:
         keys, out = torch.empty(n, 2, dtype=torch.int64), torch.empty(n, 2)
-        given = {"terms": multistep.trajectory_terms, "clip": n / 7, "every": rows}
+        per_row = torch.empty(rows, lowered.program.row_width)
+        vectors = Vectors(numbers.matrices, numbers.constants, per_row, torch.empty(n, 0))
+        given = {"terms": multistep.trajectory_terms, "clip": n / 7, "every": rows, "vectors": vectors}
         mlp_sampler.mlp_sampler(packed, torch.empty(rows, width), keys, **given, out=out)
 
     def image(n: int, channels: int, size: int) -> torch.Tensor:
