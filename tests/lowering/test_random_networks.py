@@ -119,7 +119,7 @@ class Random(nn.Module):
 
 
 @pytest.mark.skipif(not ops.has_native(torch.device("cpu")), reason="no native kernels")
-@pytest.mark.parametrize("count", [15, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(80, marks=pytest.mark.slow)])
 def test_random_networks_sample_as_the_reference(count: int) -> None:
     for _ in range(count):
         seed = random.SystemRandom().randrange(2**32)
