@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-import fastsde
-
-from ..clients.table import Marks, cell, versions
+from ..clients.table import Marks, cell, made_by, versions
 from .case import Result
 
 MARKS = Marks("networks", "Networks that are lowered")
@@ -28,10 +23,8 @@ class Library:
 
 def about(command: str) -> str:
     """Returns how the tables were made, and what they say."""
-    python, machine = platform.python_version(), platform.machine()
     return (
-        f"Made by `{command}` with fastsde {fastsde.__version__}, PyTorch {torch.__version__} and Python {python} on "
-        f"{machine}. Each network has random weights, and is called as its users call it. What its time, its "
+        f"{made_by(command)} Each network has random weights, and is called as its users call it. What its time, its "
         "conditions or its weights alone decide is computed before the first row; the rest is the program, whose "
         "instructions are counted here. A whole trajectory of a network that is lowered runs in one kernel on the "
         "CPU; any other runs row by row, for the reason given: the module, with its name in the network, and the "

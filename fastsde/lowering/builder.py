@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .elements import Elements, Run, coded, numbers_of, positions_of, samples_in
+from .elements import Elements, Run, are_the_same, coded, numbers_of, of_samples, positions_of, samples_in
 from .program import Instruction, Part, Program, Vector
 from .recording import Needs, NotLowered, Operation, Recorder, Value
 
@@ -87,7 +87,7 @@ class Builder:
         found = []
         for codes in operands:
             numbers = numbers_of(codes).reshape(-1)[positions]
-            same = codes.reshape(-1)[positions] >> 32 == 1 << 20
+            same = are_the_same(codes).reshape(-1)[positions]
             if not bool(((numbers == numbers[:1]) | same).all()):
                 raise NotLowered("it treats samples differently")
             found.append(numbers[0])
@@ -123,6 +123,11 @@ class Builder:
                 self.emit("Identity", out, run.length, Part(*self._place(run), run.length, run.step), first=at)
                 at += run.length
         return Part(out, 0, len(numbers))
+
+    def run_of_units(self, codes: Tensor) -> Part:
+        """Returns all elements of codes ``[batch, ...]`` as neighbouring units."""
+        part = self.part(self.by_row(codes.reshape(self.batch, -1)))
+        return part if part.step else self.made("Identity", part)
 
     def operand(self, numbers: Tensor) -> Part | Vector:
         """Returns elements as a vector if all are the same for all samples, else as a part."""
@@ -244,8 +249,7 @@ class Builder:
         base = self.elements.base(part.value, self.widths[part.value])
         numbers = base + part.first + part.step * torch.arange(part.width, device="cpu")
         codes = torch.zeros(torch.Size(shape).numel(), dtype=torch.int64, device="cpu")
-        samples = torch.arange(self.batch, device="cpu")[:, None] << 32
-        codes[positions.reshape(-1)] = (numbers[None] + samples).reshape(-1)
+        codes[positions.reshape(-1)] = of_samples(numbers, self.batch).reshape(-1)
         return codes.reshape(tuple(shape))
 
     def finish(self, operation: Operation, part: Part, positions: Tensor) -> None:
@@ -257,9 +261,7 @@ class Builder:
     def finished(self, output: Value) -> Program:
         """Returns the program, without what its result does not need."""
         self.at = None
-        result = self.part(self.by_row(self.codes_of(output).reshape(self.batch, -1)))
-        if not result.step:
-            result = self.made("Identity", result)
+        result = self.run_of_units(self.codes_of(output))
         needed, kept = {result.value}, []
         for k in reversed(self.instructions):
             if k.out in needed:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .recording import NotLowered, Value
 
-__all__ = ["Elements", "Run", "coded", "numbers_of", "positions_of", "samples_in"]
+__all__ = ["Elements", "Run", "are_the_same", "coded", "numbers_of", "of_samples", "positions_of", "samples_in"]
 
 _SHIFT = 32
 _ANY = 1 << 20  # the sample of what is the same for all samples
@@ -83,6 +83,16 @@ def coded(base: int, shape: Sequence[int], sample_dim: int | None = None) -> Ten
     view = [1] * len(shape)
     view[sample_dim] = -1
     return numbers + (samples.reshape(view) << _SHIFT)
+
+
+def of_samples(numbers: Tensor, batch: int) -> Tensor:
+    """Returns the codes ``[batch, width]`` of elements that each sample has its own of."""
+    return numbers[None] + (torch.arange(batch, device="cpu")[:, None] << _SHIFT)
+
+
+def are_the_same(codes: Tensor) -> Tensor:
+    """Returns which elements are the same for all samples."""
+    return codes >> _SHIFT == _ANY
 
 
 def numbers_of(codes: Tensor) -> Tensor:

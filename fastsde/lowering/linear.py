@@ -109,14 +109,10 @@ def _products(
 ) -> None:
     """Adds the products of columns of a matrix with units, run by run."""
     runs = builder.elements.runs(numbers)
-    part = None
-    if len(runs) > 4 or any(run.step == 0 for run in runs):
-        part = builder.part(numbers)
-    parts = (
-        [builder.part(each) for each in torch.split(numbers, [run.length for run in runs])] if part is None else [part]
-    )
+    copies = len(runs) > 4 or any(run.step == 0 for run in runs)
+    lengths = [len(numbers)] if copies else [run.length for run in runs]
     first = 0
-    for each in parts:
+    for each in map(builder.part, torch.split(numbers, lengths)):
         own = list(columns[first : first + each.width])
         is_range = own == list(range(own[0], own[0] + len(own)))
         with builder.recorder:

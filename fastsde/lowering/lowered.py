@@ -66,7 +66,6 @@ class Lowered:
         }
         self._leaves = self._weights(recorder)
         self._held: list[Tensor] | None = None  # the weights of the last call, to see changes
-        self._shared: list[Tensor] = []
         self._constants_now: dict[int, Any] = {}
         self._times: Tensor | None = None
         self._rows_now: Tensor | None = None

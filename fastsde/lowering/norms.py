@@ -59,9 +59,7 @@ def _norm(
     spread: Callable[[Tensor], Tensor],
 ) -> None:
     codes = builder.codes_of(operation.inputs[0])
-    part = builder.part(builder.by_row(codes.reshape(builder.batch, -1)))
-    if not part.step:
-        part = builder.made("Identity", part)
+    part = builder.run_of_units(codes)
     out = builder.new(part.width)
     builder.emit(kind, out, part.width, part, groups=groups, parameters=(epsilon,))
     found = Part(out, 0, part.width)
@@ -140,9 +138,7 @@ def _reduced_last(builder: Builder, x: Value, dims: Sequence[int] | None) -> Ten
 def _reduced(builder: Builder, x: Value, dims: Sequence[int] | None) -> tuple[Part, tuple[int, ...]]:
     """Returns the means over some dimensions, and the shape ``[batch, groups]`` of them."""
     codes = _reduced_last(builder, x, dims)
-    part = builder.part(builder.by_row(codes.reshape(builder.batch, -1)))
-    if not part.step:
-        part = builder.made("Identity", part)
+    part = builder.run_of_units(codes)
     out = builder.new(codes.shape[1])
     builder.emit("mean", out, part.width, part, groups=codes.shape[1])
     return Part(out, 0, codes.shape[1]), tuple(codes.shape[:2])
