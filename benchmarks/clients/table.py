@@ -67,13 +67,13 @@ def made_by(command: str) -> str:
 def about(command: str) -> str:
     """Returns how the tables were made, in a few sentences."""
     return (
-        f"{made_by(command)} Each loop is traced on a small batch; then the loop itself and its trace run on the same "
-        "noises, with a nonlinear stand-in for the network. The trace runs by its engine and row by row in PyTorch, "
-        "and the larger error counts: the largest difference to the loop's result, relative to its largest number, once with "
-        "all draws in float64, so that only the algebra is compared, and once with both in fp32. The last column is "
-        "how far the loop in fp32 is from its trace in float64. A table runs through fastsde's solver step; other rows "
-        "run in PyTorch, for the reason given. torchsde's Brownian trees are replaced by a Brownian motion of plain "
-        "normals."
+        f"{made_by(command)} Each loop is traced on a small batch; then the loop itself and its trace run on the "
+        "same noises, with a nonlinear stand-in for the network. The trace runs by its engine and row by row in "
+        "PyTorch, and the larger error counts: the largest difference to the loop's result, relative to its largest "
+        "number, once with all draws in float64, so that only the algebra is compared, and once with both in fp32. "
+        "The last column is how far the loop in fp32 is from its trace in float64. A table runs through fastsde's "
+        "solver step; other rows run in PyTorch, for the reason given. torchsde's Brownian trees are replaced by a "
+        "Brownian motion of plain normals."
     )
 
 
