@@ -87,6 +87,8 @@ def _samplers(task: Trajectory, shows: Proof) -> list[Provider]:
     found.append(ours.sampler(task, shows, "auto", default, anew=True))
     if task.has_images or task.device.type == "cuda":
         found.append(ours.sampler(task, shows, "auto", default, compile=True))
+    if task.has_images and task.device.type == "cpu":
+        found.append(ours.sampler(task, shows, "auto", default, compile="openvino"))
     return found
 
 

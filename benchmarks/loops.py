@@ -108,6 +108,8 @@ def _pipeline(plan: Plan, n: int, steps: int) -> Case:
     shape = (n, 3, UNET_SIDE, UNET_SIDE)
     task = LoopTask(build, plan.device, shape, steps, steps)  # no draw in the last step
     ways = [("", whole, {}), ("", whole, _TORCH), ("", whole, _COMPILED), ("", whole, _TORCH | _COMPILED)]
+    if not plan.has_gpu:
+        ways.append(("", whole, {"compile": "openvino"}))
     precision = "TF32" if plan.has_gpu else "fp32"  # PyTorch's default for convolutions
     return case(task, "diffusers", "diffusers' DDPMPipeline", "DDPMPipeline", ways, UNET_FLOP, 0, precision, rounds=8)
 

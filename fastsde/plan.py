@@ -13,16 +13,16 @@ from .engines import Network, batches, capture, persistent
 from .request import Request
 from .vocabulary import BACKENDS
 
-__all__ = ["Plan", "Planner", "unavailable_reason"]
+__all__ = ["Plan", "Planner", "compiler_of", "unavailable_reason"]
 
 _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
 # How some backends run rows together, and the options that they do not support, which need the host between rows or
 # another network call.
 _TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "runs a whole trajectory in one launch"}
 _WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "noise", "callback")}
-# With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify it.
-# Compiling takes about 10 to 60 s, and saves hardly more than half of the work.
-_MAY_COMPILE, _WORK_S = ("eager", "graph"), 60.0
+# With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify each
+# compiler. torch.compile takes about 10 to 60 s and OpenVINO 3, and they save hardly more than half of the work.
+_MAY_COMPILE, _WORK_S = ("eager", "graph"), {"openvino": 20.0, "torch.compile": 60.0}
 
 
 def unavailable_reason(
@@ -30,7 +30,7 @@ def unavailable_reason(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     *,
-    compile: bool = False,
+    compiler: str | None = None,
     network: Network | None = None,
     sample_shape: Sequence[int] = (),
     options: Collection[str] = (),
@@ -42,16 +42,18 @@ def unavailable_reason(
 
     Args:
         dtype: the dtype of the state.
+        compiler: the compiler that the network is to run through, "torch.compile" or "openvino".
         network, sample_shape: the network and the shape of its samples, if known.
         options: the names of the options in use that not every backend supports.
         times, request, is_asked_for: as for `fastsde.engines.persistent.unavailable_reason`.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"device {device} is unavailable (torch.cuda.is_available() is False); use device='cpu'"
-    if compile and dtype == torch.float64:
-        return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
+    asked = "compile='openvino'" if compiler == "openvino" else "compile=True"
+    if compiler is not None and dtype == torch.float64:
+        return f"{asked} and dtype=torch.float64 exclude each other; leave one of them out"
     if backend == "reference":
-        return "backend 'reference' is plain PyTorch; for compile=True use 'eager'" if compile else None
+        return None if compiler is None else f"backend 'reference' is plain PyTorch; for {asked} use 'eager'"
     if dtype == torch.float64:
         return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
     if backend == "eager":
@@ -63,7 +65,7 @@ def unavailable_reason(
         if device.type == "cpu":
             needs += f" ({ops.native_state()})"
         return f"backend 'persistent' needs {needs}; use 'eager' or 'reference'"
-    used = [*options, "compile"] if compile else options
+    used = options if compiler is None else [*options, "compile"]
     missing = next((name for name in _WITHOUT[backend] if name in used), None)
     if missing is not None:
         return f"backend {backend!r} {_TOGETHER[backend]} and does not support {missing}; use 'eager' or 'reference'"
@@ -72,6 +74,21 @@ def unavailable_reason(
         others = "'graph' or 'eager'" if device.type == "cuda" else "'eager' or 'reference'"
         return None if reason is None else f"backend 'persistent': {reason}; use {others}"
     return None
+
+
+def compiler_of(compile: bool | str) -> str | None:
+    """Returns the name of the compiler that the option ``compile`` asks for, or None for False and "auto".
+
+    Raises:
+        TypeError, ValueError: for another value.
+    """
+    if isinstance(compile, bool):
+        return "torch.compile" if compile else None
+    if not isinstance(compile, str):
+        raise TypeError(f"compile must be True, False, 'auto' or 'openvino', got {compile!r}")
+    if compile not in ("auto", "openvino"):
+        raise ValueError(f"compile must be True, False, 'auto' or 'openvino', got {compile!r}")
+    return "openvino" if compile == "openvino" else None
 
 
 class Plan(NamedTuple):
@@ -116,8 +133,9 @@ class Planner:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self._network, self._sample_shape, self._state_dtype = network, tuple(sample_shape), state_dtype
-        self._backend, self._compile, self._times = backend, compile, times
-        self._compiled: Network | None = None  # for compile="auto"
+        self._backend, self._times = backend, times
+        self._compiler, self._chooses = compiler_of(compile), compile == "auto"
+        self._compiled: dict[str, Network] = {}  # for compile="auto"
 
     @property
     def is_free(self) -> bool:
@@ -139,7 +157,10 @@ class Planner:
         Raises:
             ValueError: if it cannot run.
         """
-        network, reason = self._network, None
+        network = self._network
+        reason = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
+        if reason is not None:
+            raise ValueError(reason)
         for candidate in _FASTEST_FIRST if self.is_free else (self._backend,):
             if self.is_free and candidate in network.kept.failed:
                 continue
@@ -147,7 +168,7 @@ class Planner:
                 candidate,
                 network.device,
                 self._state_dtype,
-                compile=self._compile is True,
+                compiler=self._compiler,
                 network=network,
                 sample_shape=self._sample_shape,
                 options=options,
@@ -190,33 +211,37 @@ class Planner:
             return n
         key, known = self._key(n, request), self._network.kept.batches
         if key not in known:
-            plain = self._network.again(compile=False)
+            plain = self._network.again(None)
             with plain.unchanged():
                 known[key] = batches.fastest(_timed(plain, request), n)
         return known[key]
 
     def _faster(self, backend: str, request: Request, batch: int, tell: Callable[[Network], object]) -> Network:
-        """Returns the network as it is or, with compile="auto", compiled if that is faster and repays its cost."""
+        """Returns the network as it is or, with compile="auto", compiled in the fastest way that repays its cost."""
         plain, n = self._network, request.shape[0]
-        if self._compile != "auto" or backend not in _MAY_COMPILE or plain.is_native or not n:
+        if not self._chooses or backend not in _MAY_COMPILE or plain.is_native or not n:
             return plain
         count = min(batch, n)
-        key, known = self._key(count, request), plain.kept.compiling
-        if key not in known:
+        known = plain.kept.seconds.setdefault(self._key(count, request), {})
+        if None not in known:
             with plain.unchanged():
-                known[key] = (_timed(plain, request)(count), None)
-        seconds, is_faster = known[key]
-        if is_faster is False or (is_faster is None and seconds * len(request.table) * -(-n // count) < _WORK_S):
-            return plain
-        if self._compiled is None:
-            self._compiled = plain.again(compile=True)
-        self._compiled.refresh()
-        if is_faster is None:
-            tell(self._compiled)
-            with plain.unchanged():
-                is_faster = _timed(self._compiled, request)(count) < seconds
-            known[key] = (seconds, is_faster)
-        return self._compiled if is_faster else plain
+                known[None] = _timed(plain, request)(count)
+        work = known[None] * len(request.table) * -(-n // count)
+        for compiler, least in _WORK_S.items():
+            if compiler not in known and work >= least and plain.cannot_be_compiled_by(compiler) is None:
+                network = self._compiled_by(compiler)
+                tell(network)
+                with plain.unchanged():
+                    known[compiler] = _timed(network, request)(count)
+        best = min(known, key=lambda compiler: known[compiler])
+        return plain if best is None or plain.cannot_be_compiled_by(best) is not None else self._compiled_by(best)
+
+    def _compiled_by(self, compiler: str) -> Network:
+        if compiler not in self._compiled:
+            self._compiled[compiler] = self._network.again(compiler)
+        network = self._compiled[compiler]
+        network.refresh()
+        return network
 
     def _key(self, n: int, request: Request) -> tuple[object, ...]:
         """Returns what the time of a row depends on."""

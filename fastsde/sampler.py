@@ -16,7 +16,7 @@ from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
-from .plan import Plan, Planner
+from .plan import Plan, Planner, compiler_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
 from .request import Request, make_keys
@@ -75,8 +75,9 @@ class Sampler:
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of a small
             network in one launch); "auto" picks the fastest that can run. There, as in a capture, a network must depend
             only on its arguments, weights and attributes: its host code runs only once.
-        compile: run the network through ``torch.compile``. If that fails, it runs uncompiled, with a warning. "auto"
-            compiles for calls with enough work to be worth the time, and keeps the result only if it is faster.
+        compile: True: run the network through ``torch.compile``; "openvino": by OpenVINO, on the CPU in fp32. If that
+            fails, it runs uncompiled, with a warning. "auto" compiles for calls with enough work to be worth the time,
+            by OpenVINO if it is installed and by ``torch.compile``, and keeps the fastest.
         max_batch: the most samples that run at once; larger batches are split, with the same result up to the rounding
             of the network. "auto" measures which batch is fastest, and halves it if memory runs out.
 
@@ -137,15 +138,13 @@ class Sampler:
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
         self.device = subject.make_device(device, model)
-        if not isinstance(compile, bool) and compile != "auto":
-            raise TypeError(f"compile must be True, False or 'auto', got {compile!r}")
         runs_in = dtype_of(model) if dtype is None else dtype
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
         optimize = backend != "reference" and self.state_dtype == torch.float32
         integer_times = bool((self.table.time == self.table.time.round()).all())
-        self._network = Network(model, dtype, compile is True, optimize, self.device, integer_times)
+        self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
@@ -444,7 +443,8 @@ def sample(
 
 def _tell_of_compiling(network: Network) -> None:
     if network.is_to_be_compiled:
-        tqdm.write("torch.compile compiles the network first, which takes 10 to 60 s", file=sys.stderr)
+        takes = "a few seconds" if network.compiler == "openvino" else "10 to 60 s"
+        tqdm.write(f"{network.compiler} compiles the network first, which takes {takes}", file=sys.stderr)
 
 
 def _tell_nothing(network: Network) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import gc
-import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastsde
-from fastsde import Sampler, ops
-from fastsde.engines.network import Frozen, Network
+from fastsde import Sampler
+from fastsde.engines.network import Network
 from fastsde.engines.unet_inference import UNetInference
-from fastsde.models import MLP, ConcatTime, UNet
+from fastsde.models import MLP, UNet
 
 X, T = torch.randn(3, 1, 8, 8), torch.rand(3)
 
@@ -38,166 +34,6 @@ class Convolution(nn.Module):
 
 def small_unet() -> UNet:
     return UNet(1, 8, (2, 3))
-
-
-def failing(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("no compiler found\nand much more")
-
-
-# torch.compile ------------------------------------------------------------------------------------------------------
-
-
-def test_where_compiling_fails_the_network_runs_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda run, **options: failing)
-    model = MLP()
-    expected = fastsde.sample(model, (4, 2), steps=5, backend="eager")
-    sampler = Sampler(model, (2,), steps=5, compile=True)
-    with pytest.warns(RuntimeWarning, match="torch.compile failed, the network runs without it: no compiler found$"):
-        assert torch.equal(sampler(4), expected)
-    assert torch.equal(sampler(4), expected)  # a second warning would be an error here
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Records what is passed to torch.compile, which returns it unchanged."""
-    given: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda run, **options: given.append(run) or run)
-    return given
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_on_the_cpu_weights_are_constants_of_the_code_until_they_change(
-    compiled: list[Any], dtype: torch.dtype | None
-) -> None:
-    model = MLP()
-    sampler = Sampler(model, (2,), steps=2, compile=True, dtype=dtype)
-    for _ in range(2):
-        sampler(3)
-    assert len(compiled) == 1
-    with torch.no_grad():
-        model.net[0].weight.data.mul_(2)  # not visible in a version counter
-    changed = sampler(3)
-    sampler(3)
-    assert len(compiled) == 2
-    assert compiled[0].__code__ is not compiled[1].__code__
-    assert torch.equal(changed, fastsde.sample(model, (3, 2), steps=2, backend="eager", dtype=dtype))
-
-
-@pytest.mark.slow
-def test_a_frozen_network_follows_the_weights() -> None:
-    model = MLP(2, (4,))
-    sampler = Sampler(model, (2,), steps=2, compile=True)
-    for _ in range(2):
-        torch.testing.assert_close(sampler(3), fastsde.sample(model, (3, 2), steps=2, backend="eager"))
-        with torch.no_grad():
-            model.net[2].bias += 1
-    torch._dynamo.reset()
-
-
-class _Holding(nn.Module):
-    """Computes with tensors that are not parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held, self.scale = [nn.Linear(2, 2)], torch.tensor(2.0)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        result: Tensor = self.held[0](x) * self.scale
-        return result
-
-
-def test_what_holds_more_than_its_weights_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen = []
-    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
-    monkeypatch.setattr(Frozen, "__init__", lambda self, run: frozen.append(run))
-    held, counting = _Holding(), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    for model in (held, lambda x, t: held(x, t), functools.partial(held), held.forward, ConcatTime(counting)):
-        Network(model, compile=True)
-    assert not frozen
-    for model in (MLP(), ConcatTime(counting.eval()), small_unet()):
-        Network(model, compile=True)
-    assert len(frozen) == 3
-
-
-class _Slow(MLP):
-    """Slow unless compiled by the fixture below."""
-
-    pause = 0.008  # long compared with delays on a busy machine
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time.sleep(self.pause)
-        return super().forward(x, t)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gains", "work", "compiles", "stays"), [(1, 0, 1, 1), (-1, 0, 1, 0), (1, 1e6, 0, 0)])
-def test_auto_compiles_where_the_work_repays_it_and_keeps_what_is_faster(
-    monkeypatch: pytest.MonkeyPatch, gains: int, work: float, compiles: int, stays: int
-) -> None:
-    given, calls = [], []
-
-    def fake(run: Any, **options: Any) -> Any:
-        def compiled(x: Tensor, t: Tensor) -> Tensor:
-            calls.append(1)
-            monkeypatch.setattr(_Slow, "pause", 0.008 - gains * 0.0076)
-            result: Tensor = run(x, t)
-            monkeypatch.setattr(_Slow, "pause", 0.008)
-            return result
-
-        given.append(run)
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr("fastsde.plan._WORK_S", work)
-    sampler = Sampler(_Slow(), (2,), steps=3, compile="auto", backend="eager")
-    x = sampler(5)
-    assert len(given) == compiles
-    calls.clear()
-    assert torch.equal(sampler(5), x)
-    assert len(calls) == 3 * stays
-    assert len(given) == compiles
-    model = weakref.ref(sampler._network.model)
-    given.clear()
-    del sampler
-    gc.collect()
-    assert model() is None
-
-
-def test_auto_compiles_nothing_that_a_native_kernel_runs(monkeypatch: pytest.MonkeyPatch, compiled: list[Any]) -> None:
-    if not ops.has_native(torch.device("cpu")):
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr("fastsde.plan._WORK_S", 0.0)
-    Sampler(MLP(), (2,), steps=3, compile="auto")(2)
-    Sampler(UNet(1, 8, (16, 16)), (1, 8, 8), steps=3, compile="auto")(2)
-    assert not compiled
-    Sampler(UNet(1, 8, (2, 3)), (1, 8, 8), steps=3, compile="auto")(2)
-    assert compiled
-
-
-@pytest.mark.parametrize("error", [ValueError("its own"), torch.OutOfMemoryError("memory")])
-def test_an_error_of_the_network_itself_is_its_own(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(torch, "compile", lambda run, **options: run)
-
-    def raises(x: Tensor, t: Tensor) -> Tensor:
-        raise error
-
-    with pytest.raises(type(error), match=str(error)):
-        Network(raises, compile=True)(X, T)
-
-
-def test_on_a_gpu_no_convolution_is_a_template_and_no_graph_is_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(torch, "compile", lambda run, **options: given.update(options) or run)
-    Network(lambda x, t: x, compile=True, device=torch.device("cuda"))
-    assert given["dynamic"] is False
-    assert given["options"]["max_autotune"] is True
-    assert given["options"]["max_autotune_conv_backends"] == "ATEN"
-    assert not given["options"].get("triton.cudagraphs", False)
-
-
-def test_the_uncompiled_network_is_the_same() -> None:
-    network = Network(small_unet(), torch.bfloat16, compile=True, optimize=True)
-    assert torch.equal(network.again(compile=False)(X, T), Network(network.model, torch.bfloat16, optimize=True)(X, T))
 
 
 # What runs instead of the model -----------------------------------------------------------------------------------

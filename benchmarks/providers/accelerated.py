@@ -15,6 +15,7 @@ from ..suite.machine import Work
 from ..suite.measure import Run
 from ..tasks.loop import LoopProof, LoopTask
 from ..tasks.trajectory import SEED
+from .ours import COMPILED, check_compiler
 
 Way = Callable[..., Callable[..., Any]]  # from a loop and the options of `accelerate` to what is called instead
 
@@ -81,18 +82,19 @@ def accelerated(
     """Returns the provider of an accelerated loop, with the contract's noise unless the options have another."""
     has_own = options.get("noise") == "torch"
     compiles = options.get("compile", False)
-    words = (label, "compiled" if compiles else "", "torch's noise" if has_own else "")
+    words = (label, COMPILED[compiles], "torch's noise" if has_own else "")
     return Provider(
         ", ".join(filter(None, ("fastsde", *words, precision))),
         partial(_run, task, way, options),
         proof.own_noise if has_own else proof.contract_noise,
         precision,
-        compiles=compiles,
+        compiles=bool(compiles),
         rank=Rank.USUAL if label or has_own else Rank.NEEDED,
     )
 
 
 def _run(task: LoopTask, way: Way, options: dict[str, Any]) -> Run:
+    check_compiler(options.get("compile", False))
     loop = task.loop
     own = options if options.get("noise") == "torch" else {**options, "seed": SEED}
     return partial(way(loop, **own), *loop.args, **loop.kwargs)

@@ -6,7 +6,6 @@ that the precision is always given. Its threads sleep between calls.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -14,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..suite.case import imported
+from fastsde.engines.openvino import is_installed, library
+
+from ..suite.case import UnavailableError
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -23,9 +24,8 @@ def engine(
     network: nn.Module, example: tuple[Tensor, Tensor], precision: str
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Returns a function that runs a network on arrays of the example's shapes."""
-    # It would send statistics of its use over the network, from a process of its own; without the module it does not.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    openvino = imported("openvino", "openvino")
+    require()
+    openvino = library()
     shapes = [tuple(each.shape) for each in example]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the trace: a size becomes a constant, which is right for one size
@@ -44,3 +44,9 @@ def engine(
         return found
 
     return call
+
+
+def require() -> None:
+    """Raises UnavailableError if OpenVINO is not installed."""
+    if not is_installed():
+        raise UnavailableError("openvino is not installed: pip install openvino")

@@ -18,15 +18,21 @@ from ..suite.case import Provider, Rank, UnavailableError
 from ..suite.measure import Run
 from ..tasks.recipe import Recipe, prove_finite, prove_weights
 from ..tasks.trajectory import SEED, Proof, Trajectory, dtype_of
+from . import openvino
+
+COMPILED: dict[bool | str, str] = {True: "compiled", False: "", "openvino": "through OpenVINO"}  # in a provider's name
 
 
-def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: bool = False, anew: bool = False) -> Run:
+def sampling(
+    task: Trajectory, backend: str, precision: str = "fp32", compile: bool | str = False, anew: bool = False
+) -> Run:
     """Returns a function that calls a sampler or, with ``anew``, `fastsde.sample`, which creates one in each call."""
     model = copy.deepcopy(task.checkpoint.model)  # its own copy, since only a few captures are kept per network
     options = {**task.options, "backend": backend, "dtype": dtype_of(precision), "compile": compile}
     reason = None if backend == "auto" else unavailable_reason(backend, task.device)
     if reason is not None:
         raise UnavailableError(reason)
+    check_compiler(compile)
     sampler, given = fastsde.Sampler(model, task.sample_shape, **options), task.model_kwargs
 
     def run() -> Tensor:
@@ -38,23 +44,29 @@ def sampling(task: Trajectory, backend: str, precision: str = "fp32", compile: b
     return run
 
 
+def check_compiler(compile: bool | str) -> None:
+    """Raises UnavailableError if what the option asks for is not installed."""
+    if compile == "openvino":
+        openvino.require()
+
+
 def sampler(
     task: Trajectory,
     proof: Proof,
     backend: str,
     precision: str,
-    compile: bool = False,
+    compile: bool | str = False,
     anew: bool = False,
     rank: Rank = Rank.USUAL,
 ) -> Provider:
     """Returns the provider for a backend in one precision."""
-    words = ("fastsde.sample()" if anew else "fastsde", backend, "compiled" if compile else "")
+    words = ("fastsde.sample()" if anew else "fastsde", backend, COMPILED[compile])
     return Provider(
         f"{' '.join(filter(None, words))}, {precision}",
         partial(sampling, task, backend, precision, compile, anew),
         partial(proof.same_noise, precision),
         precision,
-        compiles=compile,
+        compiles=bool(compile),
         rank=Rank.LAST if backend == "reference" else rank,
     )
 

@@ -50,7 +50,7 @@ def sample(
     noise: str = "contract",
     seed: int = 0,
     backend: str = "auto",
-    compile: bool = False,
+    compile: bool | str = False,
     check: bool = True,
     **named: Any,
 ) -> Any:

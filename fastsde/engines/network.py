@@ -18,7 +18,8 @@ from ..notices import first_line, warn, warn_once
 from ..reference import Model, NonFiniteError
 from .batches import is_out_of_memory
 from .capture import CaptureError
-from .derived import Derived, Frozen, can_be_frozen, compiled, derived, form_of
+from .compilers import Compiled, compiled, unavailable_reason
+from .derived import Derived, derived, form_of
 from .fingerprint import Fingerprint, fingerprint, modules_of
 from .inspection import device_of, dtype_of
 from .unet_inference import UNetInference
@@ -51,24 +52,24 @@ class Kept:
 
     Args:
         feeds: the feed by the dtypes of the arguments, for each dtype of the network and for integer times or not.
-        derived, frozen: the modules run instead of the model, by form, dtype and, for ``derived``, device.
+        derived: the modules run instead of the model, by form, dtype and device.
+        compiled: the compiled networks on the CPU, by compiler, form and dtype.
         programs: the state of the network, and its program or why it has none, by what the program depends on
             (`fastsde.engines.programs`), the latest last.
         trajectories: the captured trajectories (`fastsde.engines.graph`), the latest last.
         batches: the fastest batch, by what the time of a row depends on.
-        compiling: the seconds of a row, and whether the compiled network is faster, or None while that is unknown; by
-            what the time of a row depends on.
+        seconds: the measured seconds of a row by compiler, None for the network as it is; by what they depend on.
         failed: the backends that have failed.
         told: the warnings that have been given.
     """
 
     feeds: dict[tuple[torch.dtype, bool], dict[Any, Feed]] = field(default_factory=dict)
     derived: dict[Any, Derived] = field(default_factory=dict)
-    frozen: dict[tuple[str, torch.dtype], Frozen] = field(default_factory=dict)
+    compiled: dict[tuple[str, str, torch.dtype], Compiled] = field(default_factory=dict)
     programs: OrderedDict[Any, tuple[Any, Any]] = field(default_factory=OrderedDict)
     trajectories: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     batches: dict[Any, int] = field(default_factory=dict)
-    compiling: dict[Any, tuple[float, bool | None]] = field(default_factory=dict)
+    seconds: dict[Any, dict[str | None, float]] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     told: dict[str, Any] = field(default_factory=dict)
 
@@ -89,7 +90,7 @@ class Network:
     another module runs in its place. An ``nn.Sequential`` is called with ``cat((x, t), -1)``.
 
     Args:
-        compile: run it through ``torch.compile``. If that fails, the network runs uncompiled, with a warning.
+        compiler: run it through "torch.compile" or "openvino". If that fails, it runs uncompiled, with a warning.
         optimize: whether to use the inference form of a U-Net.
         device: where the network runs, for a function, which has no weights.
         integer_times: whether all times that it is called with are integers.
@@ -103,12 +104,12 @@ class Network:
         self,
         model: Model,
         dtype: torch.dtype | None = None,
-        compile: bool = False,
+        compiler: str | None = None,
         optimize: bool = False,
         device: torch.device | None = None,
         integer_times: bool = False,
     ) -> None:
-        self._given, self._compiles = model, compile
+        self._given, self.compiler = model, compiler
         self._arguments: dict[str, Any] = {
             "dtype": dtype,
             "optimize": optimize,
@@ -133,14 +134,14 @@ class Network:
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _make, (self._given, self._compiles, self._arguments)  # everything else is built from these
+        return _make, (self._given, self.compiler, self._arguments)  # everything else is built from these
 
-    def again(self, compile: bool) -> Network:
-        """Returns the same network, with or without ``torch.compile``."""
-        return Network(self._given, compile=compile, **self._arguments)
+    def again(self, compiler: str | None) -> Network:
+        """Returns the same network, with another compiler or none."""
+        return Network(self._given, compiler=compiler, **self._arguments)
 
     def plain(self) -> Network:
-        """Returns the network as PyTorch's own operations: nothing in it runs through ``torch.compile``."""
+        """Returns the network as PyTorch's own operations: nothing in it is compiled."""
         return Network(self.model, **self._arguments)
 
     def in_fp32(self) -> Network:
@@ -170,20 +171,23 @@ class Network:
         run = self._given if self._form == "itself" and _is_compiled(self._given) else self.model
         if isinstance(run, nn.Module) and self._form != "itself":
             run = derived(run, self._form, self.dtype, self.device, self.kept.derived)
-        if run is not self._run or isinstance(self._compiled, Frozen):  # which may be stale
+        if run is not self._run or isinstance(self._compiled, Compiled):  # which may be stale
             self._run = run
-            self._compiled = self._through_compile(run) if self._compiles else None
+            self._compiled = None if self.compiler is None else self._compiled_by(self.compiler, run)
         self._channels_last = self._form == "channels_last"
 
-    def _through_compile(self, run: Model) -> Model:
+    def _compiled_by(self, compiler: str, run: Model) -> Model:
         """Returns the compiled network; on the CPU the one that another sampler has compiled, if it is still valid."""
-        if self.device.type == "cuda" or not isinstance(run, nn.Module) or not can_be_frozen(run):
-            return compiled(run, self.device)
-        key = (self._form, self.dtype)
-        frozen = self.kept.frozen.get(key)
-        if frozen is None or not frozen.is_of(run):
-            frozen = self.kept.frozen[key] = Frozen(run)
-        return frozen
+        key, known = (compiler, self._form, self.dtype), self.kept.compiled
+        made = compiled(run, compiler, self.device, known.get(key))
+        if isinstance(made, Compiled):
+            known[key] = made
+        return made
+
+    def cannot_be_compiled_by(self, compiler: str) -> str | None:
+        """Returns why a compiler cannot compile the network and what to do instead, or None if it can."""
+        assert self._run is not None
+        return unavailable_reason(compiler, self._run, self.dtype, self.device)
 
     @contextmanager
     def unchanged(self, unless_done: bool = False) -> Iterator[None]:
@@ -212,7 +216,7 @@ class Network:
 
     def form(self) -> tuple[Any, ...]:
         """Returns how the network is run, besides what its `fingerprint` covers."""
-        return self._form, self.dtype, self._compiled is not None, self._arguments["integer_times"]
+        return self._form, self.dtype, self._compiled is not None and self.compiler, self._arguments["integer_times"]
 
     def fingerprint(self) -> Fingerprint:
         """Returns the fingerprint of the module that is run."""
@@ -321,7 +325,7 @@ class Network:
             return self._through(args, kwargs)
 
     def _through(self, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the network, through ``torch.compile`` if requested."""
+        """Calls the network, compiled if requested."""
         run: Any = self._run
         if self._compiled is None:
             return run(*args, **kwargs)
@@ -333,7 +337,7 @@ class Network:
             f = run(*args, **kwargs)  # raises the network's own error, if it was that
             self._compiled = None
             reason = first_line(error)
-            warn(f"torch.compile failed, the network runs without it: {reason}")
+            warn(f"{self.compiler} failed, the network runs without it: {reason}")
             return f
 
     def _cast(self, value: Any) -> Any:
@@ -349,8 +353,8 @@ def _restore(held: dict[Tensor, Tensor]) -> None:
                     buffer.copy_(value)
 
 
-def _make(model: Model, compile: bool, arguments: dict[str, Any]) -> Network:
-    return Network(model, compile=compile, **arguments)
+def _make(model: Model, compiler: str | None, arguments: dict[str, Any]) -> Network:
+    return Network(model, compiler=compiler, **arguments)
 
 
 def _feeds(dtype: torch.dtype, integer_times: bool) -> list[Feed]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from ..engines.fingerprint import Fingerprint
+from ..plan import compiler_of
 from ..validation import check_bool, check_int
 from .brownian import NOTE
 from .check import check as check_against
@@ -104,7 +105,7 @@ class _Options:
     noise: str = "contract"
     seed: int = 0
     backend: str = "auto"
-    compile: bool = False
+    compile: bool | str = False
     dtype: torch.dtype | None = None
     check: bool = True
     replay: bool = False
@@ -113,7 +114,8 @@ class _Options:
         if self.noise not in ("contract", "torch"):
             raise ValueError(f"noise must be 'contract' or 'torch', got {self.noise!r}")
         check_int("seed", self.seed, 0, 2**64)
-        for name in ("compile", "check", "replay"):
+        compiler_of(self.compile)
+        for name in ("check", "replay"):
             check_bool(name, getattr(self, name))
         if isinstance(self.modules, nn.Module):
             raise TypeError("modules must be a sequence of nn.Modules, got one: put it in a list")

@@ -1,0 +1,98 @@
+"""Networks compiled for inference: by ``torch.compile``, or on the CPU by OpenVINO."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference import Model
+from . import openvino
+from .fingerprint import fingerprint
+from .inspection import tensors_of
+
+__all__ = ["Compiled", "compiled", "unavailable_reason"]
+
+
+class Compiled:
+    """A module compiled on the CPU, with its weights as constants of the code."""
+
+    def __init__(self, run: nn.Module, compiler: str) -> None:
+        self._run = weakref.ref(run)  # this is kept with the model, and must not keep it alive
+        self._weights = [each.detach().clone() for each in tensors_of(run)]
+        self._state = fingerprint(run, reads_classes=True) if compiler == "openvino" else None
+        self._call = openvino.Exported(self._run) if compiler == "openvino" else _frozen(self._run)
+
+    def is_of(self, run: Model) -> bool:
+        """Returns whether the compiled code still computes what a network does."""
+        if not isinstance(run, nn.Module) or run is not self._run():
+            return False
+        now = tensors_of(run)
+        if len(now) != len(self._weights) or not all(map(torch.equal, now, self._weights)):
+            return False
+        # torch.compile itself guards what else it has read.
+        return self._state is None or self._state.is_run_as(fingerprint(run, reads_classes=True))
+
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        return self._call(*args, **kwargs)
+
+
+def _frozen(alive: weakref.ref[nn.Module]) -> Model:
+    """Compiles a module by ``torch.compile``, which caches the code on disk, from where other processes load it."""
+
+    def network(*args: Tensor, **kwargs: Any) -> Tensor:
+        f: Tensor = alive()(*args, **kwargs)  # type: ignore[misc]
+        return f
+
+    network.__code__ = network.__code__.replace()  # its own code object, since PyTorch finds compiled code by it
+    code: Model = torch.compile(network)
+
+    def call(*args: Tensor, **kwargs: Any) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):
+            return code(*args, **kwargs)
+
+    return call
+
+
+def _can_be_frozen(run: nn.Module) -> bool:
+    """Returns whether all tensors of a network are parameters and buffers that a call does not change."""
+    running = (module for module in run.modules() if getattr(module, "running_mean", None) is not None)
+    counts = any(getattr(module, "training", False) for module in running)  # a frozen script has no training mode
+    found = fingerprint(run)
+    return not counts and found.is_whole and len(found.places) == len(tensors_of(run))
+
+
+def unavailable_reason(compiler: str, run: Model, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Returns why a compiler cannot compile a network and what to do instead, or None if it can."""
+    if compiler != "openvino":
+        return None
+    instead = "use compile=True"
+    if device.type != "cpu":
+        return f"compile='openvino' needs the CPU, got device {device}; {instead}"
+    if not openvino.is_installed():
+        return (
+            f"compile='openvino' needs OpenVINO, which is not installed: pip install 'fastsde[openvino]', or {instead}"
+        )
+    if dtype != torch.float32:
+        # In bf16 it would round t as well, and be twice as far from the exact result as PyTorch is.
+        return f"compile='openvino' needs a network in float32, got {dtype}; {instead}"
+    if not isinstance(run, nn.Module) or not _can_be_frozen(run):
+        return f"compile='openvino' needs an nn.Module whose tensors are all parameters and buffers; {instead}"
+    return None
+
+
+def compiled(run: Model, compiler: str, device: torch.device, known: Compiled | None) -> Model:
+    """Compiles a network for inference, without CUDA graphs of its own: the graph engine captures the rows.
+
+    Args:
+        known: what another sampler has compiled, which is returned if it is still valid.
+    """
+    if device.type == "cuda":
+        # With Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's convolutions are as fast.
+        options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+        return torch.compile(run, dynamic=False, options={**options, "max_autotune_conv_backends": "ATEN"})
+    if not isinstance(run, nn.Module) or not _can_be_frozen(run):
+        return torch.compile(run)
+    return known if known is not None and known.is_of(run) else Compiled(run, compiler)
