@@ -136,6 +136,9 @@ class Planner:
         self._backend, self._times = backend, times
         self._compiler, self._chooses = compiler_of(compile), compile == "auto"
         self._compiled: dict[str, Network] = {}  # for compile="auto"
+        reason = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
+        if reason is not None:
+            raise ValueError(reason)
 
     @property
     def is_free(self) -> bool:
@@ -157,10 +160,7 @@ class Planner:
         Raises:
             ValueError: if it cannot run.
         """
-        network = self._network
-        reason = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
-        if reason is not None:
-            raise ValueError(reason)
+        network, reason = self._network, None
         for candidate in _FASTEST_FIRST if self.is_free else (self._backend,):
             if self.is_free and candidate in network.kept.failed:
                 continue
@@ -234,7 +234,7 @@ class Planner:
                 with plain.unchanged():
                     known[compiler] = _timed(network, request)(count)
         best = min(known, key=lambda compiler: known[compiler])
-        return plain if best is None or plain.cannot_be_compiled_by(best) is not None else self._compiled_by(best)
+        return plain if best is None else self._compiled_by(best)
 
     def _compiled_by(self, compiler: str) -> Network:
         if compiler not in self._compiled:

@@ -184,8 +184,8 @@ SAMPLE = [
     ({"device": ""}, ValueError, "device '' cannot be used"),
     ({"device": 3.5}, ValueError, "device '3.5' cannot be used"),
     ({"device": "meta"}, ValueError, "device must hold data", "meta"),
-    ({"compile": "no"}, TypeError, "compile must be True, False or 'auto'", "'no'"),
-    ({"compile": 1}, TypeError, "compile must be True, False or 'auto'", "1"),
+    ({"compile": "no"}, ValueError, "compile must be True, False, 'auto' or 'openvino'", "'no'"),
+    ({"compile": 1}, TypeError, "compile must be True, False, 'auto' or 'openvino'", "1"),
     ({"model": nn.Linear(2, 2), "device": "meta"}, ValueError, "device is meta, but the model is on cpu: move it"),
     # kwargs and guidance
     ({"model_kwargs": [1]}, TypeError, "model_kwargs must be a mapping", "list"),

@@ -94,7 +94,7 @@ def accelerated(
 
 
 def _run(task: LoopTask, way: Way, options: dict[str, Any]) -> Run:
-    check_compiler(options.get("compile", False))
     loop = task.loop
+    check_compiler(options.get("compile", False))
     own = options if options.get("noise") == "torch" else {**options, "seed": SEED}
     return partial(way(loop, **own), *loop.args, **loop.kwargs)

@@ -93,6 +93,6 @@ def compiled(run: Model, compiler: str, device: torch.device, known: Compiled | 
         # With Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's convolutions are as fast.
         options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
         return torch.compile(run, dynamic=False, options={**options, "max_autotune_conv_backends": "ATEN"})
-    if not isinstance(run, nn.Module) or not _can_be_frozen(run):
-        return torch.compile(run)
-    return known if known is not None and known.is_of(run) else Compiled(run, compiler)
+    if known is not None and known.is_of(run):
+        return known
+    return Compiled(run, compiler) if isinstance(run, nn.Module) and _can_be_frozen(run) else torch.compile(run)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops, reference
-from ..reference import Model, check_finite, evaluate
+from ..reference import check_finite, evaluate
 from ..request import Request
 from ..solvers import StepTable
+from .network import Network
 
 __all__ = ["FiniteCheck", "run"]
 
@@ -25,21 +26,23 @@ __all__ = ["FiniteCheck", "run"]
 _NOISE_ELEMENTS = 1 << 15
 
 
-def run(network: Model, request: Request) -> Tensor:
+def run(network: Network, request: Request) -> Tensor:
     """Runs `fastsde.reference.sample` faster, with the same result and errors."""
     x = request.start().contiguous()
     rows = _fused if x.dtype == torch.float32 and ops.has_kernels(x.device) else _plain
     return rows(network, x, request)
 
 
-def _fused(network: Model, x: Tensor, request: Request) -> Tensor:
+def _fused(network: Network, x: Tensor, request: Request) -> Tensor:
     """Runs the rows by the fused kernel, which also detects values that are not finite.
 
     On a GPU these are reported only at the end, since reading the result waits for the device. Each state is a new
     tensor, so a callback may keep it.
     """
     table, noise_function, after_row = request.table, request.noise, request.after_row
-    step, conditions = ops.Stepper(table, x, request.keys, request.guidance), request.conditions
+    # OpenMP's threads would go on spinning for milliseconds, where OpenVINO's have begun to work.
+    threads = 1 if network.compiler == "openvino" else None
+    step, conditions = ops.Stepper(table, x, request.keys, request.guidance, threads), request.conditions
     slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
     network_input, size, dtype, device = reference.network_input(slots, table, 0), (len(x),), x.dtype, x.device
     for row in range(len(table)):
@@ -61,7 +64,7 @@ def _next_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
     return slots[0] if row + 1 == len(table) else reference.network_input(slots, table, row + 1)
 
 
-def _plain(network: Model, x: Tensor, request: Request) -> Tensor:
+def _plain(network: Network, x: Tensor, request: Request) -> Tensor:
     """Runs the rows by PyTorch's own operations."""
     table, noise_function, after_row = request.table, request.noise, request.after_row
     drawn = iter(()) if noise_function is not None else _noise_rows(request.keys, table, x.shape[1:])

@@ -44,9 +44,17 @@ class Stepper:
         x: a contiguous state that gives the shape and the device.
         keys: int64 ``[B, 2]``.
         guidance: w, for rows with an unconditional output.
+        threads: how many of the CPU's may work, by default as many as PyTorch would use.
     """
 
-    def __init__(self, table: StepTable, x: Tensor, keys: Tensor, guidance: float | None = None) -> None:
+    def __init__(
+        self,
+        table: StepTable,
+        x: Tensor,
+        keys: Tensor,
+        guidance: float | None = None,
+        threads: int | None = None,
+    ) -> None:
         keys = keys.contiguous()
         self._table, self._keys, self._guidance = table, keys, guidance
         self._rows = device_table(table, x.device)
@@ -54,7 +62,8 @@ class Stepper:
         self._at_once = x.device.type == "cpu"
         module = kernel("solver_step", x.device)
         if self._status is None:
-            self._native = module.Steps(self._rows, table.slots, x.shape, keys=keys, guidance=guidance, clip=table.clip)
+            options = {"keys": keys, "guidance": guidance, "clip": table.clip, "threads": threads}
+            self._native = module.Steps(self._rows, table.slots, x.shape, **options)
         else:
             self._launch = module.solver_step
 

@@ -34,7 +34,7 @@ static inline std::vector<Activation> known_activations(const int32_t* codes, in
 
 // e^(-scale |x|); NaN stays NaN.
 static inline Floats falling(Floats x, float scale) {
-    return exp2_negative((x < 0.0f ? x : -x) * (scale * 1.44269504f));
+    return exp2_negative(minus_absolute(x) * (scale * 1.44269504f));
 }
 
 static inline Floats sigmoid(Floats x) {
@@ -44,8 +44,7 @@ static inline Floats sigmoid(Floats x) {
 
 static inline Floats tanh(Floats x) {
     const Floats e = falling(x, 2.0f);
-    const Floats size = (1.0f - e) / (1.0f + e);
-    return x < 0.0f ? -size : size;
+    return odd((1.0f - e) / (1.0f + e), x);
 }
 
 // PyTorch's default of the parameter: LeakyReLU's slope and ELU's alpha.
@@ -86,8 +85,8 @@ static inline void activate(Floats x, float parameter, Floats& value, Floats& de
     } else if constexpr (KIND == SIN) {
         sin_cos(x, value, derivative);
     } else if constexpr (KIND == GELU) {
-        const Floats below = normal_below(x);
-        value = x * below;
+        const Floats tail = normal_tail(x), below = x < 0.0f ? tail : 1.0f - tail;
+        value = at_least(x, 0.0f) - absolute(x) * tail;
         derivative = below + x * (0.398942280f * exp2_negative(x * x * -0.721347520f));
     } else {
         static_assert(KIND == GELU_TANH, "an activation without a formula");

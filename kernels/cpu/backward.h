@@ -106,7 +106,7 @@ static inline Floats computed(const Trained& k, Floats a, Floats b) {
         case SQRT: return square_root(a);
         case RSQRT: return 1.0f / square_root(a);
         case RECIPROCAL: return 1.0f / a;
-        case ABS: return a < 0.0f ? -a : a;
+        case ABS: return absolute(a);
         case ERF: return erf(a);
         case COS: {
             Floats sine, cosine;

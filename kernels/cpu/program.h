@@ -67,11 +67,12 @@ struct Units {
 template <class Second, class Body>
 static inline void for_elements(const Instruction& k, const Units& units, int64_t first, int64_t end, Second second,
                                 Body body) {
+    const int64_t samples = units.samples;
     for (int64_t row = first; row < end; row++) {
         const float* a = units.at(k.a + row * k.a_step);
         float* out = units.to(k.out + row);
         auto b = second(row);
-        for (int64_t i = 0; i < units.samples; i += LANES) store(out + i, body(load(a + i), b(i)));
+        for (int64_t i = 0; i < samples; i += LANES) store(out + i, body(load(a + i), b(i)));
     }
 }
 
@@ -80,7 +81,8 @@ static inline void map(const Instruction& k, const Units& units, int64_t first, 
     if (k.a_step == 1) {  // one run of memory
         const float* a = units.at(k.a + first);
         float* out = units.to(k.out + first);
-        for (int64_t i = 0; i < (end - first) * units.samples; i += LANES) store(out + i, body(load(a + i)));
+        const int64_t count = (end - first) * units.samples;
+        for (int64_t i = 0; i < count; i += LANES) store(out + i, body(load(a + i)));
         return;
     }
     const auto nothing = [](int64_t) { return [](int64_t) { return Floats{}; }; };
@@ -90,6 +92,13 @@ static inline void map(const Instruction& k, const Units& units, int64_t first, 
 template <class Body>
 static inline void combine(const Instruction& k, const Units& units, const float* of_row, int64_t first, int64_t end,
                            Body body) {
+    if (k.b_kind == UNITS && k.a_step == 1 && k.b_step == 1) {  // three runs of memory
+        const float *a = units.at(k.a + first), *b = units.at(k.b + first);
+        float* out = units.to(k.out + first);
+        const int64_t count = (end - first) * units.samples;
+        for (int64_t i = 0; i < count; i += LANES) store(out + i, body(load(a + i), load(b + i)));
+        return;
+    }
     if (k.b_kind == UNITS) {
         const auto second = [&](int64_t row) {
             const float* b = units.at(k.b + row * k.b_step);
@@ -124,10 +133,12 @@ static inline bool is_cosine_of(const Instruction& k, const Instruction& before)
 // Computes rows of a sine and its cosine.
 static inline void run_sine_and_cosine(const Instruction& sine, const Instruction& cosine, const Units& units,
                                        int64_t first, int64_t end) {
-    for (int64_t row = first; row < end; row++) {
+    const bool is_one_run = sine.a_step == 1;
+    const int64_t runs = is_one_run ? 1 : end - first, count = is_one_run ? (end - first) * units.samples : units.samples;
+    for (int64_t row = first; row < first + runs; row++) {
         const float* a = units.at(sine.a + row * sine.a_step);
         float *to_sine = units.to(sine.out + row), *to_cosine = units.to(cosine.out + row);
-        for (int64_t i = 0; i < units.samples; i += LANES) {
+        for (int64_t i = 0; i < count; i += LANES) {
             Floats s, c;
             sin_cos(load(a + i), s, c);
             store(to_sine + i, s), store(to_cosine + i, c);
@@ -159,7 +170,7 @@ static inline void run_elements(const Instruction& k, const Units& units, const 
         case SQRT: return map(k, units, first, end, [](Floats a) { return square_root(a); });
         case RSQRT: return map(k, units, first, end, [](Floats a) { return 1.0f / square_root(a); });
         case RECIPROCAL: return map(k, units, first, end, [](Floats a) { return 1.0f / a; });
-        case ABS: return map(k, units, first, end, [](Floats a) { return a < 0.0f ? -a : a; });
+        case ABS: return map(k, units, first, end, [](Floats a) { return absolute(a); });
         case COS:
             return map(k, units, first, end, [](Floats a) {
                 Floats sine, cosine;

@@ -122,8 +122,37 @@ static inline Floats rounded(Floats x) {
 static inline Floats all(float x) { return x - Floats{}; }
 
 // Both return NaN for a NaN in x.
-static inline Floats at_least(Floats x, float low) { return all(low) > x ? all(low) : x; }
-static inline Floats at_most(Floats x, float high) { return all(high) < x ? all(high) : x; }
+static inline Floats at_least(Floats x, float low) {
+#if defined(FASTSDE_AVX512)
+    return _mm512_max_ps(all(low), x);  // the second one if either is NaN
+#elif defined(FASTSDE_AVX2)
+    return _mm256_max_ps(all(low), x);
+#else
+    return all(low) > x ? all(low) : x;
+#endif
+}
+
+static inline Floats at_most(Floats x, float high) {
+#if defined(FASTSDE_AVX512)
+    return _mm512_min_ps(all(high), x);
+#elif defined(FASTSDE_AVX2)
+    return _mm256_min_ps(all(high), x);
+#else
+    return all(high) < x ? all(high) : x;
+#endif
+}
+
+constexpr int32_t SIGN = INT32_MIN;  // the bit
+
+static inline Floats absolute(Floats x) { return bits_of<Floats>(bits_of<Ints>(x) & ~SIGN); }
+
+// -|x|.
+static inline Floats minus_absolute(Floats x) { return bits_of<Floats>(bits_of<Ints>(x) | SIGN); }
+
+// An odd function of x, from its value at |x|.
+static inline Floats odd(Floats at_absolute, Floats x) {
+    return bits_of<Floats>(bits_of<Ints>(at_absolute) ^ (bits_of<Ints>(x) & SIGN));
+}
 
 // Rounds to the nearest integer, for |x| < 2^22.
 static inline Floats nearest(Floats x) {
@@ -236,10 +265,10 @@ static inline Floats log1p(Floats x) {
 
 // The sine and the cosine of an angle in a quadrant, from those of its distance to the quadrant's middle.
 static inline void place_quarter(Ints quadrant, Floats s, Floats c, Floats& sine, Floats& cosine) {
-    const Ints swapped = (quadrant & 1) == 0 ? Ints{} : ~Ints{};
-    const Ints sine_sign = (quadrant & 2) << 30, cosine_sign = ((quadrant + 1) & 2) << 30;
-    sine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? c : s) ^ sine_sign);
-    cosine = bits_of<Floats>(bits_of<Ints>(swapped != 0 ? s : c) ^ cosine_sign);
+    const Ints odd_one = quadrant & 1;
+    const Ints sine_sign = (quadrant << 30) & SIGN, cosine_sign = ((quadrant + 1) << 30) & SIGN;
+    sine = bits_of<Floats>(bits_of<Ints>(odd_one == 0 ? s : c) ^ sine_sign);
+    cosine = bits_of<Floats>(bits_of<Ints>(odd_one == 0 ? c : s) ^ cosine_sign);
 }
 
 // sin and cos of 2 pi turns, for turns in [0, 1], to 1e-7.
@@ -255,38 +284,35 @@ static inline void sin_cos_turns(Floats turns, Floats& sine, Floats& cosine) {
 
 // sin x and cos x to 1e-7 (absolute), for any x.
 static inline void sin_cos(Floats x, Floats& sine, Floats& cosine) {
-    const Floats size = x < 0.0f ? -x : x;
+    const Floats size = absolute(x);
     if (any(~(size <= 8192.0f))) {  // beyond, the quarter turns are not subtracted exactly
         for (int i = 0; i < LANES; i++) sine[i] = std::sin(x[i]), cosine[i] = std::cos(x[i]);
         return;
     }
     const Floats whole = nearest(x * 0.636619772f);
     // A quarter turn in three parts, of which the first two have few bits (Cody & Waite 1980).
-    const Floats rest = ((x - whole * 1.5703125f) - whole * 4.837512969970703125e-4f) - whole * 7.5497899548918821e-8f;
-    const Floats r = rest * 0.636619772f;
+    const Floats r = ((x - whole * 1.5703125f) - whole * 4.837512969970703125e-4f) - whole * 7.5497899548918821e-8f;
     const Floats square = r * r;
-    const Floats s = r * polynomial(square, 1.57079631f, -0.645962938f, 0.079675903f, -0.00459228907f);
-    const Floats c = polynomial(square, 1.0f, -1.23370054f, 0.253669204f, -0.0208600713f, 0.000903631702f);
+    const Floats s = r + r * square * polynomial(square, -0.166666508f, 0.00833201688f, -0.000195018220f);
+    const Floats c = polynomial(square, 1.0f, -0.5f, 0.0416666232f, -0.00138867635f, 2.43904506e-5f);
     place_quarter(__builtin_convertvector(whole, Ints), s, c, sine, cosine);
 }
 
 // erf x to 1e-7: for |x| up to 4.2, 1 - erf |x| is 2^-(|x| Q(|x|)) with a polynomial Q.
 static inline Floats erf(Floats x) {
-    const Floats size = at_most(x < 0.0f ? -x : x, 4.2f);
+    const Floats size = at_most(absolute(x), 4.2f);
     const Floats q = polynomial(size, 1.62790727f, 0.918442901f, 0.148307911f, -0.027724477f, -8.48036246e-05f,
                                 0.00227478386f, -0.000848233462f, 0.000152964103f, -1.1604781e-05f);
-    const Floats result = 1.0f - exp2_negative(-size * q);
-    return x < 0.0f ? -result : result;
+    return odd(1.0f - exp2_negative(-size * q), x);
 }
 
-// The share of a standard normal below x, (1 + erf(x / sqrt 2)) / 2, to 1e-7: as `erf`, with its factors in Q.
-static inline Floats normal_below(Floats x) {
-    const Floats size = at_most(x < 0.0f ? -x : x, 5.93f);
+// The share of a standard normal beyond |x|, (1 - erf(|x| / sqrt 2)) / 2, to 1e-7: as `erf`, with its factors in Q.
+static inline Floats normal_tail(Floats x) {
+    const Floats size = at_most(absolute(x), 5.93f);
     const Floats q = polynomial(size, 1.15110427f, 0.459221451f, 0.0524347648f, -0.00693111925f,
                                 -1.49913045e-05f, 0.000284347983f, -7.49739541e-05f,
                                 9.56025644e-06f, -5.12863709e-07f);
-    const Floats tail = exp2_bounded(-size * q - 1.0f);
-    return x < 0.0f ? tail : 1.0f - tail;
+    return exp2_bounded(-size * q - 1.0f);
 }
 
 }  // namespace fastsde

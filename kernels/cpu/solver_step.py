@@ -37,6 +37,7 @@ class Steps:
         shape: of a slot, ``(B, *shape)``.
         keys: contiguous int64 ``[B, 2]``, or None if the noise of every row is given or zero.
         guidance, clip: numbers, or None.
+        threads: how many may work, by default as many as PyTorch would use.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Steps:
         keys: Tensor | None = None,
         guidance: float | None = None,
         clip: float | None = None,
+        threads: int | None = None,
     ) -> None:
-        self._given = table, keys  # kept alive
+        self._given, self._threads = (table, keys), threads  # the tensors are kept alive
         self._call = _Call(
             keys=None if keys is None else address(keys, torch.int64),
             table=address(table, torch.float32),
@@ -102,7 +104,7 @@ class Steps:
             f_uncond, z = _plain(f_uncond), _plain(z)
             call.f_uncond, call.z, call.input = _pointer(f_uncond), _pointer(z), _pointer(network_input)
         call.row = row
-        found: int = self._run(self._reference, torch.get_num_threads())
+        found: int = self._run(self._reference, self._threads or torch.get_num_threads())
         return found
 
 
