@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import engines, ops
 from .engines import Network, batches, capture, persistent
+from .notices import warn
 from .request import Request
 from .vocabulary import BACKENDS
 
@@ -193,6 +195,10 @@ class Planner:
         backend = self.backend(request.options, request)
         batch = self._batch(backend, request, max_batch)
         network = self._faster(backend, request, batch, tell)
+        if network.compiler is not None and not network.is_compiled:
+            reason = network.cannot_be_compiled_by(network.compiler)
+            if reason is not None:
+                warn(f"the network runs uncompiled: {reason}")
         tell(network)
         return Plan(backend, network, batch, max_batch == "auto")
 
@@ -229,14 +235,20 @@ class Planner:
         work = known[None] * len(request.table) * -(-n // count)
         for compiler, least in _WORK_S.items():
             if compiler not in known and work >= least and plain.cannot_be_compiled_by(compiler) is None:
-                network = self._compiled_by(compiler)
+                network = self._through(compiler)
                 tell(network)
                 with plain.unchanged():
-                    known[compiler] = _timed(network, request)(count)
+                    seconds = _timed(network, request)(count)
+                known[compiler] = seconds if network.is_compiled else math.inf  # it may have failed
         best = min(known, key=lambda compiler: known[compiler])
-        return plain if best is None else self._compiled_by(best)
+        if best is None:
+            return plain
+        network = self._through(best)
+        # After a change of the weights it would be compiled again.
+        return plain if network.is_to_be_compiled and work < _WORK_S[best] else network
 
-    def _compiled_by(self, compiler: str) -> Network:
+    def _through(self, compiler: str) -> Network:
+        """Returns the network through a compiler."""
         if compiler not in self._compiled:
             self._compiled[compiler] = self._network.again(compiler)
         network = self._compiled[compiler]
@@ -245,7 +257,8 @@ class Planner:
 
     def _key(self, n: int, request: Request) -> tuple[object, ...]:
         """Returns what the time of a row depends on."""
-        return n, self._sample_shape, self._network.dtype, request.guidance is not None
+        network = self._network
+        return n, self._sample_shape, network.dtype, network.device, request.guidance is not None
 
 
 def _timed(network: Network, request: Request) -> Callable[[int], float]:

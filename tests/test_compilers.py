@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import pickle
+import random
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -143,7 +145,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     found: list[str | None] = []
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
     monkeypatch.setattr(openvino, "is_installed", lambda: True)
-    monkeypatch.setattr(openvino, "_compiled", lambda module, tensors: run_later(weakref.ref(module.run)))
+    monkeypatch.setattr(openvino, "_exported", lambda module, tensors: run_later(weakref.ref(module.run)))
     return found
 
 
@@ -276,11 +278,14 @@ def test_another_compiler_is_refused(value: Any) -> None:
     ("options", "message"),
     [
         ({"dtype": torch.bfloat16}, "needs a network in float32, got torch.bfloat16; use compile=True"),
-        ({"dtype": torch.float64}, "needs a network in float32, got torch.float64; use compile=True"),
+        ({"dtype": torch.float64}, "needs a network in float32, got torch.float64; leave compile out"),
         ({"backend": "reference"}, "backend 'reference' is plain PyTorch; for compile='openvino' use 'eager'"),
         ({"backend": "persistent"}, "does not support compile"),
-        ({"model": lambda x, t: x}, "needs an nn.Module whose tensors are all parameters and buffers"),
-        ({"model": ConcatTime(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))}, "needs an nn.Module whose tensors"),
+        ({"model": lambda x, t: x}, "cannot run this model: it is not an nn.Module; or use compile=True"),
+        (
+            {"model": ConcatTime(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))},
+            "in training mode changes in each call",
+        ),
     ],
 )
 def test_what_openvino_cannot_run_is_refused(
@@ -296,7 +301,7 @@ def test_what_openvino_cannot_run_is_refused(
 
 def test_without_openvino_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'fastsde\[openvino\]', or use compile=True$"):
+    with pytest.raises(ValueError, match=r"not installed: pip install openvino, or use compile=True$"):
         Sampler(MLP(), (2,), compile="openvino")
 
 
@@ -328,42 +333,217 @@ def test_openvino_gives_the_same_samples_in_any_batch_and_follows_changes() -> N
         assert torch.equal(fast(3, **labels(3)), plain(3, **labels(3)))
 
 
-class Branching(nn.Module):
+class Linear(nn.Module):
+    """A network that does no harm; its subclasses do."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
+        self.calls = 0
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("cache", None)
 
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.layer(x)
+        return f
+
+
+class Branching(Linear):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         f: Tensor = self.layer(x) if t[0] > 0.5 else -self.layer(x)
         return f
 
 
-class Random(Branching):
+class Dropping(Linear):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return nn.functional.dropout(self.layer(x))
 
 
+class Drawing(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.layer(x) * random.random()
+        return f
+
+
+class Counting(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        f: Tensor = self.layer(x)
+        return f
+
+
+class CountingInABuffer(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.count += 1
+        f: Tensor = self.layer(x) * self.count
+        return f
+
+
+class Overwriting(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x += 1
+        f: Tensor = self.layer(x)
+        return f
+
+
+class Caching(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = torch.arange(2.0)
+        f: Tensor = self.layer(x) + self.cache
+        return f
+
+
+class IgnoringX(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return t[:, None].expand(-1, 2).contiguous()
+
+
 @pytest.mark.parametrize(
-    ("model", "reason"), [(Branching(), "data-dependent"), (Random(), "it draws random numbers"), (MLP(), "differs")]
+    ("kind", "reason"),
+    [
+        (Branching, "data-dependent"),
+        (Dropping, "it draws random numbers"),
+        (Drawing, "it draws random numbers"),
+        (Counting, "a call of it changes what it holds"),
+        (CountingInABuffer, "a call of it changes what it holds"),
+        (Overwriting, "it writes to its arguments"),
+        (MLP, "OpenVINO's output differs from PyTorch's by up to"),
+    ],
 )
 def test_what_openvino_would_compute_otherwise_runs_without_it(
-    monkeypatch: pytest.MonkeyPatch, model: nn.Module, reason: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: type[nn.Module], reason: str
 ) -> None:
     needs_openvino()
-    if reason == "differs":
-        right = openvino._compiled
+    if kind is MLP:
+        right = openvino._exported
 
         def wrong(*args: Any) -> Any:
             call = right(*args)
             return lambda tensors: 1.01 * call(tensors)
 
-        monkeypatch.setattr(openvino, "_compiled", wrong)
+        monkeypatch.setattr(openvino, "_exported", wrong)
+    tries = []
+    monkeypatch.setattr(openvino, "_Checked", Recorded(openvino._Checked, tries))
+    model = kind()
+    drawn = []
+    for draw in (
+        lambda: Sampler(model, (2,), compile="openvino", **SMALL)(4),
+        lambda: Sampler(model, (2,), compile="openvino", **SMALL)(4),
+        lambda: fastsde.sample(model, (4, 2), **SMALL),
+    ):
+        torch.manual_seed(1), random.seed(1)
+        if hasattr(model, "count"):
+            model.count.zero_()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            drawn.append(draw())
+        messages = [str(each.message) for each in told]
+        assert len(messages) == (len(drawn) < 3)
+        assert all(f"openvino failed, the network runs without it: {reason}" in each for each in messages) or (
+            reason == "data-dependent"
+        )
+    assert len(tries) == 1 + (kind is Counting)  # another sampler does not try again, unless the network has changed
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1], drawn[2])
+    assert not capfd.readouterr().err
+
+
+class Recorded:
+    """Calls a function, and records the calls."""
+
+    def __init__(self, function: Any, calls: list[Any]) -> None:
+        self._function, self._calls = function, calls
+
+    def __call__(self, *args: Any) -> Any:
+        self._calls.append(args)
+        return self._function(*args)
+
+
+@pytest.mark.parametrize("kind", [Linear, Caching, IgnoringX])
+def test_a_network_that_fills_a_cache_or_ignores_an_argument_is_exported(kind: type[nn.Module]) -> None:
+    needs_openvino()
+    model = kind()
     sampler = Sampler(model, (2,), compile="openvino", **SMALL)
-    torch.manual_seed(1)
-    with pytest.warns(RuntimeWarning, match=f"openvino failed, the network runs without it: .*{reason}"):
+    for _ in range(2):
         found = sampler(4)
-    torch.manual_seed(1)
-    assert torch.equal(found, fastsde.sample(model, (4, 2), **SMALL))
+        assert sampler._network.is_compiled
+        agree(found, fastsde.sample(model, (4, 2), **SMALL))  # and no symbol is left in the cache
+
+
+FACTOR = torch.tensor(2.0)
+
+
+class Global(Linear):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        f: Tensor = self.layer(x) * FACTOR
+        return f
+
+
+def test_a_network_that_becomes_unsuitable_runs_without_openvino() -> None:
+    needs_openvino()
+    model = Linear()
+    sampler = Sampler(model, (2,), compile="openvino", **SMALL)
+    expected = fastsde.sample(model, (4, 2), **SMALL)
+    agree(sampler(4), expected)
+    model.extra = torch.ones(2)
+    with pytest.warns(RuntimeWarning, match="the network runs uncompiled: .* it holds tensors besides"):
+        assert torch.equal(sampler(4), expected)
+    with pytest.raises(ValueError, match="it holds tensors besides parameters and buffers; or use compile=True"):
+        Sampler(Global(), (2,), compile="openvino")
+
+
+def test_a_label_out_of_range_is_an_error_in_a_later_call_too() -> None:
+    needs_openvino()
+    sampler = Sampler(Convolutions(), (1, 6, 5), compile="openvino", **SMALL)
+    sampler(3, model_kwargs={"y": torch.tensor([1, 2, 3])})
+    sampler(3, model_kwargs={"y": torch.tensor([0, 9, 3])})
+    for wrong in (10, -1, 2**32 + 1):
+        with pytest.raises(IndexError, match="out of range"):
+            sampler(3, model_kwargs={"y": torch.tensor([1, 2, wrong])})
+
+
+def test_weights_that_a_callback_changes_take_effect_in_the_next_call() -> None:
+    needs_openvino()
+    model = Linear()
+    sampler = Sampler(model, (2,), compile="openvino", **SMALL)
+    before = sampler(4)
+
+    def changes(row: int, time: float, x: Tensor) -> None:
+        if row == 0:
+            model.layer.weight.data.mul_(-2)
+
+    assert torch.equal(sampler(4, callback=changes), before)
+    agree(sampler(4), fastsde.sample(model, (4, 2), **SMALL))
+
+
+def test_openvino_does_not_keep_a_network_alive() -> None:
+    needs_openvino()
+    models = [Linear(), Branching()]
+    for model in models:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Sampler(model, (2,), compile="openvino", **SMALL)(4)
+    alive = [weakref.ref(model) for model in models]
+    del model, models
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
+
+
+def test_a_loop_with_a_condition_a_row_runs_through_openvino() -> None:
+    needs_openvino()
+    network = Convolutions()
+
+    def loop(network: Any, n: int) -> Tensor:
+        x = 0.1 * torch.randn(n, 1, 6, 5)
+        for row in range(3):
+            f = network(x, torch.full((n,), 1 - row / 3), y=torch.full((n,), row))
+            x = x - 0.1 * f + 0.1 * torch.randn_like(x)
+        return x
+
+    fast = fastsde.accelerate(loop, compile="openvino")
+    for _ in range(2):
+        agree(fast(network, 5), fastsde.accelerate(loop, backend="eager")(network, 5))
 
 
 def test_exporting_leaves_the_modes_of_modules_as_they_are() -> None:

@@ -32,8 +32,10 @@ class Compiled:
         now = tensors_of(run)
         if len(now) != len(self._weights) or not all(map(torch.equal, now, self._weights)):
             return False
-        # torch.compile itself guards what else it has read.
-        return self._state is None or self._state.is_run_as(fingerprint(run, reads_classes=True))
+        if self._state is None:  # torch.compile itself guards what else it has read
+            return True
+        state = fingerprint(run, reads_classes=True)
+        return self._state.is_run_as(state) and self._state.versions == state.versions
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
         return self._call(*args, **kwargs)
@@ -56,38 +58,45 @@ def _frozen(alive: weakref.ref[nn.Module]) -> Model:
     return call
 
 
-def _can_be_frozen(run: nn.Module) -> bool:
-    """Returns whether all tensors of a network are parameters and buffers that a call does not change."""
+def _why_not_frozen(run: Model, reads_classes: bool = False) -> str | None:
+    """Returns why the weights of a network cannot be constants, or None: all its tensors must be parameters and
+    buffers that a call does not change.
+    """
+    if not isinstance(run, nn.Module):
+        return "it is not an nn.Module"
     running = (module for module in run.modules() if getattr(module, "running_mean", None) is not None)
-    counts = any(getattr(module, "training", False) for module in running)  # a frozen script has no training mode
-    found = fingerprint(run)
-    return not counts and found.is_whole and len(found.places) == len(tensors_of(run))
+    if any(getattr(module, "training", False) for module in running):  # a frozen script has no training mode
+        return "a batch norm in training mode changes in each call (call model.eval() first)"
+    found = fingerprint(run, reads_classes)
+    if not found.is_whole:
+        return "it holds parts whose changes cannot be seen"
+    return None if len(found.places) == len(tensors_of(run)) else "it holds tensors besides parameters and buffers"
 
 
 def unavailable_reason(compiler: str, run: Model, dtype: torch.dtype, device: torch.device) -> str | None:
     """Returns why a compiler cannot compile a network and what to do instead, or None if it can."""
     if compiler != "openvino":
         return None
-    instead = "use compile=True"
     if device.type != "cpu":
-        return f"compile='openvino' needs the CPU, got device {device}; {instead}"
+        return f"compile='openvino' needs the CPU, got device {device}; use compile=True"
     if not openvino.is_installed():
-        return (
-            f"compile='openvino' needs OpenVINO, which is not installed: pip install 'fastsde[openvino]', or {instead}"
-        )
+        return "compile='openvino' needs OpenVINO, which is not installed: pip install openvino, or use compile=True"
     if dtype != torch.float32:
         # In bf16 it would round t as well, and be twice as far from the exact result as PyTorch is.
+        instead = "leave compile out" if dtype == torch.float64 else "use compile=True"
         return f"compile='openvino' needs a network in float32, got {dtype}; {instead}"
-    if not isinstance(run, nn.Module) or not _can_be_frozen(run):
-        return f"compile='openvino' needs an nn.Module whose tensors are all parameters and buffers; {instead}"
-    return None
+    reason = _why_not_frozen(run, reads_classes=True)
+    return None if reason is None else f"compile='openvino' cannot run this model: {reason}; or use compile=True"
 
 
-def compiled(run: Model, compiler: str, device: torch.device, known: Compiled | None) -> Model:
+def compiled(run: Model, compiler: str, device: torch.device, known: Compiled | None) -> Model | None:
     """Compiles a network for inference, without CUDA graphs of its own: the graph engine captures the rows.
 
     Args:
         known: what another sampler has compiled, which is returned if it is still valid.
+
+    Returns:
+        The compiled network, or None if OpenVINO cannot run it any more.
     """
     if device.type == "cuda":
         # With Triton's convolution templates, PyTorch 2.11 gave wrong 3x3 results; cuDNN's convolutions are as fast.
@@ -95,4 +104,7 @@ def compiled(run: Model, compiler: str, device: torch.device, known: Compiled | 
         return torch.compile(run, dynamic=False, options={**options, "max_autotune_conv_backends": "ATEN"})
     if known is not None and known.is_of(run):
         return known
-    return Compiled(run, compiler) if isinstance(run, nn.Module) and _can_be_frozen(run) else torch.compile(run)
+    reason = _why_not_frozen(run, reads_classes=compiler == "openvino")
+    if reason is None and isinstance(run, nn.Module):
+        return Compiled(run, compiler)
+    return None if compiler == "openvino" else torch.compile(run)

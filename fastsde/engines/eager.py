@@ -40,8 +40,8 @@ def _fused(network: Network, x: Tensor, request: Request) -> Tensor:
     tensor, so a callback may keep it.
     """
     table, noise_function, after_row = request.table, request.noise, request.after_row
-    # OpenMP's threads would go on spinning for milliseconds, where OpenVINO's have begun to work.
-    threads = 1 if network.compiler == "openvino" else None
+    # OpenMP's threads spin for milliseconds after a step, and would slow the network's own.
+    threads = 1 if network.has_own_threads else None
     step, conditions = ops.Stepper(table, x, request.keys, request.guidance, threads), request.conditions
     slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
     network_input, size, dtype, device = reference.network_input(slots, table, 0), (len(x),), x.dtype, x.device

@@ -160,6 +160,16 @@ class Network:
         return isinstance(self._run, UNetInference) and self._run.is_native
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the network runs compiled, which may have failed."""
+        return self._compiled is not None
+
+    @property
+    def has_own_threads(self) -> bool:
+        """Whether the network runs in threads other than PyTorch's."""
+        return self._compiled is not None and self.compiler == "openvino"
+
+    @property
     def is_to_be_compiled(self) -> bool:
         """Whether the next call compiles code."""
         return self._compiled is not None and self._compiled not in _made
@@ -176,7 +186,7 @@ class Network:
             self._compiled = None if self.compiler is None else self._compiled_by(self.compiler, run)
         self._channels_last = self._form == "channels_last"
 
-    def _compiled_by(self, compiler: str, run: Model) -> Model:
+    def _compiled_by(self, compiler: str, run: Model) -> Model | None:
         """Returns the compiled network; on the CPU the one that another sampler has compiled, if it is still valid."""
         key, known = (compiler, self._form, self.dtype), self.kept.compiled
         made = compiled(run, compiler, self.device, known.get(key))

@@ -1,13 +1,19 @@
 """Networks run by OpenVINO on the CPU: exported by ``torch.export``, with their weights as constants.
 
 OpenVINO runs a network, not a loop: it is called as the network would be, row by row. It computes in fp32, and its
-threads sleep between calls.
+threads sleep between calls. What is exported is a copy, since an export leaves symbolic tensors wherever the network
+keeps something, and the constants would follow some of the weights, but not all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib.util
+import io
+import logging
+import random
 import sys
 import threading
 import warnings
@@ -16,15 +22,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..notices import first_line
+from .fingerprint import fingerprint
+from .inspection import tensors_of
+
 __all__ = ["Exported", "is_installed", "library"]
 
-_CALLS = 8  # kept per network: one for each batch size, and for other conditions
+_CALLS, _BYTES = 8, 1 << 29  # kept per network: one for each batch size, and for other conditions; each has the weights
 _TOLERANCE = 1e-3  # of the check, relative to the largest output; roundings are a hundredth of this
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_Call = Callable[[list[Tensor]], Tensor]
 
 
 def is_installed() -> bool:
@@ -52,8 +64,13 @@ def library() -> Any:
     return found
 
 
+@functools.cache
+def _core() -> Any:
+    return library().Core()
+
+
 class Exported:
-    """A module that OpenVINO runs, compiled for each number of samples when it is first called with it.
+    """A module that OpenVINO runs, exported for each combination of shapes, dtypes and other arguments.
 
     Args:
         alive: refers to the module, which this does not keep alive.
@@ -61,13 +78,13 @@ class Exported:
 
     def __init__(self, alive: weakref.ref[nn.Module]) -> None:
         self._alive, self._lock = alive, threading.Lock()
-        self._calls: OrderedDict[Any, Callable[[list[Tensor]], Tensor]] = OrderedDict()
+        self._calls: OrderedDict[Any, _Checked | str] = OrderedDict()  # or why there is none
 
     def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
-        """Calls the module. Its first call also checks the result.
+        """Calls the module. The first call with each combination also checks the result.
 
         Raises:
-            ValueError: if the module cannot be exported, or OpenVINO's result is another.
+            ValueError: if the module cannot be exported, or OpenVINO's result differs by more than rounding.
         """
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -80,13 +97,18 @@ class Exported:
         with self._lock:  # a request to OpenVINO runs one call at a time
             call = self._calls.get(key)
             if call is None:
-                module = _Flat(run, leaves, spec)
-                call = _checked(_compiled(module, tensors), module, tensors)
+                try:
+                    call = _Checked(_Flat(run, leaves, spec), tensors)
+                except Exception as error:  # whatever the exporter, OpenVINO or the network raise
+                    call = first_line(error)
                 self._calls[key] = call
-                while len(self._calls) > _CALLS:
+                size = sum(tensor.nbytes for tensor in tensors_of(run))
+                while len(self._calls) > max(2, min(_CALLS, _BYTES // max(1, size))):
                     self._calls.popitem(last=False)
             self._calls.move_to_end(key)
-            return call(tensors)
+            if isinstance(call, str):
+                raise ValueError(call)
+            return call(_Flat(run, leaves, spec), tensors)
 
 
 class _Flat(nn.Module):
@@ -109,62 +131,125 @@ class _Flat(nn.Module):
 
 
 def _kind(leaf: Any) -> Any:
-    """Returns what a compiled call depends on of an argument."""
+    """Returns what an exported module depends on of an argument."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
     if not isinstance(leaf, _CONSTANTS):
         raise ValueError(f"it is given a {type(leaf).__name__}")
-    return type(leaf), leaf
+    return type(leaf), repr(leaf)
 
 
-def _compiled(module: _Flat, tensors: list[Tensor]) -> Callable[[list[Tensor]], Tensor]:
+class _Checked:
+    """A module as OpenVINO runs it, for tensors of the same shapes and dtypes as these, on which it was checked.
+
+    Raises:
+        ValueError: if the module cannot be exported, changes anything, or OpenVINO's result differs from PyTorch's by
+            more than rounding.
+    """
+
+    def __init__(self, module: _Flat, tensors: list[Tensor]) -> None:
+        expected = _alone(module, tensors)
+        self._call = _exported(module, tensors)
+        # The values of integers, such as labels, for which the module itself raises no error; t has one value a row.
+        self._ranges = {place: _range(each) for place, each in enumerate(tensors) if _is_checked(place, each)}
+        found = self._call(tensors)
+        if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
+            raise ValueError("its output is not one tensor, of the same shape and dtype as PyTorch's")
+        finite = expected[torch.isfinite(expected)]
+        scale = float(finite.abs().max()) if finite.numel() else 0.0
+        if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+            error = float((found - expected).abs().max())
+            raise ValueError(
+                f"OpenVINO's output differs from PyTorch's by up to {error:.3g}, of outputs up to {scale:.3g}"
+            )
+
+    def __call__(self, module: _Flat, tensors: list[Tensor]) -> Tensor:
+        for place, (low, high) in self._ranges.items():
+            least, most = _range(tensors[place])
+            if least < low or most > high:
+                module(*tensors)  # OpenVINO looks up anything without an error
+                self._ranges[place] = min(least, low), max(most, high)
+        return self._call(tensors)
+
+
+def _is_checked(place: int, tensor: Tensor) -> bool:
+    return place > 1 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    return int(tensor.min()), int(tensor.max())
+
+
+def _alone(module: _Flat, tensors: list[Tensor]) -> Any:
+    """Returns the module's output for copies of the tensors.
+
+    Raises:
+        ValueError: if that changes the module, the tensors, or the state of a random generator.
+    """
+    for _ in range(2):  # the first call may fill caches
+        before, held = fingerprint(module.run, reads_classes=True), [each.clone() for each in module.buffers()]
+        states, given = _random_states(), [tensor.clone() for tensor in tensors]
+        f = module(*given)
+        if not all(map(_equal, _random_states(), states)):
+            torch.set_rng_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])  # noqa: NPY002
+            raise ValueError("it draws random numbers")
+        if not all(map(_equal, given, tensors)):
+            raise ValueError("it writes to its arguments")
+        after, buffers = fingerprint(module.run, reads_classes=True), list(module.buffers())
+        is_same = after.is_run_as(before) and after.versions == before.versions
+        if is_same and all(map(_equal, buffers, held)):
+            return f
+        if len(buffers) == len(held):
+            with torch.no_grad():
+                for buffer, value in zip(buffers, held, strict=True):
+                    buffer.copy_(value)
+    raise ValueError("a call of it changes what it holds")
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(np.all(a == b))
+
+
+def _exported(module: _Flat, tensors: list[Tensor]) -> _Call:
     """Returns a function of tensors of the same shapes and dtypes."""
     openvino = library()
     with torch.inference_mode(False), torch.no_grad(), _quiet():
-        program = torch.export.export(module, tuple(map(torch.zeros_like, tensors)), strict=False)
+        program = torch.export.export(copy.deepcopy(module), tuple(map(torch.zeros_like, tensors)), strict=False)
         model = openvino.convert_model(program)
-        model.reshape({place: list(tensor.shape) for place, tensor in enumerate(tensors)})
+    names = list(program.graph_signature.user_inputs)
+    used = [names.index(each.any_name) for each in model.inputs]  # arguments that it does not use are dropped
+    model.reshape({place: list(tensors[i].shape) for place, i in enumerate(used)})
     options = {
         "INFERENCE_PRECISION_HINT": "f32",  # by default bf16 where the CPU multiplies it
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
     }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = _core().compile_model(model, "CPU", options).create_infer_request()
 
     def call(tensors: list[Tensor]) -> Tensor:
-        request.infer([tensor.numpy() for tensor in tensors], share_inputs=True, share_outputs=True)
+        request.infer([tensors[i].numpy() for i in used], share_inputs=True, share_outputs=True)
         return torch.from_numpy(request.get_output_tensor(0).data).clone()  # the next call writes there again
 
     return call
 
 
-def _checked(
-    call: Callable[[list[Tensor]], Tensor], module: _Flat, tensors: list[Tensor]
-) -> Callable[[list[Tensor]], Tensor]:
-    """Returns the function, after a comparison with the module on these tensors.
-
-    Raises:
-        ValueError: if they differ by more than rounding.
-    """
-    before = torch.get_rng_state()
-    expected, found = module(*(tensor.clone() for tensor in tensors)), call(tensors)
-    if not torch.equal(torch.get_rng_state(), before):
-        torch.set_rng_state(before)
-        raise ValueError("it draws random numbers")
-    if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
-        raise ValueError("its output is not one tensor of the same shape and dtype")
-    finite = expected[torch.isfinite(expected)]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
-        error = float((found - expected).abs().max())
-        raise ValueError(f"OpenVINO's output differs from PyTorch's by up to {error:.3g}, of outputs up to {scale:.3g}")
-    return call
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the warnings of PyTorch's exporter and of OpenVINO, which are about their own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Silences what PyTorch's exporter and OpenVINO print, which is about their own code."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

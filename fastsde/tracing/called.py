@@ -179,12 +179,16 @@ class Called(nn.Module):
 
     def _table(self, item: Item, what: Any, make: Callable[[], Tensor], x: Tensor) -> Tensor:
         kept, key = self._tables.kept, (id(item), what, x.device)
+        if torch.compiler.is_exporting():  # its tensors are symbols
+            return make().to(x.device)
         if key not in kept:
             kept[key] = make().to(x.device)
         return kept[key]
 
     def _on(self, index: Tensor, x: Tensor) -> Tensor:
         kept, key = self._tables.kept, (id(index), x.device)
+        if torch.compiler.is_exporting():
+            return index.to(x.device)
         if key not in kept:
             kept[key] = index.to(x.device)
         return kept[key]

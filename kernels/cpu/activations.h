@@ -85,8 +85,9 @@ static inline void activate(Floats x, float parameter, Floats& value, Floats& de
     } else if constexpr (KIND == SIN) {
         sin_cos(x, value, derivative);
     } else if constexpr (KIND == GELU) {
-        const Floats tail = normal_tail(x), below = x < 0.0f ? tail : 1.0f - tail;
-        value = at_least(x, 0.0f) - absolute(x) * tail;
+        const Floats size = at_most(absolute(x), TAIL_END), tail = normal_tail(size);
+        const Floats below = x < 0.0f ? tail : 1.0f - tail;
+        value = at_least(x, 0.0f) - size * tail;
         derivative = below + x * (0.398942280f * exp2_negative(x * x * -0.721347520f));
     } else {
         static_assert(KIND == GELU_TANH, "an activation without a formula");
