@@ -43,10 +43,12 @@ class Lowered:
 
     Attributes:
         program: the program.
+        is_checked: whether it was compared with the network. A network whose output is zero, such as one whose last
+            layer starts as zeros, hides any difference: it is to be lowered again once its weights have changed.
     """
 
     def __init__(self, recorder: Recorder, builder: Builder, program: Program, time: Value, arguments: Any) -> None:
-        self.program = program
+        self.program, self.is_checked = program, False
         self._batch, self._time = recorder.batch, time
         self._arguments: list[_Argument] = arguments
         self._matrices, self._constants = builder.matrices, builder.constants
@@ -338,6 +340,7 @@ def _check(
         found = evaluate(lowered.program, vectors, inputs, row)
         finite = expected[torch.isfinite(expected)]
         scale = float(finite.abs().max()) if finite.numel() else 0.0
+        lowered.is_checked |= scale > 0
         if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
             raise NotLowered("its result depends on more than x, t, the conditions and the weights")
 

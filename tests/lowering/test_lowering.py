@@ -344,3 +344,29 @@ def test_not_a_number_passes_through_a_program() -> None:
     net.norm.weight.data[3] = math.nan
     with pytest.raises(fastsde.NonFiniteError, match="the network returned NaN or infinity in row 0, at time 1"):
         fastsde.sample(net, (3, 3), steps=3, backend="persistent")
+
+
+class _Mixing(nn.Module):
+    """Mixes the conditions of samples, which only a comparison shows; its last layer starts as zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition, self.last = nn.Linear(3, 2), nn.Linear(2, 2)
+        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        f: Tensor = self.last(x + self.condition(c - c.flip(0)))
+        return f
+
+
+def test_a_program_that_could_not_be_compared_is_made_again() -> None:
+    network, given = _Mixing(), {"c": torch.randn(6, 3)}
+    sampler = fastsde.Sampler(network, (2,), steps=3)
+    first = sampler(6, model_kwargs=given)
+    expected = fastsde.sample(network, (6, 2), steps=3, model_kwargs=given, backend="eager")
+    torch.testing.assert_close(first, expected)
+    with torch.no_grad():
+        network.last.weight.normal_()
+    second = sampler(6, model_kwargs=given)
+    assert torch.equal(second, fastsde.sample(network, (6, 2), steps=3, model_kwargs=given, backend="eager"))
+    assert sampler.last_backend == "eager"
