@@ -399,6 +399,7 @@ class IgnoringX(Linear):
         return t[:, None].expand(-1, 2).contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -480,6 +481,7 @@ class Global(Linear):
         return f
 
 
+@pytest.mark.slow
 def test_a_network_that_becomes_unsuitable_runs_without_openvino() -> None:
     needs_openvino()
     model = Linear()
@@ -503,6 +505,7 @@ def test_a_label_out_of_range_is_an_error_in_a_later_call_too() -> None:
             sampler(3, model_kwargs={"y": torch.tensor([1, 2, wrong])})
 
 
+@pytest.mark.slow
 def test_weights_that_a_callback_changes_take_effect_in_the_next_call() -> None:
     needs_openvino()
     model = Linear()
@@ -517,6 +520,7 @@ def test_weights_that_a_callback_changes_take_effect_in_the_next_call() -> None:
     agree(sampler(4), fastsde.sample(model, (4, 2), **SMALL))
 
 
+@pytest.mark.slow
 def test_openvino_does_not_keep_a_network_alive() -> None:
     needs_openvino()
     models = [Linear(), Branching()]
@@ -530,6 +534,7 @@ def test_openvino_does_not_keep_a_network_alive() -> None:
     assert [each() for each in alive] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_loop_with_a_condition_a_row_runs_through_openvino() -> None:
     needs_openvino()
     network = Convolutions()
@@ -546,6 +551,7 @@ def test_a_loop_with_a_condition_a_row_runs_through_openvino() -> None:
         agree(fast(network, 5), fastsde.accelerate(loop, backend="eager")(network, 5))
 
 
+@pytest.mark.slow
 def test_exporting_leaves_the_modes_of_modules_as_they_are() -> None:
     needs_openvino()
     model = ConcatTime(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.0)).train())
@@ -554,6 +560,7 @@ def test_exporting_leaves_the_modes_of_modules_as_they_are() -> None:
     assert [module.training for module in model.modules()] == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_openvino_is_imported_without_its_telemetry() -> None:
     needs_openvino()
     code = "import sys; from fastsde.engines import openvino; openvino.library()\n"

@@ -103,7 +103,9 @@ def test_samples_are_those_of_the_reference(solver: str, steps: int) -> None:
     "dtype", [None, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))]
 )
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (63, 3), pytest.param((2, 1000), marks=pytest.mark.slow), (1, 2**11 + 17)], ids=str
+    "shape",
+    [(1, 1), (63, 3), *(pytest.param(each, marks=pytest.mark.slow) for each in ((2, 1000), (1, 2**11 + 17)))],
+    ids=str,
 )
 def test_odd_shapes_and_low_precision(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     ours, theirs = both(lambda x, t: torch.sin(x) - x, shape, steps=6, dtype=dtype, solver="ddpm", prediction="eps")
@@ -131,15 +133,16 @@ def test_nothing_becomes_nothing(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("every", [1, 3, 7, 20])
+@pytest.mark.parametrize("every", [1, *(pytest.param(every, marks=pytest.mark.slow) for every in (3, 20)), 7])
 def test_trajectories_keep_the_same_states(every: int) -> None:
     (ours, states), (theirs, expected) = both(Net(), (4, 3), steps=13, trajectory=every)
     assert_same(ours, theirs, 13)
     assert_same(states, expected, 13)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("every", [pytest.param(4, marks=pytest.mark.slow), 13])
+@pytest.mark.parametrize("every", [4, 13])
 @pytest.mark.parametrize("slots", [3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (5, 8))])
 def test_slots_are_found_again_after_each_replay(slots: int, every: int) -> None:
     """Slots that swap places are elsewhere after a graph if its rows are not a multiple of the rotation."""
@@ -432,6 +435,7 @@ def test_an_exception_leaves_a_sampler_that_works(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(sampler(4), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_threads_wait_for_each_other() -> None:
     model = Net()

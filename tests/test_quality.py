@@ -16,6 +16,7 @@ def test_the_swiss_roll_is_as_close_to_fresh_data_as_claimed() -> None:
     assert swiss_roll_distance(checkpoints.load("swiss-roll"))["samples_to_data"] <= 0.030
 
 
+@pytest.mark.slow
 def test_the_distance_tells_good_from_bad() -> None:
     fresh, other = data.swiss_roll(10_000, seed=1).x, data.swiss_roll(10_000, seed=2).x
     gaussian = torch.distributions.MultivariateNormal(fresh.mean(0), fresh.T.cov())

@@ -89,7 +89,7 @@ def test_the_schedule_is_the_papers() -> None:
     assert (ours[0], sigma[0], time[0], time[-1]) == (0, 1, 999, 99)
 
 
-@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+@pytest.mark.parametrize("prediction", ["v", *(pytest.param(each, marks=pytest.mark.slow) for each in ("x0", "flow"))])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_exact_predictions_give_the_data_to_first_order(name: str, prediction: str) -> None:
     errors = []

@@ -458,7 +458,7 @@ def test_a_dtype_is_that_of_the_weights_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["deepcopy", *(pytest.param(how, marks=pytest.mark.slow) for how in ("pickle", "torch.save"))]
+    "how", [pytest.param(how, marks=pytest.mark.slow) for how in ("deepcopy", "pickle", "torch.save")]
 )
 def test_it_can_be_copied_and_kept(path: str, how: str) -> None:
     unet = build("of three channels")

@@ -189,6 +189,7 @@ def test_samples_are_the_swiss_roll_notebooks_in_float64(mlp):
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 def test_samples_are_the_mnist_notebooks(convnet):
     torch.manual_seed(3)
     theirs = tutorial_samples(convnet, torch.randn((2, 784)))

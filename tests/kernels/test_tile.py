@@ -59,7 +59,8 @@ def _results(device: torch.device, batch: int, size: int) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("batch", "size"), [(1, 1), (70, 2), (5, 61), (2, 131), pytest.param(3, 520, marks=pytest.mark.slow)]
+    ("batch", "size"),
+    [(1, 1), (70, 2), (5, 61), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 131), (3, 520)))],
 )
 def test_small_and_large_tiles_give_the_same_bits(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, batch: int, size: int
