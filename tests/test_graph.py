@@ -172,6 +172,7 @@ def test_conditions_and_guidance_come_from_device_memory(graphs: Any) -> None:
     assert len(graphs.recorded) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_x_init_and_keys_and_split_batches() -> None:
     x_init, keys = torch.randn(10, 3), [5, 5, 1, 2, 3, 4, 2**64 - 1, 0, 8, 9]
@@ -271,6 +272,7 @@ def test_captures_of_one_device_are_not_those_of_another() -> None:
     assert dataclasses.replace(form, device=torch.device("cuda:7")) != form
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_a_copy_in_another_dtype_sees_weights_that_change() -> None:
     model = Net()
@@ -308,6 +310,7 @@ def test_a_capture_in_inference_mode_can_be_used_outside() -> None:
     assert torch.equal(sampler(4), inside)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs")
 def test_autocast_around_a_call_is_that_of_the_capture() -> None:
     model = Net()
@@ -321,6 +324,7 @@ def test_autocast_around_a_call_is_that_of_the_capture() -> None:
         assert torch.equal(sampler(4), full)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the network has Dropout in training mode")
 def test_training_mode_is_seen(graphs: Any) -> None:
     model = Net().eval()
@@ -351,6 +355,7 @@ def test_few_captures_are_kept_and_none_outlives_its_model(graphs: Any) -> None:
     assert all(reference() is None for reference in dead)
 
 
+@pytest.mark.slow
 def test_the_cache_outlives_a_sampler_and_can_be_released(graphs: Any) -> None:
     model = Net()
     for _ in range(3):
@@ -455,6 +460,7 @@ def test_threads_wait_for_each_other() -> None:
         assert_same(found[seed], expected[seed], 6)
 
 
+@pytest.mark.slow
 def test_a_thread_that_records_a_new_length_warms_up_first(graphs: Any) -> None:
     model = Net()
     sampler = Sampler(model, (3,), steps=6, backend="graph")

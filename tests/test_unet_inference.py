@@ -185,6 +185,7 @@ def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monke
         assert (excess <= 0).all(), f"layer {number}: {excess.max():.3g} beyond a bound of {bound.max():.3g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["kernel"], indirect=True)
 def test_in_tf32_weights_and_activations_are_rounded(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastsde.tf32.may_multiply", lambda **_: True)
@@ -263,6 +264,7 @@ def test_any_layout_of_x_and_t_is_taken_and_left_alone(path: str, name: str) -> 
         assert torch.equal(t_given, before[1])
 
 
+@pytest.mark.slow
 def test_an_empty_batch_and_samples_apart(path: str) -> None:
     unet = build("of three channels")
     form = UNetInference(unet)
@@ -359,6 +361,7 @@ def test_inputs_on_another_device_are_refused() -> None:
         form(x, t.to("meta"))
 
 
+@pytest.mark.slow
 def test_calls_share_no_memory(path: str) -> None:
     unet = build("of three channels")
     form = UNetInference(unet)

@@ -177,6 +177,7 @@ def test_samples_are_the_swiss_roll_notebooks(mlp, n, seed):
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_samples_are_the_swiss_roll_notebooks_in_float64(mlp):
     # The same grid of fp32 times, everything else in float64: the tolerance above is due to rounding only.
     network = copy.deepcopy(mlp).double()
