@@ -51,10 +51,10 @@ def unavailable_reason(
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"device {device} is unavailable (torch.cuda.is_available() is False); use device='cpu'"
-    asked = "compile='openvino'" if compiler == "openvino" else "compile=True"
     if compiler is not None and dtype == torch.float64:
-        return f"{asked} and dtype=torch.float64 exclude each other; leave one of them out"
+        return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
     if backend == "reference":
+        asked = "compile='openvino'" if compiler == "openvino" else "compile=True"
         return None if compiler is None else f"backend 'reference' is plain PyTorch; for {asked} use 'eager'"
     if dtype == torch.float64:
         return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"

@@ -69,6 +69,10 @@ class Fingerprint:
             return False
         return self.structure == other.structure or self.differences(other) <= besides
 
+    def is_unchanged_in(self, other: Fingerprint) -> bool:
+        """Returns whether nothing but weights has changed, nor tensors in attributes been written to or replaced."""
+        return self.is_run_as(other) and self.versions == other.versions
+
     def is_copied_as(self, other: Fingerprint) -> bool:
         """Returns whether a copy of the other network is a copy of this one, except for the weights."""
         if not (self.is_whole and other.is_whole):

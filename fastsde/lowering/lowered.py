@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..comparison import is_near, largest
 from .builder import Builder
 from .program import Program, Vectors, evaluate
 from .recording import Needs, NotLowered, Operation, Recorder, Value, replay
@@ -25,7 +26,6 @@ from .trained import Source, check_disjoint
 __all__ = ["Lowered", "described", "is_shared", "lower"]
 
 _BATCHES = (3, 5, 7, 11, 13, 17, 19)
-_TOLERANCE = 1e-3  # of the check; another program differs by the size of the output, roundings by a thousandth of this
 _ELEMENTS = 1 << 24  # of all tensors that are computed for a chunk of rows
 
 
@@ -338,10 +338,8 @@ def _check(
         if lowered.program.inputs > lowered.program.dim:
             inputs = torch.cat((inputs, t[:, None]), 1)
         found = evaluate(lowered.program, vectors, inputs, row)
-        finite = expected[torch.isfinite(expected)]
-        scale = float(finite.abs().max()) if finite.numel() else 0.0
-        lowered.is_checked |= scale > 0
-        if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+        lowered.is_checked |= largest(expected) > 0
+        if not is_near(found, expected):
             raise NotLowered("its result depends on more than x, t, the conditions and the weights")
 
 

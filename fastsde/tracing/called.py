@@ -178,19 +178,17 @@ class Called(nn.Module):
         return own_first.expand(len(x), *item.shape[1:])
 
     def _table(self, item: Item, what: Any, make: Callable[[], Tensor], x: Tensor) -> Tensor:
-        kept, key = self._tables.kept, (id(item), what, x.device)
-        if torch.compiler.is_exporting():  # its tensors are symbols
-            return make().to(x.device)
-        if key not in kept:
-            kept[key] = make().to(x.device)
-        return kept[key]
+        return self._kept((id(item), what, x.device), lambda: make().to(x.device))
 
     def _on(self, index: Tensor, x: Tensor) -> Tensor:
-        kept, key = self._tables.kept, (id(index), x.device)
-        if torch.compiler.is_exporting():
-            return index.to(x.device)
+        return self._kept((id(index), x.device), lambda: index.to(x.device))
+
+    def _kept(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        kept = self._tables.kept
+        if torch.compiler.is_exporting():  # its tensors are symbols
+            return make()
         if key not in kept:
-            kept[key] = index.to(x.device)
+            kept[key] = make()
         return kept[key]
 
 
