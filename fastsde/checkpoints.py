@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import models
+from .conditions import Condition, from_dicts, to_dicts
+from .factories import Factory, make
 from .files import atomic_path
 from .sde import VPSDE, Process, from_dict, to_dict
 from .solvers import PREDICTIONS
-from .validation import check_device, check_instance, check_range
+from .validation import check_device, check_instance, check_ints, check_range
 
 __all__ = ["SHIPPED", "Checkpoint", "load", "read", "save", "write"]
 
@@ -40,14 +42,20 @@ class Checkpoint:
     """A network and how to sample from it.
 
     Args:
-        model: called as ``model(x, t)``. To be saved, it must be a `fastsde.models.MLP` or `UNet`, possibly wrapped in
-            ``torch.compile``, DistributedDataParallel, DataParallel or AveragedModel, or in
-            `fastsde.models.Preconditioned`, which is restored on loading.
+        model: called as ``model(x, t, **conditions)``, possibly wrapped in ``torch.compile``, DistributedDataParallel,
+            DataParallel or AveragedModel, or in `fastsde.models.Preconditioned`, which is restored on loading. A
+            `fastsde.models.MLP` or `UNet` is saved with its architecture; of any other network the weights are saved,
+            and loading them needs the network.
         sde: the process that the network was trained on.
         prediction: "score", "eps", "x0", "v" or "flow".
         data: the name of the data set, or "".
         value_range: the range of the data's values (black and white of an image), or None.
         record: how the network was trained; free-form, for human readers.
+        sample_shape: the shape of one sample, of a network without an attribute ``shape``; or None.
+        conditions: what else the network is called with, by the names of the arguments.
+        factory: the name of the function that makes the network, such as "package.module:make", or "". It is kept for
+            the reader of a message only: loading imports nothing that a file names.
+        has_null: whether the network has learned "no condition", so that guidance has something to guide away from.
     """
 
     model: nn.Module
@@ -56,24 +64,33 @@ class Checkpoint:
     data: str = ""
     value_range: tuple[float, float] | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    sample_shape: tuple[int, ...] | None = None
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    factory: str = ""
+    has_null: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample. Raises TypeError for a network without a ``shape``."""
+        """The shape of one sample. Raises ValueError if neither the network nor the checkpoint has it."""
         shape: Any = getattr(models.unwrap(self.model), "shape", None)
+        shape = self.sample_shape if shape is None else shape
         if shape is None:
-            raise _not_ours(self.model)
+            raise ValueError("sample_shape must be given with a network that has no attribute shape, got None")
         return tuple(shape)
 
     @property
-    def network(self) -> models.MLP | models.UNet:
-        """The model without wrappers and preconditioning. Raises TypeError if it is not one of this package."""
+    def network(self) -> nn.Module:
+        """The model without wrappers and preconditioning."""
         network = models.unwrap(self.model)
-        if isinstance(network, models.Preconditioned):
-            network = models.unwrap(network.network)
-        if type(network) is models.MLP or type(network) is models.UNet:  # a subclass would be loaded as its base class
-            return network
-        raise _not_ours(self.model)
+        return models.unwrap(network.network) if isinstance(network, models.Preconditioned) else network
+
+    @property
+    def architecture(self) -> dict[str, Any] | None:
+        """What `fastsde.models.from_config` builds the network from; None for a network of your own."""
+        network = self.network
+        # A subclass would be loaded as its base class.
+        own = type(network) is models.MLP or type(network) is models.UNet
+        return network.config if own else None  # type: ignore[return-value]
 
     @property
     def sigma_data(self) -> float | None:
@@ -85,10 +102,14 @@ class Checkpoint:
         """Returns everything except the weights, ready for JSON.
 
         Raises:
-            TypeError: for a network or a process that is not one of this package.
+            TypeError: for a process that is not one of this package.
         """
+        kind = type(self.network)
         return {
-            "model": self.network.config,
+            "model": self.architecture or {"class": f"{kind.__module__}.{kind.__qualname__}", "factory": self.factory},
+            "shape": None if self.sample_shape is None else list(self.sample_shape),
+            "conditions": to_dicts(self.conditions),
+            "has_null": self.has_null,
             "sigma_data": self.sigma_data,
             "sde": to_dict(self.sde),
             "prediction": self.prediction,
@@ -98,17 +119,15 @@ class Checkpoint:
         }
 
 
-def _not_ours(model: object) -> TypeError:
-    return TypeError(
-        f"model must be a fastsde.models.MLP or UNet, got {type(model).__name__}: a checkpoint holds weights and the "
-        f"name of their architecture. Save the weights of any other network with torch.save or safetensors, and pass "
-        f"the network itself to fastsde.sample"
-    )
-
-
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors and JSON metadata atomically to one safetensors file."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.numel() and value.data_ptr() in seen:  # tied weights: a file has no aliases
+            value = value.clone()
+        seen.add(value.data_ptr())
+        contiguous[name] = value
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, {_METADATA_KEY: json.dumps({"format": FORMAT, **metadata})})
 
@@ -165,54 +184,71 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.fl
     """Writes a checkpoint to sample from, with its weights in the floating-point ``dtype``.
 
     Raises:
-        TypeError: if ``checkpoint`` is not a `Checkpoint`, its network is not one of this package, or ``dtype`` is not
-            floating-point.
+        TypeError: if ``checkpoint`` is not a `Checkpoint`, or ``dtype`` is not floating-point.
         ValueError: if the weights are not those of the network's architecture.
     """
     check_instance("checkpoint", checkpoint, Checkpoint)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
     description, weights = checkpoint.describe(), checkpoint.network.state_dict()
-    with torch.device("meta"):
-        expected = models.from_config(description["model"]).state_dict()
-    ours, theirs = ({name: tuple(each.shape) for name, each in state.items()} for state in (weights, expected))
-    if ours != theirs:
-        odd = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
-        raise ValueError(f"model must have the weights of its architecture {description['model']}, these differ: {odd}")
-    write(path, {f"model.{name}": tensor.to(dtype) for name, tensor in weights.items()}, description)
+    if checkpoint.architecture is not None:
+        with torch.device("meta"):
+            expected = models.from_config(checkpoint.architecture).state_dict()
+        ours, theirs = ({name: tuple(each.shape) for name, each in state.items()} for state in (weights, expected))
+        if ours != theirs:
+            odd = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+            raise ValueError(
+                f"model must have the weights of its architecture {description['model']}, these differ: {odd}"
+            )
+    tensors = {name: each for name, each in weights.items() if isinstance(each, Tensor)}
+    write(path, {f"model.{name}": _as(each, dtype) for name, each in tensors.items()}, description)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a floating-point tensor in a dtype, and any other, such as a counter, as it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def load(path: str | Path, device: torch.device | str = "cpu", model: Factory | None = None) -> Checkpoint:
     """Loads a checkpoint from a file or the folder of a training run, or a shipped one by name; weights become fp32.
 
     The shipped names are "swiss-roll" and "mnist"; to load a file with such a name, write "./mnist".
 
+    Args:
+        model: for a network of your own: a network that the weights are written to, a function that makes it, or the
+            name of such a function (`fastsde.factories.make`).
+
     Raises:
-        FileNotFoundError, ValueError: as for `read`, or for a device that cannot be used.
+        FileNotFoundError, ValueError: as for `read`, or for a device that cannot be used; for a network of your own
+            without ``model``, or one that the weights do not fit.
     """
     device = check_device(device)
     shipped = SHIPPED.get(str(path))
     if shipped is None:
         path = Path(path)
         path = path / RUN_CHECKPOINT if path.is_dir() else path
-        return _parse(path, *read(path), device)
+        return _parse(path, *read(path), device, model)
     with resources.as_file(resources.files("fastsde") / "assets" / shipped) as asset:
-        return _parse(asset, *read(asset), device)
+        return _parse(asset, *read(asset), device, model)
 
 
-def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any], device: torch.device) -> Checkpoint:
+def _parse(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    device: torch.device,
+    given: Factory | None,
+) -> Checkpoint:
     prefix = "model."
-    weights = {name[len(prefix) :]: t.float() for name, t in tensors.items() if name.startswith(prefix)}
+    weights = {name[len(prefix) :]: _as(t, torch.float32) for name, t in tensors.items() if name.startswith(prefix)}
+    network = _network(path, metadata, given)
     try:
-        for name, kind in (("model", dict), ("sde", dict), ("prediction", str), ("data", str), ("record", dict)):
+        for name, kind in (("sde", dict), ("prediction", str), ("data", str), ("record", dict)):
             check_instance(name, metadata[name], kind)
-        with torch.device("cpu"):
-            model = models.from_config(metadata["model"])
-        model.load_state_dict(weights)
+        network.load_state_dict(weights)
         sde, sigma_data = from_dict(metadata["sde"]), metadata.get("sigma_data")
-        if sigma_data is not None:
-            model = models.Preconditioned(model, sde, sigma_data)
-        value_range = metadata["value_range"]
+        model = network if sigma_data is None else models.Preconditioned(network, sde, sigma_data)
+        value_range, shape = metadata["value_range"], metadata.get("shape")
         checkpoint = Checkpoint(
             model=model,
             sde=sde,
@@ -220,6 +256,10 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
             data=metadata["data"],
             value_range=None if value_range is None else check_range("value_range", value_range),
             record=metadata["record"],
+            sample_shape=None if shape is None else check_ints("shape", shape, 0),
+            conditions=from_dicts(metadata.get("conditions", {})),
+            factory=metadata["model"].get("factory", ""),
+            has_null=bool(metadata.get("has_null", False)),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a complete fastsde checkpoint: {error!r}") from error
@@ -227,3 +267,26 @@ def _parse(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         raise ValueError(f"{path} has an unknown prediction {checkpoint.prediction!r}")
     checkpoint.model.to(device)
     return checkpoint
+
+
+def _network(path: str | Path, metadata: dict[str, Any], given: Factory | None) -> nn.Module:
+    """Returns the network of a checkpoint, whose weights are still to be loaded."""
+    described = metadata.get("model")
+    if not isinstance(described, dict):
+        what = "no 'model'" if described is None else f"model must be a dict, got {type(described).__name__}"
+        raise ValueError(f"{path} is not a complete fastsde checkpoint: {what}")
+    if "class" in described:
+        if given is None:
+            name = described.get("factory") or "package.module:make"
+            raise ValueError(
+                f"{path} holds the weights of a network of your own, {described['class']}: give the function that "
+                f"makes it, as --model {name} or model={name!r} in Python"
+            )
+        return make(given).eval()
+    if given is not None:
+        raise ValueError(f"model must be None for {path}, which knows its architecture, got {given!r}")
+    try:
+        with torch.device("cpu"):
+            return models.from_config(described)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete fastsde checkpoint: {error!r}") from error

@@ -1,4 +1,7 @@
-"""Training data: the swiss roll, MNIST, and scikit-learn's digits for offline use.
+"""Training data: the swiss roll, MNIST, scikit-learn's digits for offline use, and your own files and folders.
+
+A `Dataset` is a tensor or array in memory. Anything else that has a length and items, such as a
+``torch.utils.data.Dataset``, is loaded by `in_memory`, or step by step as a `StreamedDataset`.
 
 Images are kept as uint8 and mapped to floats batch by batch, x_0 = scale * pixel + shift. By default pixels are mapped
 to [-1, 1]; the tutorial uses [0, 1] (``pixel_range=(0, 1)``). Images given as floats are trained on as they are.
@@ -9,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conditions import Condition
+from .data_files import ARRAYS, arrays, images
 from .dataset import Dataset
+from .streamed import StreamedDataset, in_memory
 from .validation import check_int, check_number, check_range
 from .vocabulary import DATASETS
 
-__all__ = ["DATASETS", "Dataset", "digits", "load", "mnist", "swiss_roll"]
+__all__ = [
+    "DATASETS",
+    "Condition",
+    "Dataset",
+    "StreamedDataset",
+    "arrays",
+    "digits",
+    "images",
+    "in_memory",
+    "load",
+    "mnist",
+    "swiss_roll",
+]
 
 DEFAULT_ROOT = Path("data")
 
@@ -41,14 +58,20 @@ def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
 def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
     """Loads scikit-learn's 1,797 handwritten 8x8 digits as 28x28 images. uint8 ``[1797, 1, 28, 28]``.
 
-    They are scaled bilinearly to 20x20 and padded by 4 pixels, as in MNIST.
+    They are scaled bilinearly to 20x20 and padded by 4 pixels, as in MNIST. Their condition "label" is the digit.
     """
     from sklearn.datasets import load_digits
 
-    small = torch.tensor(load_digits().images, dtype=torch.float32, device="cpu")[:, None] * (255 / 16)
+    loaded = load_digits()
+    small = torch.tensor(loaded.images, dtype=torch.float32, device="cpu")[:, None] * (255 / 16)
     large = F.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
     pixels = F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8)
-    return Dataset("digits", pixels).with_pixel_range(pixel_range)
+    labels = torch.tensor(loaded.target, dtype=torch.int64, device="cpu")
+    return _with_labels("digits", pixels, labels).with_pixel_range(pixel_range)
+
+
+def _with_labels(name: str, pixels: Tensor, labels: Tensor) -> Dataset:
+    return Dataset(name, pixels, conditions={"label": labels}, described={"label": Condition(classes=10)})
 
 
 def mnist(
@@ -56,10 +79,12 @@ def mnist(
 ) -> Dataset:
     """Loads MNIST through torchvision, downloading it to ``root`` if it is missing. uint8 ``[N, 1, 28, 28]``.
 
+    Its condition "label" is the digit.
+
     Raises:
         FileNotFoundError: if the files are missing and cannot be downloaded; the message names the folder.
     """
-    return Dataset("mnist", mnist_files(root, train)[0]).with_pixel_range(pixel_range)
+    return _with_labels("mnist", *mnist_files(root, train)).with_pixel_range(pixel_range)
 
 
 def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -93,14 +118,16 @@ def load(
     size: int | None = None,
     root: str | Path = DEFAULT_ROOT,
     pixel_range: tuple[float, float] = (-1.0, 1.0),
+    image_size: int | None = None,
     seed: int = 0,
-) -> Dataset:
-    """Loads a training set by name: "swiss-roll", "digits" or "mnist".
+) -> Dataset | StreamedDataset:
+    """Loads a training set by name, "swiss-roll", "digits" or "mnist", or from a file or folder (`arrays`, `images`).
 
     Args:
-        size: how many points of the swiss roll (by default 1000), or how many images from the start of the set.
+        size: how many points of the swiss roll (by default 1000), or how many samples from the start of the set.
         root: the folder that holds MNIST.
         pixel_range: the values that black and white are mapped to.
+        image_size: the height and width that the images of a folder are cropped and scaled to.
         seed: in [0, 2^64), for the points of the swiss roll.
 
     Raises:
@@ -114,14 +141,26 @@ def load(
     if not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root must be a path, got {type(root).__name__}")
     check_int("seed", seed, 0, 2**64), check_range("pixel_range", pixel_range)
+    path = Path(name if isinstance(name, (str, os.PathLike)) else "")
+    is_folder = bool(path.name) and name not in DATASETS and path.is_dir()
+    if image_size is not None and not is_folder:
+        raise ValueError(f"image_size must be None for {name}, which is no folder of images, got {image_size}")
     if name == "swiss-roll":
         return swiss_roll(1000 if size is None else size, seed=seed)
+    dataset: Dataset | StreamedDataset
     if name == "digits":
         dataset = digits(pixel_range)
     elif name == "mnist":
         dataset = mnist(root, pixel_range=pixel_range)
+    elif is_folder:
+        dataset = images(path, image_size).with_pixel_range(pixel_range)
+    elif path.suffix.lower() in ARRAYS:
+        dataset = arrays(path).with_pixel_range(pixel_range)
     else:
-        raise ValueError(f"data set must be one of {', '.join(DATASETS)}, got {name!r}")
+        raise ValueError(
+            f"data set must be one of {', '.join(DATASETS)}, a file that ends in {', '.join(ARRAYS)}, or a folder of "
+            f"images, got {name!r}"
+        )
     if size is not None and size > len(dataset):
         raise ValueError(f"size must be at most {len(dataset)} for {name}, got {size}")
-    return replace(dataset, x=dataset.x[:size])
+    return dataset.head(size)

@@ -35,6 +35,7 @@ __all__ = [
     "ranks",
     "sample",
     "shard",
+    "sum_over_ranks",
 ]
 
 # How long rank 0 waits for the samples of the slowest rank. Sampling may take any length of time, and a dead rank is
@@ -227,3 +228,13 @@ def mean_over_ranks(value: float) -> float:
     dist.all_reduce(total)
     mean: float = total.item() / here.world
     return mean
+
+
+def sum_over_ranks(values: Tensor) -> None:
+    """Replaces a tensor on the ranks' devices by its sum over them."""
+    here = ranks()
+    if here is None or here.world == 1:
+        return
+    from torch import distributed as dist
+
+    dist.all_reduce(values)

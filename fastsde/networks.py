@@ -7,7 +7,6 @@ a standard normal: samples of other untrained networks diverge, and compare noth
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,29 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoints import Checkpoint
+from .models import Sinusoidal
 
-__all__ = ["NETWORKS", "DDPMUNet", "FiLM", "Named", "Residual", "Sinusoidal"]
+__all__ = ["NETWORKS", "DDPMUNet", "FiLM", "Named", "Residual"]
 
 _LAST = 0.5  # what the last layer's weights are multiplied by
 _TIMES = 1000.0  # the times that embeddings are made for end there
-
-
-class Sinusoidal(nn.Module):
-    """Sines and cosines of a number per sample, at frequencies from ``scale`` down to ``scale / 10,000``.
-
-    They are the positional encoding of Vaswani et al. 2017, arXiv:1706.03762, computed in fp32 or finer.
-    """
-
-    def __init__(self, width: int, scale: float = 1.0) -> None:
-        super().__init__()
-        self.width, self.scale = width, scale
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Maps ``[B]`` to ``[B, width]``."""
-        half = self.width // 2
-        place = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-        angles = self.scale * t[:, None] * torch.exp(-math.log(10_000) * place)
-        return torch.cat((angles.sin(), angles.cos()), -1)
 
 
 class _ResidualLayer(nn.Module):

@@ -25,6 +25,7 @@ from .validation import check_int, check_shape
 
 __all__ = [
     "STREAM_DATA_ORDER",
+    "STREAM_OTHER",
     "STREAM_SAMPLING",
     "STREAM_TRAINING_NOISE",
     "STREAM_TRAINING_TIME",
@@ -40,6 +41,7 @@ STREAM_SAMPLING = 0
 STREAM_TRAINING_NOISE = 1
 STREAM_TRAINING_TIME = 2
 STREAM_DATA_ORDER = 3
+STREAM_OTHER = 4
 
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
@@ -165,7 +167,7 @@ def normal(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int =
         keys: int64 ``[n, 2]``, one key per sample.
         step: the step in [0, 2^28), or an int64 tensor of R steps (not range-checked, to avoid a synchronisation).
         shape: the shape of one sample.
-        stream: in [0, 16); 0 sampling, 1 training noise, 2 training time, 3 data order.
+        stream: in [0, 16); 0 sampling, 1 training noise, 2 training time, 3 data order, 4 anything else.
 
     Returns:
         ``[n, *shape]``, or ``[R, n, *shape]`` for R steps, on the device of ``keys``.

@@ -22,12 +22,19 @@ __all__ = [
     "Draws",
     "Noised",
     "NonFiniteError",
+    "clip_gradient",
+    "condition_draws",
+    "copy_buffers",
+    "denoise",
+    "drop_conditions",
     "dsm_loss",
     "ema_update",
     "evaluate",
+    "flip_images",
     "network_input",
     "perturb",
     "sample",
+    "sample_losses",
     "solver_step",
     "train_step",
     "training_draws",
@@ -205,6 +212,10 @@ class Draws(NamedTuple):
     coefficients: Tensor
     z: Tensor
 
+    def of(self, rows: slice) -> Draws:
+        """Returns the draws of some rows of the batch."""
+        return Draws(*(each[rows] for each in self))
+
 
 def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int], objective: Objective) -> Draws:
     """Draws the random part of one step, or of R steps with a leading axis of R for an int64 tensor of R steps.
@@ -227,6 +238,40 @@ def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shi
     x_0 = x_0 if index is None else x_0[index]
     x_0 = x_0 if x_0.is_floating_point() else x_0.float()
     return x_0 if (scale, shift) == (1.0, 0.0) else scale * x_0 + shift
+
+
+def condition_draws(keys: Tensor, step: int | Tensor) -> Tensor:
+    """Draws two fp32 uniforms for each sample of a step from stream 4, ``[B, 2]``, or ``[R, B, 2]`` for R steps.
+
+    Conditions are dropped where the first is below the rate of dropping them; an image is flipped where the second is
+    below 1/2.
+    """
+    return noise.uniform(keys, step, (2,), noise.STREAM_OTHER)
+
+
+def drop_conditions(
+    conditions: Mapping[str, Tensor], nulls: Mapping[str, float], u: Tensor, rate: float
+) -> dict[str, Tensor]:
+    """Returns conditions ``[B, ...]`` with those of the samples where u < ``rate`` replaced by "no condition".
+
+    All conditions of a sample are dropped together (Ho & Salimans 2022, arXiv:2207.12598).
+
+    Args:
+        nulls: the value of "no condition", by name.
+        u: the first of a sample's `condition_draws`, ``[B]``.
+    """
+    if rate == 0:
+        return dict(conditions)
+    dropped = u < rate
+    return {
+        name: torch.where(match_dims(dropped, value), torch.full_like(value, nulls[name]), value)
+        for name, value in conditions.items()
+    }
+
+
+def flip_images(x_0: Tensor, u: Tensor) -> Tensor:
+    """Returns images ``[B, C, H, W]``, mirrored from left to right where the second `condition_draws` is below 1/2."""
+    return torch.where(match_dims(u < 0.5, x_0), x_0.flip(-1), x_0)
 
 
 class Noised(NamedTuple):
@@ -303,10 +348,28 @@ def dsm_loss(
     return (_term(k.w_f, f) + _term(k.w_x, x_0) + _term(k.w_z, z)).square().mean()
 
 
+def sample_losses(f: Tensor, x_0: Tensor, coefficients: Tensor, z: Tensor) -> Tensor:
+    """Computes the loss of each sample, ``[B]``, whose mean is `dsm_loss`. Arguments as there."""
+    k = Coefficients(*coefficients.unbind(-1))
+    residual = _term(k.w_f, f) + _term(k.w_x, x_0) + _term(k.w_z, z)
+    return residual[:, None].square().flatten(1).mean(1)
+
+
 def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves the weights of ``ema`` towards those of ``model``: ema = decay ema + (1 - decay) model."""
+    """Moves the weights of ``ema`` towards those of ``model``: ema = decay ema + (1 - decay) model.
+
+    Buffers, such as the running statistics of batch normalization, are copied.
+    """
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    copy_buffers(ema, model)
+
+
+def copy_buffers(ema: nn.Module, model: nn.Module) -> None:
+    """Copies the buffers of ``model`` to ``ema``."""
+    with torch.no_grad():
+        for ours, theirs in zip(ema.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
 
 
 def train_step(
@@ -319,17 +382,24 @@ def train_step(
     *,
     scale: float = 1.0,
     shift: float = 0.0,
+    conditions: Mapping[str, Tensor] | None = None,
+    nulls: Mapping[str, float] | None = None,
+    dropout: float = 0.0,
+    flip: bool = False,
     autocast: torch.dtype | None = None,
+    clip_norm: float | None = None,
     draws: Draws | None = None,
-    loss_weight: float = 1.0,
 ) -> Tensor:
     """Takes one training step on a batch drawn from ``data`` ``[N, *shape]``.
 
     Args:
         objective: what the network learns, and at which times; unused if ``draws`` are given.
+        conditions: further arguments of the network, ``[N, ...]`` by name.
+        nulls, dropout: the values of "no condition", and the share of samples that get them (`drop_conditions`).
+        flip: whether half of the images are mirrored (`flip_images`).
         autocast: the dtype that the network runs in under ``torch.autocast``, or None.
+        clip_norm: the largest norm of the gradient, which is scaled down to it, or None.
         draws: the `training_draws` of this step, if they were drawn ahead.
-        loss_weight: the factor that the loss is multiplied by (`fastsde.distributed.loss_weight`).
         data, keys, step, scale, shift: as for `perturb` and `dsm_loss`.
 
     Returns:
@@ -337,14 +407,36 @@ def train_step(
     """
     if draws is None:
         draws = training_draws(_given(keys), step, len(data), data.shape[1:], objective)
-    data_index, coefficients, z = draws
-    x_0 = load_batch(data, data_index, scale, shift)
-    x_in, tau, _ = perturb(x_0, None, step, coefficients, z=z)
-    with torch.autocast(x_in.device.type, dtype=autocast, enabled=autocast is not None):
-        f = model(x_in, tau)
-    loss = dsm_loss(f.to(x_in.dtype), x_0, None, step, coefficients, z=z)
-    loss = loss * loss_weight if loss_weight != 1 else loss
+    x_0 = load_batch(data, draws.data_index, scale, shift)
+    given = {name: value[draws.data_index] for name, value in (conditions or {}).items()}
+    if flip or dropout:
+        u = condition_draws(_given(keys), step)
+        given = drop_conditions(given, nulls or {}, u[:, 0], dropout)
+        x_0 = flip_images(x_0, u[:, 1]) if flip else x_0
     optimizer.zero_grad()
+    loss = dsm_loss(denoise(model, x_0, draws, given, autocast), x_0, None, step, draws.coefficients, z=draws.z)
     torch.autograd.backward(loss)
+    clip_gradient(model, clip_norm)
     optimizer.step()
     return loss.detach()
+
+
+def denoise(
+    model: Model, x_0: Tensor, draws: Draws, conditions: Mapping[str, Tensor], autocast: torch.dtype | None = None
+) -> Tensor:
+    """Returns the network's output at the noised data, in the dtype of the data. Arguments as for `train_step`.
+
+    Args:
+        x_0: the batch, floating-point ``[B, *shape]``.
+        conditions: of the batch.
+    """
+    x_in, tau, _ = perturb(x_0, None, 0, draws.coefficients, z=draws.z)
+    with torch.autocast(x_in.device.type, dtype=autocast, enabled=autocast is not None):
+        f = model(x_in, tau, **conditions)
+    return f.to(x_in.dtype)
+
+
+def clip_gradient(model: Any, norm: float | None) -> None:
+    """Scales the gradient of a network down to ``norm`` if it is longer; None leaves it as it is."""
+    if norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), norm)

@@ -90,12 +90,17 @@ class SampleOptions(CallOptions, TableOptions, total=False):
 
 
 class Subject(NamedTuple):
-    """A network, the shape of its samples, and how it was trained."""
+    """A network, the shape of its samples, and how it was trained.
+
+    Args:
+        checkpoint: what the network comes from, or None.
+    """
 
     model: Model
     sample_shape: Sequence[int]
     sde: Process
     prediction: str
+    checkpoint: Checkpoint | None = None
 
 
 def resolve(
@@ -133,15 +138,16 @@ def resolve(
         return Subject(
             model, sample_shape, VPSDE() if sde is None else sde, "score" if prediction is None else prediction
         )
-    shape = model.shape if hasattr(unwrap(model.model), "shape") else sample_shape
+    has_shape = hasattr(unwrap(model.model), "shape") or model.sample_shape is not None
+    shape = model.shape if has_shape else sample_shape
     if shape is None:
-        raise ValueError("sample_shape must be given with a checkpoint of a network of your own, got None")
+        raise ValueError("sample_shape must be given with a checkpoint that does not know it, got None")
     given_shape = None if sample_shape is None else check_shape("sample_shape", sample_shape)
     own = {"sample_shape": (given_shape, tuple(shape)), "sde": (sde, model.sde)}
     for name, (given, known) in {**own, "prediction": (prediction, model.prediction)}.items():
         if given is not None and given != known:
             raise ValueError(f"{name} of the checkpoint is {known}, got {given}: give the checkpoint's or omit it")
-    return Subject(model.model, shape, model.sde, model.prediction)
+    return Subject(model.model, shape, model.sde, model.prediction, model)
 
 
 class _Options(dict[str, Any]):

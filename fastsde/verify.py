@@ -210,7 +210,7 @@ def verify(
     """
     if isinstance(model, str) and model in NETWORKS:
         model, n, model_kwargs = _named(model, n, model_kwargs, device)
-    model, shape, sde, prediction = subject.resolve(model, sample_shape, sde, prediction, device)
+    model, shape, sde, prediction, _ = subject.resolve(model, sample_shape, sde, prediction, device)
     # This also checks the arguments: after it, a ValueError of a sampler means that its backend cannot run.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):

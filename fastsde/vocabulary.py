@@ -25,11 +25,11 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
-LR_SCHEDULES = ("constant", "cosine")
+LR_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
 SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
 PRECONDITIONINGS = ("none", "edm")
-TIMES = ("uniform", "lognormal")  # the distributions of training times
+TIMES = ("uniform", "lognormal", "importance")  # the distributions of training times
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 
 # The files of fastsde/sde: one process per file, the default first.

@@ -58,14 +58,66 @@ class Derived(MLP):
     """A network that cannot be stored as an `MLP`."""
 
 
+class Tied(nn.Module):
+    """A network of the user's own, with tied weights, a buffer and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.norm(self.first(x))) * t[:, None]
+        return y
+
+
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel], ids=["bare", "compiled", "dp"])
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), Derived()], ids=["another", "derived"])
-def test_only_networks_of_this_package_are_saved(
-    tmp_path: Path, model: nn.Module, wrap: Callable[..., nn.Module]
+@pytest.mark.parametrize("kind", [Tied, Derived])
+def test_a_network_of_the_users_own_is_loaded_into_what_makes_it(
+    tmp_path: Path, kind: Callable[[], nn.Module], wrap: Callable[..., nn.Module]
 ) -> None:
-    with pytest.raises(TypeError, match=r"must be a fastsde.models.MLP or UNet, got .*torch.save or safetensors"):
-        checkpoints.save(tmp_path / "a.safetensors", Checkpoint(wrap(model)))
-    assert list(tmp_path.iterdir()) == []
+    model, path = kind(), tmp_path / "a.safetensors"
+    model.eval()(torch.randn(4, 2), torch.rand(4))
+    checkpoints.save(path, Checkpoint(wrap(model), sample_shape=(2,), prediction="v", factory="networks:make"))
+    with pytest.raises(
+        ValueError, match=rf"weights of a network of your own, .*{kind.__name__}.*--model networks:make"
+    ):
+        checkpoints.load(path)
+    torch.manual_seed(7)
+    loaded = checkpoints.load(path, model=kind)
+    assert loaded.shape == (2,)
+    assert loaded.prediction == "v"
+    assert loaded.factory == "networks:make"
+    assert type(loaded.model) is kind
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+        assert loaded.model.state_dict()[name].dtype == value.dtype
+    with pytest.raises(
+        ValueError, match=r"not a complete fastsde checkpoint: RuntimeError\(.Error.*in loading state_dict"
+    ):
+        checkpoints.load(path, model=nn.Linear(3, 3))
+
+
+def test_a_network_that_a_checkpoint_describes_is_not_given(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model must be None for .*, which knows its architecture, got"):
+        checkpoints.load("swiss-roll", model=MLP())
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ("networks", ValueError, "model must be 'package.module:function', got 'networks'"),
+        ("no_such_module_here:make", ValueError, "cannot be imported: No module named 'no_such_module_here'"),
+        ("torch.nn:nothing", ValueError, "'torch.nn:nothing', which cannot be imported: .*nothing"),
+        ("math:pi", TypeError, "model must be a network, a function that makes one, or the name of one, got 'math:pi'"),
+        (dict, TypeError, "model must make an nn.Module, got dict"),
+    ],
+)
+def test_what_makes_no_network_is_an_error(tmp_path: Path, model: object, error: type[Exception], message: str) -> None:
+    checkpoints.save(tmp_path / "a.safetensors", Checkpoint(Tied(), sample_shape=(2,)))
+    with pytest.raises(error, match=message):
+        checkpoints.load(tmp_path / "a.safetensors", model=model)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
@@ -78,7 +130,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
         checkpoints.save(path, MLP())
     with pytest.raises(TypeError, match=r"dtype must be a floating-point dtype, got torch\.int8"):
         checkpoints.save(path, Checkpoint(MLP()), torch.int8)
-    with pytest.raises(TypeError, match=r"model must be a fastsde.models.MLP or UNet, got Identity"):
+    with pytest.raises(ValueError, match=r"sample_shape must be given with a network that has no attribute shape"):
         _ = Checkpoint(nn.Identity()).shape
     assert list(tmp_path.iterdir()) == []
 

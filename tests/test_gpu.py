@@ -20,7 +20,6 @@ from fastsde.models import MLP, UNet
 from fastsde.objective import Objective
 from fastsde.training import Trainer, default_config
 from fastsde.training.captured import CapturedSteps
-from fastsde.training.steps import Work
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_fp32")]
 
@@ -286,7 +285,7 @@ def test_memory_that_runs_out_halves_the_batch() -> None:
 def test_captured_steps_do_not_synchronise_and_take_no_more_memory(tmp_path: Path) -> None:
     config = replace(default_config("swiss-roll"), steps=10_000)
     trainer = Trainer(config, tmp_path, device="cuda")
-    work = Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     captured = CapturedSteps(work)
     for step in range(3):
         captured.take(step, 1)

@@ -16,7 +16,7 @@ from fastsde import Sampler, StepTable
 from fastsde.models import MLP, UNet
 from fastsde.training import TrainConfig, Trainer, default_config
 from fastsde.training.captured import CapturedSteps
-from fastsde.training.steps import EagerSteps, Work
+from fastsde.training.steps import EagerSteps
 
 DOCS = Path(__file__).parents[1] / "docs" / "launches.md"
 # For the tutorial's two networks, with noise in each row. A change that adds a launch must show up here.
@@ -150,7 +150,7 @@ SLOW = ("MLP, no average", "MLP, bf16", "U-Net", "U-Net, bf16")
 def test_a_training_step(recipe: str, tmp_path: Path) -> None:
     config = RECIPES[recipe]
     trainer = Trainer(config, tmp_path / "run")
-    work = Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     eager = EagerSteps(work, trainer._here)
     eager.take(0, 1)  # it draws for many steps
     reference = launches_of(lambda: eager.take(1, 1)) - Counter(["stack"])

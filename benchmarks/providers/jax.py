@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsde.models import MLP
-from fastsde.networks import Residual, Sinusoidal
+from fastsde.models import MLP, Sinusoidal
+from fastsde.networks import Residual
 
 from ..suite.case import Provider, UnavailableError, check, imported
 from ..suite.measure import Figures

@@ -77,7 +77,7 @@ def eager_steps(recipe: Recipe, compile: bool = False) -> Run:
 
 def native_steps(recipe: Recipe) -> Run:
     work = recipe.work()
-    if not can_run_natively(recipe.config, work.model, work.dataset.shape, recipe.device, Ranks()):
+    if not can_run_natively(work, Ranks()):
         raise UnavailableError(
             f"native steps need a small network in fp32 on the CPU and a compiler, got {recipe.device}"
         )

@@ -46,7 +46,7 @@ class Recipe:
         config = config or self.config
         with tempfile.TemporaryDirectory() as folder:  # the trainer writes there only while it trains
             trainer = Trainer(config, Path(folder) / "run", device=self.device, dataset=self.dataset)
-        return Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, self.device)
+        return trainer.work()
 
     def network(self, model: nn.Module) -> Callable[..., Tensor]:
         """Returns the model with the tutorial's signature: x ``[B, d]`` and t ``[B, 1]``."""

@@ -91,11 +91,23 @@ def check_model(model: str) -> str:
     return model
 
 
-def load_checkpoint(model: str, device: Any = "cpu") -> Checkpoint:
-    """Loads the checkpoint of a shipped model, a file, or the folder of a run."""
+def load_checkpoint(model: str, device: Any = "cpu", factory: str | None = None) -> Checkpoint:
+    """Loads the checkpoint of a shipped model, a file, or the folder of a run.
+
+    Args:
+        factory: the name of the function that makes a network of the user's own, such as "package.module:make".
+    """
     from .. import checkpoints
 
-    return checkpoints.load(check_model(model), device=device)
+    return checkpoints.load(check_model(model), device=device, model=factory)
+
+
+takes_factory = click.option(
+    "--model",
+    "factory",
+    metavar="MODULE:FUNCTION",
+    help="The function that makes your own network, such as networks:make, whose weights are loaded.",
+)
 
 
 def _named_values(

@@ -12,7 +12,7 @@ import click
 
 from .. import __version__
 from ..openmp import wait_policy
-from .common import load_checkpoint, reports_errors
+from .common import load_checkpoint, reports_errors, takes_factory
 
 
 def version(package: str) -> str:
@@ -27,27 +27,35 @@ def version(package: str) -> str:
 
 @click.command()
 @click.argument("model", required=False)
+@takes_factory
 @reports_errors
-def info(model: str | None) -> None:
+def info(model: str | None, factory: str | None) -> None:
     """Show versions, devices, models and backends, or describe MODEL: a shipped model, a checkpoint or a training run.
 
     For a backend that cannot run here, the reason is shown.
     """
-    rows = [*_versions(), *_devices(), *_models()] if model is None else list(_checkpoint(model))
+    rows = [*_versions(), *_devices(), *_models()] if model is None else list(_checkpoint(model, factory))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
 
 
-def _checkpoint(name: str) -> Iterator[tuple[str, str]]:
-    checkpoint = load_checkpoint(name)
-    config = checkpoint.network.config
-    options = ", ".join(f"{key} {value}" for key, value in config.items() if key not in ("architecture", "shape"))
-    yield "model", f"{config['architecture']}, {options}"
+def _checkpoint(name: str, factory: str | None) -> Iterator[tuple[str, str]]:
+    checkpoint = load_checkpoint(name, factory=factory)
+    config = checkpoint.architecture
+    if config is None:
+        kind = type(checkpoint.network)
+        yield "model", f"{kind.__module__}.{kind.__qualname__}"
+    else:
+        options = ", ".join(f"{key} {value}" for key, value in config.items() if key not in ("architecture", "shape"))
+        yield "model", f"{config['architecture']}, {options}"
     yield "parameters", f"{sum(parameter.numel() for parameter in checkpoint.network.parameters()):,}"
     yield "sample shape", str(list(checkpoint.shape))
     yield "sde", repr(checkpoint.sde)
     yield "prediction", checkpoint.prediction
+    for name, condition in checkpoint.conditions.items():
+        words = f"one of {condition.classes} classes" if condition.classes else f"shape {list(condition.shape)}"
+        yield f"condition {name}", f"{words}{', or none' if checkpoint.has_null else ''}"
     if checkpoint.sigma_data is not None:
         yield "preconditioning", f"edm, sigma_data {checkpoint.sigma_data:g}"
     if checkpoint.data:

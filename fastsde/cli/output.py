@@ -1,4 +1,4 @@
-"""The output files of ``fastsde sample``: samples, pictures and animations."""
+"""The output files of ``fastsde sample``: samples and animations; `fastsde.pictures` draws the pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import data, plotting, solvers
+from .. import pictures, plotting, solvers
 from ..checkpoints import Checkpoint
 from ..files import atomic_path
-
-
-def has_picture(shape: Sequence[int]) -> bool:
-    """Returns whether samples of a shape are points in the plane, or grey or colour images."""
-    return tuple(shape) == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
 
 
 def save_samples(path: Path, x: Tensor) -> None:
@@ -29,16 +24,6 @@ def save_samples(path: Path, x: Tensor) -> None:
                 np.savez_compressed(file, samples=x.numpy())
         else:
             save_file({"samples": x}, temporary)
-
-
-def picture(checkpoint: Checkpoint, x: Tensor, path: Path) -> None:
-    """Draws samples: points next to fresh data, images in a grid."""
-    if checkpoint.shape == (2,):
-        fresh = data.swiss_roll(len(x), seed=1).x if checkpoint.data == "swiss-roll" else None
-        drawn = plotting.scatter(x, fresh)
-    else:
-        drawn = plotting.image_grid(x, checkpoint.value_range or (-1.0, 1.0), _columns(len(x)), scale=3)
-    plotting.save_image(drawn, path)
 
 
 def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], path: Path) -> None:
@@ -57,9 +42,7 @@ def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], pa
     if checkpoint.shape == (2,):
         frames = plotting.animate_points(states.float(), times, score)
     else:
-        frames = plotting.animate_images(states, checkpoint.value_range or (-1.0, 1.0), _columns(states.shape[1]))
+        frames = plotting.animate_images(
+            states, checkpoint.value_range or (-1.0, 1.0), pictures.columns(states.shape[1])
+        )
     plotting.save_gif(frames, path)
-
-
-def _columns(n: int) -> int | None:
-    return 10 if 10 < n <= 100 else None

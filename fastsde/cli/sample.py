@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..vocabulary import BACKENDS, DTYPES
-from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_solver
+from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_factory, takes_solver
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -58,6 +58,14 @@ class Files:
 @click.command()
 @click.argument("model")
 @click.option("-n", type=click.IntRange(0), help="Number of samples.  [default: 1000 points, 20 images]")
+@takes_factory
+@click.option(
+    "--label",
+    "labels",
+    metavar="LABEL",
+    help="Class of the samples: a number or name, several by commas, which take turns, or all.",
+)
+@click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
 @takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
@@ -109,6 +117,8 @@ def _sample(
     quiet: bool,
     dtype: str | None,
     device: str | None,
+    factory: str | None,
+    labels: str | None,
     **options: Any,
 ) -> None:
     """Draws samples, and writes them on the first process; ``written`` collects the paths written so far."""
@@ -119,22 +129,45 @@ def _sample(
 
     on_device, ranks = distributed.device(device), distributed.ranks()
     leads = ranks is None or ranks.rank == 0
-    checkpoint = load_checkpoint(model, on_device)
+    checkpoint = load_checkpoint(model, on_device, factory)
     _check(model, checkpoint, files, leads)
+    classes = _classes(model, checkpoint, labels, options["guidance"])
     sampler = Sampler(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), **options)
     if n is None:
         n = 20 if len(checkpoint.shape) == 3 else 1000
     every = max(1, len(sampler.table) // _FRAMES) if files.animate else None
     draw = sampler if ranks is None else functools.partial(distributed.sample, sampler)
-    result = draw(n, seed=seed, first_sample=first_sample, trajectory=every, progress=not quiet)
+    call: dict[str, Any] = {"seed": seed, "first_sample": first_sample, "trajectory": every, "progress": not quiet}
+    if classes:
+        chosen = [classes[(first_sample + i) % len(classes)] for i in range(n)]
+        call["model_kwargs"] = {"label": torch.tensor(chosen, dtype=torch.int64, device=on_device)}
+    result = draw(n, **call)
     if leads:
         _write(checkpoint, sampler, files, written, result, every, options["t_end"])
+
+
+def _classes(model: str, checkpoint: Checkpoint, labels: str | None, guidance: float | None) -> list[int]:
+    """Returns the labels that samples take in turns; none for samples without a label."""
+    condition = checkpoint.conditions.get("label")
+    if condition is None or not condition.classes:
+        if labels is not None or guidance is not None:
+            raise ValueError(f"{model} takes no labels: leave --label and --guidance out")
+        return []
+    if labels is None:
+        if guidance is not None:
+            raise ValueError("--guidance needs the --label to guide to")
+        if not checkpoint.has_null:
+            raise ValueError(f"{model} needs a --label: it was trained without dropping labels")
+        return []
+    if labels == "all":
+        return list(range(condition.classes))
+    return [condition.label(each.strip()) for each in labels.split(",")]
 
 
 def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:
     """Refuses files that could not be written after the work, and reports a run that is not finished."""
     from ..files import check_writable
-    from .output import has_picture
+    from ..pictures import has_picture
 
     if files.draws and not has_picture(checkpoint.shape):
         raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
@@ -159,6 +192,7 @@ def _write(
     """Writes the files and prints their paths; the states of every ``every``-th row become the animation."""
     import torch
 
+    from .. import pictures
     from . import output
 
     x, states = (result, None) if every is None else result
@@ -166,7 +200,7 @@ def _write(
         output.save_samples(files.save, x)
         _tell(files.save, written)
     if files.out:
-        output.picture(checkpoint, x, files.out)
+        pictures.save(checkpoint, x, files.out)
         _tell(files.out, written)
     if files.animate and states is not None:
         times = [*sampler.table.time.tolist(), t_end][::every]

@@ -27,21 +27,38 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dataset", type=click.Choice(DATASETS))
+@click.argument("dataset", type=click.Choice(DATASETS), required=False)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Your own data: an .npy, .npz or .safetensors file, or a folder of images, with a subfolder for each class; "
+    "or for mnist the folder that holds it.  [default: data]",
+)
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
+@click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="The function that makes your own network, such as networks:make, called as model(x, t, **conditions).",
+)
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, or start if there is none.")
 @click.option(
     "--recipe",
     type=click.Choice(("default", "tutorial")),
     help="The tutorial's own objective, or a better one.  [default: default]",
 )
-@click.option("--data", "data_root", type=click.Path(path_type=Path), help="Folder that holds MNIST.  [default: data]")
-@click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or images from the set's start.")
+@click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or samples from the set's start.")
+@click.option("--image-size", type=click.IntRange(1), help="Height and width that a folder's images are cropped to.")
+@click.option("--flip/--no-flip", default=None, help="Mirror each image from left to right in half of the steps.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that load data that do not fit into memory.")
+@click.option("--condition-dropout", type=float, help="Share of samples that are trained without label, for guidance.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the whole run, over which a cosine lr falls to zero.")
 @click.option("--batch-size", type=click.IntRange(1))
+@click.option("--accumulation", type=click.IntRange(1), help="Parts of a batch, one after the other in memory.")
 @click.option("--lr", type=float, help="Learning rate of Adam.")
 @click.option("--lr-schedule", type=click.Choice(LR_SCHEDULES))
 @click.option("--lr-warmup", type=click.IntRange(0), help="Steps in which the learning rate rises.")
+@click.option("--weight-decay", type=float, help="Weight decay of AdamW.")
+@click.option("--clip-norm", type=float, help="The largest norm of the gradient.")
 @click.option("--ema-decay", type=float, help="Decay of the averaged weights that are sampled from; 0 keeps none.")
 @click.option("--sde", type=click.Choice(PROCESSES), help="The process, with its default parameters.")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network learns.")
@@ -61,18 +78,24 @@ if TYPE_CHECKING:
     "--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, at least ten seconds apart."
 )
 @click.option("--log-every", type=click.IntRange(1), help="Steps between log lines, written every two seconds.")
+@click.option("--sample-every", type=click.IntRange(1), help="Steps between pictures of samples in the run's folder.")
+@click.option("--tensorboard", is_flag=True, help="Log to TensorBoard as well, in the run's folder.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @reports_errors
-def train(dataset: str, directory: Path | None, data_root: Path | None, **options: Any) -> None:
-    """Train a score network on DATASET and keep the run in a folder.
+def train(dataset: str | None, directory: Path | None, data: Path | None, **options: Any) -> None:
+    """Train a score network on DATASET, or on your own --data, and keep the run in a folder.
 
     Options that are not given come from the recipe, or with --resume from the run. To train a finished run further,
     start a new one from it: --init OLD --dir NEW. Prints the checkpoint's path.
     """
-    if data_root is not None and dataset != "mnist":
-        raise click.UsageError(f"--data is the folder of MNIST, and {dataset} does not use one: leave it out")
-    _train(dataset, directory or Path("runs") / dataset, data_root, **options)
+    if dataset is None and data is None:
+        raise click.UsageError(f"give a DATASET, one of {', '.join(DATASETS)}, or your own --data")
+    if dataset not in (None, "mnist") and data is not None:
+        raise click.UsageError(f"--data is for your own data or the folder of MNIST, and {dataset} needs neither")
+    name = dataset or str(data)
+    directory = directory or Path("runs") / (dataset or Path(name).resolve().stem)
+    _train(name, directory, data if dataset == "mnist" else None, **options)
 
 
 @job
@@ -87,6 +110,7 @@ def _train(
     dtype: str | None,
     device: str | None,
     quiet: bool,
+    tensorboard: bool,
     **options: Any,
 ) -> None:
     from .. import data, distributed, training
@@ -100,7 +124,9 @@ def _train(
     options["precision"] = None if dtype is None else TRAINING_DTYPES[dtype]
     config = _config(dataset, directory, recipe, on_device, resume, options)
     root = data.DEFAULT_ROOT if data_root is None else data_root
-    trainer = training.Trainer(config, directory, device=on_device, data_root=root, resume=resume)
+    trainer = training.Trainer(
+        config, directory, device=on_device, data_root=root, resume=resume, tensorboard=tensorboard
+    )
     ranks = distributed.ranks() or distributed.Ranks()
     if ranks.rank == 0 and not quiet:
         click.echo(f"{directory}: {_in_words(config, ranks.world)}", err=True)
@@ -127,13 +153,25 @@ def _config(
         if recipe is not None:
             raise ValueError(f"the run in {directory} has its recipe already: leave --recipe out to resume it")
     else:
-        config = (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
-        if device.type == "cuda" and config.model["architecture"] == "UNet" and recipe != "tutorial":
+        config = _recipe(dataset, recipe, options)
+        if device.type == "cuda" and config.architecture == "UNet" and recipe != "tutorial":
             config = replace(config, precision="bf16")
     config = replace(config, **{name: value for name, value in options.items() if value is not None})
     if options["sigma_data"] is not None and config.preconditioning != "edm":
         raise click.UsageError("--sigma-data is what --preconditioning edm scales by: give both, or neither")
     return config
+
+
+def _recipe(dataset: str, recipe: str | None, options: dict[str, Any]) -> TrainConfig:
+    """Returns the recipe for a data set by name, or for a file or folder, which is looked at."""
+    from .. import data, training
+
+    if dataset in DATASETS:
+        return (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
+    if recipe is not None:
+        raise ValueError("--recipe is for the data sets known by name: leave it out")
+    loaded = data.load(dataset, size=options["data_size"], image_size=options["image_size"])
+    return training.config_for(loaded, dataset)
 
 
 def _in_words(config: TrainConfig, world: int) -> str:

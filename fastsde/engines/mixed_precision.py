@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 __all__ = ["LowPrecisionCopy"]
 
+_LOW = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
 
 class LowPrecisionCopy:
     """A low-precision copy of a network, which runs in its place; the network keeps the master weights.
@@ -18,9 +23,20 @@ class LowPrecisionCopy:
     as before.
 
     Args:
-        model: a network whose parameters all belong to layers that autocast runs in the low precision.
+        model: a network that `fits`.
         dtype: the low precision.
     """
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Returns whether all parameters belong to layers that autocast runs in the low precision, or embeddings.
+
+        Buffers are not allowed: those of a copy are not the network's.
+        """
+        owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+        return all(type(each) in _LOW or isinstance(each, nn.Embedding) for each in owners) and not any(
+            True for _ in model.buffers()
+        )
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.network = copy.deepcopy(model).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .. import ops, tf32
 from ..models.hooks import is_hooked
-from ..models.unet import UNet
+from ..models.labels import LabelEmbedding, check_conditions
+from ..models.sinusoidal import Sinusoidal
+from ..models.unet import Modulation, UNet
 from ..validation import check_tensor
 
 __all__ = ["UNetInference", "log_sigmoid_", "supports"]
@@ -24,7 +26,7 @@ _MAX_PIXELS = 2**29  # of a batch in the Triton kernels, which count them, with 
 
 def supports(model: object) -> bool:
     """Returns whether a network is exactly a `UNet`: no subclass, no other layers, no hooks."""
-    if type(model) is not UNet:
+    if type(model) is not UNet or not (model.modulation is None or _is_modulation(model.modulation)):
         return False
     convolutions = all(_is_plain(layer, nn.Conv2d, stride=1) for layer in (*model.encoder, *model.head))
     transposed = all(_is_plain(layer, nn.ConvTranspose2d, stride=2) for layer in model.decoder)
@@ -37,6 +39,16 @@ def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
         return False
     form = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
     return bool(form == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros"))
+
+
+def _is_modulation(module: Any) -> bool:
+    """Returns whether a module is exactly a `Modulation`: no subclass, no other layers."""
+    if type(module) is not Modulation or type(module.time) is not Sinusoidal:
+        return False
+    if module.labels is not None and type(module.labels) is not LabelEmbedding:
+        return False
+    linears = (module.first, module.second, *module.levels)
+    return all(type(each) is nn.Linear and each.bias is not None for each in linears)
 
 
 def log_sigmoid_(v: Tensor) -> Tensor:
@@ -61,6 +73,8 @@ class UNetInference(nn.Module):
     the whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples
     of 16. Elsewhere, under torch.compile and under autocast, it is the U-Net in plain PyTorch.
 
+    What t and a label scale and shift is computed for all layers at once, in fp32, and applied with the bias.
+
     The weights are copies, which only `refresh` may change, in place: the kernels read other forms of them, which it
     makes anew.
 
@@ -77,6 +91,8 @@ class UNetInference(nn.Module):
     decoder: Any
     head: Any
     image_weight: Tensor  # [C, image channels, 3, 3]: the first convolution's weights except those of t
+    film_weight: Tensor  # [widths, embedding], of the levels of the modulation, one after the other
+    film_bias: Tensor
     plane: Tensor  # [H, W, C], fp32 or wider: the first convolution at t = 1 on an image of zeros, without bias
 
     def __init__(self, unet: UNet, dtype: torch.dtype | None = None) -> None:
@@ -90,6 +106,14 @@ class UNetInference(nn.Module):
         self.encoder, self.decoder, self.head = (
             copy.deepcopy(each).requires_grad_(False).to(**layers) for each in (unet.encoder, unet.decoder, unet.head)
         )
+        # Small, and t in a narrower dtype would lose most of its digits.
+        self.modulation = copy.deepcopy(unet.modulation)
+        if self.modulation is not None:
+            self.modulation.requires_grad_(False).float()
+            widths = sum(level.out_features for level in self.modulation.levels)  # type: ignore[misc]
+            weight = self.modulation.second.weight
+            self.register_buffer("film_weight", weight.new_empty((widths, weight.shape[1])), persistent=False)
+            self.register_buffer("film_bias", weight.new_empty(widths), persistent=False)
         self.training = unet.training
         weight = self.encoder[0].weight
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -155,6 +179,9 @@ class UNetInference(nn.Module):
                 taps = self._taps()
                 scaled = torch._foreach_mul(taps, 2.0**13 + 1)  # as `fastsde.tf32.rounded`, in few launches
                 torch._foreach_copy_(self._tf32_taps(), torch._foreach_sub(scaled, torch._foreach_sub(scaled, taps)))
+        if self.modulation is not None:
+            torch.cat([level.weight for level in self.modulation.levels], out=self.film_weight)  # type: ignore[misc]
+            torch.cat([level.bias for level in self.modulation.levels], out=self.film_bias)  # type: ignore[misc]
         weight = self.encoder[0].weight
         self.image_weight.copy_(weight[:, :-1])
         # Sums the taps that the zero padding leaves, one axis after the other; a convolution might use TF32.
@@ -163,32 +190,55 @@ class UNetInference(nn.Module):
         rows = (height[None, :, :, None] * taps[:, None]).sum(2)
         self.plane.copy_((width * rows[:, :, None]).sum(3).permute(1, 2, 0))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Maps x ``[B, C, H, W]`` and t ``[B]`` to ``[B, C, H, W]``, contiguous.
+    def films(self, t: Tensor, label: Tensor | None) -> Tensor | None:
+        """Returns what t and a label scale and shift by: of each layer but the last its scales - 1, then its shifts.
+
+        fp32 ``[B, widths]``, or None for a network without an embedding.
+        """
+        if self.modulation is None:
+            return None
+        with torch.autocast(t.device.type, enabled=False):
+            return F.linear(self.modulation.embed(t.float(), label), self.film_weight, self.film_bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Maps x ``[B, C, H, W]``, t ``[B]`` and labels ``[B]`` to ``[B, C, H, W]``, contiguous.
 
         Raises:
             RuntimeError: if a gradient is needed.
-            ValueError: for another shape or device of x or t.
+            TypeError: for a label if the network has no classes.
+            ValueError: for another shape or device of x, t or the label.
         """
+        check_conditions(self, label=(label, None if self.modulation is None else self.modulation.labels))
         if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
             raise RuntimeError("UNetInference has no gradients: use the UNet itself, or torch.no_grad()")
         check_tensor("x", x, shape=(len(x), *self.shape), device=self.plane.device)
         check_tensor("t", t, shape=(len(x),), device=self.plane.device)
+        if label is not None:
+            check_tensor("label", label, shape=(len(x),), device=self.plane.device)
+        films = self.films(t, label)
         # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
         if not torch.compiler.is_compiling() and self._kernels_run(x):
-            if ops.has_triton(x.device) and self._has_taps and math.prod(self.shape[1:]) <= _MAX_PIXELS:
-                return self._fused(x, t)
+            # The Triton kernels do not scale and shift yet.
+            if (
+                films is None
+                and ops.has_triton(x.device)
+                and self._has_taps
+                and math.prod(self.shape[1:]) <= _MAX_PIXELS
+            ):
+                return self._fused(x, t, films)
             if self.is_native and ops.is_plain(x, t):
-                return self._native(x, t)
-        return self._plain(x, t)
+                return self._native(x, t, films)
+        return self._plain(x, t, films)
 
     def _kernels_run(self, x: Tensor) -> bool:
         """Returns whether the kernels compute what PyTorch would: in the weights' dtype, and outside of autocast."""
         casts = torch.is_autocast_enabled(x.device.type)
         return x.dtype == self.image_weight.dtype and x.dtype != torch.float64 and not casts
 
-    def _plain(self, x: Tensor, t: Tensor) -> Tensor:
+    def _plain(self, x: Tensor, t: Tensor, films: Tensor | None) -> Tensor:
         """Runs `UNet.forward` in another layout and log sigmoid. Shared buffers and folded time do not pay on a CPU."""
+        narrow = None if films is None else films.to(x.dtype)[:, :, None, None]
+        pairs = iter(() if narrow is None else torch.split(narrow, self._film_widths(), dim=1))
         plane = t.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         signal = torch.cat((x, plane), dim=1).contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []
@@ -197,13 +247,18 @@ class UNetInference(nn.Module):
                 skips.append(signal)
                 height, width = signal.shape[2:]
                 signal = F.max_pool2d(signal, 2, padding=(height % 2, width % 2))
-            signal = log_sigmoid_(F.conv2d(signal, layer.weight, layer.bias, padding=1))
+            signal = log_sigmoid_(_modulated(F.conv2d(signal, layer.weight, layer.bias, padding=1), pairs))
         for layer in self.decoder:
-            signal = log_sigmoid_(_upsample(layer, signal, layer.bias))
+            signal = log_sigmoid_(_modulated(_upsample(layer, signal, layer.bias), pairs))
             signal = torch.cat((signal, skips.pop()), dim=1)
         first, last = self.head
-        signal = log_sigmoid_(F.conv2d(signal, first.weight, first.bias, padding=1))
+        signal = log_sigmoid_(_modulated(F.conv2d(signal, first.weight, first.bias, padding=1), pairs))
         return F.conv2d(signal, last.weight, last.bias, padding=1).contiguous()
+
+    def _film_widths(self) -> list[int]:
+        """Returns how many of the `films` are each layer's."""
+        assert self.modulation is not None
+        return [level.out_features for level in self.modulation.levels]  # type: ignore[misc]
 
     @property
     def is_native(self) -> bool:
@@ -214,7 +269,7 @@ class UNetInference(nn.Module):
 
         return bool(native.takes(self.config["channels"], self.image_weight.dtype))
 
-    def _native(self, x: Tensor, t: Tensor) -> Tensor:
+    def _native(self, x: Tensor, t: Tensor, films: Tensor | None) -> Tensor:
         """Runs one native kernel, with weights in its own layout."""
         from ..kernels.cpu import unet as native
 
@@ -235,7 +290,8 @@ class UNetInference(nn.Module):
                 packed = native.Packed(convolutions, self.plane, x.dtype)
             self._packed = (of, packed)
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        native.unet(packed, self.config["channels"], x.float().contiguous(), t.float().contiguous(), out)
+        inputs = x.float().contiguous(), t.float().contiguous()
+        native.unet(packed, self.config["channels"], *inputs, None if films is None else films.contiguous(), out)
         return out.to(x.dtype)
 
     def _precision(self) -> str:
@@ -245,7 +301,7 @@ class UNetInference(nn.Module):
         may_round = self._has_tf32_taps and tf32.may_multiply(convolutions=True, device=self.plane.device)
         return "tf32" if may_round else "tf32x3"
 
-    def _fused(self, x: Tensor, t: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, t: Tensor, films: Tensor | None) -> Tensor:
         """Runs one kernel for each convolution."""
         from ..kernels.convolution import MAX_HEAD, MAX_HEAD_CHANNELS, convolution
         from ..kernels.head_convolution import head_convolution
@@ -255,7 +311,10 @@ class UNetInference(nn.Module):
         most = _MAX_PIXELS // math.prod(x.shape[2:])
         if len(x) > most:
             return torch.cat(
-                [self._fused(*part) for part in zip(torch.split(x, most), torch.split(t, most), strict=True)]
+                [
+                    self._fused(x[i : i + most], t[i : i + most], None if films is None else films[i : i + most])
+                    for i in range(0, len(x), most)
+                ]
             )
         precision = self._precision()
         # Memory that a change of the module's memory format has reordered is copied back; other memory is not.
@@ -293,6 +352,15 @@ class UNetInference(nn.Module):
         result = torch.empty((len(x), channels, *size), dtype=x.dtype, device=x.device)
         head_convolution(products, last.bias, result)
         return result
+
+
+def _modulated(signal: Tensor, pairs: Iterator[Tensor]) -> Tensor:
+    """Scales and shifts an image by the next vectors ``[B, 2 C, 1, 1]``, if there are any."""
+    pair = next(pairs, None)
+    if pair is None:
+        return signal
+    scale, shift = pair.chunk(2, dim=1)
+    return torch.addcmul(shift, signal, 1 + scale)
 
 
 def _upsample(layer: Any, signal: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,10 +12,11 @@ from torch.overrides import TorchFunctionMode
 from ..validation import check_instance
 from .mlp import MLP, ConcatTime
 from .preconditioned import Preconditioned
+from .sinusoidal import Sinusoidal
 from .unet import UNet
 from .unwrap import unwrap
 
-__all__ = ["MLP", "ConcatTime", "Preconditioned", "UNet", "from_config", "unwrap"]
+__all__ = ["MLP", "ConcatTime", "Preconditioned", "Sinusoidal", "UNet", "from_config", "unwrap"]
 
 # The AVX-512 log1p that PyTorch ships loads its result for -0 with a masked load. Until the page of that constant has
 # really been read once, every masked-off load of it is slow: log1p takes some 15 times as long and log sigmoid 5 to 10

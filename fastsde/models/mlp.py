@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..validation import check_ints
+from ..validation import check_int, check_ints
 from .activations import ACTIVATIONS, name_of
 from .hooks import is_hooked
+from .labels import LabelEmbedding, check_conditions
 
 __all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_layers"]
 
@@ -20,21 +21,31 @@ __all__ = ["MLP", "ConcatTime", "check_sample_shape", "is_sequential", "linear_l
 class MLP(nn.Module):
     """Linear layers and activations on the concatenation of x, flattened, and t.
 
-    ``net`` is a plain ``nn.Sequential`` with the layout of the tutorial's own network.
+    ``net`` is a plain ``nn.Sequential`` with the layout of the tutorial's own network. What a label or a vector
+    contributes is added to the output of its first layer.
 
     Args:
         shape: the shape of one sample (``()`` for a plain number), or its length.
         hidden: the widths of the hidden layers.
         activation: a name in `fastsde.models.activations.ACTIVATIONS`, such as LogSigmoid or SiLU.
+        classes: the number of classes, for a network that also takes a ``label``; 0 for none.
+        condition: the length of a vector that the network also takes, as ``condition``; 0 for none.
 
     Raises:
-        TypeError, ValueError: for sizes that are not positive ints, or an unknown activation.
+        TypeError, ValueError: for sizes that are not positive ints, or an unknown activation; for a condition without
+            hidden layers.
     """
 
     def __init__(
-        self, shape: int | Sequence[int] = 2, hidden: Sequence[int] = (64, 64, 64), activation: str = "LogSigmoid"
+        self,
+        shape: int | Sequence[int] = 2,
+        hidden: Sequence[int] = (64, 64, 64),
+        activation: str = "LogSigmoid",
+        classes: int = 0,
+        condition: int = 0,
     ) -> None:
         super().__init__()
+        self.classes, self.condition = check_int("classes", classes, 0), check_int("condition", condition, 0)
         self.shape = check_ints("shape", (shape,) if isinstance(shape, numbers.Integral) else shape, 1)
         self.hidden, self.activation = check_ints("hidden", hidden, 1), activation
         if activation not in tuple(ACTIVATIONS):
@@ -46,6 +57,10 @@ class MLP(nn.Module):
             layers += [nn.Linear(width, next_width), ACTIVATIONS[activation].build()]
             width = next_width
         self.net = nn.Sequential(*layers, nn.Linear(width, data_dim))
+        if (self.classes or self.condition) and not self.hidden:
+            raise ValueError("hidden must have a layer for classes or condition to be added to, got none")
+        self.labels = LabelEmbedding(self.classes, self.hidden[0]) if self.classes else None
+        self.vectors = nn.Linear(self.condition, self.hidden[0], bias=False) if self.condition else None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -55,12 +70,32 @@ class MLP(nn.Module):
             "shape": list(self.shape),
             "hidden": list(self.hidden),
             "activation": self.activation,
+            **{name: value for name in ("classes", "condition") if (value := getattr(self, name))},
         }
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Maps x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``."""
-        result: Tensor = self.net(torch.cat((x[:, None].flatten(1), t[:, None].to(x.dtype)), dim=1))
-        return result.reshape(x.shape)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """Maps x ``[B, *shape]`` and t ``[B]`` to ``[B, *shape]``.
+
+        Args:
+            label: integers ``[B]`` in [0, classes]; None, like ``classes``, stands for no label.
+            condition: vectors ``[B, condition]``; None, like zeros, stands for no condition.
+
+        Raises:
+            TypeError: for a label or condition that the network has no weights for.
+        """
+        check_conditions(self, label=(label, self.labels), condition=(condition, self.vectors))
+        inputs = torch.cat((x[:, None].flatten(1), t[:, None].to(x.dtype)), dim=1)
+        if self.labels is None and self.vectors is None:
+            result: Tensor = self.net(inputs)
+            return result.reshape(x.shape)
+        h: Tensor = self.net[0](inputs)
+        if self.labels is not None:
+            h = h + self.labels(label, t)
+        if self.vectors is not None and condition is not None:
+            h = h + self.vectors(condition.to(h.dtype))
+        for layer in self.net[1:]:
+            h = layer(h)
+        return h.reshape(x.shape)
 
 
 class ConcatTime(nn.Module):
@@ -131,6 +166,8 @@ def linear_layers(model: object) -> tuple[list[nn.Linear], list[str]] | None:
 
     Returns None for any other network. ``model`` is an `MLP`, a `ConcatTime` of a Sequential, or the Sequential itself.
     """
+    if isinstance(model, MLP) and (model.labels is not None or model.vectors is not None):
+        return None
     # Only the exact classes, without hooks: subclasses and hooks may compute anything.
     net = model.net if isinstance(model, (MLP, ConcatTime)) and type(model) in (MLP, ConcatTime) else model
     if not isinstance(model, nn.Module) or not isinstance(net, nn.Sequential) or type(net) is not nn.Sequential:

@@ -34,8 +34,8 @@ class Preconditioned(nn.Module):
         """The shape of one sample, if the network has it."""
         return self.network.shape
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predicts x_0 for x ``[B, *shape]`` at times t ``[B]``."""
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        """Predicts x_0 for x ``[B, *shape]`` at times t ``[B]``; the network is also called with the conditions."""
         alpha, sigma = self.sde.alpha(t.double()), self.sde.sigma(t.double())
         scaled = alpha * self.sigma_data
         norm = torch.hypot(sigma, scaled)
@@ -44,5 +44,5 @@ class Preconditioned(nn.Module):
         def times(factor: Tensor, value: Tensor) -> Tensor:
             return factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * value
 
-        f = self.network(times(1 / norm, x), tau)
+        f = self.network(times(1 / norm, x), tau, **conditions)
         return times(scaled * self.sigma_data / norm**2, x) + times(sigma * self.sigma_data / norm, f)

@@ -15,8 +15,6 @@ from .values import Node
 
 __all__ = ["Draws", "Given", "contract", "labels_of"]
 
-_STREAM_OTHER = 4  # further draws of a row
-
 
 class Draws:
     """The draws of a loop from PyTorch's generators, in the loop's own order.
@@ -91,7 +89,7 @@ def contract(program: Program, n: int, keys: Tensor) -> Callable[[Node], Tensor]
     for step, row in enumerate(program.rows):
         nodes = [node for node in row.noises if node.kind == "noise"]
         for i, node in enumerate(nodes):
-            places[node] = (step, 0) if i == 0 else (others, _STREAM_OTHER)
+            places[node] = (step, 0) if i == 0 else (others, noise.STREAM_OTHER)
             others += i > 0
 
     def draw(node: Node) -> Tensor:

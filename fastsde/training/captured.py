@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import noise, ops
 from ..distributed import Ranks
 from ..engines import capture
 from ..engines.chunks import MAX_CHUNK, chunks_of_fixed_lengths
 from ..engines.mixed_precision import LowPrecisionCopy
-from .steps import Work, rates_of
+from ..reference import (
+    clip_gradient,
+    condition_draws,
+    copy_buffers,
+    drop_conditions,
+    flip_images,
+    load_batch,
+    sample_losses,
+)
+from ..streamed import StreamedDataset
+from .batches import Batch, batches_of
+from .steps import Work, pieces, rates_of
 
 __all__ = ["CapturedSteps", "can_capture"]
 
 _WARM_UPS = 3
+_RING = 5  # the most steps of a launch of streamed data
+_NO_INDEX = torch.empty(0, dtype=torch.int64)  # streamed batches know their own positions
 
 
 def can_capture(device: torch.device, here: Ranks) -> bool:
@@ -35,7 +48,9 @@ class CapturedSteps:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._copy = None if work.autocast is None else LowPrecisionCopy(work.model, work.autocast)
+        # Pieces of a batch add their gradients in fp32.
+        copies = work.autocast is not None and work.config.accumulation == 1 and LowPrecisionCopy.fits(work.model)
+        self._copy = LowPrecisionCopy(work.model, work.autocast) if copies and work.autocast is not None else None
         self._network = work.as_called(work.model if self._copy is None else self._copy.network)
         config, device = work.config, work.device
         # Rows of a multiple of 16 bytes: for any other row a kernel would be compiled again, during a capture.
@@ -48,13 +63,18 @@ class CapturedSteps:
         self._one = torch.ones((), dtype=torch.float32, device=device)  # the gradient of a loss
         for group in work.optimizer.param_groups:
             group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
+        self._numbers = torch.arange(MAX_CHUNK, dtype=torch.int64, device=device)
+        self._ring = _Ring(work, _RING) if isinstance(work.dataset, StreamedDataset) else None
         self._recording = capture.Recording(device)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._warm_ups = 0
 
     def chunks(self, count: int) -> list[int]:
         first = min(count, _WARM_UPS - self._warm_ups)
-        return [1] * first + chunks_of_fixed_lengths(count - first)
+        lengths = [1] * first + chunks_of_fixed_lengths(count - first)
+        if self._ring is None:
+            return lengths
+        return [min(_RING, each) for each in lengths for _ in range(-(-each // _RING))]
 
     def take(self, first: int, count: int) -> Tensor:
         """As `Steps.take`.
@@ -82,31 +102,88 @@ class CapturedSteps:
             rates = rates.pin_memory()  # PyTorch does not reuse this memory before the copy has run
         self._rates[:count].copy_(rates, non_blocking=True)
         self._first.fill_(first)
+        if self._ring is not None:
+            self._ring.fill(first, count)
 
     def _steps(self, count: int) -> None:
-        config, size = self._work.config, self._work.config.batch_size
-        ops.data_order(self._keys[:size], self._first, len(self._work.dataset), self._index[:count, :size])
-        coefficients = ops.step_coefficients(config.objective, self._keys, 0, count, counter=self._first)
+        work, config, size = self._work, self._work.config, self._work.config.batch_size
+        keys, n = self._keys[:size], len(work.dataset)
+        if self._ring is None:
+            ops.data_order(self._keys[:size], self._first, n, self._index[:count, :size])
+        coefficients = u = None
+        if work.importance is None:
+            coefficients = ops.step_coefficients(config.objective, self._keys, 0, count, counter=self._first)[:, :size]
+        if work.dropout or config.flip:
+            u = condition_draws(keys, self._first + self._numbers[:count])
         for i in range(count):
-            self._losses[i] = self._step(i, coefficients[i, :size])
+            here = coefficients[i] if coefficients is not None else self._important(i)
+            self._losses[i] = self._step(i, here, None if u is None else u[i])
 
-    def _step(self, i: int, coefficients: Tensor) -> Tensor:
-        work, size = self._work, self._work.config.batch_size
-        given: dict[str, Any] = {"index": self._index[i, :size], "counter": self._first, **work.scaling}
-        drawn = (work.dataset.x, self._keys[:size], i, coefficients)
+    def _important(self, i: int) -> Tensor:
+        """Returns the coefficients of step i, which depend on the losses of the steps before."""
+        assert self._work.importance is not None
+        keys = self._keys[: self._work.config.batch_size]
+        return self._work.importance.coefficients(keys, self._first + i)
+
+    def _step(self, i: int, coefficients: Tensor, u: Tensor | None) -> Tensor:
+        work, config, size = self._work, self._work.config, self._work.config.batch_size
+        data, values = work.data() if self._ring is None else self._ring.of(i)
+        index: Tensor | None = self._index[i, :size] if self._ring is None else None
+        conditions = {name: value if index is None else value[index] for name, value in values.items()}
+        if u is not None:
+            conditions = drop_conditions(conditions, work.nulls, u[:, 0], work.dropout)
+            if config.flip:
+                data, index = flip_images(data if index is None else data[index], u[:, 1]), None
         self._clear_gradients()
-        x_in, tau, _ = ops.perturb(*drawn, dtype=work.autocast, **given)
-        with torch.autocast(x_in.device.type, dtype=work.autocast, enabled=work.autocast is not None):
-            f = self._network(x_in, tau)
-        loss = ops.dsm_loss(f, *drawn, **given)
-        torch.autograd.backward(loss, self._one)
+        losses = [
+            self._backward(i, rows, coefficients[rows], data, index, conditions)
+            for rows in pieces(size, config.accumulation)
+        ]
+        if work.importance is not None:
+            work.importance.move()
         if self._copy is not None:
             self._copy.hand_over()
+        clip_gradient(work.model, config.clip_norm)
         for group in work.optimizer.param_groups:
             group["lr"].copy_(self._rates[i, 0])
         work.optimizer.step()
         if work.ema is not None:
             _move(work.ema, work.model, self._rates[i, 1])
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _backward(
+        self,
+        i: int,
+        rows: slice,
+        coefficients: Tensor,
+        data: Tensor,
+        index: Tensor | None,
+        conditions: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Adds the gradient of some rows of a batch, and returns their part of its loss."""
+        work, size = self._work, self._work.config.batch_size
+        given: dict[str, Any] = {"counter": self._first, **work.scaling}
+        if index is None:
+            data = data[rows]
+        else:
+            given["index"] = index[rows]
+        drawn = (data, self._keys[:size][rows], i, coefficients)
+        x_in, tau, _ = ops.perturb(*drawn, dtype=work.autocast, **given)
+        with torch.autocast(x_in.device.type, dtype=work.autocast, enabled=work.autocast is not None):
+            f = self._network(x_in, tau, **{name: value[rows] for name, value in conditions.items()})
+        if work.importance is not None:
+            # The kernel keeps no losses of samples; the noise is drawn again, as in the kernel.
+            keys, step = self._keys[:size][rows], self._first + i
+            z = noise.normal(keys, step, data.shape[1:], noise.STREAM_TRAINING_NOISE)[0]
+            x_0 = load_batch(data, given.get("index"), **work.scaling)
+            each = sample_losses(f.float(), x_0, coefficients, z)
+            work.importance.add(each.detach())
+            loss = each.mean()
+        else:
+            loss = ops.dsm_loss(f, *drawn, **given)
+        share = (rows.stop - rows.start) / size
+        loss = loss * share if share != 1 else loss
+        torch.autograd.backward(loss, self._one)
         return loss.detach()
 
     def _clear_gradients(self) -> None:
@@ -114,6 +191,37 @@ class CapturedSteps:
             self._work.optimizer.zero_grad(set_to_none=True)
         else:
             self._copy.refresh()
+
+
+class _Ring:
+    """Static memory for the batches of a launch of streamed data, which a graph reads.
+
+    Args:
+        steps: the most steps of a launch.
+    """
+
+    def __init__(self, work: Work, steps: int) -> None:
+        config = work.config
+        self._batches = batches_of(work.dataset, list(work.conditions), config, work.device, slice(config.batch_size))
+        self._steps, self._memory = steps, list[Batch]()
+
+    def fill(self, first: int, count: int) -> None:
+        """Copies the batches of ``count`` steps from ``first`` on."""
+        for i in range(count):
+            batch = self._batches.take(first + i, _NO_INDEX)
+            if not self._memory:
+                self._memory = [
+                    Batch(torch.empty_like(batch.x_0), {k: torch.empty_like(v) for k, v in batch.conditions.items()})
+                    for _ in range(self._steps)
+                ]
+            here = self._memory[i]
+            here.x_0.copy_(batch.x_0)
+            for name, value in batch.conditions.items():
+                here.conditions[name].copy_(value)
+
+    def of(self, i: int) -> Batch:
+        """Returns the batch of the i-th step of the launch."""
+        return self._memory[i]
 
 
 def _detach_from_other_graphs(model: nn.Module) -> None:
@@ -136,3 +244,4 @@ def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
         steps: list[Tensor] = list(torch._foreach_sub([each.detach() for each in model.parameters()], averages))
         torch._foreach_mul_(steps, weight)
         torch._foreach_add_(averages, steps)
+    copy_buffers(ema, model)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from ..dataset import Dataset
+from ..streamed import StreamedDataset
 from .config import TrainConfig
 
-__all__ = ["default_config", "tutorial_config"]
+__all__ = ["config_for", "default_config", "tutorial_config"]
 
 _MLP = {"architecture": "MLP", "shape": [2], "hidden": [64, 64, 64], "activation": "LogSigmoid"}
 _UNET = {"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "channels": [32, 64, 128, 256, 256]}
+_CONDITIONAL = {**_UNET, "embedding": 64, "classes": 10}
 
 
 def default_config(data: str) -> TrainConfig:
@@ -23,9 +27,10 @@ def default_config(data: str) -> TrainConfig:
     if data in ("digits", "mnist"):
         return TrainConfig(
             data,
-            _UNET,
+            _CONDITIONAL,
             prediction="v",
             weighting="target",
+            condition_dropout=0.2,
             steps=375_000,
             batch_size=64,
             lr=1e-3,
@@ -35,10 +40,32 @@ def default_config(data: str) -> TrainConfig:
     raise ValueError(f"data must be one of swiss-roll, digits, mnist, got {data!r}")
 
 
+def config_for(dataset: Dataset | StreamedDataset, data: str) -> TrainConfig:
+    """Returns a recipe for data of your own: a `UNet` for images, and an `MLP` for anything else, with its conditions.
+
+    Args:
+        data: the name of the data in the config.
+    """
+    described = dataset.described
+    label, vector = described.get("label"), described.get("condition")
+    classes = 0 if label is None else label.classes
+    dropout = 0.1 if described else 0.0
+    shape = list(dataset.shape)
+    if len(shape) == 3:
+        model = {**_UNET, "image_channels": shape[0], "image_size": shape[1:], "embedding": 64, "classes": classes}
+        return replace(default_config("mnist"), data=data, model=model, condition_dropout=dropout)
+    size = 0 if vector is None or len(vector.shape) != 1 else vector.shape[0]
+    mlp: dict[str, Any] = {**_MLP, "shape": shape, "hidden": [128, 128, 128], "activation": "SiLU"}
+    mlp |= {"classes": classes, "condition": size}
+    return replace(default_config("swiss-roll"), data=data, model=mlp, condition_dropout=dropout)
+
+
 def tutorial_config(data: str) -> TrainConfig:
     """Returns the tutorial's recipe: its network, exact objective (score, lambda = sigma^2), Adam at 3e-4, no EMA."""
     config = replace(
         default_config(data),
+        model=_MLP if data == "swiss-roll" else _UNET,
+        condition_dropout=0.0,
         prediction="score",
         weighting="sigma2",
         lr=3e-4,

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import distributed, ops
+from ..conditions import Condition
 from ..data import Dataset
 from ..distributed import Ranks
 from ..lowering import NotLowered, Source, lower
 from ..objective import Coefficients
-from ..reference import Draws, ema_update, train_step, training_draws
+from ..reference import (
+    Draws,
+    clip_gradient,
+    condition_draws,
+    denoise,
+    drop_conditions,
+    dsm_loss,
+    ema_update,
+    flip_images,
+    load_batch,
+    sample_losses,
+    training_draws,
+)
+from ..streamed import StreamedDataset
+from .batches import Batch, batches_of
 from .config import TrainConfig
+from .importance import ImportanceTimes
 
-__all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "rates_of"]
+__all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "pieces", "rates_of"]
 
 # Random numbers are drawn ahead, for as many steps at once as have at most about this many elements.
 _DRAW_ELEMENTS = 1 << 17
@@ -37,8 +54,10 @@ class Work:
     model: nn.Module
     ema: nn.Module | None
     optimizer: torch.optim.Optimizer
-    dataset: Dataset
+    dataset: Dataset | StreamedDataset
     device: torch.device
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    importance: ImportanceTimes | None = None
 
     def as_called(self, model: nn.Module) -> Any:
         """Returns the model, or a copy of it, as a step calls it."""
@@ -48,6 +67,21 @@ class Work:
     def scaling(self) -> dict[str, Any]:
         """The scale and shift of the data, as arguments of the functions of a step."""
         return {"scale": self.dataset.scale, "shift": self.dataset.shift}
+
+    @property
+    def nulls(self) -> dict[str, float]:
+        """The values of "no condition"."""
+        return {name: each.null for name, each in self.conditions.items() if each.null is not None}
+
+    def data(self) -> Batch:
+        """Returns all data in memory, with the conditions that the network takes."""
+        assert isinstance(self.dataset, Dataset)
+        return Batch(self.dataset.x, {name: self.dataset.conditions[name] for name in self.conditions})
+
+    @property
+    def dropout(self) -> float:
+        """The share of samples whose conditions are dropped."""
+        return self.config.condition_dropout if self.conditions else 0.0
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -64,15 +98,17 @@ class Steps(Protocol):
         """Takes the steps ``first`` to ``first + count - 1`` and returns their losses, fp32 ``[count]``."""
 
 
-def can_run_natively(
-    config: TrainConfig, model: nn.Module, shape: Sequence[int], device: torch.device, here: Ranks
-) -> bool:
+def can_run_natively(work: Work, here: Ranks) -> bool:
     """Returns whether the native kernel can take the steps: of a small network in fp32 on the CPU, in one process.
 
-    Args:
-        shape: of a sample.
+    It has no conditions, flips, clipping, weight decay or importance sampling of times, and its data are in memory.
     """
-    if config.compile or config.precision != "fp32" or here.world > 1:
+    config, model, shape, device = work.config, work.model, work.dataset.shape, work.device
+    if config.compile or config.precision != "fp32" or here.world > 1 or not isinstance(work.dataset, Dataset):
+        return False
+    if work.conditions or config.flip or config.clip_norm is not None or config.weight_decay or work.importance:
+        return False
+    if any(True for _ in model.buffers()) or not all(each.requires_grad for each in model.parameters()):
         return False
     if not ops.has_native(device, "mlp_training"):
         return False
@@ -118,16 +154,21 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
 
 
 class EagerSteps:
-    """Runs `fastsde.reference.train_step` step by step, on this rank's part of each batch."""
+    """Takes the steps of `fastsde.reference.train_step` one by one, on this rank's part of each batch.
+
+    With ``accumulation``, the part is cut further, and the gradients of its pieces are added.
+    """
 
     def __init__(self, work: Work, here: Ranks) -> None:
         self._work, self._network = work, work.as_called(work.model)
-        batch_size = work.config.batch_size
-        self._part = distributed.shard(batch_size, here.rank, here.world)
-        self._weight = distributed.loss_weight(batch_size, here.rank, here.world)
+        config = work.config
+        self._part = distributed.shard(config.batch_size, here.rank, here.world)
+        self._weight = distributed.loss_weight(config.batch_size, here.rank, here.world)
         if here.world > 1:
             devices = [work.device] if work.device.type == "cuda" else None
             self._network = nn.parallel.DistributedDataParallel(self._network, device_ids=devices)
+        self._keys = ops.sample_keys(config.seed, config.batch_size, device=work.device)[self._part]
+        self._batches = batches_of(work.dataset, list(work.conditions), config, work.device, self._part)
         self._draws: Iterator[Draws] = iter(())
         self._next = -1
 
@@ -143,36 +184,61 @@ class EagerSteps:
         return torch.stack(losses)
 
     def _step(self, step: int) -> Tensor:
-        work, config = self._work, self._work.config
+        work, config, draws = self._work, self._work.config, next(self._draws)
         for group in work.optimizer.param_groups:
             group["lr"] = config.learning_rate(step)
-        loss = train_step(
-            self._network,
-            work.optimizer,
-            work.dataset.x,
-            None,
-            step,
-            config.objective,
-            **work.scaling,
-            autocast=work.autocast,
-            draws=next(self._draws),
-            loss_weight=self._weight,
-        )
+        if work.importance is not None:
+            draws = draws._replace(coefficients=work.importance.coefficients(self._keys, step))
+        x_0, conditions = self._batches.take(step, draws.data_index)
+        x_0 = load_batch(x_0, None, **work.scaling)
+        if work.dropout or config.flip:
+            u = condition_draws(self._keys, step)
+            conditions = drop_conditions(conditions, work.nulls, u[:, 0], work.dropout)
+            x_0 = flip_images(x_0, u[:, 1]) if config.flip else x_0
+        work.optimizer.zero_grad()
+        losses = []
+        for rows in pieces(len(x_0), config.accumulation):
+            # The ranks add their gradients once, with the last piece.
+            waits = rows.stop < len(x_0) and isinstance(self._network, nn.parallel.DistributedDataParallel)
+            with self._network.no_sync() if waits else nullcontext():
+                loss = self._loss(x_0[rows], draws.of(rows), {name: each[rows] for name, each in conditions.items()})
+                weight = self._weight * ((rows.stop - rows.start) / len(x_0))
+                loss = loss * weight if weight != 1 else loss
+                torch.autograd.backward(loss)
+            losses.append(loss.detach())
+        if work.importance is not None:
+            work.importance.move()
+        clip_gradient(work.model, config.clip_norm)
+        work.optimizer.step()
         if work.ema is not None:
             ema_update(work.ema, work.model, config.ema_decay_at(step))
-        return loss
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _loss(self, x_0: Tensor, draws: Draws, conditions: Mapping[str, Tensor]) -> Tensor:
+        work = self._work
+        f = denoise(self._network, x_0, draws, conditions, work.autocast)
+        if work.importance is not None:
+            losses = sample_losses(f, x_0, draws.coefficients, draws.z)
+            work.importance.add(losses.detach())
+            return losses.mean()
+        return dsm_loss(f, x_0, None, 0, draws.coefficients, z=draws.z)
 
     def _drawn_ahead(self, first: int) -> Iterator[Draws]:
         """Yields the random numbers of each step from ``first`` on, drawn for several steps at once."""
         config, dataset = self._work.config, self._work.dataset
-        keys = ops.sample_keys(config.seed, config.batch_size, device=self._work.device)[self._part]
         ahead = max(1, _DRAW_ELEMENTS // (config.batch_size * max(4, math.prod(dataset.shape))))
         # Blocks start at multiples of their length, so that a resumed run draws in the same blocks.
         for start in range(first // ahead * ahead, config.steps, ahead):
             steps = torch.arange(start, min(start + ahead, config.steps), device=self._work.device)
-            block = training_draws(keys, steps, len(dataset), dataset.shape, config.objective)
+            block = training_draws(self._keys, steps, len(dataset), dataset.shape, config.objective)
             for k in range(max(0, first - start), len(steps)):
                 yield Draws(*(values[k] for values in block))
+
+
+def pieces(n: int, count: int) -> list[slice]:
+    """Returns the rows of a batch of n in ``count`` pieces, or in n if that is less."""
+    count = min(count, n)
+    return [slice(number * n // count, (number + 1) * n // count) for number in range(count)]
 
 
 class NativeSteps:
@@ -183,7 +249,8 @@ class NativeSteps:
     """
 
     def __init__(self, work: Work) -> None:
-        self._work, native = work, _native(work.model, work.dataset.shape)
+        assert isinstance(work.dataset, Dataset)
+        self._work, self._data, native = work, work.dataset, _native(work.model, work.dataset.shape)
         if native is None:
             raise ValueError(f"the native kernel cannot train a {type(work.model).__name__}")
         self._native = native
@@ -221,7 +288,7 @@ class NativeSteps:
             losses: Tensor = native.mlp_training(
                 native.Parameters(weights, average, square, moving),
                 self._native.packed,
-                work.dataset.x,
+                self._data.x,
                 self._keys,
                 self._coefficients(first, count),
                 **work.scaling,

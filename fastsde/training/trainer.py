@@ -25,15 +25,20 @@ from ..engines.fetch import Fetch
 from ..engines.inspection import prefers_channels_last
 from ..models import Preconditioned
 from ..notices import warn
+from ..pictures import has_picture
 from ..reference import NonFiniteError
+from ..streamed import StreamedDataset, as_dataset
 from ..validation import check_device, check_instance
 from . import run_folder
+from .batches import conditions_of
 from .captured import CapturedSteps, can_capture
 from .config import TrainConfig
+from .importance import ImportanceTimes
 from .interrupt import deferred_interrupt
 from .run_folder import RunLog
-from .state import check_same_run, config_of, initial_model, restore, steps_of, tensors_of
+from .state import check_same_run, check_trainable, config_of, initial_model, restore, start_from, steps_of, tensors_of
 from .steps import EagerSteps, NativeSteps, Steps, Work, can_run_natively
+from .watching import Samples, TensorBoard
 
 __all__ = ["Trainer"]
 
@@ -64,10 +69,18 @@ class Trainer:
     Args:
         config: the config of the run.
         directory: the folder of the run. Nothing is written there before `train`.
+        model: the network, called as ``model(x, t, **conditions)`` with x ``[B, *shape]`` and t ``[B]``; by default
+            made as ``config.model`` says. It is trained in place, in fp32. It gets those conditions of the data that
+            its ``forward`` has arguments for. A checkpoint holds its weights, and loading it needs the network again
+            (`fastsde.checkpoints.load`). It stays in its training or evaluation mode; its moving average is in
+            evaluation mode.
         device: where to train.
-        dataset: the training data; by default loaded by ``config.data``. For a model of images ``[C, H, W]``, it may
-            also be stored as ``[N, H, W, C]``, and images of one channel as ``[N, H, W]``.
+        dataset: the training data; by default loaded by ``config.data``. A `fastsde.data.Dataset`, or any map-style
+            data set, such as a ``torch.utils.data.Dataset``, whose items are loaded step by step
+            (`fastsde.streamed.StreamedDataset`). For a model of images ``[C, H, W]``, it may also be stored as
+            ``[N, H, W, C]``, and images of one channel as ``[N, H, W]``.
         data_root: the folder that holds MNIST.
+        tensorboard: whether to log to TensorBoard as well, in the run's folder.
         resume: go on from the folder's checkpoint, or start if there is none. Otherwise a folder that has a checkpoint
             is refused, unless that is from before the first step: then the run starts again.
 
@@ -83,9 +96,11 @@ class Trainer:
         config: TrainConfig,
         directory: str | Path,
         *,
+        model: nn.Module | None = None,
         device: torch.device | str = "cpu",
-        dataset: Dataset | None = None,
+        dataset: Dataset | StreamedDataset | Any = None,
         data_root: str | Path = DEFAULT_ROOT,
+        tensorboard: bool = False,
         resume: bool = False,
     ) -> None:
         check_instance("config", config, TrainConfig)
@@ -100,31 +115,50 @@ class Trainer:
         distributed.shard(config.batch_size, self._here.rank, self._here.world)  # refuses a batch that is too small
         if self._here.world > 1 and self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # NCCL uses the current device
-        dataset = self._load(data_root) if dataset is None else dataset
-        check_instance("dataset", dataset, Dataset)
+        dataset = self._load(data_root) if dataset is None else as_dataset(dataset, config.data)
         resuming = resume and checkpoint.exists()
-        start = checkpoints.load(config.init) if config.init and not resuming else None
-        self.model = initial_model(config, start).to(self.device)
+        if model is not None:
+            check_instance("model", model, nn.Module)
+        self.model = initial_model(config) if model is None else model
+        start = start_from(self.model, config) if config.init and not resuming else None
+        self.model.to(self.device)
+        check_trainable(self.model)
         if prefers_channels_last(self.model, self.device):
             self.model.to(memory_format=torch.channels_last)  # and so the average, gradients and Adam's state
         self.earlier_steps = 0 if start is None else steps_of(start)
-        self.dataset = dataset.with_shape(self.model.shape).with_pixel_range(config.pixel_range).to(self.device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else None
+        shape = getattr(self.model, "shape", None)
+        dataset = dataset if shape is None else dataset.with_shape(shape)
+        self.dataset = dataset.with_pixel_range(config.pixel_range).to(self.device)
+        self.conditions = conditions_of(self.model, self.dataset)
+        if config.flip and len(self.dataset.shape) != 3:
+            raise ValueError(f"flip must be False for samples of shape {list(self.dataset.shape)}: they are no images")
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval() if config.ema_decay else None
+        is_important = config.times == "importance"
+        self.importance = ImportanceTimes(config.objective, self.device) if is_important else None
         self._captures = can_capture(self.device, self._here)
         options: dict[str, Any] = {"lr": config.lr, "fused": True, "capturable": self._captures}
-        self.optimizer = torch.optim.Adam(self.model.parameters(), **options)
+        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
+        self.optimizer = kind(self.model.parameters(), weight_decay=config.weight_decay, **options)
         self.step = 0
         self.loss: float | None = None
         self._lines = RunLog(self.directory)
+        self._tensorboard: TensorBoard | None = None
+        self._logs_events = tensorboard and self._here.rank == 0
+        self._samples: Samples | None = None
+        if config.sample_every:
+            if not has_picture(self.dataset.shape):
+                raise ValueError(f"sample_every must be 0: samples of shape {list(self.dataset.shape)} have no picture")
+            self._samples = Samples(self.directory, self.dataset, config.seed)
         if resuming:
             self._restore(*checkpoints.read(checkpoint))
 
-    def _load(self, root: str | Path) -> Dataset:
+    def _load(self, root: str | Path) -> Dataset | StreamedDataset:
         """Loads the config's data set, on each machine first on one rank, which may have to download it."""
         config, waits = self.config, self._here.local_rank != 0
         if waits:
             distributed.mean_over_ranks(0)
-        dataset = load(config.data, size=config.data_size, root=root, pixel_range=config.pixel_range, seed=config.seed)
+        options: dict[str, Any] = {"size": config.data_size, "pixel_range": config.pixel_range, "seed": config.seed}
+        dataset = load(config.data, root=root, image_size=config.image_size, **options)
         if not waits:
             distributed.mean_over_ranks(0)
         return dataset
@@ -146,6 +180,10 @@ class Trainer:
             prediction=self.config.prediction,
             data=self.config.data,
             value_range=self.dataset.seen_range,
+            sample_shape=self.dataset.shape,
+            conditions=self.conditions,
+            factory=self.config.model if isinstance(self.config.model, str) else "",
+            has_null=bool(self.conditions) and self.config.condition_dropout > 0,
             record={
                 "config": asdict(self.config),
                 "step": self.step,
@@ -176,7 +214,8 @@ class Trainer:
         with run_folder.locked(self.directory) if first else nullcontext(), deferred_interrupt() as interrupted:
             if first:
                 self._begin()
-            bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.1)
+            # A first step that compiles takes long: the estimate of the time left forgets it within seconds.
+            bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, unit="step", smoothing=0.3)
             with bar:
                 self._run(bar, interrupted)
         distributed.mean_over_ranks(0)  # until the first rank has written the last checkpoint
@@ -194,6 +233,8 @@ class Trainer:
         if not step:
             self._save()  # so that a run killed at any time has a config to resume from
         self._lines.drop_after(self.step)
+        if self._logs_events:
+            self._tensorboard = TensorBoard(self.directory, self.step)
 
     def _run(self, bar: tqdm[Any], interrupted: Callable[[], bool]) -> None:
         lines: deque[_Line] = deque()
@@ -206,10 +247,12 @@ class Trainer:
             raise
         finally:
             self._lines.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def _take_steps(self, bar: tqdm[Any], lines: deque[_Line], interrupted: Callable[[], bool]) -> None:
         config = self.config
-        work = Work(config, self.model, self.ema, self.optimizer, self.dataset, self.device)
+        work = self.work()
         steps = self._steps(work)
         losses: list[Tensor] = []
         since, stop = self.step, False
@@ -223,6 +266,7 @@ class Trainer:
                     steps = EagerSteps(work, self._here)
                     break
                 self.step += count
+                bar.update(count)
                 self._report(bar, lines, leave=len(lines))
                 stop = self._here.world == 1 and interrupted()
                 if stop:
@@ -239,8 +283,23 @@ class Trainer:
                 self._report(bar, lines)
                 self._save()
                 saved = time.monotonic()
+            if config.sample_every and (self.step % config.sample_every == 0 or last) and not stop:
+                self._draw()
         if stop:
             raise KeyboardInterrupt
+
+    def work(self) -> Work:
+        """Returns what is trained, as the ways to take steps are given it."""
+        return Work(
+            self.config,
+            self.model,
+            self.ema,
+            self.optimizer,
+            self.dataset,
+            self.device,
+            self.conditions,
+            self.importance,
+        )
 
     def _is_checkpoint_due(self, saved: float) -> bool:
         """Returns whether all ranks save at this step: if it is time by the clock of any of them."""
@@ -252,13 +311,13 @@ class Trainer:
         """Returns the fastest available way to take steps."""
         if self._captures:
             return CapturedSteps(work)
-        if can_run_natively(self.config, self.model, self.dataset.shape, self.device, self._here):
+        if can_run_natively(work, self._here):
             return NativeSteps(work)
         return EagerSteps(work, self._here)
 
     def _steps_to_next_stop(self) -> int:
         """Returns the number of steps until something is logged or saved."""
-        every = (self.config.log_every, self.config.checkpoint_every)
+        every = [self.config.log_every, self.config.checkpoint_every, self.config.sample_every or self.config.steps]
         return min(self.config.steps - self.step, *(each - self.step % each for each in every))
 
     @property
@@ -286,10 +345,25 @@ class Trainer:
         self.loss = loss
         if self._here.rank != 0:
             return
-        lr = self.config.learning_rate(line.step - 1)
-        self._lines.append({"step": line.step, "loss": loss, "lr": lr, "steps_per_s": round(steps_per_second, 3)})
+        values = {
+            "step": line.step,
+            "loss": loss,
+            "lr": self.config.learning_rate(line.step - 1),
+            "steps_per_s": round(steps_per_second, 3),
+            "left_s": round((self.config.steps - line.step) / steps_per_second, 1),
+        }
+        self._lines.append(values)
+        if self._tensorboard is not None:
+            self._tensorboard.line(values)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)  # shown by the next update, ten times a second at most
-        bar.update(line.step - bar.n)
+
+    def _draw(self) -> None:
+        """Draws samples on the first rank."""
+        if self._here.rank != 0 or self._samples is None:
+            return
+        picture = self._samples.draw(self.checkpoint(), self.step)
+        if self._tensorboard is not None and picture is not None:
+            self._tensorboard.picture(picture, self.step)
 
     def _save(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
@@ -297,7 +371,7 @@ class Trainer:
         if self._here.rank != 0:
             return
         self._lines.flush()  # a run that is killed and resumed from here must find them
-        tensors = tensors_of(self.model, self.ema, self.optimizer)
+        tensors = tensors_of(self.model, self.ema, self.optimizer, self.importance)
         metadata = self.checkpoint().describe()
         checkpoints.write(self.directory / RUN_CHECKPOINT, tensors, {**metadata, "resumable": True})
 
@@ -306,6 +380,6 @@ class Trainer:
         check_same_run(self.config, config_of(metadata, path), record["step"], self.directory)
         self.step, self.loss, self.earlier_steps = record["step"], record["loss"], record.get("earlier_steps", 0)
         try:
-            restore(tensors, self.model, self.ema, self.optimizer, self.step > 0)
+            restore(tensors, self.model, self.ema, self.optimizer, self.importance)
         except KeyError as error:
             raise ValueError(f"{path} is not a complete training checkpoint: it lacks {error}") from error

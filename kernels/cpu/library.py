@@ -39,7 +39,7 @@ _SIGNATURES = {
     "dsm_loss": "s F p i L l F L F l f f l l F F F",
     "mlp_sampler": "s p l l l l l F F l F l l l L F f l l l l F F F",
     "mlp_training": "s p l l l l l L l p l p p p p p i l f f L l F d d d l l l F F",
-    "unet": "s l l l l l p p p F F F F i",
+    "unet": "s l l l l l p p p F F F F l F i",
     "unet_has_bf16": "i",
     "lanes": "i",
     "activation": "i n",

@@ -85,13 +85,20 @@ struct Reach {
     }
 };
 
+// Scales and shifts of a layer's channels, by which sums y become (1 + a) y + b: for each image ``out`` scales and then
+// ``out`` shifts, ``stride`` apart. None if ``values`` is null.
+struct Film {
+    const float* values = nullptr;
+    int64_t stride = 0;
+};
+
 // Computes one part of a convolution's output: some images, rows and channels.
 template <class In, class Out>
 class PartOfConvolution {
   public:
     PartOfConvolution(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t first_image, int64_t images,
-                      int64_t first_row, int64_t rows, int64_t first_channel, float* sums)
-        : by_(by), in_(in), out_(out), first_image_(first_image), images_(images), first_row_(first_row), rows_(rows),
+                      int64_t first_row, int64_t rows, int64_t first_channel, Film film, float* sums)
+        : by_(by), film_(film), in_(in), out_(out), first_image_(first_image), images_(images), first_row_(first_row), rows_(rows),
           first_channel_(first_channel), channels_(std::min(GROUP, by.out - first_channel)), sums_(sums) {}
 
     void run(const Time* time) {
@@ -145,6 +152,7 @@ class PartOfConvolution {
     }
 
     void finish() {
+        if (film_.values) modulate();
         for (int64_t i = 0; i < images_; i++)
             for (int64_t row = 0; row < rows_; row++)
                 for (int64_t x = 0; x < out_.width; x++) {
@@ -158,8 +166,21 @@ class PartOfConvolution {
                 }
     }
 
+    void modulate() {
+        for (int64_t i = 0; i < images_; i++) {
+            const float* scale = film_.values + (first_image_ + i) * film_.stride + first_channel_;
+            for (int64_t place = 0; place < rows_ * out_.width; place++)
+                for (int64_t c = 0; c < channels_; c += LANES) {
+                    float* at = sums(i, 0, 0) + place * channels_ + c;
+                    const Floats sum = load(at);
+                    store(at, sum * load(scale + c) + (sum + load(scale + by_.out + c)));
+                }
+        }
+    }
+
     static constexpr int64_t PER_WORD = KindOf<In>::PER_WORD;
     const Convolution& by_;
+    const Film film_;
     const Signal<const In> in_;
     const Signal<Out> out_;
     const int64_t first_image_, images_, first_row_, rows_, first_channel_, channels_;
@@ -189,14 +210,14 @@ struct Cut {
 // This function and those below must be called by all threads of a team, which then have to wait for each other.
 template <class In, class Out>
 void convolve(const Convolution& by, Signal<const In> in, Signal<Out> out, int64_t batch, float* sums,
-              const Time* time = nullptr) {
+              Film film, const Time* time = nullptr) {
     const Cut cut(batch, out.height, out.width, by.out);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t part = 0; part < cut.count(); part++) {
         const int64_t group = part % cut.groups, rest = part / cut.groups;
         const int64_t row = rest % cut.per_image * cut.rows, image = rest / cut.per_image * cut.images;
         PartOfConvolution<In, Out>(by, in, out, image, std::min(cut.images, batch - image), row,
-                                   std::min(cut.rows, out.height - row), group * GROUP, sums)
+                                   std::min(cut.rows, out.height - row), group * GROUP, film, sums)
             .run(time);
     }
 }
@@ -266,14 +287,20 @@ class Unet {
 
     // x and out [images, channels, height, width], with at most a chunk of images. Must be called by all threads of a
     // team.
-    void forward(int64_t images, const float* x, const Time& time, float* out, float* sums) {
+    void forward(int64_t images, const float* x, const Time& time, Film film, float* out, float* sums) {
+        const auto next = [&film](int64_t channels) {  // those of the next layer
+            const Film own = film;
+            if (film.values) film.values += 2 * channels;
+            return own;
+        };
         channels_last(images, x);
         barrier_.wait();
         for (int64_t l = 0; l < levels_; l++) {
             Signal<T> to = wide_[l];
             if (l + 1 < levels_) to.data += channels_[l];
             if (l == 0) {
-                convolve<float, T>(layer(0, image_channels_, channels_[0]), readable(image_), to, images, sums, &time);
+                convolve<float, T>(layer(0, image_channels_, channels_[0]), readable(image_), to, images, sums,
+                                   next(channels_[0]), &time);
                 barrier_.wait();
                 continue;
             }
@@ -281,16 +308,18 @@ class Unet {
             behind.data += channels_[l - 1];
             pool<T>(behind, pooled_[l - 1], channels_[l - 1], images);
             barrier_.wait();
-            convolve<T, T>(layer(l, channels_[l - 1], channels_[l]), readable(pooled_[l - 1]), to, images, sums);
+            convolve<T, T>(layer(l, channels_[l - 1], channels_[l]), readable(pooled_[l - 1]), to, images, sums,
+                           next(channels_[l]));
             barrier_.wait();
         }
         int64_t number = levels_;
         for (int64_t l = levels_ - 1; l > 0; l--, number++) {
             const Convolution by = layer(number, wide_[l].stride, channels_[l - 1], true);
-            convolve<T, T>(by, readable(wide_[l]), wide_[l - 1], images, sums);
+            convolve<T, T>(by, readable(wide_[l]), wide_[l - 1], images, sums, next(channels_[l - 1]));
             barrier_.wait();
         }
-        convolve<T, T>(layer(number, wide_[0].stride, channels_[0]), readable(wide_[0]), head_, images, sums);
+        convolve<T, T>(layer(number, wide_[0].stride, channels_[0]), readable(wide_[0]), head_, images, sums,
+                       next(channels_[0]));
         barrier_.wait();
         convolve_last<T>(layer(number + 1, channels_[0], image_channels_), readable(head_), out, images);
         barrier_.wait();
@@ -346,12 +375,14 @@ extern "C" int fastsde_unet_has_bf16(int) {
 #endif
 }
 
-// x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], all fp32. weights
+// x and out [batch, image_channels, height, width], t [batch], plane [height, width, channels[0]], films
+// [batch, widths], for each layer but the last 2 * out values, or null, all fp32. weights
 // and biases hold one array per layer (encoder, decoder, head). Weights are [9, in, out] fp32, or bf16
 // [9, in / 2, out, 2] with ``bf16``; the first and the last layer's are always fp32, and the last layer's [out, 9, in].
 extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t height, int64_t width, int64_t levels,
                             const int64_t* channels, const void* const* weights, const float* const* biases,
-                            const float* plane, const float* x, const float* t, float* out, int bf16, int threads) {
+                            const float* plane, const float* x, const float* t, const float* films, int64_t widths,
+                            float* out, int bf16, int threads) {
     // With so many images at once, every thread gets a part, and the signals stay in the cache.
     const int64_t chunk = std::min(batch, IMAGES * std::max(threads, 2));
     const auto run = [=](auto&& unet) {
@@ -359,8 +390,8 @@ extern "C" int fastsde_unet(int64_t batch, int64_t image_channels, int64_t heigh
         const int64_t pixels = image_channels * height * width;
         run_team(threads, [&] {
             for (int64_t i = 0; i < batch; i += chunk)
-                unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane}, out + i * pixels,
-                             sums.mine());
+                unet.forward(std::min(chunk, batch - i), x + i * pixels, Time{t + i, plane},
+                             Film{films ? films + i * widths : nullptr, widths}, out + i * pixels, sums.mine());
         });
     };
     return with_status([&] {

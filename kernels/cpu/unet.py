@@ -65,13 +65,14 @@ def images_each(products: int, threads: int) -> int:
     return images if images < chunk else images // chunk * chunk
 
 
-def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, out: Tensor) -> None:
+def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, films: Tensor | None, out: Tensor) -> None:
     """Writes the network's output to ``out``.
 
     Args:
         channels: of the levels.
         x, out: contiguous fp32 ``[B, C, H, W]``.
         t: contiguous fp32 ``[B]``.
+        films: contiguous fp32 ``[B, widths]``, of each layer but the last its scales - 1 and then its shifts, or None.
     """
     if not x.numel():
         return
@@ -83,5 +84,8 @@ def unet(packed: Packed, channels: Sequence[int], x: Tensor, t: Tensor, out: Ten
         packed.plane,
     )
     images = images_each(packed.products(*x.shape[2:]), torch.get_num_threads())
-    for part in zip(x.split(images), t.split(images), out.split(images), strict=True):
-        call("unet", *part[0].shape, *network, *part, packed.dtype == torch.bfloat16)
+    width, narrow = 0 if films is None else films.shape[1], packed.dtype == torch.bfloat16
+    for first in range(0, len(x), images):
+        rows = slice(first, first + images)
+        film = None if films is None else films[rows]
+        call("unet", *x[rows].shape, *network, x[rows], t[rows], film, width, out[rows], narrow)

@@ -18,7 +18,7 @@ from fastsde.engines.chunks import FIXED_LENGTHS
 from fastsde.models import MLP
 from fastsde.training import TrainConfig, Trainer, default_config
 from fastsde.training.captured import _WARM_UPS, CapturedSteps
-from fastsde.training.steps import Work, rates_of
+from fastsde.training.steps import rates_of
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint")
 
@@ -177,7 +177,7 @@ def test_few_lengths_are_captured_and_each_once(graphs: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 23, 99, 100, 1000])
 def test_any_number_of_steps_is_made_of_few_lengths(graphs: Any, tmp_path: Path, count: int) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     lengths = CapturedSteps(work).chunks(count)
     assert sum(lengths) == count
     assert lengths[:_WARM_UPS] == [1] * min(count, _WARM_UPS)
@@ -187,7 +187,7 @@ def test_any_number_of_steps_is_made_of_few_lengths(graphs: Any, tmp_path: Path,
 
 def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     captured = CapturedSteps(work)
     for step in range(3):
         captured.take(step, 1)
@@ -205,7 +205,7 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
 def test_graphs_that_a_caller_holds_are_not_in_the_way(graphs: Any, tmp_path: Path) -> None:
     """On a GPU, a recording with a node made on another stream fails."""
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     captured, parameters = CapturedSteps(work), list(trainer.model.parameters())
 
     def nodes() -> list[Any]:
@@ -228,7 +228,7 @@ def test_graphs_that_a_caller_holds_are_not_in_the_way(graphs: Any, tmp_path: Pa
 def test_a_step_of_another_thread_warms_it_up(graphs: Any, tmp_path: Path) -> None:
     config = replace(POINTS, steps=6)
     trainer = Trainer(config, tmp_path / "run", device=torch.get_default_device())
-    work = Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     captured, errors = CapturedSteps(work), []
 
     def take(firsts: range) -> None:
@@ -265,7 +265,7 @@ class _Operations(TorchDispatchMode):
 @pytest.mark.usefixtures("graphs")
 def test_a_replay_takes_a_handful_of_operations_beside_its_graph(tmp_path: Path) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
-    work = Work(POINTS, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device)
+    work = trainer.work()
     captured = CapturedSteps(work)
     captured._warm_ups = _WARM_UPS
     captured._graphs[50] = lambda: None

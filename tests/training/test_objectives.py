@@ -48,7 +48,7 @@ CONFIGS = {
 
 def weights_and_losses(config: TrainConfig, make: Callable[[Work], Any], folder: Path) -> tuple[Tensor, Tensor]:
     trainer = Trainer(config, folder, device="cpu")
-    steps = make(Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device))
+    steps = make(trainer.work())
     losses, first = [], 0
     for count in steps.chunks(12):
         losses.append(steps.take(first, count))
@@ -66,7 +66,7 @@ def test_native_steps_are_those_of_the_reference(name: str, tmp_path: Path) -> N
     if not ops.has_native(torch.device("cpu"), "mlp_training"):
         pytest.skip("no C++ compiler")
     trainer = Trainer(config, tmp_path)
-    assert can_run_natively(config, trainer.model, trainer.dataset.shape, torch.device("cpu"), Ranks())
+    assert can_run_natively(trainer.work(), Ranks())
     _assert_same(weights_and_losses(config, NativeSteps, tmp_path), config, tmp_path)
 
 

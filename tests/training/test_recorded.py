@@ -51,7 +51,7 @@ RECORDED: dict[str, tuple[list[float], float]] = {
 def _take(config: TrainConfig, make: Callable[[Work], Any], folder: Path) -> tuple[list[float], float]:
     trainer = Trainer(config, folder, device="cpu")
     before = _weights(trainer)
-    steps = make(Work(config, trainer.model, trainer.ema, trainer.optimizer, trainer.dataset, trainer.device))
+    steps = make(trainer.work())
     losses, first = [], 0
     for count in steps.chunks(STEPS):
         losses += steps.take(first, count).tolist()

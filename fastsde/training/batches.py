@@ -1,0 +1,187 @@
+"""The batches of a run: gathered from memory, or loaded ahead by other processes."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from .. import ops, reference
+from ..conditions import Condition
+from ..dataset import Dataset
+from ..streamed import StreamedDataset
+from .config import TrainConfig
+
+__all__ = ["Batch", "Batches", "batches_of", "conditions_of"]
+
+_STEPS_AHEAD = 64  # whose positions are drawn at once
+
+
+class Batch(NamedTuple):
+    """What a step is taken on: data ``[B, *shape]`` as stored, and conditions ``[B, ...]`` by name, on the device."""
+
+    x_0: Tensor
+    conditions: dict[str, Tensor]
+
+
+class Batches(Protocol):
+    """Gives the batches of consecutive steps."""
+
+    def take(self, step: int, index: Tensor) -> Batch:
+        """Returns the batch of a step, whose positions in the data are ``index``."""
+
+
+def conditions_of(model: nn.Module, dataset: Dataset | StreamedDataset) -> dict[str, Condition]:
+    """Returns the conditions of a data set that a network takes: those that its ``forward`` has arguments for.
+
+    Raises:
+        ValueError: if one of this package's networks takes a condition that the data do not have, or another number of
+            classes.
+    """
+    try:
+        arguments: Mapping[str, Any] = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # it has none that Python can read
+        arguments = {}
+    takes_all = any(each.kind == each.VAR_KEYWORD for each in arguments.values())
+    own = {"label": getattr(model, "classes", None), "condition": getattr(model, "condition", None)}
+    if not hasattr(model, "config"):
+        own = {}
+    found = {
+        name: each
+        for name, each in dataset.described.items()
+        if own.get(name, 1) and (takes_all or (name in arguments and name not in list(arguments)[:2]))
+    }
+    for name, size in own.items():
+        if not size:
+            continue
+        if name not in found:
+            raise ValueError(f"the data must have the condition {name!r} that the model takes, got {list(found)}")
+        has = found[name].classes or sum(found[name].shape)
+        if has != size:
+            raise ValueError(f"the model takes a {name!r} of {size}, the data have one of {has}")
+    return found
+
+
+class _Memory:
+    """Gathers from a data set on the device."""
+
+    def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
+        self._x, self._conditions = dataset.x, {name: dataset.conditions[name] for name in names}
+
+    def take(self, step: int, index: Tensor) -> Batch:
+        """As `Batches.take`."""
+        return Batch(self._x[index], {name: value[index] for name, value in self._conditions.items()})
+
+
+class _Places:
+    """The (step, position in the batch, position in the data) of each sample, a batch at a time, from a step on."""
+
+    def __init__(self, config: TrainConfig, part: slice, n: int, first: int) -> None:
+        self._config, self._part, self._n, self._first = config, part, n, first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        keys = ops.sample_keys(self._config.seed, self._config.batch_size, device="cpu")[self._part]
+        positions = range(self._config.batch_size)[self._part]
+        for start in range(self._first, self._config.steps, _STEPS_AHEAD):
+            steps = torch.arange(start, min(start + _STEPS_AHEAD, self._config.steps), device="cpu")
+            for step, index in zip(steps.tolist(), reference.data_order(keys, steps, self._n).tolist(), strict=True):
+                yield [(step, position, each) for position, each in zip(positions, index, strict=True)]
+
+
+class _Seeded(TorchDataset[Any]):
+    """Items of a data set, each after the generators of Python, NumPy and PyTorch were seeded by its place in the run.
+
+    So random crops and the like are the same in a resumed run, however many processes load the data.
+    """
+
+    def __init__(self, dataset: StreamedDataset, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitem__(self, place: tuple[int, int, int]) -> Batch:
+        step, position, index = place
+        low, high = (int(each) for each in np.random.SeedSequence((self._seed, step, position)).generate_state(2))
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (what transforms use)
+        try:
+            random.seed(low << 32 | high)
+            np.random.seed(low)  # noqa: NPY002
+            torch.default_generator.manual_seed(low << 31 | high >> 1)
+            return Batch(*self._dataset.item(index))
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
+
+
+class _Streamed:
+    """Loads batches ahead of the steps, in other processes if there are any, and copies them to a GPU meanwhile."""
+
+    def __init__(
+        self, dataset: StreamedDataset, names: Sequence[str], config: TrainConfig, device: torch.device, part: slice
+    ) -> None:
+        self._dataset, self._names, self._config, self._part = dataset, list(names), config, part
+        self._device, self._next = device, -1
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._loaded: Iterator[Any] = iter(())
+        self._ahead: Batch | None = None
+
+    def take(self, step: int, index: Tensor) -> Batch:
+        """As `Batches.take`."""
+        if step != self._next:
+            self._loaded = iter(self._loader(step))
+            self._ahead = self._load()
+        assert self._ahead is not None
+        batch, self._next = self._ahead, step + 1
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in (batch.x_0, *batch.conditions.values()):
+                tensor.record_stream(current)
+        self._ahead = self._load()  # the next one: its copy runs beside this step
+        return batch
+
+    def _load(self) -> Batch | None:
+        """Starts to copy the next batch to the device; None after the last one."""
+        loaded = next(self._loaded, None)
+        if loaded is None:
+            return None
+        x_0, conditions = loaded
+        with torch.cuda.stream(self._stream):  # no stream is no context
+            there = {name: conditions[name].to(self._device, non_blocking=True) for name in self._names}
+            return Batch(x_0.to(self._device, non_blocking=True), there)
+
+    def _loader(self, first: int) -> DataLoader[Any]:
+        places = _Places(self._config, self._part, len(self._dataset), first)
+        return DataLoader(
+            _Seeded(self._dataset, self._config.seed),
+            batch_sampler=places,
+            num_workers=self._config.workers,
+            pin_memory=self._stream is not None,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # else PyTorch's own is drawn from
+        )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+
+
+def batches_of(
+    dataset: Dataset | StreamedDataset, names: Sequence[str], config: TrainConfig, device: torch.device, part: slice
+) -> Batches:
+    """Returns the batches of a run.
+
+    Args:
+        names: the conditions to take.
+        part: which rows of each batch to load.
+    """
+    if isinstance(dataset, StreamedDataset):
+        return _Streamed(dataset, names, config, device, part)
+    return _Memory(dataset, names)
