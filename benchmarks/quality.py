@@ -31,6 +31,7 @@ from fastsde.checkpoints import Checkpoint
 from fastsde.files import atomic_path
 
 DIRECTIONS = 256
+JUDGES = (10, 20)  # epochs: the longer a CNN trains, the surer it becomes of everything
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = DIRECTIONS) -> float:
@@ -94,8 +95,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum())
 
 
-def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, Any]:
-    """Returns how the classifier rates samples ``[n, 1, 28, 28]`` in [-1, 1]."""
+def judge_digits(classifier: Classifier, test: Tensor, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+    """Returns how the classifier rates samples ``[n, 1, 28, 28]`` in [-1, 1].
+
+    Args:
+        labels: the digits that were asked for, ``[n]``, or None.
+    """
     with torch.no_grad():
         probability, label = classifier(x).softmax(1).max(1)
         features, test_features = classifier.body(x), classifier.body(test)
@@ -105,6 +110,7 @@ def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, A
         return {
             "share_above_0.9": float((probability > 0.9).double().mean()),
             "share_above_0.9_of_test_digits": sure_of_test,
+            **({} if labels is None else {"read_as_asked": float((label == labels).double().mean())}),
             "class_shares": [round(share, 4) for share in shares.tolist()],
             "frechet_distance": frechet_distance(features, test_features),
             "frechet_distance_of_test_halves": frechet_distance(test_features[:half], test_features[half:]),
@@ -119,6 +125,8 @@ def judge_digits(classifier: Classifier, test: Tensor, x: Tensor) -> dict[str, A
 @click.option("--solver", default="euler_maruyama", show_default=True)
 @click.option("--steps", default=999, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--labels", is_flag=True, help="Ask a conditional model for each digit in turn.")
+@click.option("--guidance", type=float, help="Weight of classifier-free guidance, with --labels.")
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the figures as JSON.")
 def main(
@@ -129,6 +137,8 @@ def main(
     solver: str,
     steps: int,
     seed: int,
+    labels: bool,
+    guidance: float | None,
     compile: bool,
     out: Path | None,
 ) -> None:
@@ -143,21 +153,18 @@ def main(
         result = swiss_roll_distance(checkpoint, n, seed, solver=solver, steps=steps, compile=compile)
     else:
         n = n or 1000
-        classifier, accuracy, test = train_classifier(root or data.DEFAULT_ROOT)
         sampler = fastsde.Sampler(
-            checkpoint.model,
-            checkpoint.shape,
-            sde=checkpoint.sde,
-            solver=solver,
-            steps=steps,
-            prediction=checkpoint.prediction,
-            compile=compile,
-            max_batch=100,
+            checkpoint, solver=solver, steps=steps, guidance=guidance, compile=compile, max_batch=100
         )
-        x = sampler(n, seed=seed, progress=True)
+        asked = torch.arange(n) % 10 if labels else None
+        x = sampler(n, seed=seed, model_kwargs=None if asked is None else {"label": asked}, progress=True)
         low, high = checkpoint.value_range or (-1.0, 1.0)
-        result = {"classifier_accuracy": accuracy}
-        result |= judge_digits(classifier, test, ((x - low) / (high - low) * 2 - 1).clamp(-1, 1))
+        x = ((x - low) / (high - low) * 2 - 1).clamp(-1, 1)
+        result = {"labels": labels, "guidance": guidance}
+        for epochs in JUDGES:
+            classifier, accuracy, test = train_classifier(root or data.DEFAULT_ROOT, epochs)
+            rated = judge_digits(classifier, test, x, asked)
+            result[f"judge_of_{epochs}_epochs"] = {"accuracy": accuracy, **rated}
     result = {
         "subject": subject,
         "n": n,

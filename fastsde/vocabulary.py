@@ -15,6 +15,7 @@ __all__ = [
     "PRECONDITIONINGS",
     "PREDICTIONS",
     "PROCESSES",
+    "RECIPES",
     "SOLVERS",
     "SPACINGS",
     "TIMES",
@@ -27,6 +28,7 @@ BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
 LR_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
+RECIPES = ("default", "tutorial", "ddpm", "edm", "flow")
 SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
 PRECONDITIONINGS = ("none", "edm")
 TIMES = ("uniform", "lognormal", "importance")  # the distributions of training times

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+ARGUMENTS = {"own_network": ["30"]}  # fewer steps
 LIBRARIES = {"azula", "denoising_diffusion_pytorch", "diffusers", "k_diffusion", "sbi"}
 
 
@@ -26,7 +27,11 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     for library in used:
         pytest.importorskip(library, reason=f"needs {library}", exc_type=ImportError)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", path], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", path, *ARGUMENTS.get(path.stem, [])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

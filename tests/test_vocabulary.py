@@ -8,6 +8,7 @@ import torch
 from fastsde import VPSDE, data, engines, solvers, vocabulary
 from fastsde.models.activations import ACTIVATIONS
 from fastsde.ops import has_native
+from fastsde.training import recipes
 
 
 def test_every_word_has_its_meaning() -> None:
@@ -33,3 +34,4 @@ def test_no_word_is_missing() -> None:
     assert sorted(solvers.REGISTRY) == sorted(vocabulary.SOLVERS)
     assert vocabulary.SOLVERS[0] == "euler_maruyama"
     assert ("auto", *engines._ENGINES) == vocabulary.BACKENDS
+    assert tuple(recipes.RECIPES) == vocabulary.RECIPES

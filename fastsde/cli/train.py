@@ -14,6 +14,7 @@ from ..vocabulary import (
     PRECONDITIONINGS,
     PREDICTIONS,
     PROCESSES,
+    RECIPES,
     TIMES,
     TRAINING_DTYPES,
     WEIGHTINGS,
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, or start if there is none.")
 @click.option(
     "--recipe",
-    type=click.Choice(("default", "tutorial")),
-    help="The tutorial's own objective, or a better one.  [default: default]",
+    type=click.Choice(RECIPES),
+    help="Objective and options: this package's own, the tutorial's, or those of a paper.  [default: default]",
 )
 @click.option("--data-size", type=click.IntRange(1), help="Points of the swiss roll, or samples from the set's start.")
 @click.option("--image-size", type=click.IntRange(1), help="Height and width that a folder's images are cropped to.")
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
 @click.option("--preconditioning", type=click.Choice(PRECONDITIONINGS), help="EDM's scalings, with --prediction x0.")
 @click.option("--sigma-data", type=float, help="The standard deviation of the data that EDM scales by.")
 @click.option("--times", type=click.Choice(TIMES), help="The distribution of training times.")
+@click.option("--time-mean", type=float, help="Mean of ln t for lognormal times.")
+@click.option("--time-std", type=float, help="Standard deviation of ln t for lognormal times.")
 @click.option(
     "--dtype",
     type=click.Choice(tuple(TRAINING_DTYPES)),
@@ -167,7 +170,7 @@ def _recipe(dataset: str, recipe: str | None, options: dict[str, Any]) -> TrainC
     from .. import data, training
 
     if dataset in DATASETS:
-        return (training.tutorial_config if recipe == "tutorial" else training.default_config)(dataset)
+        return training.recipes.RECIPES[recipe or "default"](dataset)
     if recipe is not None:
         raise ValueError("--recipe is for the data sets known by name: leave it out")
     loaded = data.load(dataset, size=options["data_size"], image_size=options["image_size"])

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from .config import TrainConfig
-from .recipes import config_for, default_config, tutorial_config
+from .recipes import (
+    config_for,
+    ddpm_config,
+    default_config,
+    edm_config,
+    flow_config,
+    tutorial_config,
+)
 from .state import saved_config
 from .trainer import Trainer
 
-__all__ = ["TrainConfig", "Trainer", "config_for", "default_config", "saved_config", "tutorial_config"]
+__all__ = [
+    "TrainConfig",
+    "Trainer",
+    "config_for",
+    "ddpm_config",
+    "default_config",
+    "edm_config",
+    "flow_config",
+    "saved_config",
+    "tutorial_config",
+]

@@ -1,15 +1,17 @@
-"""Configs for the data sets: this package's own, and the tutorial's."""
+"""Configs for the data sets: this package's own, the tutorial's, and those of three papers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ..dataset import Dataset
+from ..sde import EDM, RectifiedFlow
 from ..streamed import StreamedDataset
 from .config import TrainConfig
 
-__all__ = ["config_for", "default_config", "tutorial_config"]
+__all__ = ["RECIPES", "config_for", "ddpm_config", "default_config", "edm_config", "flow_config", "tutorial_config"]
 
 _MLP = {"architecture": "MLP", "shape": [2], "hidden": [64, 64, 64], "activation": "LogSigmoid"}
 _UNET = {"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "channels": [32, 64, 128, 256, 256]}
@@ -23,7 +25,7 @@ def default_config(data: str) -> TrainConfig:
         ValueError: for an unknown data set.
     """
     if data == "swiss-roll":
-        return TrainConfig(data, _MLP, steps=120_000, batch_size=256, lr=1e-3, ema_decay=0.9995)
+        return TrainConfig(data, _MLP, data_size=100_000, steps=120_000, batch_size=256, lr=1e-3, ema_decay=0.9995)
     if data in ("digits", "mnist"):
         return TrainConfig(
             data,
@@ -38,6 +40,32 @@ def default_config(data: str) -> TrainConfig:
             ema_decay=0.999,
         )
     raise ValueError(f"data must be one of swiss-roll, digits, mnist, got {data!r}")
+
+
+def ddpm_config(data: str) -> TrainConfig:
+    """Returns the objective of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14): eps, at uniform times."""
+    return replace(default_config(data), prediction="eps", weighting="sigma2")
+
+
+def edm_config(data: str) -> TrainConfig:
+    """Returns the objective of EDM (Karras et al. 2022, arXiv:2206.00364, table 1): its process, preconditioning, loss
+    weight and log-normal noise levels.
+    """
+    return replace(
+        default_config(data),
+        sde=EDM(),
+        prediction="x0",
+        weighting="target",
+        preconditioning="edm",
+        sigma_data=0.7 if data == "swiss-roll" else 0.5,
+        times="lognormal",
+        t_min=EDM().sigma_min,
+    )
+
+
+def flow_config(data: str) -> TrainConfig:
+    """Returns flow matching on straight lines (Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, 2209.03003)."""
+    return replace(default_config(data), sde=RectifiedFlow(), prediction="flow", weighting="target")
 
 
 def config_for(dataset: Dataset | StreamedDataset, data: str) -> TrainConfig:
@@ -57,7 +85,8 @@ def config_for(dataset: Dataset | StreamedDataset, data: str) -> TrainConfig:
     size = 0 if vector is None or len(vector.shape) != 1 else vector.shape[0]
     mlp: dict[str, Any] = {**_MLP, "shape": shape, "hidden": [128, 128, 128], "activation": "SiLU"}
     mlp |= {"classes": classes, "condition": size}
-    return replace(default_config("swiss-roll"), data=data, model=mlp, condition_dropout=dropout)
+    points = replace(default_config("swiss-roll"), data_size=None)
+    return replace(points, data=data, model=mlp, condition_dropout=dropout)
 
 
 def tutorial_config(data: str) -> TrainConfig:
@@ -65,6 +94,7 @@ def tutorial_config(data: str) -> TrainConfig:
     config = replace(
         default_config(data),
         model=_MLP if data == "swiss-roll" else _UNET,
+        data_size=None,
         condition_dropout=0.0,
         prediction="score",
         weighting="sigma2",
@@ -75,3 +105,12 @@ def tutorial_config(data: str) -> TrainConfig:
         pixel_range=(0.0, 1.0),
     )
     return replace(config, steps=600_000) if data == "swiss-roll" else config
+
+
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {
+    "default": default_config,
+    "tutorial": tutorial_config,
+    "ddpm": ddpm_config,
+    "edm": edm_config,
+    "flow": flow_config,
+}
