@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fastsde import checkpoints
+from fastsde.networks import NETWORKS
 
 from .mnist import unet_samplers
 from .providers import diffusers, lean, sampling
@@ -20,7 +20,7 @@ ROWS = 20
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields two batch sizes; with --quick only 4 digits."""
     for n in (4,) if plan.quick else (20, 1000) if plan.has_gpu else (20, 256):
-        load = partial(checkpoints.load, "mnist")
+        load = NETWORKS["tutorial-unet"].load
         sizes = (DIGITS, n, ROWS, plan.device)
         task = Trajectory(load, *sizes, *unet_work(), kernels=UNET_KERNELS, solver="dpm_solver_pp_2m")
         proof, precision = ImagesProof(task), sampling.precisions(task)[0]

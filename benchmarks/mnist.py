@@ -7,9 +7,8 @@ the same time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
-from fastsde import checkpoints
+from fastsde.networks import NETWORKS
 
 from .providers import ours, sampling
 from .suite.case import Case, Provider, Rank, Target
@@ -28,7 +27,7 @@ def cases(plan: Plan) -> Iterator[Case]:
 
 
 def _case(plan: Plan, n: int, rows: int) -> Case:
-    load = partial(checkpoints.load, "mnist")
+    load = NETWORKS["tutorial-unet"].load  # untrained, which takes as long
     task = Trajectory(load, DIGITS, n, rows, plan.device, *unet_work(), kernels=UNET_KERNELS)
     proof, loop = ImagesProof(task), sampling.baseline(task)
     return sampling.case(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoints import Checkpoint
-from .models import Sinusoidal
+from .models import Sinusoidal, UNet
 
 __all__ = ["NETWORKS", "DDPMUNet", "FiLM", "Named", "Residual"]
 
@@ -126,18 +126,20 @@ class Named:
         build: makes it, with random weights.
         shape: of one sample.
         condition: the length of the condition ``c`` of a sample, if it takes one.
+        last: the name of its last layer.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     condition: int = 0
+    last: str = "last"
 
     def load(self, device: torch.device | str = "cpu") -> Checkpoint:
         """Returns the network, always with the same weights."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)  # and no generator of a GPU
             model = self.build().requires_grad_(False).eval()
-            model.get_submodule("last").weight.mul_(_LAST)  # type: ignore[operator]
+            model.get_submodule(self.last).weight.mul_(_LAST)  # type: ignore[operator]
         return Checkpoint(model.to(device), prediction="v")
 
     def conditions(self, n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -150,6 +152,7 @@ class Named:
 
 
 NETWORKS = {
+    "tutorial-unet": Named(UNet, (1, 28, 28), last="head.1"),
     "residual": Named(Residual, (2,)),
     "film": Named(FiLM, (3,), condition=2),
     "ddpm-unet": Named(DDPMUNet, (3, 32, 32)),
