@@ -195,6 +195,8 @@ def _described(conditions: Mapping[str, Tensor], given: Mapping[str, Condition])
             check_instance(f"described[{name!r}]", known, Condition)
             if own.shape != known.shape or own.classes > known.classes or bool(own.classes) != bool(known.classes):
                 raise ValueError(f"described[{name!r}] must fit the values of the condition, {own}, got {known}")
+        if known is not None and known.classes and not known.shares:
+            known = replace(known, shares=(*own.shares, *(0.0 for _ in range(known.classes - own.classes))))
         found[name] = known or own
     return found
 

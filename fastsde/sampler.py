@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import engines, ops, subject
-from .checkpoints import Checkpoint
-from .conditions import null_values
+from . import conditions, engines, ops, subject
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
@@ -244,8 +242,14 @@ class Sampler:
         for name, function in (("noise", noise), ("callback", callback)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-        if self._checkpoint is not None:
-            model_kwargs, uncond_kwargs = self._conditions(self._checkpoint, n, model_kwargs, uncond_kwargs)
+        keys = make_keys(keys, n, seed, first_sample, self.device, self._planner.is_reference)
+        if self._checkpoint is not None and self._checkpoint.conditions:
+            known, has_null = self._checkpoint.conditions, self._checkpoint.has_null
+            if model_kwargs is None:
+                model_kwargs = conditions.drawn(known, keys, has_null)
+            conditions.check_labels(known, model_kwargs)
+            if self.guidance is not None and uncond_kwargs is None:
+                uncond_kwargs = conditions.unconditional(known, n, self.device, has_null)
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         shape = (n, *self.sample_shape)
@@ -257,7 +261,7 @@ class Sampler:
         return Request(
             shape,
             self.table,
-            make_keys(keys, n, seed, first_sample, self.device, self._planner.is_reference),
+            keys,
             x_init=x_init,
             prior_std=self._prior_std,
             noise=None if noise is None else _checked_noise(noise),
@@ -269,43 +273,6 @@ class Sampler:
             dtype=self.state_dtype,
             callback=callback,
         )
-
-    def _conditions(
-        self,
-        checkpoint: Checkpoint,
-        n: int,
-        given: Mapping[str, Any] | None,
-        uncond: Mapping[str, Any] | None,
-    ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-        """Returns the arguments of both calls of a checkpoint's network, which knows what stands for none.
-
-        Raises:
-            ValueError: for a label out of range, or if the network has not learned to do without its conditions.
-        """
-        known = checkpoint.conditions
-        for name, condition in known.items():
-            value = (given or {}).get(name)
-            if condition.classes and isinstance(value, Tensor) and not value.is_floating_point() and value.numel():
-                low, high = int(value.min()), int(value.max())
-                if low < 0 or high > condition.classes:
-                    raise ValueError(
-                        f"model_kwargs[{name!r}] must be labels from 0 to {condition.classes - 1}, or "
-                        f"{condition.null} for none, got {low} .. {high}"
-                    )
-        if not known:
-            return given, uncond
-        lacks = given is None or (self.guidance is not None and uncond is None)
-        if lacks and not checkpoint.has_null:
-            raise ValueError(
-                f"{'model_kwargs' if given is None else 'uncond_kwargs'} must be given, as the network was trained "
-                f"without dropping its conditions ({', '.join(known)}); got none"
-            )
-        nulls = null_values(known, n, self.device)
-        if given is None and self.guidance is not None:
-            raise ValueError(f"model_kwargs must be given with guidance, such as {', '.join(known)}; got none")
-        if given is None and checkpoint.architecture is None:
-            given = nulls  # this package's networks do without
-        return given, nulls if self.guidance is not None and uncond is None else uncond
 
     def _warn_of_randomness(self) -> None:
         network = self._network
@@ -424,8 +391,8 @@ def sample(
             that time: to start from an image x, draw it with the mean and std of ``sde.marginal_prob(x, t_start)``.
         noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
             and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
-        model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars. Without them the
-            samples of a checkpoint that was trained with conditions have none.
+        model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars. Without them, a
+            checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
         trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; if m divides the steps, the
             last of them are the samples.

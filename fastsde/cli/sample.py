@@ -63,7 +63,8 @@ class Files:
     "--label",
     "labels",
     metavar="LABEL",
-    help="Class of the samples: a number or name, several by commas, which take turns, or all.",
+    help="Class of the samples: a number or name, several by commas, which take turns, all, or none for no label.  "
+    "[default: drawn, as frequent as in the data]",
 )
 @click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
 @takes_solver
@@ -147,18 +148,18 @@ def _sample(
 
 
 def _classes(model: str, checkpoint: Checkpoint, labels: str | None, guidance: float | None) -> list[int]:
-    """Returns the labels that samples take in turns; none for samples without a label."""
+    """Returns the labels that samples take in turns; an empty list if they are to be drawn, or there are none."""
     condition = checkpoint.conditions.get("label")
     if condition is None or not condition.classes:
         if labels is not None or guidance is not None:
             raise ValueError(f"{model} takes no labels: leave --label and --guidance out")
         return []
     if labels is None:
-        if guidance is not None:
-            raise ValueError("--guidance needs the --label to guide to")
-        if not checkpoint.has_null:
-            raise ValueError(f"{model} needs a --label: it was trained without dropping labels")
         return []
+    if labels == "none":
+        if not checkpoint.has_null:
+            raise ValueError(f"{model} needs a label: it was trained without dropping them")
+        return [int(condition.null or 0)]
     if labels == "all":
         return list(range(condition.classes))
     return [condition.label(each.strip()) for each in labels.split(",")]
