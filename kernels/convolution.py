@@ -115,7 +115,6 @@ def convolution_kernel(
         right = product(x, tl.load(taps_ptr + 2 * IN, mask=weight_mask, other=0.0), right, PRECISION, FAST)
 
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-    film = load_film(film_ptr, sample, real, channel, OUT, FILM)
     written = (real & (own > 0) & (own < PIXELS - 1))[:, None]
     has_left, has_right = (column > 0)[:, None], (column < WIDTH - 1)[:, None]
     if TRANSPOSED:
@@ -123,6 +122,7 @@ def convolution_kernel(
         mask = written & known[None, :] & (row < OUT_HEIGHT)[:, None]
         to = ((sample * OUT_HEIGHT + row) * OUT_WIDTH + 2 * column).to(tl.int64)
         to = (to * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
+        film = load_film(film_ptr, sample, real, channel, OUT, FILM)
         a = tf32_rounded(log_sigmoid(modulated(middle + bias, film, FILM), FAST), PRECISION)
         tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
         right += tl.where(has_right, _neighbour(left, 1, PIXELS, N), 0.0)
@@ -132,6 +132,7 @@ def convolution_kernel(
     else:
         middle += tl.where(has_left, _neighbour(left, -1, PIXELS, N), 0.0)
         middle += tl.where(has_right, _neighbour(right, 1, PIXELS, N), 0.0)
+        film = load_film(film_ptr, sample, real, channel, OUT, FILM)  # not before: it would spill
         v = modulated(middle + bias, film, FILM)
         a = tf32_rounded(log_sigmoid(v, FAST), PRECISION).to(x_ptr.dtype.element_ty)
         if HEAD == 0:
