@@ -322,6 +322,7 @@ class UNetInference(nn.Module):
         # Memory that a change of the module's memory format has reordered is copied back; other memory is not.
         taps = (each.contiguous() for each in (self._tf32_taps() if precision == "tf32" else self._taps()))
         convolve = functools.partial(convolution, precision=precision)
+        # Views of new memory, so that in every call a layer's is as aligned as the one its kernel was compiled for.
         of_layers = self._of_each_layer(films)
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
         signal = x.contiguous(memory_format=torch.channels_last)
