@@ -175,6 +175,9 @@ UNET_LAYERS = {
     "convolution, fp32 as tf32x3, head": ("*fp32", 28, 64, 32, "head", "tf32x3"),
     "convolution, fp32 as tf32x3, transposed": ("*fp32", 14, 128, 32, "transposed", "tf32x3"),
 }
+# Layers that scale and shift, too.
+UNET_LAYERS |= {f"{name}, film": layer for name, layer in UNET_LAYERS.items() if layer[0] == "*bf16"}
+FILM = {True: {"film_ptr": "*fp32", "FILM": 2496}, False: {"film_ptr": None, "FILM": 0}}  # of the tutorial's widths
 # The batch for which each tile is chosen.
 UNET_BATCHES = {"few pixels": 1, "many pixels": 10_000}
 
@@ -188,7 +191,7 @@ def _unet_cases() -> Iterator[Case]:
             arguments: dict[str, Any] = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), images)
             arguments |= {"batch": "i32", "HEIGHT": size, "WIDTH": size, "IN": channels, "OUT": out}
             arguments |= {"OUT_CHANNELS": 2 * out, "FIRST": out if kind == "pooled" else 0, "FAST": True}
-            arguments |= {"PRECISION": precision}
+            arguments |= {"PRECISION": precision, **FILM["film" in name]}
             if kind == "pooled":
                 kernel: Any = pooled_convolution.pooled_convolution_kernel
                 constants = pooled_convolution.launch_config(pixels, out, channels, itemsize)
@@ -210,6 +213,7 @@ def _unet_cases() -> Iterator[Case]:
 UNET_STEMS = {
     "stem_convolution, bf16": ("*bf16", 1, 28, 32),
     "stem_convolution, fp32": ("*fp32", 1, 28, 32),
+    "stem_convolution, bf16, film": ("*bf16", 1, 28, 32),
 }
 
 
@@ -221,7 +225,8 @@ def _stem_cases() -> Iterator[Case]:
         pointers = ("x_ptr", "weight_ptr", "bias_ptr", "t_ptr", "out_ptr", "pooled_ptr")
         arguments: dict[str, Any] = {**dict.fromkeys(pointers, images), "plane_ptr": "*fp32", "batch": "i32"}
         arguments |= {"HEIGHT": size, "WIDTH": size, "IN": channels, "CHANNELS": out, "OUT_CHANNELS": 2 * out}
-        arguments |= {"FIRST": out, "PRECISION": "narrow" if images == "*bf16" else "tf32x3", "FAST": True, **constants}
+        arguments |= {"FIRST": out, "PRECISION": "narrow" if images == "*bf16" else "tf32x3", "FAST": True}
+        arguments |= {**constants, **FILM["film" in name]}
         elements = 4 * constants["WINDOWS"] * constants["C"]
         yield _case(name, kernel.stem_convolution_kernel, arguments, elements, kernel.WARPS)
 

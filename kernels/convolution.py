@@ -1,8 +1,10 @@
 """A 3x3 convolution of the U-Net's lowest level, decoder or head with everything that follows it, in one launch:
 
-    a = log sigmoid(convolution(x) + bias)
+    a = log sigmoid(scale * (convolution(x) + bias) + shift)
     out[:, first : first + C] = a          where the next convolution reads it
     products[9 o + tap] = a head           instead of out, for the last convolution (`head_convolution`)
+
+Scales and shifts, of each image and channel, are optional.
 
 The convolution has padding 1 and stride 1, or is transposed with stride 2, which doubles the size. It is a matrix
 product of pixels and output channels that sums over taps and input channels (implicit GEMM). A program has a tile of
@@ -25,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .log_sigmoid import log_sigmoid, tf32_rounded
+from .log_sigmoid import load_film, log_sigmoid, modulated, tf32_rounded
 from .tile import PROCESSORS, fast_math, on_device
 
 MAX_HEAD = 4  # output channels of a last convolution whose products the layer before computes
@@ -58,6 +60,7 @@ def convolution_kernel(
     out_ptr,
     head_ptr,
     products_ptr,
+    film_ptr,
     batch,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -69,6 +72,7 @@ def convolution_kernel(
     FIRST: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HEAD: tl.constexpr,
+    FILM: tl.constexpr,
     H: tl.constexpr,
     PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -118,16 +122,19 @@ def convolution_kernel(
         mask = written & known[None, :] & (row < OUT_HEIGHT)[:, None]
         to = ((sample * OUT_HEIGHT + row) * OUT_WIDTH + 2 * column).to(tl.int64)
         to = (to * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
-        a = tf32_rounded(log_sigmoid(middle + bias, FAST), PRECISION)
+        film = load_film(film_ptr, sample, real, channel, OUT, FILM)
+        a = tf32_rounded(log_sigmoid(modulated(middle + bias, film, FILM), FAST), PRECISION)
         tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
         right += tl.where(has_right, _neighbour(left, 1, PIXELS, N), 0.0)
-        a = tf32_rounded(log_sigmoid(right + bias, FAST), PRECISION)
+        a = tf32_rounded(log_sigmoid(modulated(right + bias, film, FILM), FAST), PRECISION)
         mask = mask & (2 * column + 1 < OUT_WIDTH)[:, None]
         tl.store(out_ptr + to + OUT_CHANNELS, a.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         middle += tl.where(has_left, _neighbour(left, -1, PIXELS, N), 0.0)
         middle += tl.where(has_right, _neighbour(right, 1, PIXELS, N), 0.0)
-        a = tf32_rounded(log_sigmoid(middle + bias, FAST), PRECISION).to(x_ptr.dtype.element_ty)
+        film = load_film(film_ptr, sample, real, channel, OUT, FILM)  # not before: it would spill
+        v = modulated(middle + bias, film, FILM)
+        a = tf32_rounded(log_sigmoid(v, FAST), PRECISION).to(x_ptr.dtype.element_ty)
         if HEAD == 0:
             to = (pixel.to(tl.int64) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
             tl.store(out_ptr + to, a, mask=written & known[None, :])
@@ -171,6 +178,7 @@ def convolution(
     transposed: bool = False,
     head: Tensor | None = None,
     products: Tensor | None = None,
+    film: Tensor | None = None,
     precision: str,
 ) -> None:
     """Writes the activation to channels ``first``, ``first + 1``, ... of ``out``, or its products with ``head``.
@@ -185,6 +193,7 @@ def convolution(
         head: weights of the last convolution, contiguous ``[9 P, O]`` with `MAX_HEAD` and `MAX_HEAD_CHANNELS` as the
             most P and O, or None.
         products: with ``head`` and instead of ``out``: contiguous fp32 ``[9 P, B, H, W]``.
+        film: fp32 ``[B, 2 O]`` with contiguous rows: of each image its scales - 1, then its shifts; or None.
         precision: "narrow", "tf32x3" or "tf32".
     """
     if not x.shape[0]:
@@ -202,6 +211,7 @@ def convolution(
             out,
             head,
             products,
+            film,
             batch,
             HEIGHT=height,
             WIDTH=width,
@@ -213,6 +223,7 @@ def convolution(
             FIRST=first,
             TRANSPOSED=transposed,
             HEAD=count,
+            FILM=0 if film is None else film.stride(0),
             H=max(triton.next_power_of_2(count), 16),
             PRECISION=precision,
             FAST=fast_math(x),

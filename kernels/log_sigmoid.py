@@ -1,4 +1,4 @@
-"""What the U-Net's layers do after their sums: the log sigmoid, and rounding for the next product."""
+"""What the U-Net's layers do after their sums: modulation, the log sigmoid, and rounding for the next product."""
 
 from __future__ import annotations
 
@@ -10,6 +10,31 @@ import triton.language as tl
 from .philox import LN_2, special
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def load_film(film_ptr, sample, exists, channel, CHANNELS: tl.constexpr, FILM: tl.constexpr):
+    """Loads what `modulated` takes: scales - 1 and shifts ``[samples, channels]``, or nothing if ``FILM`` is 0.
+
+    Args:
+        film_ptr: fp32 rows, ``FILM`` apart: of each sample ``CHANNELS`` scales - 1, then as many shifts.
+        exists: for which samples to load them; for the others they are 0.
+    """
+    if FILM == 0:
+        return ()
+    else:
+        mask = exists[:, None] & (channel < CHANNELS)[None, :]
+        at = film_ptr + (sample.to(tl.int64) * FILM)[:, None] + channel[None, :]
+        return tl.load(at, mask=mask, other=0.0), tl.load(at + CHANNELS, mask=mask, other=0.0)
+
+
+@triton.jit
+def modulated(v, film, FILM: tl.constexpr):
+    """Computes (1 + a) v + b (FiLM, Perez et al. 2017, arXiv:1709.07871), or returns v if ``FILM`` is 0."""
+    if FILM == 0:
+        return v
+    else:
+        return (1.0 + film[0]) * v + film[1]
 
 
 @triton.jit

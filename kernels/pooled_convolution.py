@@ -1,8 +1,10 @@
 """A 3x3 convolution of the U-Net's encoder with everything that follows it, in one launch:
 
-    a = log sigmoid(convolution(x) + bias)
+    a = log sigmoid(scale * (convolution(x) + bias) + shift)
     out[:, first : first + C] = a          where a later convolution reads it
     pooled = the 2x2 maximum of a          as F.max_pool2d(a, 2, padding=(H % 2, W % 2))
+
+Scales and shifts, of each image and channel, are optional.
 
 It is a matrix product of pixels and output channels that sums over taps and input channels (implicit GEMM): a program
 has a tile of pixels and a block of channels, and reads for each tap the pixels that lie that far beside its own. Pixels
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .convolution import product
-from .log_sigmoid import log_sigmoid, tf32_rounded
+from .log_sigmoid import load_film, log_sigmoid, modulated, tf32_rounded
 from .tile import PROCESSORS, fast_math, on_device
 
 
@@ -40,6 +42,12 @@ def window_origin(window, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     return sample, place // columns * 2 - HEIGHT % 2, place % columns * 2 - WIDTH % 2
 
 
+@triton.jit
+def _of_pixels(values, PIXELS: tl.constexpr, N: tl.constexpr):
+    """Repeats values of windows for their four pixels."""
+    return tl.reshape(tl.broadcast_to(values[:, None, :], (PIXELS // 4, 4, N)), (PIXELS, N))
+
+
 @triton.jit(do_not_specialize=["batch"])
 def pooled_convolution_kernel(
     x_ptr,
@@ -47,6 +55,7 @@ def pooled_convolution_kernel(
     bias_ptr,
     out_ptr,
     pooled_ptr,
+    film_ptr,
     batch,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -54,6 +63,7 @@ def pooled_convolution_kernel(
     OUT: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     FIRST: tl.constexpr,
+    FILM: tl.constexpr,
     PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
     N: tl.constexpr,
@@ -86,7 +96,13 @@ def pooled_convolution_kernel(
         total = product(x, weight, total, PRECISION, FAST)
 
     bias = tl.load(bias_ptr + channel, mask=known, other=0.0).to(tl.float32)
-    a = tf32_rounded(log_sigmoid(total + bias[None, :], FAST), PRECISION)
+    v = total + bias[None, :]
+    if FILM != 0:  # a window is of one sample
+        window = tl.program_id(0) * (PIXELS // 4) + tl.arange(0, PIXELS // 4)
+        sample, _, _ = window_origin(window, HEIGHT, WIDTH)
+        scale, shift = load_film(film_ptr, sample, sample < batch, channel, OUT, FILM)
+        v = modulated(v, (_of_pixels(scale, PIXELS, N), _of_pixels(shift, PIXELS, N)), FILM)
+    a = tf32_rounded(log_sigmoid(v, FAST), PRECISION)
     to = (pixel.to(tl.int64) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
     tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=real[:, None] & known[None, :])
     a = tl.reshape(tl.where(real[:, None], a, float("-inf")), (PIXELS // 4, 4, N))
@@ -116,7 +132,15 @@ def launch_config(pixels: int, out: int, channels: int, itemsize: int) -> dict[s
 
 
 def pooled_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, pooled: Tensor, *, first: int = 0, precision: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    pooled: Tensor,
+    *,
+    first: int = 0,
+    film: Tensor | None = None,
+    precision: str,
 ) -> None:
     """Writes the activation to channels ``first``, ``first + 1``, ... of ``out``, and its maxima to ``pooled``.
 
@@ -126,6 +150,7 @@ def pooled_convolution(
         bias: ``[O]``.
         out: ``[B, O', H, W]``, whose channel ``first`` is the first that is written.
         pooled: ``[B, O, ceil(H / 2), ceil(W / 2)]``.
+        film: fp32 ``[B, 2 O]`` with contiguous rows: of each image its scales - 1, then its shifts; or None.
         precision: "narrow", "tf32x3" or "tf32".
     """
     if not out.numel():
@@ -141,6 +166,7 @@ def pooled_convolution(
             bias,
             out,
             pooled,
+            film,
             batch,
             HEIGHT=height,
             WIDTH=width,
@@ -148,6 +174,7 @@ def pooled_convolution(
             OUT=len(weight),
             OUT_CHANNELS=out.shape[1],
             FIRST=first,
+            FILM=0 if film is None else film.stride(0),
             PRECISION=precision,
             FAST=fast_math(x),
             **config,

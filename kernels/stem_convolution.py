@@ -1,8 +1,10 @@
 """The U-Net's first 3x3 convolution, of an image and the time, with everything that follows it, in one launch:
 
-    a = log sigmoid(convolution(x) + bias + t plane)
+    a = log sigmoid(scale * (convolution(x) + bias + t plane) + shift)
     out[:, first : first + C] = a          where a later convolution reads it
     pooled = the 2x2 maximum of a          as F.max_pool2d(a, 2, padding=(H % 2, W % 2))
+
+Scales and shifts, of each image and channel, are optional.
 
 The plane is what the time channel contributes at t = 1, fp32 ``[H, W, C]``. x, the results and the weights are channels
 last, of one dtype, fp32, bf16 or fp16; products and sums are fp32. An image has too few channels for tensor cores: one
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .log_sigmoid import log_sigmoid, tf32_rounded
+from .log_sigmoid import load_film, log_sigmoid, modulated, tf32_rounded
 from .pooled_convolution import nan_maximum, window_origin
 from .tile import WARPS, fast_math, on_device
 
@@ -33,6 +35,7 @@ def stem_convolution_kernel(
     plane_ptr,
     out_ptr,
     pooled_ptr,
+    film_ptr,
     batch,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -40,6 +43,7 @@ def stem_convolution_kernel(
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     FIRST: tl.constexpr,
+    FILM: tl.constexpr,
     PRECISION: tl.constexpr,
     WINDOWS: tl.constexpr,
     C: tl.constexpr,
@@ -68,6 +72,7 @@ def stem_convolution_kernel(
             at = (channel * 9 + tap) * IN + c
             weight = tl.load(weight_ptr + at, mask=known, other=0.0).to(tl.float32)[None, :]
             sums = _add_tap(sums, pixels, weight, tap)
+    film = load_film(film_ptr, sample, real, channel, CHANNELS, FILM)
     largest = tl.full((WINDOWS, C), float("-inf"), tl.float32)
     for i in tl.static_range(2):
         for j in tl.static_range(2):
@@ -76,7 +81,8 @@ def stem_convolution_kernel(
             mask = inside & known[None, :]
             planar = (row * WIDTH + column).to(tl.int64) * CHANNELS
             plane = tl.load(plane_ptr + planar[:, None] + channel[None, :], mask=mask, other=0.0)
-            a = tf32_rounded(log_sigmoid(sums[2 * i + j] + bias + t * plane, FAST), PRECISION)
+            v = modulated(sums[2 * i + j] + bias + t * plane, film, FILM)
+            a = tf32_rounded(log_sigmoid(v, FAST), PRECISION)
             to = ((corner + (i * WIDTH + j)) * OUT_CHANNELS + FIRST)[:, None] + channel[None, :]
             tl.store(out_ptr + to, a.to(out_ptr.dtype.element_ty), mask=mask)
             largest = nan_maximum(largest, tl.where(inside, a, float("-inf")))
@@ -111,6 +117,7 @@ def stem_convolution(
     pooled: Tensor,
     *,
     first: int = 0,
+    film: Tensor | None = None,
     precision: str,
 ) -> None:
     """Writes the activation to channels ``first``, ``first + 1``, ... of ``out``, and its maxima to ``pooled``.
@@ -122,6 +129,7 @@ def stem_convolution(
         t, plane: ``[B]``, and contiguous fp32 ``[H, W, O]``.
         out: ``[B, O', H, W]``, whose channel ``first`` is the first that is written.
         pooled: ``[B, O, ceil(H / 2), ceil(W / 2)]``.
+        film: fp32 ``[B, 2 O]`` with contiguous rows: of each image its scales - 1, then its shifts; or None.
         precision: of the products that the results are for: "narrow", "tf32x3" or "tf32", for which they are rounded.
     """
     if not out.numel():
@@ -137,6 +145,7 @@ def stem_convolution(
             plane,
             out,
             pooled,
+            film,
             batch,
             HEIGHT=height,
             WIDTH=width,
@@ -144,6 +153,7 @@ def stem_convolution(
             CHANNELS=len(weight),
             OUT_CHANNELS=out.shape[1],
             FIRST=first,
+            FILM=0 if film is None else film.stride(0),
             PRECISION=precision,
             FAST=fast_math(x),
             num_warps=WARPS,

@@ -68,6 +68,35 @@ def test_a_unet_is_run_in_its_inference_form_and_its_weights_are_seen(dtype: tor
     torch.testing.assert_close(after, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
+def _follows_labels_guidance_and_weights(backend: str) -> None:
+    torch.manual_seed(0)
+    model = UNet(1, 4, (2, 3), embedding=8, classes=3)
+    for level in model.modulation.levels:  # which begin at zero
+        nn.init.normal_(level.weight)
+    options: dict[str, Any] = {"steps": 2, "guidance": 1.5}
+    sampler, found = Sampler(model, (1, 4, 4), backend=backend, **options), []
+    assert isinstance(sampler._network._run, UNetInference)
+    for label in (torch.tensor([0, 1, 2]), torch.tensor([3, 0, 1])):
+        given = {"model_kwargs": {"label": label}, "uncond_kwargs": {"label": torch.full((3,), 3)}}
+        found.append(sampler(3, seed=5, **given))
+        expected = fastsde.sample(model, (3, 1, 4, 4), seed=5, backend="reference", **given, **options)
+        torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        with torch.no_grad():
+            model.modulation.second.bias.add_(0.3)
+    assert sampler.last_backend == backend
+    assert (found[0] - found[1]).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+def test_a_unet_follows_labels_guidance_and_weights() -> None:
+    _follows_labels_guidance_and_weights("eager")
+
+
+@pytest.mark.usefixtures("large_convolution_tiles")
+def test_so_it_does_in_a_graph(graphs: Any) -> None:
+    _follows_labels_guidance_and_weights("graph")
+    assert len(graphs.recorded) == 1
+
+
 def test_the_reference_and_fp64_run_the_model_itself() -> None:
     model = small_unet()
     assert Sampler(model, (1, 8, 8), backend="reference")._network._run is model
@@ -83,10 +112,12 @@ def test_a_unet_that_may_compute_anything_is_run_itself() -> None:
     circular.encoder[1].padding_mode = "circular"
     dilated = small_unet()
     dilated.head[0] = nn.Conv2d(4, 2, 3, padding=2, dilation=2)
+    modulated = UNet(1, 8, (2, 3), embedding=4)
+    modulated.modulation.first.register_forward_hook(lambda module, args, output: 2 * output)
     unbiased = small_unet()
     unbiased.head[1] = nn.Conv2d(2, 1, 3, padding=1, bias=False)
     subclass = type("Other", (UNet,), {"forward": lambda self, x, t: -x})(1, 8, (2, 3))
-    for model in (hooked, replaced, circular, dilated, unbiased, subclass):
+    for model in (hooked, replaced, circular, dilated, modulated, unbiased, subclass):
         assert Sampler(model, (1, 8, 8))._network._run is model
 
 

@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "narrow": (1, (17, 1), (1, 2, 3)),
     "of five channels": (5, (3, 4), (4, 6)),
     "wide": (1, (2, 3), (70, 3)),
+    "with labels": (2, (7, 4), (3, 6, 5), 8, 3),
 }
 UNFUSED = ("of five channels", "wide")  # whose last layer is not a kernel
 
@@ -68,7 +69,12 @@ def poisoned() -> Iterator[None]:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> UNet:
     torch.manual_seed(0)
-    return UNet(*ARCHITECTURES[name]).to(dtype)
+    unet = UNet(*ARCHITECTURES[name])
+    if unet.modulation is not None:
+        for level in unet.modulation.levels:  # which begin at zero
+            nn.init.normal_(level.weight, std=0.3)
+            nn.init.normal_(level.bias, std=0.3)
+    return unet.to(dtype)
 
 
 def inputs(model: Any, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -107,7 +113,12 @@ class _Convolutions(TorchFunctionMode):
 
 
 def _layer(
-    layer: nn.Module, signal: Tensor, dtype: torch.dtype, activate: bool = True, time: Tensor | float = 0.0
+    layer: nn.Module,
+    signal: Tensor,
+    dtype: torch.dtype,
+    activate: bool = True,
+    time: Tensor | float = 0.0,
+    film: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns a layer of a float64 U-Net, and the error allowed in ``dtype``; ``time`` is the time's part, absolute."""
     u = ROUNDING[dtype]
@@ -122,6 +133,10 @@ def _layer(
     bound = sums * (terms**0.5 + 9) * size + u * (v.abs() + layer.bias.abs()[:, None, None] + time)
     if dtype == torch.float16 and isinstance(layer, nn.ConvTranspose2d):
         bound += 4 * u * size  # on a CPU, fp16 taps are added to each other and to the bias in fp16
+    if film is not None:  # it is rounded, as are scale, product and sum
+        scale, shift = film.double()[:, :, None, None].chunk(2, dim=1)
+        bound = (1 + scale).abs() * bound + 4 * u * ((scale.abs() + 1) * (v.abs() + bound) + shift.abs())
+        v = (1 + scale) * v + shift
     if not activate:
         return v, bound
     # The log sigmoid has a slope of at most 1. Its own error is absolute where 1 + u is rounded, and it is rounded too.
@@ -134,7 +149,9 @@ def _pool(a: Tensor) -> Tensor:
     return F.max_pool2d(a, 2, padding=(height % 2, width % 2))
 
 
-def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def _expected(
+    unet: UNet, x: Tensor, t: Tensor, films: Iterator[Tensor], read: list[Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
     """Returns what each convolution after the first should read, and the result, from the inputs of earlier ones.
 
     Each comes with the error allowed for it.
@@ -145,14 +162,14 @@ def _expected(unet: UNet, x: Tensor, t: Tensor, read: list[Tensor], dtype: torch
     remaining, results, skips = iter(read), [], []
     for level, layer in enumerate(unet.encoder):
         time = 0.0 if level else F.conv2d(plane, layer.weight[:, -1:], padding=1).abs()
-        a, bound = _layer(layer, next(remaining), dtype, time=time)
+        a, bound = _layer(layer, next(remaining), dtype, time=time, film=next(films, None))
         skips.append((a, bound))
         results.append((_pool(a), _pool(bound)))
     results[-1] = skips.pop()  # the lowest level is not pooled
     for layer in unet.decoder:
-        pair = zip(_layer(layer, next(remaining), dtype), skips.pop(), strict=True)
+        pair = zip(_layer(layer, next(remaining), dtype, film=next(films, None)), skips.pop(), strict=True)
         results.append(tuple(torch.cat(both, dim=1) for both in pair))
-    a, bound = _layer(unet.head[0], next(remaining), dtype)
+    a, bound = _layer(unet.head[0], next(remaining), dtype, film=next(films, None))
     last, between = unet.head[1], next(remaining, None)
     if between is None:  # one kernel multiplies by the weights of both
         result, error = _layer(last, a, dtype, activate=False)
@@ -171,10 +188,13 @@ def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monke
     convolutions = _Convolutions()
     if path == "kernel":
         convolutions.listen_to_kernels(monkeypatch)
+    form = UNetInference(unet)
     with torch.no_grad(), convolutions:
-        result = UNetInference(unet)(x, t)
+        result = form(x, t)
     with torch.no_grad():
-        expected = _expected(unet.double(), x, t, convolutions.read, dtype)
+        films = form._of_each_layer(form.films(t, None))
+        expected = _expected(unet.double(), x, t, films, convolutions.read, dtype)
+        assert next(films, None) is None
     ours = [*convolutions.read[1:], result]
     fused = path == "kernel" and dtype != torch.float64 and name not in UNFUSED  # the last two layers
     assert len(ours) == len(expected) == 2 * len(unet.channels) + (not fused)
@@ -232,6 +252,53 @@ def _assert_about_as_near(unet: UNet, ours: Tensor, theirs: Tensor, exact: Tenso
     assert excess <= (2 * len(unet.channels) + 1) * per_layer
 
 
+def _labels(unet: UNet, batch: int) -> Tensor:
+    """Returns the labels in turn, the last of which stands for none."""
+    return torch.arange(batch) % (unet.classes + 1)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_labels_are_those_of_the_unet(path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = build("with labels", dtype)
+    form, (x, t), label = UNetInference(unet), inputs(unet, 4, dtype), torch.arange(4, dtype=torch.uint8)
+    x, t = x[:1].expand(x.shape), t[:1].float().expand(t.shape)  # t is never narrower
+    if path == "kernel":
+        monkeypatch.setattr(form, "_plain", None)
+    with torch.no_grad():
+        ours, theirs, unlabelled = form(x, t, label), unet(x, t, label), form(x, t)
+        _assert_about_as_near(unet, ours.double(), theirs.double(), unet.double()(x.double(), t, label), dtype)
+    assert torch.pdist(ours.double().flatten(1)).min() > 1e-3
+    torch.testing.assert_close(unlabelled, ours[3:].expand(ours.shape), atol=1e-5, rtol=0)  # the last stands for none
+
+
+def test_labels_that_do_not_exist_are_refused(path: str) -> None:
+    unet = build("with labels")
+    form, (x, t) = UNetInference(unet), inputs(unet)
+    for bad in (-1, 4):
+        with torch.no_grad(), pytest.raises(IndexError):
+            form(x, t, torch.tensor([0, bad]))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"label must have shape \[2\], got \[3\]"):
+        form(x, t, torch.zeros(3, dtype=torch.int64))
+    form = UNetInference(build("of three channels"))
+    with torch.no_grad(), pytest.raises(TypeError, match="label must be None for a UNetInference"):
+        form(*inputs(form), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_and_shifts_are_those_of_fp32_or_wider(dtype: torch.dtype) -> None:
+    unet = build("with labels", dtype)
+    form, t = UNetInference(unet), torch.rand(5).to(dtype)
+    with torch.no_grad():
+        ours = form.films(t, _labels(unet, 5))
+        exact = torch.cat(copy.deepcopy(unet).double().modulation(t.double(), _labels(unet, 5)), dim=1)
+        assert ours.dtype == torch.promote_types(dtype, torch.float32)
+        # Angles are up to 100; their frequencies are fp32 in any case.
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5 if dtype != torch.float64 else 1e-12, rtol=0)
+        narrow = form.bfloat16().films(t, None)
+    assert narrow.dtype == torch.float32  # as the kernels take it
+
+
 @pytest.mark.slow
 def test_the_tutorials_unet(path: str) -> None:
     torch.manual_seed(0)
@@ -279,15 +346,15 @@ def test_an_empty_batch_and_samples_apart(path: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["kernel"], indirect=True)
 def test_a_batch_with_too_many_pixels_is_cut(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = build("of three channels")
+    unet = build("with labels")
     form = UNetInference(unet)
-    x, t = inputs(unet, 5)
+    (x, t), label = inputs(unet, 5), _labels(unet, 5)
     with torch.no_grad():
-        whole = form(x, t)
-        monkeypatch.setattr("fastsde.engines.unet_inference._MAX_PIXELS", 2 * 9 * 14 + 1)
+        whole = form(x, t, label)
+        monkeypatch.setattr("fastsde.engines.unet_inference._MAX_PIXELS", 2 * 7 * 4 + 1)
         convolutions = _Convolutions()
         convolutions.listen_to_kernels(monkeypatch)
-        torch.testing.assert_close(form(x, t), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(form(x, t, label), whole, atol=1e-5, rtol=0)
     layers = 2 * len(unet.channels)
     assert [len(each) for each in convolutions.read[::layers]] == [2, 2, 1]
 
@@ -335,12 +402,13 @@ def test_its_dtype_may_change(path: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_autocast_is_that_of_pytorch(path: str) -> None:
-    unet = build("of three channels")
-    form = UNetInference(unet)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = form(*inputs(unet)), unet(*inputs(unet))
-    assert ours.dtype == theirs.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
+    for name in ("of three channels", "with labels"):
+        unet = build(name)
+        form = UNetInference(unet)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = form(*inputs(unet)), unet(*inputs(unet))
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
@@ -427,9 +495,18 @@ def test_the_weights_are_copies_without_gradients_and_all_listed() -> None:
     assert not tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-def test_refresh_follows_the_weights_in_place(path: str, dtype: torch.dtype) -> None:
-    unet = build("of three channels")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("of three channels", torch.float32),
+        ("with labels", torch.float32),
+        pytest.param("of three channels", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("with labels", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_refresh_follows_the_weights_in_place(path: str, name: str, dtype: torch.dtype) -> None:
+    unet = build(name)
     form = UNetInference(unet, dtype)
     x, t = inputs(unet, dtype=dtype)
     tensors = [*form.parameters(), *form.buffers()]
@@ -487,8 +564,9 @@ def test_it_can_be_copied_and_kept(path: str, how: str) -> None:
 # torch.compile and gradients ----------------------------------------------------------------------------------------
 
 
-def test_torch_compile_takes_it_whole(path: str) -> None:
-    unet = build("of two levels, half odd")
+@pytest.mark.parametrize("name", ["of two levels, half odd", pytest.param("with labels", marks=pytest.mark.slow)])
+def test_torch_compile_takes_it_whole(path: str, name: str) -> None:
+    unet = build(name)
     form = torch.compile(UNetInference(unet), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3):
@@ -549,7 +627,36 @@ def _with_another_layer() -> UNet:
     return unet
 
 
-@pytest.mark.parametrize("make", [lambda: _Subclass(1, 4, (2, 3)), _with_a_hook, _with_another_layer])
+def _with_another_modulation(change: Callable[[Any], object]) -> Callable[[], UNet]:
+    def make() -> UNet:
+        unet = build("with labels")
+        assert supports(unet)
+        change(unet.modulation)
+        return unet
+
+    return make
+
+
+MODULATIONS: list[Callable[[Any], object]] = [
+    lambda modulation: modulation.second.register_forward_hook(lambda *_: None),
+    lambda modulation: setattr(modulation, "first", nn.Sequential(modulation.first, nn.SiLU())),
+    lambda modulation: setattr(modulation, "labels", nn.Embedding(4, 8)),
+    lambda modulation: setattr(modulation.labels, "max_norm", 1.0),
+    lambda modulation: setattr(modulation.time, "scale", 10.0),
+    lambda modulation: setattr(modulation, "levels", modulation.levels[:-1]),
+    lambda modulation: modulation.levels.__setitem__(1, nn.Linear(8, 12, bias=False)),
+]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _Subclass(1, 4, (2, 3)),
+        _with_a_hook,
+        _with_another_layer,
+        *(_with_another_modulation(change) for change in MODULATIONS),
+    ],
+)
 def test_only_the_unet_itself_has_this_form(make: Any) -> None:
     unet = make()
     assert not supports(unet)
@@ -616,17 +723,23 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_follows_the_refreshed_weights() -> None:
-    unet = build("of three channels").cuda()
+@pytest.mark.parametrize("name", ["of three channels", "with labels"])
+def test_a_cuda_graph_follows_the_refreshed_weights(name: str) -> None:
+    unet = build(name).cuda()
     form = UNetInference(unet)
     x, t = (value.cuda() for value in inputs(unet, 5))
+    label = _labels(unet, 5).cuda() if unet.classes else None
     with torch.no_grad():
-        form(x, t)  # compiles the kernels
+        form(x, t, label)  # compiles the kernels
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = form(x, t)
+            result = form(x, t, label)
         for parameter in unet.parameters():
             parameter.mul_(1.5)
         form.refresh(unet)
         graph.replay()
-        torch.testing.assert_close(result, form(x, t))
+        torch.testing.assert_close(result, form(x, t, label))
+        if label is not None:
+            label.fill_(1)
+            graph.replay()
+            torch.testing.assert_close(result, form(x, t, label))

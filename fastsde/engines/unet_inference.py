@@ -16,7 +16,7 @@ from .. import ops, tf32
 from ..models.hooks import is_hooked
 from ..models.labels import LabelEmbedding, check_conditions
 from ..models.sinusoidal import Sinusoidal
-from ..models.unet import Modulation, UNet
+from ..models.unet import FREQUENCY, Modulation, UNet
 from ..validation import check_tensor
 
 __all__ = ["UNetInference", "log_sigmoid_", "supports"]
@@ -26,11 +26,11 @@ _MAX_PIXELS = 2**29  # of a batch in the Triton kernels, which count them, with 
 
 def supports(model: object) -> bool:
     """Returns whether a network is exactly a `UNet`: no subclass, no other layers, no hooks."""
-    if type(model) is not UNet or not (model.modulation is None or _is_modulation(model.modulation)):
+    if type(model) is not UNet or is_hooked(model) or len(model.head) != 2:
         return False
     convolutions = all(_is_plain(layer, nn.Conv2d, stride=1) for layer in (*model.encoder, *model.head))
     transposed = all(_is_plain(layer, nn.ConvTranspose2d, stride=2) for layer in model.decoder)
-    return convolutions and transposed and len(model.head) == 2 and not is_hooked(model)
+    return convolutions and transposed and (model.modulation is None or _is_modulation(model.modulation, model))
 
 
 def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
@@ -41,14 +41,19 @@ def _is_plain(layer: Any, kind: Any, stride: int) -> bool:
     return bool(form == ((3, 3), (stride, stride), (1, 1), (1, 1), 1, "zeros"))
 
 
-def _is_modulation(module: Any) -> bool:
-    """Returns whether a module is exactly a `Modulation`: no subclass, no other layers."""
+def _is_modulation(module: Any, unet: Any) -> bool:
+    """Returns whether a module is exactly the `Modulation` of a U-Net: no subclass, no other layers or frequencies."""
     if type(module) is not Modulation or type(module.time) is not Sinusoidal:
         return False
-    if module.labels is not None and type(module.labels) is not LabelEmbedding:
+    if (module.time.width, module.time.scale) != (unet.embedding, FREQUENCY):
+        return False
+    if module.labels is not None and (type(module.labels) is not LabelEmbedding or module.labels.max_norm is not None):
         return False
     linears = (module.first, module.second, *module.levels)
-    return all(type(each) is nn.Linear and each.bias is not None for each in linears)
+    if not all(type(each) is nn.Linear and each.bias is not None for each in linears):
+        return False
+    layers = (*unet.encoder, *unet.decoder, *unet.head[:1])
+    return [each.out_features for each in module.levels] == [2 * len(each.bias) for each in layers]
 
 
 def log_sigmoid_(v: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ class UNetInference(nn.Module):
     the whole network is one native kernel, in fp32 and, if the CPU multiplies it, bf16, for channels that are multiples
     of 16. Elsewhere, under torch.compile and under autocast, it is the U-Net in plain PyTorch.
 
-    What t and a label scale and shift is computed for all layers at once, in fp32, and applied with the bias.
+    The scales and shifts of an embedding are computed for all layers at once, in fp32, and applied with the bias.
 
     The weights are copies, which only `refresh` may change, in place: the kernels read other forms of them, which it
     makes anew.
@@ -106,17 +111,17 @@ class UNetInference(nn.Module):
         self.encoder, self.decoder, self.head = (
             copy.deepcopy(each).requires_grad_(False).to(**layers) for each in (unet.encoder, unet.decoder, unet.head)
         )
+        weight = self.encoder[0].weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
         # Small, and t in a narrower dtype would lose most of its digits.
         self.modulation = copy.deepcopy(unet.modulation)
         if self.modulation is not None:
-            self.modulation.requires_grad_(False).float()
+            self.modulation.requires_grad_(False).to(wide)
             widths = sum(level.out_features for level in self.modulation.levels)  # type: ignore[misc]
-            weight = self.modulation.second.weight
-            self.register_buffer("film_weight", weight.new_empty((widths, weight.shape[1])), persistent=False)
-            self.register_buffer("film_bias", weight.new_empty(widths), persistent=False)
+            width = self.modulation.second.out_features
+            self.register_buffer("film_weight", weight.new_empty((widths, width), dtype=wide), persistent=False)
+            self.register_buffer("film_bias", weight.new_empty(widths, dtype=wide), persistent=False)
         self.training = unet.training
-        weight = self.encoder[0].weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         images = torch.empty_like(weight[:, :-1], memory_format=torch.channels_last)
         self.register_buffer("image_weight", images)
         self.register_buffer("plane", weight.new_empty((*unet.image_size, len(weight)), dtype=wide))
@@ -193,12 +198,13 @@ class UNetInference(nn.Module):
     def films(self, t: Tensor, label: Tensor | None) -> Tensor | None:
         """Returns what t and a label scale and shift by: of each layer but the last its scales - 1, then its shifts.
 
-        fp32 ``[B, widths]``, or None for a network without an embedding.
+        ``[B, widths]`` in fp32, or wider if the weights are, or None for a network without an embedding.
         """
         if self.modulation is None:
             return None
+        wide = torch.promote_types(self.film_weight.dtype, torch.float32)  # narrower if the module was converted
         with torch.autocast(t.device.type, enabled=False):
-            return F.linear(self.modulation.embed(t.float(), label), self.film_weight, self.film_bias)
+            return F.linear(self.modulation.embed(t.to(wide), label), self.film_weight, self.film_bias).to(wide)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Maps x ``[B, C, H, W]``, t ``[B]`` and labels ``[B]`` to ``[B, C, H, W]``, contiguous.
@@ -218,13 +224,7 @@ class UNetInference(nn.Module):
         films = self.films(t, label)
         # torch.compile fuses plain PyTorch itself, and cannot see into the kernels.
         if not torch.compiler.is_compiling() and self._kernels_run(x):
-            # The Triton kernels do not scale and shift yet.
-            if (
-                films is None
-                and ops.has_triton(x.device)
-                and self._has_taps
-                and math.prod(self.shape[1:]) <= _MAX_PIXELS
-            ):
+            if ops.has_triton(x.device) and self._has_taps and math.prod(self.shape[1:]) <= _MAX_PIXELS:
                 return self._fused(x, t, films)
             if self.is_native and ops.is_plain(x, t):
                 return self._native(x, t, films)
@@ -238,7 +238,7 @@ class UNetInference(nn.Module):
     def _plain(self, x: Tensor, t: Tensor, films: Tensor | None) -> Tensor:
         """Runs `UNet.forward` in another layout and log sigmoid. Shared buffers and folded time do not pay on a CPU."""
         narrow = None if films is None else films.to(x.dtype)[:, :, None, None]
-        pairs = iter(() if narrow is None else torch.split(narrow, self._film_widths(), dim=1))
+        pairs = self._of_each_layer(narrow)
         plane = t.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         signal = torch.cat((x, plane), dim=1).contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []
@@ -255,10 +255,12 @@ class UNetInference(nn.Module):
         signal = log_sigmoid_(_modulated(F.conv2d(signal, first.weight, first.bias, padding=1), pairs))
         return F.conv2d(signal, last.weight, last.bias, padding=1).contiguous()
 
-    def _film_widths(self) -> list[int]:
-        """Returns how many of the `films` are each layer's."""
-        assert self.modulation is not None
-        return [level.out_features for level in self.modulation.levels]  # type: ignore[misc]
+    def _of_each_layer(self, films: Tensor | None) -> Iterator[Tensor]:
+        """Returns from `films` ``[B, widths, ...]`` the part of each layer, or none without an embedding."""
+        if films is None or self.modulation is None:
+            return iter(())
+        widths: list[int] = [level.out_features for level in self.modulation.levels]  # type: ignore[misc]
+        return iter(torch.split(films, widths, dim=1))
 
     @property
     def is_native(self) -> bool:
@@ -320,6 +322,8 @@ class UNetInference(nn.Module):
         # Memory that a change of the module's memory format has reordered is copied back; other memory is not.
         taps = (each.contiguous() for each in (self._tf32_taps() if precision == "tf32" else self._taps()))
         convolve = functools.partial(convolution, precision=precision)
+        # Views of new memory, so that in every call a layer's is as aligned as the one its kernel was compiled for.
+        of_layers = self._of_each_layer(films)
         buffers: list[Tensor] = []  # [B, 2 C, H, W]: the decoder's signal in front, the encoder's behind
         signal = x.contiguous(memory_format=torch.channels_last)
         for level, layer in enumerate(self.encoder[:-1]):
@@ -327,6 +331,7 @@ class UNetInference(nn.Module):
             out = _empty(signal, 2 * channels, (height, width))
             pooled = _empty(signal, channels, ((height + 1) // 2, (width + 1) // 2))
             to: dict[str, Any] = {"out": out, "pooled": pooled, "first": channels, "precision": precision}
+            to["film"] = next(of_layers, None)
             if level:
                 pooled_convolution(signal, next(taps), layer.bias, **to)
             else:
@@ -336,19 +341,19 @@ class UNetInference(nn.Module):
             signal = pooled
         layer = self.encoder[-1]
         out = _empty(signal, len(layer.bias), signal.shape[2:])
-        convolve(signal, next(taps), layer.bias, out)
+        convolve(signal, next(taps), layer.bias, out, film=next(of_layers, None))
         for layer in self.decoder:
             signal, out = out, buffers.pop()
-            convolve(signal, next(taps), layer.bias, out, transposed=True)
-        first, last = self.head
+            convolve(signal, next(taps), layer.bias, out, transposed=True, film=next(of_layers, None))
+        (first, last), film = self.head, next(of_layers, None)
         channels, size = len(last.bias), out.shape[2:]
         if channels > MAX_HEAD or len(first.bias) > MAX_HEAD_CHANNELS:
             y = _empty(out, len(first.bias), size)
-            convolve(out, next(taps), first.bias, y)
+            convolve(out, next(taps), first.bias, y, film=film)
             return F.conv2d(y, last.weight, last.bias, padding=1).contiguous()
         weight, head = next(taps), next(taps).flatten(0, 2)
         products = torch.empty((len(head), len(x), *size), dtype=torch.float32, device=x.device)
-        convolve(out, weight, first.bias, None, head=head, products=products)
+        convolve(out, weight, first.bias, None, head=head, products=products, film=film)
         result = torch.empty((len(x), channels, *size), dtype=x.dtype, device=x.device)
         head_convolution(products, last.bias, result)
         return result

@@ -16,7 +16,7 @@ from .sinusoidal import Sinusoidal
 
 __all__ = ["UNet"]
 
-_FREQUENCY = 100.0  # the highest of the embedding of t, in radians; times end at about 1
+FREQUENCY = 100.0  # the highest of the embedding of t, in radians; times end at about 1
 
 
 class UNet(nn.Module):
@@ -154,7 +154,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, classes: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.time, self.first = Sinusoidal(width, _FREQUENCY), nn.Linear(width, width)
+        self.time, self.first = Sinusoidal(width, FREQUENCY), nn.Linear(width, width)
         self.labels = LabelEmbedding(classes, width) if classes else None
         self.second = nn.Linear(width, width)
         self.levels = nn.ModuleList(nn.Linear(width, 2 * channels) for channels in widths)

@@ -35,10 +35,11 @@ class Case:
     size: tuple[int, int] | None = None  # of the result, if the convolution is transposed
     before: int = 0  # channels of the output before and after the ones that are written
     after: int = 0
+    film: bool = False  # whether there are scales and shifts
 
     def __str__(self) -> str:
         kind = f"{self.out} of {self.size}" if self.size else str(self.out)
-        return f"{self.shape} to {kind}, {self.dtype}, {self.precision}"
+        return f"{self.shape} to {kind}, {self.dtype}, {self.precision}{', film' if self.film else ''}"
 
     @property
     def precision(self) -> str:
@@ -61,10 +62,12 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(self.out, self.shape[1], 3, 3, generator=generator) * (4 / (9 * self.shape[1]) ** 0.5)
         x = torch.randn(self.shape, generator=generator)
+        film = torch.randn(self.shape[0], 2 * self.out, generator=generator)
         return {
             "x": images(self.factor(x), device, self.dtype),
             "weight": images(self.factor(weights), device, self.dtype).permute(0, 2, 3, 1),
             "bias": vector(torch.randn(self.out, generator=generator), device, self.dtype),
+            **({"film": rows(film, device)} if self.film else {}),
         }
 
     def factor(self, values: Tensor) -> Tensor:
@@ -82,7 +85,8 @@ class Case:
         x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
         bias = bias[:, None, None]
         v, size = self.convolution(x, weight) + bias, self.convolution(x.abs(), weight.abs())
-        return v, sum_error(9 * self.shape[1], inputs["x"], self.precision) * size + EPS * (size + bias.abs())
+        error = sum_error(9 * self.shape[1], inputs["x"], self.precision) * size + EPS * (size + bias.abs())
+        return modulated(v, error, inputs.get("film"))
 
 
 def sum_error(terms: int, x: Tensor, precision: str) -> float:
@@ -110,6 +114,21 @@ def images(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 def vector(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns values between 16 NaNs."""
     return torch.full((len(values) + 32,), NAN, device=device, dtype=dtype)[16:-16].copy_(values)
+
+
+def rows(values: Tensor, device: torch.device) -> Tensor:
+    """Returns a matrix as some of the columns and rows of a wider one of NaN, which may begin at any address."""
+    count, width = values.shape
+    return torch.full((count + 2, width + 12), NAN, device=device)[1:-1, 4 + width % 4 : -8 + width % 4].copy_(values)
+
+
+def modulated(v: Tensor, error: Tensor, film: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns images, exact to the given error, scaled and shifted if there is a film, and the error then allowed."""
+    if film is None:
+        return v, error
+    scale, shift = film.double()[:, :, None, None].chunk(2, dim=1)
+    result, size = (1 + scale) * v + shift, (1 + scale).abs() * (v.abs() + error)
+    return result, (1 + scale).abs() * error + EPS * (2 * size + result.abs())
 
 
 def pool(a: Tensor) -> Tensor:

@@ -49,6 +49,10 @@ CASES = [
     Case((3, 3, 2, 4), 63, HALF, size=(3, 7)),
     Case((5, 2, 4, 5), 3, before=2),  # several tiles
     Case((7, 3, 1, 14), 2, BRAIN, size=(2, 27)),
+    Case((1, 1, 1, 1), 1, film=True),
+    Case((4, 3, 3, 5), 63, after=1, film=True),
+    Case((5, 17, 2, 3), 33, BRAIN, size=(3, 6), before=3, film=True),
+    Case((3, 16, 4, 3), 18, size=(8, 5), fp32="tf32", film=True),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -58,6 +62,9 @@ CASES = [
             Case((1, 300, 5, 1), 300, size=(9, 2)),
             Case((150, 1, 2, 1), 1),
             Case((1, 1, 9, 31), 2, BRAIN, size=(18, 61)),
+            Case((3, 32, 4, 6), 16, BRAIN, before=16, film=True),
+            Case((150, 1, 2, 1), 1, film=True),
+            Case((3, 40, 3, 1), 70, size=(5, 2), film=True),
         )
     ),
 ]
@@ -83,9 +90,14 @@ HEADS = [
     (Case((3, 32, 4, 6), 32, BRAIN), 1),
     (Case((1, 3, 2, 3), 63, HALF), 4),
     (Case((5, 2, 4, 5), 64), 3),
+    (Case((3, 2, 3, 5), 33, film=True), 2),
     *(
         pytest.param(*head, marks=pytest.mark.slow)
-        for head in ((Case((2, 64, 12, 9), 32), 1), (Case((2, 64, 9, 12), 64, BRAIN), 4))
+        for head in (
+            (Case((2, 64, 12, 9), 32), 1),
+            (Case((2, 64, 9, 12), 64, BRAIN), 4),
+            (Case((3, 32, 9, 12), 64, BRAIN, film=True), 3),
+        )
     ),
 ]
 

@@ -36,6 +36,9 @@ CASES = [
     Case((3, 32, 4, 6), 16, BRAIN, before=16),
     Case((2, 17, 1, 9), 40, HALF, before=3, after=2),
     Case((5, 2, 7, 5), 3, after=1),  # several tiles
+    Case((5, 2, 7, 5), 3, before=1, film=True),
+    Case((7, 17, 1, 1), 34, BRAIN, film=True),
+    Case((2, 63, 5, 4), 17, fp32="tf32", film=True),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -45,6 +48,8 @@ CASES = [
             Case((3, 64, 7, 7), 128, before=128),
             Case((70, 1, 2, 1), 1),
             Case((2, 130, 9, 5), 130, HALF),
+            Case((3, 32, 5, 6), 130, BRAIN, before=2, film=True),
+            Case((70, 1, 2, 1), 1, film=True),
         )
     ),
 ]

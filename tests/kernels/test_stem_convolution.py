@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from convolution_cases import EPS, NAN, ROUNDING, Case, activation, assert_rounded, assert_within, pool, vector
+from convolution_cases import (
+    EPS,
+    NAN,
+    ROUNDING,
+    Case,
+    activation,
+    assert_rounded,
+    assert_within,
+    modulated,
+    pool,
+    vector,
+)
 from torch import Tensor
 
 kernel = pytest.importorskip("fastsde.kernels.stem_convolution")
@@ -26,10 +37,13 @@ CASES = [
     Case((3, 3, 7, 4), 17, before=3, after=2),
     Case((2, 2, 1, 9), 63, after=1),
     Case((1, 4, 5, 2), 300, before=8),
+    Case((3, 2, 3, 6), 33, before=3, film=True),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
             Case((70, 1, 2, 1), 3),
+            Case((70, 1, 2, 1), 3, film=True),
+            Case((3, 1, 9, 8), 32, before=32, film=True),
             Case((3, 1, 28, 28), 32, before=32),
             Case((2, 3, 9, 16), 128, before=128),
         )
@@ -49,12 +63,13 @@ def _inputs(case: Case, device: torch.device) -> dict[str, Any]:
 
 def _truth(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Returns the argument of the log sigmoid in float64, and the error allowed for it."""
-    x, weight, bias, t, plane = (value.double() for value in inputs.values())
+    x, weight, bias, t, plane = (inputs[name].double() for name in ("x", "weight", "bias", "t", "plane"))
     weight = weight.permute(0, 3, 1, 2)
     time = t[:, None, None, None] * plane.permute(2, 0, 1)
     v = F.conv2d(x, weight, bias, padding=1) + time
     size = F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1) + time.abs()
-    return v, (9 * x.shape[1] + 2) * EPS * size  # a rounding of each sum, and of each product, which is a term
+    error = (9 * x.shape[1] + 2) * EPS * size  # a rounding of each sum, and of each product, which is a term
+    return modulated(v, error, inputs.get("film"))
 
 
 @pytest.mark.parametrize(

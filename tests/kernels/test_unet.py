@@ -21,6 +21,8 @@ ARCHITECTURES = {
     "wide": (2, (5, 32), (32, 96, 80)),
     "narrow": (1, (17, 1), (16, 16, 32)),
     "large": (1, (40, 33), (16, 80)),
+    "with labels": (3, (9, 14), (16, 96, 80), 24, 10),
+    "with an embedding": (1, (40, 33), (16, 80), 8),
 }
 
 
@@ -40,20 +42,29 @@ def native_kernel(native: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iter
 def _unet(name: str) -> UNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return UNet(*ARCHITECTURES[name])
+        model = UNet(*ARCHITECTURES[name])
+        for level in () if model.modulation is None else model.modulation.levels:  # which begin at zero
+            torch.nn.init.normal_(level.weight, std=0.2)
+            torch.nn.init.normal_(level.bias, std=0.2)
+        return model
 
 
 def _inputs(model: UNet, batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, *model.shape), torch.rand(batch)
 
 
+def _label(model: UNet, batch: int) -> Tensor | None:
+    """Returns labels, of which the last stands for none, or None for a network without classes."""
+    return torch.randint(model.classes + 1, (batch,)) if model.classes else None
+
+
 @torch.no_grad()
 def _errors(model: UNet, batch: int, dtype: torch.dtype) -> tuple[float, float, float]:
     """Returns the errors of the kernel and of PyTorch's U-Net in that dtype, and the largest value."""
-    x, t = _inputs(model, batch)
-    exact = copy.deepcopy(model).double()(x.double(), t.double())
-    plain = copy.deepcopy(model).to(dtype)(x.to(dtype), t.to(dtype))
-    ours = UNetInference(model, dtype)(x.to(dtype), t.to(dtype))
+    (x, t), label = _inputs(model, batch), _label(model, batch)
+    exact = copy.deepcopy(model).double()(x.double(), t.double(), label)
+    plain = copy.deepcopy(model).to(dtype)(x.to(dtype), t, label)
+    ours = UNetInference(model, dtype)(x.to(dtype), t, label)
     assert ours.dtype == dtype
     assert ours.shape == x.shape
     assert ours.is_contiguous()
@@ -108,6 +119,24 @@ def test_what_is_not_finite_shows(value: float) -> None:
     assert finite.tolist() == [True, False, True]
 
 
+def test_labels_are_those_of_the_network(native_kernel: list[int]) -> None:
+    model = _unet("with labels")
+    fast, label = UNetInference(model), torch.arange(11)
+    x, t = (each[:1].expand(11, *each.shape[1:]) for each in _inputs(model, 1))
+    found = fast(x, t, label)
+    assert torch.pdist(found.flatten(1)).min() > 1e-3
+    torch.testing.assert_close(fast(x, t), found[10:].expand(found.shape))  # the last stands for none
+    assert len(native_kernel) == 2
+    for level in (model.modulation.levels[0], model.modulation.first):
+        with torch.no_grad():
+            level.bias += 1
+        fast.refresh(model)
+        torch.testing.assert_close(fast(x, t, label), model(x, t, label), atol=1e-4, rtol=1e-4)
+        assert (fast(x, t, label) - found).abs().max() > 1e-3
+    before = fast(x, t, label)
+    torch.testing.assert_close(fast.bfloat16().float()(x, t, label), before, atol=0.05, rtol=0)
+
+
 def test_it_follows_the_weights() -> None:
     model = _unet("one pixel")
     x, t = _inputs(model, 3)
@@ -154,16 +183,17 @@ def test_a_large_batch_in_several_calls_is_the_batch(monkeypatch: pytest.MonkeyP
     from fastsde.kernels.cpu import unet as kernel
 
     torch.set_num_threads(2)
-    model = _unet("odd, three channels")
-    fast, (x, t) = UNetInference(model, dtype), (each.to(dtype) for each in _inputs(model, 70))
+    model = _unet("with labels")
+    fast, label = UNetInference(model, dtype), _label(model, 70)
+    x, t = (each.to(dtype) for each in _inputs(model, 70))
     if not fast.is_native:
         pytest.skip("this build does not multiply bf16")
-    whole, calls, call = fast(x, t), [], kernel.call
+    whole, calls, call = fast(x, t, label), [], kernel.call
     monkeypatch.setattr(kernel, "call", lambda *args: calls.append(args[1:2]) or call(*args))
     for images, expected in ((1, [1] * 70), (33, [33, 33, 4]), (24, [24, 24, 22])):
         monkeypatch.setattr(kernel, "images_each", lambda products, threads, images=images: images)
         calls.clear()
-        assert torch.equal(fast(x, t), whole)
+        assert torch.equal(fast(x, t, label), whole)
         assert [images for (images,) in filter(None, calls)] == expected  # without the question for bf16
 
 

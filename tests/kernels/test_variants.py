@@ -107,8 +107,11 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     def image(n: int, channels: int, size: int) -> torch.Tensor:
         return torch.empty(n, channels, size, size).to(memory_format=torch.channels_last)
 
+    def films(n: int) -> torch.Tensor:
+        return torch.empty(n, 64)
+
     def encoding(n: int) -> None:
-        given = {"out": image(n, 64, 7), "pooled": image(n, 32, 4), "first": 32, "precision": "tf32"}
+        given = {"out": image(n, 64, 7), "pooled": image(n, 32, 4), "first": 32, "precision": "tf32", "film": films(n)}
         pooled_convolution.pooled_convolution(image(n, 16, 7), torch.empty(32, 3, 3, 16), torch.empty(32), **given)
 
     def decoding(n: int) -> None:
@@ -117,12 +120,12 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
 
     def heading(n: int) -> None:
         weight, head, products = torch.empty(16, 3, 3, 32), torch.empty(9, 16), torch.empty(9, n, 7, 7)
-        given = {"head": head, "products": products, "precision": "tf32x3"}
+        given = {"head": head, "products": products, "film": films(n)[:, 7:39], "precision": "tf32x3"}
         convolution.convolution(image(n, 32, 7), weight, torch.empty(16), None, **given)
 
     def first(n: int) -> None:
         given = {"t": torch.empty(n), "plane": torch.empty(7, 7, 16), "out": image(n, 32, 7), "pooled": image(n, 16, 4)}
-        given |= {"first": 16, "precision": "tf32"}
+        given |= {"first": 16, "precision": "tf32", "film": films(n)[:, :32]}
         stem_convolution.stem_convolution(image(n, 1, 7), torch.empty(16, 3, 3, 1), torch.empty(16), **given)
 
     def last(n: int) -> None:
