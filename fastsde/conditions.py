@@ -54,18 +54,31 @@ class Condition:
         dtype = torch.int64 if self.classes else torch.float32
         return torch.full((n, *self.shape), self.null, dtype=dtype, device=device)
 
+    def problem(self, value: Tensor) -> str | None:
+        """Returns what is wrong with the value of one sample, a tensor on the CPU; None for a valid one."""
+        if self.classes and not value.is_floating_point() and value.ndim == 0:
+            low, high = 0, self.classes - 1
+            return None if low <= int(value) <= high else f"it must be a label from {low} to {high}, got {int(value)}"
+        if self.classes:
+            return f"it must be a label, one integer, got {value.dtype} {list(value.shape)}"
+        if not value.is_floating_point() or tuple(value.shape) != self.shape:
+            return f"it must be floating-point of shape {list(self.shape)}, got {value.dtype} {list(value.shape)}"
+        return None if bool(value.isfinite().all()) else "it must be finite, got NaN or infinity"
+
     def label(self, name: str) -> int:
-        """Returns the label that a name or a number stands for.
+        """Returns the label that a name or a number stands for; only a name if there are names that are numbers.
 
         Raises:
             ValueError: for no name or number of a class.
         """
         if name in self.names:
             return self.names.index(name)
-        if name.isdecimal() and int(name) < self.classes:
+        counts = not any(each.isdecimal() for each in self.names)
+        if counts and name.isdecimal() and int(name) < self.classes:
             return int(name)
-        known = f" or one of {', '.join(self.names)}" if self.names else ""
-        raise ValueError(f"label must be a number from 0 to {self.classes - 1}{known}, got {name!r}")
+        known = [f"a number from 0 to {self.classes - 1}"] if counts else []
+        known += [f"one of {', '.join(self.names)}"] if self.names else []
+        raise ValueError(f"label must be {' or '.join(known)}, got {name!r}")
 
 
 def describe(value: Tensor) -> Condition:

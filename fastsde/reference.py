@@ -44,6 +44,8 @@ Model = Callable[..., Tensor]
 NoiseFunction = Callable[[int, Tensor], Tensor]
 RowHook = Callable[[int, float, Tensor], "Tensor | None"]
 
+MOST_ROWS = 2**24  # of data that one uniform tells apart; kernels draw no more
+
 
 class NonFiniteError(RuntimeError):
     """The network's output or the state is NaN or infinite; in sampling, the message gives the row and the time."""
@@ -229,8 +231,14 @@ def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int
 
 
 def data_order(keys: Tensor, step: int | Tensor, n: int) -> Tensor:
-    """Draws positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps."""
-    return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
+    """Draws positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps.
+
+    A uniform has 24 bits: larger data sets take 24 more from a second one, or most of their rows would never be drawn.
+    """
+    if n <= MOST_ROWS:
+        return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
+    high, low = noise.uniform(keys, step, (2,), noise.STREAM_DATA_ORDER).double().unbind(-1)
+    return ((high + low / MOST_ROWS) * n).long()
 
 
 def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -14,9 +14,11 @@ from ..engines import capture
 from ..engines.chunks import MAX_CHUNK, chunks_of_fixed_lengths
 from ..engines.mixed_precision import LowPrecisionCopy
 from ..reference import (
+    MOST_ROWS,
     clip_gradient,
     condition_draws,
     copy_buffers,
+    data_order,
     drop_conditions,
     flip_images,
     load_batch,
@@ -108,8 +110,10 @@ class CapturedSteps:
     def _steps(self, count: int) -> None:
         work, config, size = self._work, self._work.config, self._work.config.batch_size
         keys, n = self._keys[:size], len(work.dataset)
-        if self._ring is None:
-            ops.data_order(self._keys[:size], self._first, n, self._index[:count, :size])
+        if self._ring is None and n <= MOST_ROWS:
+            ops.data_order(keys, self._first, n, self._index[:count, :size])
+        elif self._ring is None:
+            self._index[:count, :size] = data_order(keys, self._first + self._numbers[:count], n)
         coefficients = u = None
         if work.importance is None:
             coefficients = ops.step_coefficients(config.objective, self._keys, 0, count, counter=self._first)[:, :size]

@@ -18,6 +18,7 @@ from ..distributed import Ranks
 from ..lowering import NotLowered, Source, lower
 from ..objective import Coefficients
 from ..reference import (
+    MOST_ROWS,
     Draws,
     clip_gradient,
     condition_draws,
@@ -105,6 +106,8 @@ def can_run_natively(work: Work, here: Ranks) -> bool:
     """
     config, model, shape, device = work.config, work.model, work.dataset.shape, work.device
     if config.compile or config.precision != "fp32" or here.world > 1 or not isinstance(work.dataset, Dataset):
+        return False
+    if len(work.dataset) > MOST_ROWS:
         return False
     if work.conditions or config.flip or config.clip_norm is not None or config.weight_decay or work.importance:
         return False
