@@ -78,6 +78,11 @@ class Dataset:
         return tuple(self.x.shape[1:])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the data as they are stored: uint8 or fp32."""
+        return self.x.dtype
+
+    @property
     def seen_range(self) -> tuple[float, float] | None:
         """Black and white as the network sees them, the lower first; None for other data, or before they are known."""
         return seen_range(self.value_range, self.scale, self.shift)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import engines, ops, subject
 from .checkpoints import Checkpoint
-from .conditions import null_values
+from .conditions import Condition, null_values
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
@@ -283,29 +283,23 @@ class Sampler:
             ValueError: for a label out of range, or if the network has not learned to do without its conditions.
         """
         known = checkpoint.conditions
-        for name, condition in known.items():
-            value = (given or {}).get(name)
-            if condition.classes and isinstance(value, Tensor) and not value.is_floating_point() and value.numel():
-                low, high = int(value.min()), int(value.max())
-                if low < 0 or high > condition.classes:
-                    raise ValueError(
-                        f"model_kwargs[{name!r}] must be labels from 0 to {condition.classes - 1}, or "
-                        f"{condition.null} for none, got {low} .. {high}"
-                    )
         if not known:
             return given, uncond
-        lacks = given is None or (self.guidance is not None and uncond is None)
-        if lacks and not checkpoint.has_null:
-            raise ValueError(
-                f"{'model_kwargs' if given is None else 'uncond_kwargs'} must be given, as the network was trained "
-                f"without dropping its conditions ({', '.join(known)}); got none"
-            )
-        nulls = null_values(known, n, self.device)
+        for name, values in (("model_kwargs", given), ("uncond_kwargs", uncond)):
+            _check_conditions(name, values or {}, known)
         if given is None and self.guidance is not None:
             raise ValueError(f"model_kwargs must be given with guidance, such as {', '.join(known)}; got none")
-        if given is None and checkpoint.architecture is None:
-            given = nulls  # this package's networks do without
-        return given, nulls if self.guidance is not None and uncond is None else uncond
+        lacks = [name for name in known if given is None or name not in given]
+        guides = self.guidance is not None and uncond is None
+        if (lacks or guides) and not checkpoint.has_null:
+            raise ValueError(
+                f"{'model_kwargs' if lacks else 'uncond_kwargs'} must be given, as the network was trained without "
+                f"dropping its conditions ({', '.join(known)}); got none for {', '.join(lacks or known)}"
+            )
+        nulls = null_values(known, n, self.device)
+        if lacks and checkpoint.architecture is None:  # this package's networks do without
+            given = {**(given or {}), **{name: nulls[name] for name in lacks}}
+        return given, nulls if guides else uncond
 
     def _warn_of_randomness(self) -> None:
         network = self._network
@@ -353,6 +347,22 @@ class Sampler:
         other = self._planner.without(plan, request)
         warn(f"the network does not run with backend {plan.backend!r}, so {other.backend!r} takes over: {error}")
         return other
+
+
+def _check_conditions(name: str, given: Mapping[str, Any], known: Mapping[str, Condition]) -> None:
+    """Raises TypeError or ValueError for labels that are none. It waits for a GPU."""
+    for key, condition in known.items():
+        value = given.get(key)
+        if not condition.classes or value is None:
+            continue
+        who, end = f"{name}[{key!r}]", condition.classes - 1
+        expected = f"labels from 0 to {end}, or {condition.null} for none"
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{who} must be a tensor of {expected}, got {came}")
+        wrong = (value < 0) | (value > end) & (value != condition.null)
+        if wrong.any():
+            raise ValueError(f"{who} must be {expected}, got {int(value.min())} .. {int(value.max())}")
 
 
 @overload

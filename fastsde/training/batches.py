@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,6 +19,7 @@ from ..engines.inspection import check_call
 from ..models import MLP, UNet
 from ..streamed import StreamedDataset
 from .config import TrainConfig
+from .randomness import seeded_everywhere
 
 __all__ = ["Batch", "Batches", "batches_of", "conditions_of"]
 
@@ -121,17 +120,8 @@ class _Seeded(TorchDataset[Any]):
 
     def __getitem__(self, place: tuple[int, int, int]) -> Batch:
         step, position, index = place
-        low, high = (int(each) for each in np.random.SeedSequence((self._seed, step, position)).generate_state(2))
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (what transforms use)
-        try:
-            random.seed(low << 32 | high)
-            np.random.seed(low)  # noqa: NPY002
-            torch.default_generator.manual_seed(low << 31 | high >> 1)
+        with seeded_everywhere(self._seed, step, position):
             return Batch(*self._dataset.item(index))
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            torch.set_rng_state(states[2])
 
 
 class _Streamed:

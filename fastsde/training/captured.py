@@ -26,7 +26,8 @@ from ..reference import (
 )
 from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
-from .steps import Work, pieces, rates_of
+from .randomness import generator_of
+from .steps import Work, checked, pieces, rates_of
 
 __all__ = ["CapturedSteps", "can_capture"]
 
@@ -70,6 +71,8 @@ class CapturedSteps:
         self._recording = capture.Recording(device)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._warm_ups = 0
+        self._generator = generator_of(device)
+        self._draws = False  # whether the network draws random numbers of its own
 
     def chunks(self, count: int) -> list[int]:
         first = min(count, _WARM_UPS - self._warm_ups)
@@ -84,11 +87,19 @@ class CapturedSteps:
         Raises:
             CaptureError: if the steps cannot be captured; none of them has then been taken.
         """
+        if self._draws and count > 1:  # what a step draws must not depend on how many others it is launched with
+            return torch.cat([self.take(step, 1) for step in range(first, first + count)])
+        with self._work.seeded(first):
+            return self._take(first, count)
+
+    def _take(self, first: int, count: int) -> Tensor:
         if count not in self._graphs:
             _detach_from_other_graphs(self._work.model)
         if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
             self._write(first, count)
+            before = self._generator.get_state()
             self._recording.warm_up(lambda: self._steps(count))
+            self._draws = self._draws or not torch.equal(before, self._generator.get_state())
             self._warm_ups += 1
         else:
             if count not in self._graphs:
@@ -174,7 +185,7 @@ class CapturedSteps:
         drawn = (data, self._keys[:size][rows], i, coefficients)
         x_in, tau, _ = ops.perturb(*drawn, dtype=work.autocast, **given)
         with torch.autocast(x_in.device.type, dtype=work.autocast, enabled=work.autocast is not None):
-            f = self._network(x_in, tau, **{name: value[rows] for name, value in conditions.items()})
+            f = checked(self._network)(x_in, tau, **{name: value[rows] for name, value in conditions.items()})
         if work.importance is not None:
             # The kernel keeps no losses of samples; the noise is drawn again, as in the kernel.
             keys, step = self._keys[:size][rows], self._first + i
