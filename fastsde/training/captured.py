@@ -226,7 +226,7 @@ class _Ring:
             batch = self._batches.take(first + i, _NO_INDEX)
             if not self._memory:
                 self._memory = [
-                    Batch(torch.empty_like(batch.x_0), {k: torch.empty_like(v) for k, v in batch.conditions.items()})
+                    Batch(torch.zeros_like(batch.x_0), {k: torch.zeros_like(v) for k, v in batch.conditions.items()})
                     for _ in range(self._steps)
                 ]
             here = self._memory[i]

@@ -153,7 +153,7 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
     times = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float32, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):
-            lowered = lower(model, shape, times, sizes=sizes, time_is_input=True)
+            lowered = lower(checked(model), shape, times, sizes=sizes, time_is_input=True)
         sources, program = lowered.sources(), lowered.program
         vectors = lowered.vectors(times, 1, ())
         assert vectors is not None
