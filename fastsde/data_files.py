@@ -186,7 +186,7 @@ def _pixels(path: str, size: int | None, mode: str) -> Tensor:
     if size is not None:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = (left, top, left + side, top + side)
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=square)
+        square = picture.crop((left, top, left + side, top + side))  # as the box of resize, it would take in its margin
+        picture = square.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if mode == "L" else pixels.movedim(-1, 0).contiguous()
