@@ -22,6 +22,7 @@ from .dataset import (
     numbers,
     seen_range,
 )
+from .randomness import preserved, seed_everywhere
 from .validation import check_instance, check_range, check_tensor
 
 __all__ = ["StreamedDataset", "as_dataset", "in_memory"]
@@ -65,7 +66,9 @@ class StreamedDataset:
             raise TypeError(f"source must have a length and items, got {type(self.source).__name__}")
         if len(self.source) == 0:
             raise ValueError("source must have at least one item, got none")
-        x, conditions = _item(self.source[0], 0)
+        with preserved():  # from a random transform
+            seed_everywhere(0)
+            x, conditions = _item(self.source[0], 0)
         for key in conditions.keys() & {"x", "t"}:
             raise ValueError(f"item 0 has a condition {key!r}, which would hide the {key} that model(x, t) is given")
         x = x if self.as_shape is None else in_shape(x[None], self.as_shape)[0]

@@ -17,9 +17,9 @@ from ..conditions import Condition
 from ..dataset import Dataset
 from ..engines.inspection import check_call
 from ..models import MLP, UNet
+from ..randomness import preserved, seed_everywhere
 from ..streamed import StreamedDataset
 from .config import TrainConfig
-from .randomness import seeded_everywhere
 
 __all__ = ["Batch", "Batches", "batches_of", "conditions_of"]
 
@@ -118,10 +118,14 @@ class _Seeded(TorchDataset[Any]):
     def __init__(self, dataset: StreamedDataset, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
-    def __getitem__(self, place: tuple[int, int, int]) -> Batch:
-        step, position, index = place
-        with seeded_everywhere(self._seed, step, position):
-            return Batch(*self._dataset.item(index))
+    def __getitems__(self, places: list[tuple[int, int, int]]) -> list[Batch]:
+        """Returns the items of a batch, each a batch without its first axis."""
+        with preserved():
+            return [self._item(*place) for place in places]
+
+    def _item(self, step: int, position: int, index: int) -> Batch:
+        seed_everywhere(self._seed, step, position)
+        return Batch(*self._dataset.item(index))
 
 
 class _Streamed:

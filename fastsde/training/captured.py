@@ -13,6 +13,7 @@ from ..distributed import Ranks
 from ..engines import capture
 from ..engines.chunks import MAX_CHUNK, chunks_of_fixed_lengths
 from ..engines.mixed_precision import LowPrecisionCopy
+from ..randomness import generator_of
 from ..reference import (
     MOST_ROWS,
     clip_gradient,
@@ -26,7 +27,6 @@ from ..reference import (
 )
 from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
-from .randomness import generator_of
 from .steps import Work, checked, pieces, rates_of
 
 __all__ = ["CapturedSteps", "can_capture"]

@@ -18,6 +18,7 @@ from ..distributed import Ranks
 from ..engines.inspection import check_output
 from ..lowering import NotLowered, Source, lower
 from ..objective import Coefficients
+from ..randomness import generator_of, seeded
 from ..reference import (
     MOST_ROWS,
     Draws,
@@ -36,7 +37,6 @@ from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
 from .config import TrainConfig
 from .importance import ImportanceTimes
-from .randomness import generator_of, seeded
 
 __all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "checked", "pieces", "rates_of"]
 
