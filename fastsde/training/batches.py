@@ -45,9 +45,8 @@ def conditions_of(model: nn.Module, dataset: Dataset | StreamedDataset) -> dict[
     """Returns the conditions of a data set that a network takes: those that its ``forward`` has arguments for.
 
     Raises:
-        TypeError: if the network cannot be called with x, t and these.
-        ValueError: if one of this package's networks takes a condition that the data do not have, or another number of
-            classes.
+        ValueError: if the network cannot be called with x, t and these, or one of this package's networks takes a
+            condition that the data do not have, or another number of classes.
     """
     try:
         arguments: Mapping[str, Any] = inspect.signature(model.forward).parameters
@@ -63,7 +62,10 @@ def conditions_of(model: nn.Module, dataset: Dataset | StreamedDataset) -> dict[
         for name, each in dataset.described.items()
         if sizes.get(name, 1) and (takes_all or (name in named and name not in first))
     }
-    check_call(model, "conditions", found)
+    try:
+        check_call(model, "conditions", found)
+    except TypeError as error:  # the network and the data do not fit
+        raise ValueError(str(error)) from error
     for name, size in sizes.items():
         if size:
             _check_size(name, size, found)

@@ -221,8 +221,8 @@ class FewLabels(Net):
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (PositionalLabel, TypeError, r"model must be callable as model\(x, t, \*\*conditions\), got PositionalLabel"),
-        (NeedsOther, TypeError, r"model\(x, t, label=...\) fails|missing a required argument: 'y'"),
+        (PositionalLabel, ValueError, r"model must be callable as model\(x, t, \*\*conditions\), got PositionalLabel"),
+        (NeedsOther, ValueError, r"model\(x, t, label=...\) fails|missing a required argument: 'y'"),
         (lambda: nn.Sequential(nn.Linear(3, 2)), ValueError, "wrap it in a fastsde.models.ConcatTime"),
         (lambda: nn.Identity(), ValueError, "must have parameters to train, got a Identity without any"),
         (lambda: MLP().double(), ValueError, r"parameters in fp32, got net.0.weight in torch.float64"),
