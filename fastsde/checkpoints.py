@@ -72,7 +72,7 @@ class Checkpoint:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample. Raises ValueError if neither the network nor the checkpoint has it."""
-        shape: Any = getattr(models.unwrap(self.model), "shape", None)
+        shape = models.shape_of(self.model)
         shape = self.sample_shape if shape is None else shape
         if shape is None:
             raise ValueError("sample_shape must be given with a network that has no attribute shape, got None")

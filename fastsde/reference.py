@@ -22,6 +22,7 @@ __all__ = [
     "Draws",
     "Noised",
     "NonFiniteError",
+    "averaged",
     "clip_gradient",
     "condition_draws",
     "copy_buffers",
@@ -369,8 +370,15 @@ def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
     Buffers, such as the running statistics of batch normalization, are copied.
     """
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(*averaged(ema, model), 1 - decay)
     copy_buffers(ema, model)
+
+
+def averaged(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the parameters that are averaged, of both networks: integers cannot be trained, and stay as they are."""
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    kept = [(ours, theirs.detach()) for ours, theirs in pairs if ours.is_floating_point() or ours.is_complex()]
+    return [ours for ours, _ in kept], [theirs for _, theirs in kept]
 
 
 def copy_buffers(ema: nn.Module, model: nn.Module) -> None:

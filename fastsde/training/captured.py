@@ -16,6 +16,7 @@ from ..engines.mixed_precision import LowPrecisionCopy
 from ..randomness import generator_of
 from ..reference import (
     MOST_ROWS,
+    averaged,
     clip_gradient,
     condition_draws,
     copy_buffers,
@@ -255,8 +256,8 @@ def _detach_from_other_graphs(model: nn.Module) -> None:
 def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
     """Does what `fastsde.reference.ema_update` does, with ``weight`` = 1 - decay on the device."""
     with torch.no_grad():
-        averages: list[Tensor] = list(ema.parameters())
-        steps: list[Tensor] = list(torch._foreach_sub([each.detach() for each in model.parameters()], averages))
+        averages, weights = averaged(ema, model)
+        steps: list[Tensor] = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(steps, weight)
         torch._foreach_add_(averages, steps)
     copy_buffers(ema, model)

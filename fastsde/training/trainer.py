@@ -23,7 +23,7 @@ from ..distributed import Ranks
 from ..engines.capture import CaptureError
 from ..engines.fetch import Fetch
 from ..engines.inspection import prefers_channels_last
-from ..models import Preconditioned, unwrap
+from ..models import Preconditioned, shape_of, unwrap
 from ..notices import warn
 from ..pictures import has_picture
 from ..reference import NonFiniteError
@@ -128,7 +128,7 @@ class Trainer:
         if prefers_channels_last(self.model, self.device):
             self.model.to(memory_format=torch.channels_last)  # and so the average, gradients and Adam's state
         self.earlier_steps = 0 if start is None else steps_of(start)
-        shape = getattr(self.model, "shape", None)
+        shape = shape_of(self.model)
         dataset = dataset if shape is None else dataset.with_shape(shape)
         self.dataset = dataset.with_pixel_range(config.pixel_range).to(self.device)
         self.conditions = conditions_of(self.model, self.dataset)

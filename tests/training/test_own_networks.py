@@ -46,6 +46,8 @@ class Net(nn.Module):
         self.register_buffer("phase", torch.tensor([1.0 + 2.0j]))
         self.register_buffer("scale", torch.tensor(0.5), persistent=False)
         self.register_buffer("nothing", None)
+        self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.shape = "not that of a sample"
         self.labels = nn.Embedding(4, 8)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
