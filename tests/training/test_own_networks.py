@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,42 +355,3 @@ def test_random_layers_are_not_taken_natively(tmp_path: Path) -> None:
     trainer.model.eval()
     assert isinstance(trainer._steps(trainer.work()), (NativeSteps, EagerSteps))
     assert EagerSteps(trainer.work(), Ranks()).take(0, 1).isfinite().all()
-
-
-def test_every_field_of_a_config_survives_json() -> None:
-    config = TrainConfig(
-        "images/", "package.module:make", image_size=64, flip=True, workers=2, condition_dropout=0.1, accumulation=4,
-        weight_decay=0.01, clip_norm=1.0, sample_every=500, lr_schedule="inverse_sqrt", lr_warmup=10,
-        times="importance", pixel_range=(0.0, 1.0), sde=EDM(0.01, 30.0), prediction="x0", data_size=100,
-    )  # fmt: skip
-    assert TrainConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
-    assert config.learning_rate(9) == config.lr
-    assert config.learning_rate(39) == pytest.approx(config.lr / 2)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("model", "networks", "model must be an architecture .* or 'package.module:function', got 'networks'"),
-        ("model", 3, "model must be an architecture .a dict. or a name, got int"),
-        ("accumulation", 257, "accumulation must be at most the batch_size, 256, got 257"),
-        ("workers", -1, "workers must be at least 0, got -1"),
-        ("clip_norm", 0.0, "clip_norm must be positive and finite, got 0.0"),
-        ("weight_decay", float("nan"), "weight_decay must be at least 0 and finite, got nan"),
-        ("condition_dropout", 1.0, r"condition_dropout must be in \[0, 1\), got 1.0"),
-        ("flip", 1, "flip must be True or False, got 1"),
-        ("image_size", 0, "image_size must be at least 1, got 0"),
-        ("lr_schedule", "linear", "lr_schedule must be one of constant, cosine, inverse_sqrt, got 'linear'"),
-        ("times", "sometimes", "times must be one of uniform, lognormal, importance, got 'sometimes'"),
-    ],
-)
-def test_wrong_fields_are_named(field: str, value: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        TrainConfig(**{"data": "own", "model": "", field: value})
-
-
-def test_flips_and_pictures_need_images(tmp_path: Path) -> None:
-    for name, message in (("flip", "flip must be False"), ("sample_every", "sample_every must be 0")):
-        data = Dataset("own", torch.randn(4, 3))
-        with pytest.raises(ValueError, match=rf"{message}.* samples of shape \[3\]"):
-            Trainer(replace(CONFIG, **{name: True if name == "flip" else 2}), tmp_path, model=MLP(3), dataset=data)
