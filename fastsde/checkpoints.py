@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import models
 from .conditions import Condition, from_dicts, to_dicts
-from .factories import Factory, make
+from .factories import Factory, in_words, make
 from .files import atomic_path
 from .sde import VPSDE, Process, from_dict, to_dict
 from .solvers import PREDICTIONS
@@ -72,7 +72,7 @@ class Checkpoint:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample. Raises ValueError if neither the network nor the checkpoint has it."""
-        shape: Any = getattr(models.unwrap(self.model), "shape", None)
+        shape = models.shape_of(self.model)
         shape = self.sample_shape if shape is None else shape
         if shape is None:
             raise ValueError("sample_shape must be given with a network that has no attribute shape, got None")
@@ -124,9 +124,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     contiguous, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
-        if value.numel() and value.data_ptr() in seen:  # tied weights: a file has no aliases
+        if value.numel() and value.untyped_storage().data_ptr() in seen:  # tied weights: a file has no aliases
             value = value.clone()
-        seen.add(value.data_ptr())
+        seen.add(value.untyped_storage().data_ptr())
         contiguous[name] = value
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, {_METADATA_KEY: json.dumps({"format": FORMAT, **metadata})})
@@ -242,10 +242,13 @@ def _parse(
     prefix = "model."
     weights = {name[len(prefix) :]: _as(t, torch.float32) for name, t in tensors.items() if name.startswith(prefix)}
     network = _network(path, metadata, given)
+    if given is not None:
+        _load_into(network, weights, path, given)
     try:
         for name, kind in (("sde", dict), ("prediction", str), ("data", str), ("record", dict)):
             check_instance(name, metadata[name], kind)
-        network.load_state_dict(weights)
+        if given is None:
+            network.load_state_dict(weights)
         sde, sigma_data = from_dict(metadata["sde"]), metadata.get("sigma_data")
         model = network if sigma_data is None else models.Preconditioned(network, sde, sigma_data)
         value_range, shape = metadata["value_range"], metadata.get("shape")
@@ -269,6 +272,21 @@ def _parse(
     return checkpoint
 
 
+def _load_into(network: nn.Module, weights: dict[str, Tensor], path: str | Path, given: Factory) -> None:
+    """Writes weights to a network of the user's, which must have exactly these tensors."""
+    own = {name for name, each in network.state_dict().items() if isinstance(each, Tensor)}
+    try:
+        network.load_state_dict(weights, strict=False)  # a state may also have other things than tensors
+    except RuntimeError as error:
+        raise ValueError(f"{path} has weights that do not fit the model, {in_words(given)}: {error}") from error
+    missing, unexpected = sorted(own - weights.keys()), sorted(weights.keys() - own)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} has weights that do not fit the model, {in_words(given)}: "
+            f"missing {', '.join(missing) or 'none'}; unexpected {', '.join(unexpected) or 'none'}"
+        )
+
+
 def _network(path: str | Path, metadata: dict[str, Any], given: Factory | None) -> nn.Module:
     """Returns the network of a checkpoint, whose weights are still to be loaded."""
     described = metadata.get("model")
@@ -282,9 +300,9 @@ def _network(path: str | Path, metadata: dict[str, Any], given: Factory | None) 
                 f"{path} holds the weights of a network of your own, {described['class']}: give the function that "
                 f"makes it, as --model {name} or model={name!r} in Python"
             )
-        return make(given).eval()
+        return models.unwrap(make(given)).eval()
     if given is not None:
-        raise ValueError(f"model must be None for {path}, which knows its architecture, got {given!r}")
+        raise ValueError(f"model must be None for {path}, which knows its architecture, got {in_words(given)}")
     try:
         with torch.device("cpu"):
             return models.from_config(described)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from torch import Tensor
 from . import noise
 from .validation import check_instance, check_int, check_ints, check_number
 
-__all__ = ["Condition", "check_labels", "describe", "drawn", "from_dicts", "to_dicts", "unconditional"]
+__all__ = [
+    "Condition",
+    "check_labels",
+    "completed",
+    "describe",
+    "from_dicts",
+    "null_values",
+    "to_dicts",
+    "unconditional",
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Condition:
     shape: tuple[int, ...] = ()
     null: float | None = None
     names: tuple[str, ...] = ()
-    shares: tuple[float, ...] = ()
+    shares: tuple[float, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_int("classes", self.classes, 0)
@@ -69,18 +78,31 @@ class Condition:
         dtype = torch.int64 if self.classes else torch.float32
         return torch.full((n, *self.shape), self.null, dtype=dtype, device=device)
 
+    def problem(self, value: Tensor) -> str | None:
+        """Returns what is wrong with the value of one sample, a tensor on the CPU; None for a valid one."""
+        if self.classes and not value.is_floating_point() and value.ndim == 0:
+            low, high = 0, self.classes - 1
+            return None if low <= int(value) <= high else f"it must be a label from {low} to {high}, got {int(value)}"
+        if self.classes:
+            return f"it must be a label, one integer, got {value.dtype} {list(value.shape)}"
+        if not value.is_floating_point() or tuple(value.shape) != self.shape:
+            return f"it must be floating-point of shape {list(self.shape)}, got {value.dtype} {list(value.shape)}"
+        return None if bool(value.isfinite().all()) else "it must be finite, got NaN or infinity"
+
     def label(self, name: str) -> int:
-        """Returns the label that a name or a number stands for.
+        """Returns the label that a name or a number stands for; only a name if there are names that are numbers.
 
         Raises:
             ValueError: for no name or number of a class.
         """
         if name in self.names:
             return self.names.index(name)
-        if name.isdecimal() and int(name) < self.classes:
+        counts = not any(each.isdecimal() for each in self.names)
+        if counts and name.isdecimal() and int(name) < self.classes:
             return int(name)
-        known = f" or one of {', '.join(self.names)}" if self.names else ""
-        raise ValueError(f"label must be a number from 0 to {self.classes - 1}{known}, got {name!r}")
+        known = [f"a number from 0 to {self.classes - 1}"] if counts else []
+        known += [f"one of {', '.join(self.names)}"] if self.names else []
+        raise ValueError(f"label must be {' or '.join(known)}, got {name!r}")
 
 
 def describe(value: Tensor) -> Condition:
@@ -95,42 +117,48 @@ def _is_share(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-def drawn(known: Mapping[str, Condition], keys: Tensor, has_null: bool) -> dict[str, Tensor]:
-    """Returns conditions for samples that are given none: labels as frequent as in the data, else "no condition".
+def completed(
+    known: Mapping[str, Condition], given: Mapping[str, Any] | None, keys: Tensor, has_null: bool
+) -> Mapping[str, Any]:
+    """Returns the conditions of samples, with those that are not given.
 
-    The label of a sample is a function of its key: a uniform of step 0 in stream 4.
+    If none is given, labels are drawn, as frequent as in the data: a sample's label is a function of its key, by a
+    uniform of step 0 in stream 4. Vectors cannot be drawn; they, and what is left out of several conditions, are
+    "no condition".
 
     Args:
         keys: int64 ``[n, 2]``, one key per sample.
         has_null: whether the network has learned to do without its conditions.
 
     Raises:
-        ValueError: for vectors that the network has not learned to do without.
+        ValueError: for a condition that is not given, and that the network has not learned to do without.
     """
-    if all(condition.classes for condition in known.values()):
+    if given is None and all(condition.classes for condition in known.values()):
         u = noise.uniform(keys, 0, (len(known),), noise.STREAM_OTHER)
         return {name: condition.draw(u[:, i]) for i, (name, condition) in enumerate(known.items())}
-    if not has_null:
+    lacks = [name for name in known if name not in (given or {})]
+    if lacks and not has_null:
         raise ValueError(
-            f"model_kwargs must be given, as the network was trained with {', '.join(known)} and not without; got none"
+            f"model_kwargs must be given, as the network was trained without dropping its conditions "
+            f"({', '.join(known)}); got none for {', '.join(lacks)}"
         )
-    return {name: condition.nulls(len(keys), keys.device) for name, condition in known.items()}
+    return {**(given or {}), **{name: known[name].nulls(len(keys), keys.device) for name in lacks}}
 
 
-def check_labels(known: Mapping[str, Condition], given: Any) -> None:
-    """Raises ValueError for a label out of range. Anything else that may be wrong is left to others."""
-    if not isinstance(given, Mapping):
-        return
-    for name, condition in known.items():
-        value = given.get(name)
-        if not condition.classes or not isinstance(value, Tensor) or value.is_floating_point() or not value.numel():
+def check_labels(name: str, given: Mapping[str, Any] | None, known: Mapping[str, Condition]) -> None:
+    """Raises TypeError or ValueError for labels that are none. It waits for a GPU."""
+    for key, condition in known.items():
+        value = (given or {}).get(key)
+        if not condition.classes or value is None:
             continue
-        low, high, null = int(value.min()), int(value.max()), int(condition.null or 0)
-        if low < 0 or high > max(condition.classes - 1, null):
-            raise ValueError(
-                f"model_kwargs[{name!r}] must be labels from 0 to {condition.classes - 1}, or {null} for none, got "
-                f"{low} .. {high}"
-            )
+        who, end = f"{name}[{key!r}]", condition.classes - 1
+        expected = f"labels from 0 to {end}, or {condition.null} for none"
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{who} must be a tensor of {expected}, got {came}")
+        wrong = (value < 0) | (value > end) & (value != condition.null)
+        if wrong.any():
+            raise ValueError(f"{who} must be {expected}, got {int(value.min())} .. {int(value.max())}")
 
 
 def unconditional(
@@ -146,6 +174,11 @@ def unconditional(
             f"uncond_kwargs must be given, as the network was trained without dropping its conditions "
             f"({', '.join(known)}); got none"
         )
+    return null_values(known, n, device)
+
+
+def null_values(known: Mapping[str, Condition], n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Returns "no condition" for n samples, by name."""
     return {name: condition.nulls(n, device) for name, condition in known.items()}
 
 

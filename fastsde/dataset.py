@@ -78,6 +78,11 @@ class Dataset:
         return tuple(self.x.shape[1:])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the data as they are stored: uint8 or fp32."""
+        return self.x.dtype
+
+    @property
     def seen_range(self) -> tuple[float, float] | None:
         """Black and white as the network sees them, the lower first; None for other data, or before they are known."""
         return seen_range(self.value_range, self.scale, self.shift)
@@ -165,7 +170,7 @@ def _conditions(given: Mapping[str, object], n: int) -> dict[str, Tensor]:
         name = f"conditions[{key!r}]"
         if key in ("x", "t"):
             raise ValueError(f"{name} would hide the {key} that model(x, t) is called with")
-        tensor = check_tensor(name, _from_numpy(value, name) if isinstance(value, np.ndarray) else value).detach()
+        tensor = check_tensor(name, from_numpy(value, name) if isinstance(value, np.ndarray) else value).detach()
         if tensor.ndim == 0 or len(tensor) != n:
             raise ValueError(f"{name} must have one value for each of the {n} samples, got shape {list(tensor.shape)}")
         if tensor.is_floating_point():
@@ -208,7 +213,7 @@ def numbers(given: object, name: str = "x") -> Tensor:
         TypeError, ValueError: for anything but a dense array of real numbers; the message starts with ``name``.
     """
     if isinstance(given, np.ndarray):
-        given = _from_numpy(given, name)
+        given = from_numpy(given, name)
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a tensor or a NumPy array, got {type(given).__name__}")
     if given.layout != torch.strided or given.device.type == "meta":
@@ -226,7 +231,7 @@ def numbers(given: object, name: str = "x") -> Tensor:
     return x.float()
 
 
-def _from_numpy(array: np.ndarray[Any, Any], name: str = "x") -> Tensor:
+def from_numpy(array: np.ndarray[Any, Any], name: str = "x") -> Tensor:
     """Returns a copy of an array, which may have any strides and byte order."""
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, got an array of {array.dtype}")

@@ -106,9 +106,10 @@ class Objective:
     def draw(self, u: Tensor) -> Tensor:
         """Maps fp32 uniforms on [0, 1) to fp32 training times, increasing in u: a step draws one number per sample.
 
-        "lognormal" applies the inverse of the normal distribution to u + 2^-25, in float64.
+        "lognormal" applies the inverse of the normal distribution to u + 2^-25, in float64; "importance" depends on
+        more than this object knows (`fastsde.training.importance`), and is uniform here.
         """
-        if self.times == "uniform":
+        if self.times != "lognormal":
             return u.mul(self.last_time - self.t_min).add_(self.t_min)
         normal = torch.special.ndtri(u.double() + 2.0**-25)
         return torch.exp(self.time_mean + self.time_std * normal).clamp(self.t_min, self.last_time).float()

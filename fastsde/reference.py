@@ -22,6 +22,7 @@ __all__ = [
     "Draws",
     "Noised",
     "NonFiniteError",
+    "averaged",
     "clip_gradient",
     "condition_draws",
     "copy_buffers",
@@ -43,6 +44,8 @@ __all__ = [
 Model = Callable[..., Tensor]
 NoiseFunction = Callable[[int, Tensor], Tensor]
 RowHook = Callable[[int, float, Tensor], "Tensor | None"]
+
+MOST_ROWS = 2**24  # of data that one uniform tells apart; kernels draw no more
 
 
 class NonFiniteError(RuntimeError):
@@ -229,8 +232,14 @@ def training_draws(keys: Tensor, step: int | Tensor, n: int, shape: Sequence[int
 
 
 def data_order(keys: Tensor, step: int | Tensor, n: int) -> Tensor:
-    """Draws positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps."""
-    return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
+    """Draws positions ``[B]`` in a data set of ``n``, or ``[R, B]`` for an int64 tensor of R steps.
+
+    A uniform has 24 bits: larger data sets take 24 more from a second one, or most of their rows would never be drawn.
+    """
+    if n <= MOST_ROWS:
+        return (noise.uniform(keys, step, (), noise.STREAM_DATA_ORDER).double() * n).long()
+    high, low = noise.uniform(keys, step, (2,), noise.STREAM_DATA_ORDER).double().unbind(-1)
+    return ((high + low / MOST_ROWS) * n).long()
 
 
 def load_batch(x_0: Tensor, index: Tensor | None = None, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -361,8 +370,15 @@ def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
     Buffers, such as the running statistics of batch normalization, are copied.
     """
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(*averaged(ema, model), 1 - decay)
     copy_buffers(ema, model)
+
+
+def averaged(ema: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the parameters that are averaged, of both networks: integers cannot be trained, and stay as they are."""
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    kept = [(ours, theirs.detach()) for ours, theirs in pairs if ours.is_floating_point() or ours.is_complex()]
+    return [ours for ours, _ in kept], [theirs for _, theirs in kept]
 
 
 def copy_buffers(ema: nn.Module, model: nn.Module) -> None:

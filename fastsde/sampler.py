@@ -245,11 +245,11 @@ class Sampler:
         keys = make_keys(keys, n, seed, first_sample, self.device, self._planner.is_reference)
         if self._checkpoint is not None and self._checkpoint.conditions:
             known, has_null = self._checkpoint.conditions, self._checkpoint.has_null
-            if model_kwargs is None:
-                model_kwargs = conditions.drawn(known, keys, has_null)
-            conditions.check_labels(known, model_kwargs)
+            model_kwargs = conditions.completed(known, model_kwargs, keys, has_null)
             if self.guidance is not None and uncond_kwargs is None:
                 uncond_kwargs = conditions.unconditional(known, n, self.device, has_null)
+            for name, given in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
+                conditions.check_labels(name, given, known)
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         shape = (n, *self.sample_shape)

@@ -11,8 +11,19 @@ import torch
 from torch import Tensor
 
 from .conditions import Condition
-from .dataset import Dataset, black_and_white, check_scaling, in_shape, is_image, mapping, numbers, seen_range
-from .validation import check_instance, check_range
+from .dataset import (
+    Dataset,
+    black_and_white,
+    check_scaling,
+    from_numpy,
+    in_shape,
+    is_image,
+    mapping,
+    numbers,
+    seen_range,
+)
+from .randomness import preserved, seed_everywhere
+from .validation import check_instance, check_range, check_tensor
 
 __all__ = ["StreamedDataset", "as_dataset", "in_memory"]
 
@@ -47,6 +58,7 @@ class StreamedDataset:
     described: Mapping[str, Condition] = field(default_factory=dict)
     as_shape: tuple[int, ...] | None = None
     shape: tuple[int, ...] = field(init=False)
+    dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         check_instance("name", self.name, str)
@@ -54,7 +66,12 @@ class StreamedDataset:
             raise TypeError(f"source must have a length and items, got {type(self.source).__name__}")
         if len(self.source) == 0:
             raise ValueError("source must have at least one item, got none")
-        x, conditions = _item(self.source[0], 0)
+        with preserved():  # from a random transform
+            seed_everywhere(0)
+            x, conditions = _item(self.source[0], 0)
+        for key in conditions.keys() & {"x", "t"}:
+            raise ValueError(f"item 0 has a condition {key!r}, which would hide the {key} that model(x, t) is given")
+        x = x if self.as_shape is None else in_shape(x[None], self.as_shape)[0]
         scale, shift = check_scaling(self.scale, self.shift, x)
         value_range = self.value_range
         if value_range is not None:
@@ -64,10 +81,10 @@ class StreamedDataset:
         elif is_image(x[None]):
             value_range = black_and_white(x, (float(x.min()), float(x.max())))
         described = {name: self.described.get(name) or self._describe(name, each) for name, each in conditions.items()}
-        shape = tuple(x.shape) if self.as_shape is None else self.as_shape
-        given = {"scale": scale, "shift": shift, "value_range": value_range, "described": described, "shape": shape}
-        for name, value in given.items():
+        given = {"scale": scale, "shift": shift, "value_range": value_range, "described": described}
+        for name, value in (given | {"shape": tuple(x.shape), "dtype": x.dtype}).items():
             object.__setattr__(self, name, value)
+        self._checked(x, conditions, 0)
 
     def _describe(self, name: str, value: Tensor) -> Condition:
         if value.is_floating_point():
@@ -105,28 +122,35 @@ class StreamedDataset:
 
     def with_shape(self, shape: Any) -> StreamedDataset:
         """Returns the data as samples of ``shape``. As `fastsde.data.Dataset.with_shape`."""
-        in_shape(torch.empty((1, *_item(self.source[0], 0)[0].shape), device="meta"), shape)  # raises if it cannot
-        return replace(self, as_shape=tuple(shape))
+        return self if self.shape == tuple(shape) else replace(self, as_shape=tuple(shape))
 
     def item(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns an item: uint8 or fp32 of the data set's shape, and its conditions.
 
         Raises:
-            ValueError: if its shape is not that of the first item, it has other conditions, or a label is out of range.
+            ValueError: if its shape or dtype is not that of the first item, it is not finite, it has other conditions,
+                or a label is out of range.
         """
         x, conditions = _item(self.source[index], index)
         try:
             x = in_shape(x[None], self.shape)[0]
         except ValueError as error:
             raise ValueError(f"item {index} of {self.name}: {error}") from None
+        return self._checked(x, conditions, index)
+
+    def _checked(self, x: Tensor, conditions: dict[str, Tensor], index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns an item in the data set's shape; raises as `item` does."""
+        who = f"item {index} of {self.name}"
+        if x.dtype != self.dtype:
+            raise ValueError(f"{who} must be {self.dtype} like the first one, got {x.dtype}")
+        if x.is_floating_point():
+            check_tensor(f"{who} (as fp32)", x, finite=True)
         if conditions.keys() != self.described.keys():
-            raise ValueError(
-                f"item {index} of {self.name} must have the conditions {list(self.described)}, got {list(conditions)}"
-            )
+            raise ValueError(f"{who} must have the conditions {list(self.described)}, got {list(conditions)}")
         for name, value in conditions.items():
-            known = self.described[name]
-            if tuple(value.shape) != known.shape or (known.classes and not 0 <= int(value) < known.classes):
-                raise ValueError(f"item {index} of {self.name} has {name}={value}, expected one of {known}")
+            problem = self.described[name].problem(value)
+            if problem is not None:
+                raise ValueError(f"{who} has a wrong {name}: {problem}")
         return x, conditions
 
 
@@ -140,12 +164,17 @@ def as_dataset(given: Any, name: str = "") -> Dataset | StreamedDataset:
         return given
     if isinstance(given, (Tensor, np.ndarray)):
         return Dataset(name, given)  # type: ignore[arg-type]
-    if isinstance(given, torch.utils.data.IterableDataset) or not hasattr(given, "__getitem__"):
+    _check_map_style(given)
+    return StreamedDataset(name or type(given).__name__, given)
+
+
+def _check_map_style(given: Any) -> None:
+    iterable = isinstance(given, (torch.utils.data.IterableDataset, Mapping, str))
+    if iterable or not (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
         raise TypeError(
             f"dataset must be a fastsde.data.Dataset, an array [N, *shape], or have a length and items, got "
             f"{type(given).__name__}"
         )
-    return StreamedDataset(name or type(given).__name__, given)
 
 
 def in_memory(dataset: Any, name: str = "", described: Mapping[str, Condition] | None = None) -> Dataset:
@@ -159,6 +188,7 @@ def in_memory(dataset: Any, name: str = "", described: Mapping[str, Condition] |
     Raises:
         TypeError, ValueError: as for `StreamedDataset` and `fastsde.data.Dataset`, or for items of different shapes.
     """
+    _check_map_style(dataset)
     items = [_item(dataset[i], i) for i in range(len(dataset))]
     if not items:
         raise ValueError("dataset must have at least one item, got none")
@@ -203,7 +233,10 @@ def _array(x: Any) -> Any:
 
 def _condition(key: str, value: Any, index: int) -> Tensor:
     try:
-        tensor = torch.as_tensor(value, device="cpu")
+        array = isinstance(value, (np.ndarray, np.generic))
+        tensor = from_numpy(np.asarray(value), key) if array else torch.as_tensor(value, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"item {index} must have a number or an array as {key}, got {type(value).__name__}") from error
+    if tensor.is_complex():
+        raise TypeError(f"item {index} must have real numbers as {key}, got {tensor.dtype}")
     return tensor.float() if tensor.is_floating_point() else tensor.long()

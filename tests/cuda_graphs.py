@@ -146,6 +146,12 @@ class CudaRecording(capture.Recording):
         return replay
 
 
+def _never_capturable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Makes an optimizer for the tape: PyTorch refuses capturable=True for weights on the CPU."""
+    adam = getattr(torch.optim, name)
+    monkeypatch.setattr(torch.optim, name, lambda *args, capturable=False, **options: adam(*args, **options))
+
+
 @pytest.fixture(params=["tape", pytest.param("cuda", marks=pytest.mark.gpu)])
 def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Counted graphs, of CUDA or of the tape, with their device as the default device."""
@@ -161,6 +167,6 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         pytest.skip("the graphs are CUDA's own where there is a GPU")
     interpret(monkeypatch)
     monkeypatch.setattr("fastsde.engines.capture.can_record", lambda device: True)
-    adam = torch.optim.Adam  # PyTorch refuses capturable=True for weights on the CPU, and the tape does not need it
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, capturable=False, **options: adam(*args, **options))
+    for name in ("Adam", "AdamW"):
+        _never_capturable(monkeypatch, name)
     yield kind

@@ -94,7 +94,7 @@ def test_a_network_of_the_users_own_is_loaded_into_what_makes_it(
         assert torch.equal(loaded.model.state_dict()[name], value), name
         assert loaded.model.state_dict()[name].dtype == value.dtype
     with pytest.raises(
-        ValueError, match=r"not a complete fastsde checkpoint: RuntimeError\(.Error.*in loading state_dict"
+        ValueError, match=r"has weights that do not fit the model, a Linear: missing bias, weight; unexpected"
     ):
         checkpoints.load(path, model=nn.Linear(3, 3))
 
@@ -102,22 +102,6 @@ def test_a_network_of_the_users_own_is_loaded_into_what_makes_it(
 def test_a_network_that_a_checkpoint_describes_is_not_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model must be None for .*, which knows its architecture, got"):
         checkpoints.load("swiss-roll", model=MLP())
-
-
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        ("networks", ValueError, "model must be 'package.module:function', got 'networks'"),
-        ("no_such_module_here:make", ValueError, "cannot be imported: No module named 'no_such_module_here'"),
-        ("torch.nn:nothing", ValueError, "'torch.nn:nothing', which cannot be imported: .*nothing"),
-        ("math:pi", TypeError, "model must be a network, a function that makes one, or the name of one, got 'math:pi'"),
-        (dict, TypeError, "model must make an nn.Module, got dict"),
-    ],
-)
-def test_what_makes_no_network_is_an_error(tmp_path: Path, model: object, error: type[Exception], message: str) -> None:
-    checkpoints.save(tmp_path / "a.safetensors", Checkpoint(Tied(), sample_shape=(2,)))
-    with pytest.raises(error, match=message):
-        checkpoints.load(tmp_path / "a.safetensors", model=model)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:

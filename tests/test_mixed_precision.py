@@ -55,5 +55,5 @@ def test_all_weights_are_cast_at_once_and_all_gradients() -> None:
         made.hand_over()
     assert launches.names.count("_foreach_copy_") == 2
     assert launches.names.count("_to_copy") == 3  # t, and the loss in fp32 and back
-    with pytest.raises(RuntimeError, match="a parameter has no gradient"):
-        LowPrecisionCopy(model, torch.bfloat16).hand_over()
+    LowPrecisionCopy(model, torch.bfloat16).hand_over()  # of a network that uses none of its parameters
+    assert all(each.grad is None for each in model.parameters())

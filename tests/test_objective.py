@@ -177,7 +177,7 @@ def test_every_prediction_has_an_objective() -> None:
         ({"weighting": "snr"}, ValueError, "weighting must be one of sigma2, likelihood, target, got 'snr'"),
         ({"preconditioning": "vp"}, ValueError, "preconditioning must be one of none, edm, got 'vp'"),
         ({"preconditioning": "edm"}, ValueError, "prediction must be 'x0' with preconditioning 'edm', got 'score'"),
-        ({"times": "normal"}, ValueError, "times must be one of uniform, lognormal, got 'normal'"),
+        ({"times": "normal"}, ValueError, "times must be one of uniform, lognormal, importance, got 'normal'"),
         ({"sigma_data": 0.0}, ValueError, "sigma_data must be positive and finite, got 0"),
         ({"time_std": -1.0}, ValueError, "time_std must be positive and finite, got -1"),
         ({"time_mean": math.inf}, ValueError, "time_mean must be finite, got inf"),

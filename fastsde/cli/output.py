@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import pictures, plotting, solvers
 from ..checkpoints import Checkpoint
+from ..conditions import null_values
 from ..files import atomic_path
 
 
@@ -27,7 +28,7 @@ def save_samples(path: Path, x: Tensor) -> None:
 
 
 def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], path: Path) -> None:
-    """Draws states ``[frames, n, *shape]`` on their way from noise to data, points with the score field."""
+    """Draws states ``[frames, n, *shape]`` on their way from noise to data, points with the unconditional score."""
 
     def score(x: Tensor, t: float) -> Tensor:
         # Near t = 0 the score grows without bound, so the last frames show the field at t_min.
@@ -35,12 +36,14 @@ def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], pa
         r, s = solvers.score_form(
             checkpoint.sde, torch.tensor([t], dtype=torch.float64, device="cpu"), checkpoint.prediction
         )
+        given = null_values(checkpoint.conditions, len(x), x.device)
         with torch.no_grad():
-            f: Tensor = checkpoint.model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+            f: Tensor = checkpoint.model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), **given)
         return float(r) * x + float(s) * f
 
     if checkpoint.shape == (2,):
-        frames = plotting.animate_points(states.float(), times, score)
+        knows = not checkpoint.conditions or checkpoint.has_null  # the score without conditions
+        frames = plotting.animate_points(states.float(), times, score if knows else None)
     else:
         frames = plotting.animate_images(
             states, checkpoint.value_range or (-1.0, 1.0), pictures.columns(states.shape[1])

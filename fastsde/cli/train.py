@@ -125,11 +125,10 @@ def _train(
     on_device = distributed.device(device)
     options["sde"] = None if sde is None else from_dict({"name": sde})
     options["precision"] = None if dtype is None else TRAINING_DTYPES[dtype]
-    config = _config(dataset, directory, recipe, on_device, resume, options)
+    config, loaded = _config(dataset, directory, recipe, on_device, resume, options)
     root = data.DEFAULT_ROOT if data_root is None else data_root
-    trainer = training.Trainer(
-        config, directory, device=on_device, data_root=root, resume=resume, tensorboard=tensorboard
-    )
+    given: dict[str, Any] = {"dataset": loaded, "data_root": root, "tensorboard": tensorboard}
+    trainer = training.Trainer(config, directory, device=on_device, resume=resume, **given)
     ranks = distributed.ranks() or distributed.Ranks()
     if ranks.rank == 0 and not quiet:
         click.echo(f"{directory}: {_in_words(config, ranks.world)}", err=True)
@@ -143,12 +142,12 @@ def _train(
 
 def _config(
     dataset: str, directory: Path, recipe: str | None, device: torch.device, resume: bool, options: dict[str, Any]
-) -> TrainConfig:
-    """Returns the config of the run or of the recipe, with the given options applied."""
+) -> tuple[TrainConfig, Any]:
+    """Returns the config of the run or of the recipe, with the given options applied, and the data if it has them."""
     from .. import training
     from ..checkpoints import RUN_CHECKPOINT
 
-    checkpoint = directory / RUN_CHECKPOINT
+    checkpoint, loaded = directory / RUN_CHECKPOINT, None
     if resume and checkpoint.exists():
         config = training.saved_config(checkpoint)
         if config.data != dataset:
@@ -156,25 +155,25 @@ def _config(
         if recipe is not None:
             raise ValueError(f"the run in {directory} has its recipe already: leave --recipe out to resume it")
     else:
-        config = _recipe(dataset, recipe, options)
+        config, loaded = _recipe(dataset, recipe, options)
         if device.type == "cuda" and config.architecture == "UNet" and recipe != "tutorial":
             config = replace(config, precision="bf16")
     config = replace(config, **{name: value for name, value in options.items() if value is not None})
     if options["sigma_data"] is not None and config.preconditioning != "edm":
         raise click.UsageError("--sigma-data is what --preconditioning edm scales by: give both, or neither")
-    return config
+    return config, loaded
 
 
-def _recipe(dataset: str, recipe: str | None, options: dict[str, Any]) -> TrainConfig:
-    """Returns the recipe for a data set by name, or for a file or folder, which is looked at."""
+def _recipe(dataset: str, recipe: str | None, options: dict[str, Any]) -> tuple[TrainConfig, Any]:
+    """Returns the recipe for a data set by name, or for a file or folder, which it returns as well."""
     from .. import data, training
 
     if dataset in DATASETS:
-        return training.recipes.RECIPES[recipe or "default"](dataset)
+        return training.recipes.RECIPES[recipe or "default"](dataset), None
     if recipe is not None:
         raise ValueError("--recipe is for the data sets known by name: leave it out")
     loaded = data.load(dataset, size=options["data_size"], image_size=options["image_size"])
-    return training.config_for(loaded, dataset)
+    return training.config_for(loaded, dataset, options["model"]), loaded
 
 
 def _in_words(config: TrainConfig, world: int) -> str:

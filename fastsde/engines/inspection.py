@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,15 @@ from ..models.mlp import is_sequential
 from ..reference import Model
 from .fingerprint import modules_of
 
-__all__ = ["check_call", "device_of", "dtype_of", "prefers_channels_last", "random_layers", "tensors_of"]
+__all__ = [
+    "check_call",
+    "check_output",
+    "device_of",
+    "dtype_of",
+    "prefers_channels_last",
+    "random_layers",
+    "tensors_of",
+]
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -81,3 +89,17 @@ def check_call(model: Model, name: str, kwargs: Mapping[str, Any]) -> None:
             f"model must be callable as model(x, t, **{name}), got {type(model).__name__}{signature} and {name} with "
             f"{', '.join(map(repr, kwargs)) or 'nothing'}: model({call}) fails, {error}"
         ) from error
+
+
+def check_output(f: Any, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Returns a network's output for x of a shape on a device. Raises TypeError or ValueError for a wrong one."""
+    if not isinstance(f, Tensor):
+        hint = ", such as lambda x, t: model(x, t).sample" if hasattr(f, "sample") else ""
+        raise TypeError(f"model must return a tensor, got {type(f).__name__}: wrap it in a function{hint}")
+    if not f.is_floating_point():
+        raise TypeError(f"model must return a floating-point tensor, got {f.dtype}")
+    if f.device != device:
+        raise ValueError(f"model must return a tensor on {device}, got {f.device}")
+    if f.shape != shape:
+        raise ValueError(f"model must return the shape of x, {list(shape)}, got {list(f.shape)}")
+    return f

@@ -56,12 +56,16 @@ class LowPrecisionCopy:
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Copies the gradients to the network."""
-        theirs, ours = ([_gradient(group[i]) for i in self._trained] for group in (self._masters, self._weights))
-        torch._foreach_copy_(theirs, ours)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise RuntimeError("a parameter has no gradient: does the network use it?")
-    return parameter.grad
+        """Copies the gradients to the network; a parameter that the network does not use has none."""
+        theirs, ours = list[Tensor](), list[Tensor]()
+        for number in self._trained:
+            master, gradient = self._masters[number], self._weights[number].grad
+            if gradient is None:
+                master.grad = None
+                continue
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            theirs.append(master.grad)
+            ours.append(gradient)
+        if ours:
+            torch._foreach_copy_(theirs, ours)

@@ -21,7 +21,7 @@ from .capture import CaptureError
 from .compilers import Compiled, compiled, unavailable_reason
 from .derived import Derived, derived, form_of
 from .fingerprint import Fingerprint, fingerprint, modules_of
-from .inspection import device_of, dtype_of
+from .inspection import check_output, device_of, dtype_of
 from .unet_inference import UNetInference
 
 __all__ = ["Feed", "Kept", "Network"]
@@ -245,20 +245,10 @@ class Network:
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         shape = x.shape  # a network may change x in place
-        f: Any = self._fed(x, t, kwargs)
-        if not isinstance(f, Tensor):
-            hint = ", such as lambda x, t: model(x, t).sample" if hasattr(f, "sample") else ""
-            raise TypeError(f"model must return a tensor, got {type(f).__name__}: wrap it in a function{hint}")
-        if not f.is_floating_point():
-            raise TypeError(f"model must return a floating-point tensor, got {f.dtype}")
-        if f.device != x.device:
-            raise ValueError(f"model must return a tensor on {x.device}, got {f.device}")
-        if f.shape != shape:
-            raise ValueError(f"model must return the shape of x, {list(shape)}, got {list(f.shape)}")
+        f = check_output(self._fed(x, t, kwargs), shape, x.device)
         if self._compiled is not None:
             _made.add(self._compiled)
-        result: Tensor = f
-        return result
+        return f
 
     # Feeding the network --------------------------------------------------------------------------------------------
 

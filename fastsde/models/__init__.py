@@ -14,9 +14,9 @@ from .mlp import MLP, ConcatTime
 from .preconditioned import Preconditioned
 from .sinusoidal import Sinusoidal
 from .unet import UNet
-from .unwrap import unwrap
+from .unwrap import shape_of, unwrap
 
-__all__ = ["MLP", "ConcatTime", "Preconditioned", "Sinusoidal", "UNet", "from_config", "unwrap"]
+__all__ = ["MLP", "ConcatTime", "Preconditioned", "Sinusoidal", "UNet", "from_config", "shape_of", "unwrap"]
 
 # The AVX-512 log1p that PyTorch ships loads its result for -0 with a masked load. Until the page of that constant has
 # really been read once, every masked-off load of it is slow: log1p takes some 15 times as long and log sigmoid 5 to 10

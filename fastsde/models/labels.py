@@ -28,10 +28,15 @@ class LabelEmbedding(nn.Embedding):
 
         Raises:
             IndexError: for a label outside of [0, classes], on the CPU.
+            TypeError, ValueError: for labels of another dtype or shape.
         """
         if label is None:
             assert like is not None
             return self.weight[-1].expand(len(like), -1)
+        if label.is_floating_point() or label.is_complex():
+            raise TypeError(f"label must be integers, got {label.dtype}")
+        if label.ndim != 1:
+            raise ValueError(f"label must have shape [B], got {list(label.shape)}")
         embedded: Tensor = super().forward(label.long())
         return embedded
 

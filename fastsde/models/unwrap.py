@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["unwrap"]
+__all__ = ["shape_of", "unwrap"]
 
 _WITH_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
@@ -30,3 +33,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             return model
+
+
+def shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """Returns a network's attribute ``shape``, that of one sample; None if it has none, or something else of that name.
+
+    A network of the user's may call anything so.
+    """
+    shape: Any = getattr(unwrap(model), "shape", None)
+    if not isinstance(shape, Sequence) or not all(type(each) is int for each in shape):
+        return None
+    return tuple(shape)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,12 +15,16 @@ from torch.utils.data import Dataset as TorchDataset
 from .. import ops, reference
 from ..conditions import Condition
 from ..dataset import Dataset
+from ..engines.inspection import check_call
+from ..models import MLP, UNet
+from ..randomness import preserved, seed_everywhere
 from ..streamed import StreamedDataset
 from .config import TrainConfig
 
 __all__ = ["Batch", "Batches", "batches_of", "conditions_of"]
 
 _STEPS_AHEAD = 64  # whose positions are drawn at once
+_SIZES = {"label": "classes", "condition": "condition"}  # the attribute of a network that gives a condition's size
 
 
 class Batch(NamedTuple):
@@ -43,31 +45,44 @@ def conditions_of(model: nn.Module, dataset: Dataset | StreamedDataset) -> dict[
     """Returns the conditions of a data set that a network takes: those that its ``forward`` has arguments for.
 
     Raises:
-        ValueError: if one of this package's networks takes a condition that the data do not have, or another number of
-            classes.
+        ValueError: if the network cannot be called with x, t and these, or one of this package's networks takes a
+            condition that the data do not have, or another number of classes.
     """
     try:
         arguments: Mapping[str, Any] = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):  # it has none that Python can read
         arguments = {}
     takes_all = any(each.kind == each.VAR_KEYWORD for each in arguments.values())
-    own = {"label": getattr(model, "classes", None), "condition": getattr(model, "condition", None)}
-    if not hasattr(model, "config"):
-        own = {}
+    named = [name for name, each in arguments.items() if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    first = [name for name in named if arguments[name].kind == arguments[name].POSITIONAL_OR_KEYWORD][:2]  # x and t
+    is_own = isinstance(model, (MLP, UNet))
+    sizes = {name: getattr(model, name_of_size, 0) for name, name_of_size in _SIZES.items()} if is_own else {}
     found = {
         name: each
         for name, each in dataset.described.items()
-        if own.get(name, 1) and (takes_all or (name in arguments and name not in list(arguments)[:2]))
+        if sizes.get(name, 1) and (takes_all or (name in named and name not in first))
     }
-    for name, size in own.items():
-        if not size:
-            continue
-        if name not in found:
-            raise ValueError(f"the data must have the condition {name!r} that the model takes, got {list(found)}")
-        has = found[name].classes or sum(found[name].shape)
-        if has != size:
-            raise ValueError(f"the model takes a {name!r} of {size}, the data have one of {has}")
+    try:
+        check_call(model, "conditions", found)
+    except TypeError as error:  # the network and the data do not fit
+        raise ValueError(str(error)) from error
+    for name, size in sizes.items():
+        if size:
+            _check_size(name, size, found)
     return found
+
+
+def _check_size(name: str, size: int, found: Mapping[str, Condition]) -> None:
+    """Raises ValueError unless the data have a condition that fits one of this package's networks."""
+    if name not in found:
+        raise ValueError(f"the data must have the condition {name!r} that the model takes, got {list(found)}")
+    has = found[name]
+    expected = Condition(classes=size) if name == "label" else Condition(shape=(size,))
+    if (has.classes, has.shape) != (expected.classes, expected.shape):
+        words = f"{has.classes} classes" if has.classes else f"values of shape {list(has.shape)}"
+        raise ValueError(f"the model takes a {name!r} of {size}, the data have one of {words}")
+    if name == "label" and has.null is not None and has.null > size:
+        raise ValueError(f"the null of the condition 'label' must be at most {size} for the model, got {has.null}")
 
 
 class _Memory:
@@ -105,19 +120,14 @@ class _Seeded(TorchDataset[Any]):
     def __init__(self, dataset: StreamedDataset, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
-    def __getitem__(self, place: tuple[int, int, int]) -> Batch:
-        step, position, index = place
-        low, high = (int(each) for each in np.random.SeedSequence((self._seed, step, position)).generate_state(2))
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (what transforms use)
-        try:
-            random.seed(low << 32 | high)
-            np.random.seed(low)  # noqa: NPY002
-            torch.default_generator.manual_seed(low << 31 | high >> 1)
-            return Batch(*self._dataset.item(index))
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            torch.set_rng_state(states[2])
+    def __getitems__(self, places: list[tuple[int, int, int]]) -> list[Batch]:
+        """Returns the items of a batch, each a batch without its first axis."""
+        with preserved():
+            return [self._item(*place) for place in places]
+
+    def _item(self, step: int, position: int, index: int) -> Batch:
+        seed_everywhere(self._seed, step, position)
+        return Batch(*self._dataset.item(index))
 
 
 class _Streamed:

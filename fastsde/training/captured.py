@@ -13,10 +13,14 @@ from ..distributed import Ranks
 from ..engines import capture
 from ..engines.chunks import MAX_CHUNK, chunks_of_fixed_lengths
 from ..engines.mixed_precision import LowPrecisionCopy
+from ..randomness import generator_of
 from ..reference import (
+    MOST_ROWS,
+    averaged,
     clip_gradient,
     condition_draws,
     copy_buffers,
+    data_order,
     drop_conditions,
     flip_images,
     load_batch,
@@ -24,7 +28,7 @@ from ..reference import (
 )
 from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
-from .steps import Work, pieces, rates_of
+from .steps import Work, checked, pieces, rates_of
 
 __all__ = ["CapturedSteps", "can_capture"]
 
@@ -68,6 +72,8 @@ class CapturedSteps:
         self._recording = capture.Recording(device)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._warm_ups = 0
+        self._generator = generator_of(device)
+        self._draws = False  # whether the network draws random numbers of its own
 
     def chunks(self, count: int) -> list[int]:
         first = min(count, _WARM_UPS - self._warm_ups)
@@ -82,11 +88,19 @@ class CapturedSteps:
         Raises:
             CaptureError: if the steps cannot be captured; none of them has then been taken.
         """
+        if self._draws and count > 1:  # what a step draws must not depend on how many others it is launched with
+            return torch.cat([self.take(step, 1) for step in range(first, first + count)])
+        with self._work.seeded(first):
+            return self._take(first, count)
+
+    def _take(self, first: int, count: int) -> Tensor:
         if count not in self._graphs:
             _detach_from_other_graphs(self._work.model)
         if self._warm_ups < _WARM_UPS or (count not in self._graphs and not self._recording.is_warm):
             self._write(first, count)
+            before = self._generator.get_state()
             self._recording.warm_up(lambda: self._steps(count))
+            self._draws = self._draws or not torch.equal(before, self._generator.get_state())
             self._warm_ups += 1
         else:
             if count not in self._graphs:
@@ -108,8 +122,10 @@ class CapturedSteps:
     def _steps(self, count: int) -> None:
         work, config, size = self._work, self._work.config, self._work.config.batch_size
         keys, n = self._keys[:size], len(work.dataset)
-        if self._ring is None:
-            ops.data_order(self._keys[:size], self._first, n, self._index[:count, :size])
+        if self._ring is None and n <= MOST_ROWS:
+            ops.data_order(keys, self._first, n, self._index[:count, :size])
+        elif self._ring is None:
+            self._index[:count, :size] = data_order(keys, self._first + self._numbers[:count], n)
         coefficients = u = None
         if work.importance is None:
             coefficients = ops.step_coefficients(config.objective, self._keys, 0, count, counter=self._first)[:, :size]
@@ -170,7 +186,7 @@ class CapturedSteps:
         drawn = (data, self._keys[:size][rows], i, coefficients)
         x_in, tau, _ = ops.perturb(*drawn, dtype=work.autocast, **given)
         with torch.autocast(x_in.device.type, dtype=work.autocast, enabled=work.autocast is not None):
-            f = self._network(x_in, tau, **{name: value[rows] for name, value in conditions.items()})
+            f = checked(self._network)(x_in, tau, **{name: value[rows] for name, value in conditions.items()})
         if work.importance is not None:
             # The kernel keeps no losses of samples; the noise is drawn again, as in the kernel.
             keys, step = self._keys[:size][rows], self._first + i
@@ -211,7 +227,7 @@ class _Ring:
             batch = self._batches.take(first + i, _NO_INDEX)
             if not self._memory:
                 self._memory = [
-                    Batch(torch.empty_like(batch.x_0), {k: torch.empty_like(v) for k, v in batch.conditions.items()})
+                    Batch(torch.zeros_like(batch.x_0), {k: torch.zeros_like(v) for k, v in batch.conditions.items()})
                     for _ in range(self._steps)
                 ]
             here = self._memory[i]
@@ -240,8 +256,8 @@ def _detach_from_other_graphs(model: nn.Module) -> None:
 def _move(ema: nn.Module, model: nn.Module, weight: Tensor) -> None:
     """Does what `fastsde.reference.ema_update` does, with ``weight`` = 1 - decay on the device."""
     with torch.no_grad():
-        averages: list[Tensor] = list(ema.parameters())
-        steps: list[Tensor] = list(torch._foreach_sub([each.detach() for each in model.parameters()], averages))
+        averages, weights = averaged(ema, model)
+        steps: list[Tensor] = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(steps, weight)
         torch._foreach_add_(averages, steps)
     copy_buffers(ema, model)

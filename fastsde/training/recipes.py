@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..dataset import Dataset
 from ..sde import EDM, RectifiedFlow
 from ..streamed import StreamedDataset
@@ -15,6 +17,7 @@ __all__ = ["RECIPES", "config_for", "ddpm_config", "default_config", "edm_config
 
 _MLP = {"architecture": "MLP", "shape": [2], "hidden": [64, 64, 64], "activation": "LogSigmoid"}
 _UNET = {"architecture": "UNet", "image_channels": 1, "image_size": [28, 28], "channels": [32, 64, 128, 256, 256]}
+_CHANNELS = (1, 3, 4)
 _CONDITIONAL = {**_UNET, "embedding": 64, "classes": 10}
 
 
@@ -68,25 +71,51 @@ def flow_config(data: str) -> TrainConfig:
     return replace(default_config(data), sde=RectifiedFlow(), prediction="flow", weighting="target")
 
 
-def config_for(dataset: Dataset | StreamedDataset, data: str) -> TrainConfig:
+def config_for(dataset: Dataset | StreamedDataset, data: str, model: str | None = None) -> TrainConfig:
     """Returns a recipe for data of your own: a `UNet` for images, and an `MLP` for anything else, with its conditions.
+
+    Images may be stored as ``[C, H, W]`` or ``[H, W, C]``, of 1, 3 or 4 channels, and in uint8 as ``[H, W]``.
 
     Args:
         data: the name of the data in the config.
+        model: "package.module:make", or "", for a network of your own.
+
+    Raises:
+        ValueError: if these networks do not take the conditions of the data.
     """
-    described = dataset.described
+    described, shape = dataset.described, _image_shape(dataset)
+    dropout = 0.1 if described else 0.0
+    recipe = default_config("mnist" if shape else "swiss-roll")
+    recipe = replace(recipe, data=data, data_size=None, condition_dropout=dropout)
+    if model is not None:
+        return replace(recipe, model=model)
     label, vector = described.get("label"), described.get("condition")
     classes = 0 if label is None else label.classes
-    dropout = 0.1 if described else 0.0
+    size = 0 if vector is None or shape or len(vector.shape) != 1 else vector.shape[0]
+    used = {name for name, each in (("label", classes), ("condition", size)) if each}
+    if described.keys() - used:
+        takes = (
+            "a UNet takes 'label', integers" if shape else "an MLP takes 'label', integers, and 'condition', vectors"
+        )
+        raise ValueError(
+            f"the conditions of the data must be those of the network ({takes}), got "
+            f"{', '.join(sorted(described.keys() - used))}: rename them, or train a network of your own (model)"
+        )
+    if shape:
+        unet = {**_UNET, "image_channels": shape[0], "image_size": shape[1:], "embedding": 64, "classes": classes}
+        return replace(recipe, model=unet)
+    mlp: dict[str, Any] = {**_MLP, "shape": list(dataset.shape), "hidden": [128, 128, 128], "activation": "SiLU"}
+    return replace(recipe, model={**mlp, "classes": classes, "condition": size})
+
+
+def _image_shape(dataset: Dataset | StreamedDataset) -> list[int]:
+    """Returns the shape [C, H, W] of images, which may be stored in another layout; [] for other data."""
     shape = list(dataset.shape)
-    if len(shape) == 3:
-        model = {**_UNET, "image_channels": shape[0], "image_size": shape[1:], "embedding": 64, "classes": classes}
-        return replace(default_config("mnist"), data=data, model=model, condition_dropout=dropout)
-    size = 0 if vector is None or len(vector.shape) != 1 else vector.shape[0]
-    mlp: dict[str, Any] = {**_MLP, "shape": shape, "hidden": [128, 128, 128], "activation": "SiLU"}
-    mlp |= {"classes": classes, "condition": size}
-    points = replace(default_config("swiss-roll"), data_size=None)
-    return replace(points, data=data, model=mlp, condition_dropout=dropout)
+    if len(shape) == 2 and dataset.dtype == torch.uint8:
+        return [1, *shape]
+    if len(shape) != 3:
+        return []
+    return [shape[2], *shape[:2]] if shape[2] in _CHANNELS and shape[0] not in _CHANNELS else shape
 
 
 def tutorial_config(data: str) -> TrainConfig:

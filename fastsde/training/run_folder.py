@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,13 +83,17 @@ def is_before_first_step(checkpoint: Path) -> bool:
 def locked(directory: Path) -> Iterator[None]:
     """Locks the folder against other processes; the lock is released with the process, however it ends.
 
+    Processes that it forks, such as those that load data and may outlive it by seconds, do not keep the lock.
+
     Raises:
         RuntimeError: if another process holds the lock.
     """
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK_NAME).open("w") as lock:
+    lock = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(lock)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,3 +102,17 @@ def locked(directory: Path) -> Iterator[None]:
             for stale in directory.glob(f".{Path(name).stem}-*.tmp*"):
                 stale.unlink(missing_ok=True)
         yield
+    finally:
+        _held.discard(lock)
+        os.close(lock)
+
+
+_held: set[int] = set()  # the files of the locks of this process
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .. import checkpoints, models
 from ..checkpoints import Checkpoint
 from ..factories import make
+from ..models.mlp import is_sequential
 from .config import TrainConfig
 from .importance import ImportanceTimes
 
@@ -76,7 +78,18 @@ def initial_model(config: TrainConfig) -> nn.Module:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises ValueError for a network that has no parameters to train, or has other than fp32 ones."""
+    """Raises ValueError for a network that cannot be trained.
+
+    It must be called as ``model(x, t)``, and have parameters to train, all in fp32 and with a shape.
+    """
+    if is_sequential(model):
+        raise ValueError(
+            "model must be called as model(x, t), got an nn.Sequential: for layers on cat((x, t), -1), wrap it in a "
+            "fastsde.models.ConcatTime"
+        )
+    for name, each in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(each):
+            raise ValueError(f"model must have all its shapes, got {name} of a lazy layer: call it once before")
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     if not trained:
         raise ValueError(f"model must have parameters to train, got a {type(model).__name__} without any")
@@ -95,7 +108,8 @@ def start_from(model: nn.Module, config: TrainConfig) -> Checkpoint:
         ValueError: if it is of another network, prediction, preconditioning or process.
     """
     architecture = getattr(model, "config", None) if type(model) in (models.MLP, models.UNet) else None
-    start = checkpoints.load(config.init, model=model if architecture is None else None)
+    # Into a copy: a loaded network is in evaluation mode.
+    start = checkpoints.load(config.init, model=copy.deepcopy(model) if architecture is None else None)
     sigma_data = config.sigma_data if config.preconditioning == "edm" else None
     for name, theirs, ours in (
         ("model", start.architecture, architecture),
@@ -105,8 +119,7 @@ def start_from(model: nn.Module, config: TrainConfig) -> Checkpoint:
     ):
         if theirs != ours:
             raise ValueError(f"init must have the {name} of the run, {ours}, got {theirs}: give the run the same one")
-    if start.network is not model:
-        model.load_state_dict(start.network.state_dict())
+    model.load_state_dict(start.network.state_dict())
     return start
 
 
@@ -115,8 +128,8 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, step: int, directory
     theirs, ours = _json(saved), _json(config)
     for name in (each.name for each in fields(TrainConfig)):
         had, has = theirs[name], ours[name]
-        # A run with a constant learning rate may be taken further; a cosine depends on where it ends.
-        may_grow = name == "steps" and saved.lr_schedule == "constant" and has >= step
+        # A run may be taken further, except with a cosine, which depends on where it ends.
+        may_grow = name == "steps" and saved.lr_schedule != "cosine" and has >= step
         if had != has and not may_grow and name not in _FREE:
             raise ValueError(
                 f"the run in {directory} has {name}={had!r}, got {has!r}: resume it with its own config, or "
@@ -147,6 +160,20 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
+def _copy(tensors: dict[str, Tensor], prefix: str, model: nn.Module) -> None:
+    """Copies the tensors whose names start with ``prefix`` to a network, which must have exactly these."""
+    state = _state(model)
+    theirs = {name.removeprefix(prefix): each.shape for name, each in tensors.items() if name.startswith(prefix)}
+    missing = [f"{prefix}{name}" for name in state if name not in theirs]
+    if missing:
+        raise KeyError(", ".join(missing))
+    odd = [name for name in theirs if name not in state or state[name].shape != theirs[name]]
+    if odd:
+        raise ValueError(f"model must be that of the run, got another one: {', '.join(odd)} differ")
+    for name, value in state.items():
+        value.copy_(tensors[f"{prefix}{name}"])
+
+
 def restore(
     tensors: dict[str, Tensor],
     model: nn.Module,
@@ -154,13 +181,16 @@ def restore(
     optimizer: torch.optim.Optimizer,
     importance: ImportanceTimes | None = None,
 ) -> None:
-    """Inverts `tensors_of`. Raises KeyError if a tensor is missing."""
+    """Inverts `tensors_of`.
+
+    Raises:
+        KeyError: if a tensor is missing.
+        ValueError: if the network is not that of the run.
+    """
     with torch.no_grad():
-        for name, value in _state(model).items():
-            value.copy_(tensors[f"weights.{name}" if ema is not None else f"model.{name}"])
+        _copy(tensors, "model." if ema is None else "weights.", model)
         if ema is not None:
-            for name, value in _state(ema).items():
-                value.copy_(tensors[f"model.{name}"])
+            _copy(tensors, "model.", ema)
         for name, parameter in model.named_parameters():
             if f"adam.step.{name}" in tensors:  # not before the first step, nor of a parameter without a gradient
                 averages = {

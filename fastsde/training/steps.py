@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .. import distributed, ops
+from .. import distributed, models, ops
 from ..conditions import Condition
 from ..data import Dataset
 from ..distributed import Ranks
+from ..engines.inspection import check_output
 from ..lowering import NotLowered, Source, lower
 from ..objective import Coefficients
+from ..randomness import generator_of, seeded
 from ..reference import (
+    MOST_ROWS,
     Draws,
     clip_gradient,
     condition_draws,
@@ -35,7 +38,7 @@ from .batches import Batch, batches_of
 from .config import TrainConfig
 from .importance import ImportanceTimes
 
-__all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "pieces", "rates_of"]
+__all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "checked", "pieces", "rates_of"]
 
 # Random numbers are drawn ahead, for as many steps at once as have at most about this many elements.
 _DRAW_ELEMENTS = 1 << 17
@@ -62,6 +65,12 @@ class Work:
     def as_called(self, model: nn.Module) -> Any:
         """Returns the model, or a copy of it, as a step calls it."""
         return torch.compile(model) if self.config.compile else model
+
+    def seeded(self, step: int, rank: int = 0) -> AbstractContextManager[None]:
+        """Seeds PyTorch's generator for a step, which a network of the user's may draw from, as dropout does."""
+        if type(self.model) in (models.MLP, models.UNet):
+            return nullcontext()
+        return seeded(generator_of(self.device), self.config.seed, step, rank, 1)
 
     @property
     def scaling(self) -> dict[str, Any]:
@@ -106,6 +115,8 @@ def can_run_natively(work: Work, here: Ranks) -> bool:
     config, model, shape, device = work.config, work.model, work.dataset.shape, work.device
     if config.compile or config.precision != "fp32" or here.world > 1 or not isinstance(work.dataset, Dataset):
         return False
+    if len(work.dataset) > MOST_ROWS:
+        return False
     if work.conditions or config.flip or config.clip_norm is not None or config.weight_decay or work.importance:
         return False
     if any(True for _ in model.buffers()) or not all(each.requires_grad for each in model.parameters()):
@@ -142,7 +153,7 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
     times = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float32, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):
-            lowered = lower(model, shape, times, sizes=sizes, time_is_input=True)
+            lowered = lower(checked(model), shape, times, sizes=sizes, time_is_input=True)
         sources, program = lowered.sources(), lowered.program
         vectors = lowered.vectors(times, 1, ())
         assert vectors is not None
@@ -161,7 +172,7 @@ class EagerSteps:
 
     def __init__(self, work: Work, here: Ranks) -> None:
         self._work, self._network = work, work.as_called(work.model)
-        config = work.config
+        config, self._rank = work.config, here.rank
         self._part = distributed.shard(config.batch_size, here.rank, here.world)
         self._weight = distributed.loss_weight(config.batch_size, here.rank, here.world)
         if here.world > 1:
@@ -196,16 +207,11 @@ class EagerSteps:
             conditions = drop_conditions(conditions, work.nulls, u[:, 0], work.dropout)
             x_0 = flip_images(x_0, u[:, 1]) if config.flip else x_0
         work.optimizer.zero_grad()
-        losses = []
-        for rows in pieces(len(x_0), config.accumulation):
-            # The ranks add their gradients once, with the last piece.
-            waits = rows.stop < len(x_0) and isinstance(self._network, nn.parallel.DistributedDataParallel)
-            with self._network.no_sync() if waits else nullcontext():
-                loss = self._loss(x_0[rows], draws.of(rows), {name: each[rows] for name, each in conditions.items()})
-                weight = self._weight * ((rows.stop - rows.start) / len(x_0))
-                loss = loss * weight if weight != 1 else loss
-                torch.autograd.backward(loss)
-            losses.append(loss.detach())
+        with work.seeded(step, self._rank):
+            losses = [
+                self._backward(x_0, draws, conditions, rows, is_last=rows.stop == len(x_0))
+                for rows in pieces(len(x_0), config.accumulation)
+            ]
         if work.importance is not None:
             work.importance.move()
         clip_gradient(work.model, config.clip_norm)
@@ -214,9 +220,22 @@ class EagerSteps:
             ema_update(work.ema, work.model, config.ema_decay_at(step))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
+    def _backward(
+        self, x_0: Tensor, draws: Draws, conditions: Mapping[str, Tensor], rows: slice, *, is_last: bool
+    ) -> Tensor:
+        """Adds the gradient of some rows of a batch, and returns their part of its loss."""
+        # The ranks add their gradients once, with the last piece.
+        waits = not is_last and isinstance(self._network, nn.parallel.DistributedDataParallel)
+        with self._network.no_sync() if waits else nullcontext():
+            loss = self._loss(x_0[rows], draws.of(rows), {name: each[rows] for name, each in conditions.items()})
+            weight = self._weight * ((rows.stop - rows.start) / len(x_0))
+            loss = loss * weight if weight != 1 else loss
+            torch.autograd.backward(loss)
+        return loss.detach()
+
     def _loss(self, x_0: Tensor, draws: Draws, conditions: Mapping[str, Tensor]) -> Tensor:
         work = self._work
-        f = denoise(self._network, x_0, draws, conditions, work.autocast)
+        f = denoise(checked(self._network), x_0, draws, conditions, work.autocast)
         if work.importance is not None:
             losses = sample_losses(f, x_0, draws.coefficients, draws.z)
             work.importance.add(losses.detach())
@@ -233,6 +252,23 @@ class EagerSteps:
             block = training_draws(self._keys, steps, len(dataset), dataset.shape, config.objective)
             for k in range(max(0, first - start), len(steps)):
                 yield Draws(*(values[k] for values in block))
+
+
+def checked(network: Any) -> Callable[..., Tensor]:
+    """Returns a function that calls a network, and names what is wrong with its output or its conditions."""
+
+    def call(x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        shape = x.shape  # a network may change x in place
+        try:
+            return check_output(network(x, t, **conditions), shape, x.device)
+        except IndexError as error:
+            given = [f"{name} {int(each.min())} .. {int(each.max())}" for name, each in conditions.items()]
+            raise IndexError(
+                f"the network failed with {', '.join(given) or 'no conditions'} (with condition_dropout, one more "
+                f"label stands for none): {error}"
+            ) from error
+
+    return call
 
 
 def pieces(n: int, count: int) -> list[slice]:

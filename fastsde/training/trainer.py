@@ -23,7 +23,7 @@ from ..distributed import Ranks
 from ..engines.capture import CaptureError
 from ..engines.fetch import Fetch
 from ..engines.inspection import prefers_channels_last
-from ..models import Preconditioned
+from ..models import Preconditioned, shape_of, unwrap
 from ..notices import warn
 from ..pictures import has_picture
 from ..reference import NonFiniteError
@@ -73,7 +73,9 @@ class Trainer:
             made as ``config.model`` says. It is trained in place, in fp32. It gets those conditions of the data that
             its ``forward`` has arguments for. A checkpoint holds its weights, and loading it needs the network again
             (`fastsde.checkpoints.load`). It stays in its training or evaluation mode; its moving average is in
-            evaluation mode.
+            evaluation mode. Of a network in ``torch.compile`` or DataParallel the network inside is trained
+            (``config.compile`` and a process group do the same). With ``condition_dropout`` it must also take the
+            values of "no condition" (`fastsde.conditions.Condition`), by default one more label.
         device: where to train.
         dataset: the training data; by default loaded by ``config.data``. A `fastsde.data.Dataset`, or any map-style
             data set, such as a ``torch.utils.data.Dataset``, whose items are loaded step by step
@@ -119,14 +121,14 @@ class Trainer:
         resuming = resume and checkpoint.exists()
         if model is not None:
             check_instance("model", model, nn.Module)
-        self.model = initial_model(config) if model is None else model
+        self.model = unwrap(initial_model(config) if model is None else model)
         start = start_from(self.model, config) if config.init and not resuming else None
         self.model.to(self.device)
         check_trainable(self.model)
         if prefers_channels_last(self.model, self.device):
             self.model.to(memory_format=torch.channels_last)  # and so the average, gradients and Adam's state
         self.earlier_steps = 0 if start is None else steps_of(start)
-        shape = getattr(self.model, "shape", None)
+        shape = shape_of(self.model)
         dataset = dataset if shape is None else dataset.with_shape(shape)
         self.dataset = dataset.with_pixel_range(config.pixel_range).to(self.device)
         self.conditions = conditions_of(self.model, self.dataset)
@@ -138,7 +140,8 @@ class Trainer:
         self._captures = can_capture(self.device, self._here)
         options: dict[str, Any] = {"lr": config.lr, "fused": True, "capturable": self._captures}
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        self.optimizer = kind(self.model.parameters(), weight_decay=config.weight_decay, **options)
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = kind(trained, weight_decay=config.weight_decay, **options)
         self.step = 0
         self.loss: float | None = None
         self._lines = RunLog(self.directory)

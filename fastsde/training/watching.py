@@ -83,7 +83,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("tensorboard is not installed: pip install 'fastsde[tensorboard]'") from error
-        self._writer: Any = SummaryWriter(str(directory / EVENTS), purge_step=step + 1 if step else None)
+        self._writer: Any = SummaryWriter(str(directory / EVENTS), purge_step=step + 1)
 
     def line(self, values: dict[str, Any]) -> None:
         """Writes a line of the log."""
