@@ -106,23 +106,13 @@ def test_a_folder_of_images_is_trained_on_with_its_classes(monkeypatch: pytest.M
     loaded = checkpoints.load("runs/photos")
     assert (loaded.shape, loaded.value_range, loaded.has_null) == ((3, 6, 6), (-1.0, 1.0), True)
     assert loaded.conditions["label"].names == ("cat", "dog")
-    sample = [
-        "sample",
-        "runs/photos",
-        "-n",
-        "3",
-        "--steps",
-        "2",
-        "--quiet",
-        "--device",
-        "cpu",
-        "--save",
-        "x.safetensors",
-    ]
+    sample = ["sample", "runs/photos", "-n", "3", "--steps", "2", "--quiet", "--device", "cpu"]
+    sample += ["--save", "x.safetensors"]
     assert worked(*sample, "--label", "dog", "--guidance", "2", "--out", "x.png") == "x.safetensors\nx.png\n"
     for label, message in (("bird", "one of cat, dog, got 'bird'"), ("2", "a number from 0 to 1 or one of")):
         assert message in fastsde(*sample, "--label", label).stderr
-    assert "--guidance needs the --label to guide to" in fastsde(*sample, "--guidance", "2").stderr
+    assert worked(*sample, "--guidance", "2") == "x.safetensors\n"  # towards labels that are drawn
+    assert worked(*sample, "--label", "none") == "x.safetensors\n"
     wrong = fastsde("train", "--data", "photos", "--dir", "runs/photos", "--resume", "--no-flip", "--quiet")
     assert (wrong.exit_code, "has flip=True, got False" in wrong.stderr) == (1, True)
 
@@ -163,7 +153,7 @@ def test_mistakes_in_sampling_are_one_line() -> None:
     worked("train", "--data", "labelled.npz", *QUICK, "--dir", "run", "--condition-dropout", "0")
     sample = ["sample", "run", "-n", "2", "--steps", "2", "--quiet", "--save", "x.npz"]
     for arguments, message in (
-        ([], "run needs a --label: it was trained without dropping labels"),
+        (["--label", "none"], "run needs a label: it was trained without dropping them"),
         (["--label", "7"], "label must be a number from 0 to 2, got '7'"),
         (["--label", "1", "--guidance", "2"], "uncond_kwargs must be given, as the network was trained without"),
         (["--label", "1", "--model", "own_networks:Net"], "model must be None for run/checkpoint.safetensors, which"),
@@ -172,6 +162,7 @@ def test_mistakes_in_sampling_are_one_line() -> None:
         assert result.exit_code == 1, arguments
         assert message in result.stderr
     assert worked(*sample, "--label", "all") == "x.npz\n"
+    assert worked(*sample) == "x.npz\n"
     result = fastsde("sample", "swiss-roll", "--label", "1", "-n", "2", "--save", "x.npz")
     assert "swiss-roll takes no labels: leave --label and --guidance out" in result.stderr
 
@@ -180,8 +171,8 @@ def test_mistakes_in_sampling_are_one_line() -> None:
 def test_the_installed_command_finds_a_network_of_the_current_folder(folder: Path) -> None:
     # As an installed script, which does not have the current folder in Python's path; with workers and a stream.
     code = (
-        "import sys; sys.path[:] = [p for p in sys.path if p]; from fastsde import data_files, cli;"
-        "data_files._IN_MEMORY = 1; cli.main()"
+        "import sys; sys.path[:] = [p for p in sys.path if p]; from fastsde import cli; from fastsde.data import files;"
+        "files._IN_MEMORY = 1; cli.main()"
     )
     train = ["train", "--data", "photos", *QUICK, "--image-size", "4", "--workers", "1", "--model", "picture_nets:make"]
     (folder / "picture_nets.py").write_text(

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .. import ops, reference
 from ..conditions import Condition
-from ..dataset import Dataset
+from ..data.dataset import Dataset
+from ..data.streamed import StreamedDataset
 from ..engines.inspection import check_call
 from ..models import MLP, UNet
 from ..randomness import preserved, seed_everywhere
-from ..streamed import StreamedDataset
 from .config import TrainConfig
 
 __all__ = ["Batch", "Batches", "batches_of", "conditions_of"]

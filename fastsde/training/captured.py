@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise, ops
+from ..data.streamed import StreamedDataset
 from ..distributed import Ranks
 from ..engines import capture
 from ..engines.chunks import MAX_CHUNK, chunks_of_fixed_lengths
@@ -26,7 +27,6 @@ from ..reference import (
     load_batch,
     sample_losses,
 )
-from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
 from .steps import Work, checked, pieces, rates_of
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..dataset import Dataset
+from ..data.dataset import Dataset
+from ..data.streamed import StreamedDataset
 from ..sde import EDM, RectifiedFlow
-from ..streamed import StreamedDataset
 from .config import TrainConfig
 
 __all__ = ["RECIPES", "config_for", "ddpm_config", "default_config", "edm_config", "flow_config", "tutorial_config"]

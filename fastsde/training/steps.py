@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import distributed, models, ops
 from ..conditions import Condition
 from ..data import Dataset
+from ..data.streamed import StreamedDataset
 from ..distributed import Ranks
 from ..engines.inspection import check_output
 from ..lowering import NotLowered, Source, lower
@@ -33,7 +34,6 @@ from ..reference import (
     sample_losses,
     training_draws,
 )
-from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
 from .config import TrainConfig
 from .importance import ImportanceTimes

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .. import checkpoints, distributed
 from ..checkpoints import RUN_CHECKPOINT, Checkpoint
 from ..data import DEFAULT_ROOT, Dataset, load
+from ..data.streamed import StreamedDataset, as_dataset
 from ..distributed import Ranks
 from ..engines.capture import CaptureError
 from ..engines.fetch import Fetch
@@ -27,7 +28,6 @@ from ..models import Preconditioned, shape_of, unwrap
 from ..notices import warn
 from ..pictures import has_picture
 from ..reference import NonFiniteError
-from ..streamed import StreamedDataset, as_dataset
 from ..validation import check_device, check_instance
 from . import run_folder
 from .batches import conditions_of
@@ -79,7 +79,7 @@ class Trainer:
         device: where to train.
         dataset: the training data; by default loaded by ``config.data``. A `fastsde.data.Dataset`, or any map-style
             data set, such as a ``torch.utils.data.Dataset``, whose items are loaded step by step
-            (`fastsde.streamed.StreamedDataset`). For a model of images ``[C, H, W]``, it may also be stored as
+            (`fastsde.data.streamed.StreamedDataset`). For a model of images ``[C, H, W]``, it may also be stored as
             ``[N, H, W, C]``, and images of one channel as ``[N, H, W]``.
         data_root: the folder that holds MNIST.
         tensorboard: whether to log to TensorBoard as well, in the run's folder.

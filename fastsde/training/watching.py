@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import pictures, plotting
 from ..checkpoints import Checkpoint
-from ..dataset import Dataset
+from ..data.dataset import Dataset
+from ..data.streamed import StreamedDataset
 from ..notices import warn
 from ..reference import NonFiniteError
 from ..sampler import Sampler
-from ..streamed import StreamedDataset
 
 __all__ = ["SAMPLES", "Samples", "TensorBoard"]
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastsde import data, data_files
+from fastsde import data
+from fastsde.data import files
 from fastsde.conditions import Condition
 from fastsde.data import StreamedDataset
 
@@ -82,7 +83,7 @@ def test_arrays_that_cannot_be_trained_on_name_their_file(tmp_path: Path) -> Non
     for name in ("object.npy", "object.npz"):
         with pytest.raises(ValueError, match=rf"{name} cannot be read: Object arrays cannot be loaded"):
             data.arrays(tmp_path / name)
-    for kind in data_files.ARRAYS:
+    for kind in files.ARRAYS:
         (tmp_path / f"broken{kind}").write_bytes(b"not an array")
         with pytest.raises(ValueError, match=f"broken{kind} cannot be read"):
             data.arrays(tmp_path / f"broken{kind}")
@@ -222,7 +223,7 @@ def test_many_images_are_loaded_step_by_step(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).mkdir()
         picture("RGB").save(tmp_path / name / "1.png")
     loaded = data.images(tmp_path, 2)
-    monkeypatch.setattr(data_files, "_IN_MEMORY", 23)  # one byte less than they take
+    monkeypatch.setattr(files, "_IN_MEMORY", 23)  # one byte less than they take
     streamed = data.images(tmp_path, 2)
     assert isinstance(streamed, StreamedDataset)
     assert (streamed.shape, streamed.described, streamed.seen_range) == (loaded.shape, loaded.described, None)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .conditions import Condition, describe
-from .validation import check_instance, check_number, check_range, check_tensor
+from ..conditions import Condition, describe
+from ..validation import check_instance, check_number, check_range, check_tensor
 
 __all__ = ["Dataset"]
 

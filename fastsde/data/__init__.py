@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conditions import Condition
-from .data_files import ARRAYS, arrays, images
+from ..conditions import Condition
+from .files import ARRAYS, arrays, images
 from .dataset import Dataset
 from .streamed import StreamedDataset, in_memory
-from .validation import check_int, check_number, check_range
-from .vocabulary import DATASETS
+from ..validation import check_int, check_number, check_range
+from ..vocabulary import DATASETS
 
 __all__ = [
     "DATASETS",

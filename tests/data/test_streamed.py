@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastsde.conditions import Condition
 from fastsde.data import Dataset, StreamedDataset, in_memory
-from fastsde.streamed import as_dataset
+from fastsde.data.streamed import as_dataset
 
 LABEL = {"label": Condition(classes=3)}
 GREY = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dataset import Dataset
 from .streamed import StreamedDataset, in_memory
-from .validation import check_int
+from ..validation import check_int
 
 __all__ = ["ARRAYS", "arrays", "images"]
 
