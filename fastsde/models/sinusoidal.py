@@ -24,5 +24,5 @@ class Sinusoidal(nn.Module):
         """Maps ``[B]`` to ``[B, width]``."""
         half = self.width // 2
         place = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-        angles = self.scale * t[:, None] * torch.exp(-math.log(10_000) * place)
+        angles = t[:, None] * (self.scale * torch.exp(-math.log(10_000) * place))  # in fp32 if t is narrower
         return torch.cat((angles.sin(), angles.cos()), -1)
