@@ -145,7 +145,7 @@ def _residual(jax: Any, model: Residual) -> Network:
     def embedded(of: Sinusoidal, value: Any) -> Any:
         half = of.width // 2
         place = numpy.arange(half, dtype=numpy.float32) / (half - 1)
-        angles = of.scale * value[:, None] * numpy.exp(-math.log(10_000) * place)
+        angles = value[:, None] * (of.scale * numpy.exp(-math.log(10_000) * place))
         return numpy.concatenate((numpy.sin(angles), numpy.cos(angles)), -1)
 
     def network(x: Any, t: Any) -> Any:
