@@ -45,7 +45,7 @@ Model = Callable[..., Tensor]
 NoiseFunction = Callable[[int, Tensor], Tensor]
 RowHook = Callable[[int, float, Tensor], "Tensor | None"]
 
-MOST_ROWS = 2**24  # of data that one uniform tells apart; kernels draw no more
+MOST_ROWS = 2**24  # of data that one uniform tells apart
 
 
 class NonFiniteError(RuntimeError):

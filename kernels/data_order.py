@@ -3,8 +3,8 @@
     index[r, i] = floor(u N),  u the uniform of position i in step ``step + r``, stream 3
 
 The first step may come from a counter in device memory, so that one launch at the start of a captured graph draws the
-order of all its steps. u is a multiple of 2^-24, exact in float64; the product is rounded once, as in the reference, so
-the result is exact for data of any size.
+order of all its steps. u is a multiple of 2^-24, or of 2^-48 for more than 2^24 rows, exact in float64; the product is
+rounded once, as in the reference, so the result is exact for data of any size.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def data_order_kernel(
     sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = sample < batch
     seed, offset = load_keys(keys_ptr, sample, exists)
-    word, _, _, _ = philox(seed, offset + draw_offset(load_step(step, step_ptr) + row, STREAM_DATA_ORDER))
+    word, more, _, _ = philox(seed, offset + draw_offset(load_step(step, step_ptr) + row, STREAM_DATA_ORDER))
     u = (word & 0xFFFFFF).to(tl.float64) * 2.0**-24
+    if count > 2**24:
+        u += (more & 0xFFFFFF).to(tl.float64) * 2.0**-48
     tl.store(out_ptr + row * stride + sample, (u * count.to(tl.float64)).to(tl.int64), mask=exists)
 
 

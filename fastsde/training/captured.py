@@ -16,12 +16,10 @@ from ..engines.chunks import MAX_CHUNK, chunks_of_fixed_lengths
 from ..engines.mixed_precision import LowPrecisionCopy
 from ..randomness import generator_of
 from ..reference import (
-    MOST_ROWS,
     averaged,
     clip_gradient,
     condition_draws,
     copy_buffers,
-    data_order,
     drop_conditions,
     flip_images,
     load_batch,
@@ -122,10 +120,8 @@ class CapturedSteps:
     def _steps(self, count: int) -> None:
         work, config, size = self._work, self._work.config, self._work.config.batch_size
         keys, n = self._keys[:size], len(work.dataset)
-        if self._ring is None and n <= MOST_ROWS:
+        if self._ring is None:
             ops.data_order(keys, self._first, n, self._index[:count, :size])
-        elif self._ring is None:
-            self._index[:count, :size] = data_order(keys, self._first + self._numbers[:count], n)
         coefficients = u = None
         if work.importance is None:
             coefficients = ops.step_coefficients(config.objective, self._keys, 0, count, counter=self._first)[:, :size]

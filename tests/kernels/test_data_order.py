@@ -7,9 +7,9 @@ import torch
 
 from fastsde import noise, ops, reference
 
-# One row, a few, the largest N for which N times a 24-bit word is exact in float64, the next one, and one for which
-# N itself is rounded in float64.
-SIZES = [1, 3, 60_000, 2**29 - 1, 2**29 + 1, 2**40 + 12345, 2**53 + 1]
+# One row, a few, the most for 24 bits and the fewest for 48, the largest N for which N times a 24-bit word is exact in
+# float64, the next one, and one for which N itself is rounded in float64.
+SIZES = [1, 3, 60_000, 2**24, 2**24 + 1, 2**29 - 1, 2**29 + 1, 2**40 + 12345, 2**53 + 1]
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsde import checkpoints, noise, reference
+from fastsde import checkpoints, noise
 from fastsde.conditions import Condition
 from fastsde.data import Dataset, StreamedDataset
 from fastsde.models import MLP
@@ -186,22 +186,6 @@ def test_all_rows_of_a_very_large_data_set_can_be_drawn() -> None:
     assert torch.equal(data_order(keys, 5, MOST_ROWS), (noise.uniform(keys, 5, (), 3).double() * MOST_ROWS).long())
     steps = torch.arange(2)
     assert torch.equal(data_order(keys, steps, 10**9)[1], data_order(keys, 1, 10**9))
-
-
-def test_large_data_in_memory_are_drawn_as_by_the_reference(
-    graphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastsde.training.captured import CapturedSteps
-
-    for module in (reference, sys.modules["fastsde.training.captured"], sys.modules["fastsde.training.steps"]):
-        monkeypatch.setattr(module, "MOST_ROWS", 4)  # as if the data were large
-    config = replace(CONFIG, model=MLP(2, (4,)).config, condition_dropout=0.0, steps=4)
-    trainer = Trainer(config, tmp_path, dataset=Dataset("own", DATA.x), device=torch.get_default_device())
-    steps = CapturedSteps(trainer.work())
-    for step in range(4):
-        steps.take(step, 1)
-    keys = noise.sample_keys(config.seed, config.batch_size)
-    assert torch.equal(steps._index[0, :5].cpu(), data_order(keys, 3, len(DATA)))
 
 
 SCRIPT = """
