@@ -1,0 +1,173 @@
+// Signals of networks in training, blocked so that all operands of their products are adjacent in memory, and these
+// products.
+//
+// A batch is cut into blocks of images. A signal is [block, pixel, panel, image, 16]: the images of a block lie next to
+// each other, and so do the 16 channels of a panel. The rows of a product are the images of a pixel, whichever taps of a
+// convolution reach it: nothing is padded, and sums stay in registers over all taps and channels.
+
+#pragma once
+
+#include <algorithm>
+
+#include "gemm.h"
+#include "parts.h"
+
+namespace fastsde {
+
+constexpr int64_t PANEL = 16;         // channels
+constexpr int64_t BLOCK_IMAGES = 32;  // at most
+constexpr int PANELS = LANES == 16 ? 2 : 1;  // of the columns of a product; so many that its sums fit in registers
+constexpr int VECTORS = PANEL / LANES;       // of a panel
+
+// How a batch is cut into blocks.
+struct Blocks {
+    int64_t batch, each, count;
+
+    explicit Blocks(int64_t batch) : batch(batch) {
+        each = ceil_div(batch, ceil_div(batch, BLOCK_IMAGES));
+        each = std::min<int64_t>(batch, ceil_div(each, 4) * 4);
+        count = ceil_div(batch, each);
+    }
+
+    int64_t images(int64_t block) const { return std::min(each, batch - block * each); }
+};
+
+struct Blocked {
+    float* data;
+    int64_t height, width, panels, each;  // panels of a pixel; images of a block
+
+    int64_t pixels() const { return height * width; }
+    int64_t per_pixel() const { return panels * each * PANEL; }
+    float* at(int64_t block, int64_t pixel, int64_t panel) const {
+        return data + ((block * pixels() + pixel) * panels + panel) * each * PANEL;
+    }
+    Blocked from(int64_t panel) const {
+        return Blocked{data ? data + panel * each * PANEL : nullptr, height, width, panels, each};
+    }
+};
+
+// Columns of weights that are multiplied at once, PANELS panels or what is left: [9, rows, columns] of [9, rows, all].
+struct Columns {
+    int64_t panel, panels, offset;  // offset: in weights, whose groups of columns lie one after the other
+
+    Columns(int64_t group, int64_t all, int64_t rows)
+        : panel(group * PANELS), panels(std::min<int64_t>(PANELS, all / PANEL - panel)),
+          offset(9 * rows * panel * PANEL) {}
+
+    int64_t width() const { return panels * PANEL; }
+    static int64_t groups(int64_t all) { return ceil_div(all / PANEL, (int64_t)PANELS); }
+};
+
+// A product of a panel of an image's pixel with its weights: a [images, 16], b [depth, columns].
+struct Segment {
+    const float *a, *b;
+    int64_t depth;
+};
+
+// Computes c [COLUMN_PANELS, each, 16] for ROWS images from ``image`` on: the sum over the segments.
+template <int ROWS, int COLUMN_PANELS>
+__attribute__((noinline)) static void segments_tile(const Segment* segments, int64_t count, int64_t image, int64_t each,
+                                                    float* c) {
+    constexpr int WIDE = COLUMN_PANELS * VECTORS;
+    Floats sum[ROWS][WIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDE; j++) sum[i][j] = Floats{};
+    for (int64_t s = 0; s < count; s++) {
+        const float *a = segments[s].a + image * PANEL, *b = segments[s].b;
+        const float* end = a + segments[s].depth;
+#pragma GCC unroll 4
+        for (; a < end; a++, b += WIDE * LANES) {
+            Floats vectors[WIDE];
+#pragma GCC unroll 16
+            for (int j = 0; j < WIDE; j++) {
+                vectors[j] = load(b + j * LANES);
+                in_register(vectors[j]);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; i++) {
+                const Floats factor = all(a[i * PANEL]);
+#pragma GCC unroll 16
+                for (int j = 0; j < WIDE; j++) sum[i][j] += factor * vectors[j];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDE; j++)
+            store(c + (j / VECTORS * each + image + i) * PANEL + j % VECTORS * LANES, sum[i][j]);
+}
+
+template <int COLUMN_PANELS>
+static void multiply_segments(const Segment* segments, int64_t count, int64_t images, int64_t each, float* c) {
+    constexpr int MANY = LANES == 16 ? 12 : LANES == 8 ? 4 : 2;  // so many that their sums fit in registers
+    int64_t i = 0;
+    for (; i + MANY <= images; i += MANY) segments_tile<MANY, COLUMN_PANELS>(segments, count, i, each, c);
+    if constexpr (MANY > 8)
+        for (; i + 8 <= images; i += 8) segments_tile<8, COLUMN_PANELS>(segments, count, i, each, c);
+    if constexpr (MANY > 4)
+        for (; i + 4 <= images; i += 4) segments_tile<4, COLUMN_PANELS>(segments, count, i, each, c);
+    for (; i + 2 <= images; i += 2) segments_tile<2, COLUMN_PANELS>(segments, count, i, each, c);
+    for (; i < images; i++) segments_tile<1, COLUMN_PANELS>(segments, count, i, each, c);
+}
+
+// A run of pixels whose images are summed over: a [pixels, images, 16], b [pixels, panels, images, 16].
+struct Run {
+    const float *a, *b;
+    int64_t a_pixel, b_pixel, b_panel, pixels, images;
+};
+
+// Adds to c [ROWS, columns] the sum over the images and pixels of the run of a^T b, for ROWS channels of a.
+template <int ROWS, int COLUMN_PANELS>
+__attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
+    constexpr int WIDE = COLUMN_PANELS * VECTORS;
+    Floats sum[ROWS][WIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDE; j++) sum[i][j] = load(c + i * WIDE * LANES + j * LANES);
+    const int64_t b_panel = run.b_panel;
+    for (int64_t pixel = 0; pixel < run.pixels; pixel++) {
+        const float *a = run.a + pixel * run.a_pixel, *b = run.b + pixel * run.b_pixel;
+        const float* end = a + run.images * PANEL;
+#pragma GCC unroll 2
+        for (; a < end; a += PANEL, b += PANEL) {
+            Floats vectors[WIDE];
+#pragma GCC unroll 16
+            for (int j = 0; j < WIDE; j++) {
+                vectors[j] = load(b + j / VECTORS * b_panel + j % VECTORS * LANES);
+                in_register(vectors[j]);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; i++) {
+                const Floats factor = all(a[i]);
+#pragma GCC unroll 16
+                for (int j = 0; j < WIDE; j++) sum[i][j] += factor * vectors[j];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < WIDE; j++) store(c + i * WIDE * LANES + j * LANES, sum[i][j]);
+}
+
+// Adds to c [channels, columns] for up to 16 channels of a.
+template <int COLUMN_PANELS>
+static void multiply_run(Run run, int64_t channels, float* c) {
+    constexpr int MANY = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
+    const auto rows = [&](auto count) {
+        outer_tile<decltype(count)::value, COLUMN_PANELS>(run, c);
+        channels -= count, run.a += count, c += count * COLUMN_PANELS * PANEL;
+    };
+    while (channels >= MANY) rows(std::integral_constant<int, MANY>());
+    if constexpr (MANY > 4)
+        if (channels >= 4) rows(std::integral_constant<int, 4>());
+    if constexpr (MANY > 2)
+        if (channels >= 2) rows(std::integral_constant<int, 2>());
+    if (channels >= 1) rows(std::integral_constant<int, 1>());
+}
+
+}  // namespace fastsde
