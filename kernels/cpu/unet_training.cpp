@@ -81,7 +81,7 @@ class Training {
         }
     }
 
-    static int64_t reach(Map map, const Blocked& from, int64_t channels, const float* weights, const Columns& columns,
+    __attribute__((noinline)) static int64_t reach(Map map, const Blocked& from, int64_t channels, const float* weights, const Columns& columns,
                          int64_t block, int64_t y, int64_t x, Segment* segments) {
         int64_t count = 0;
         for (int64_t ky = 0; ky < 3; ky++)
@@ -125,7 +125,7 @@ class Training {
     }
 
     // The largest of 2 x 2 pixels; with an odd size the first row or column is on its own. NaN propagates.
-    void pool(const Layer& layer) {
+    __attribute__((noinline)) void pool(const Layer& layer) {
         const Blocked &from = layer.before, &to = layer.in;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < net_.blocks.count * to.pixels(); i++) {
@@ -146,31 +146,44 @@ class Training {
     }
 
     // The last convolution, to few channels, without an activation: weights [outputs, 9, inputs].
-    void last(const Layer& layer, float* out) {
+    __attribute__((noinline)) void last(const Layer& layer, float* out) {
         const Blocked& in = layer.in;
         const int64_t pixels = in.pixels();
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < net_.blocks.count * pixels; i++) {
             const int64_t block = i / pixels, pixel = i % pixels, y = pixel / in.width, x = pixel % in.width;
             for (int64_t channel = 0; channel < layer.outputs; channel++)
-                for (int64_t image = 0; image < net_.blocks.images(block); image++) {
-                    Floats sum{};
+                for (int64_t image = 0; image < net_.blocks.images(block); image += 4) {
+                    const int64_t here = std::min<int64_t>(4, net_.blocks.images(block) - image);
+                    Floats sums[4]{};
                     for (int64_t ky = std::max<int64_t>(0, 1 - y); ky < std::min<int64_t>(3, in.height + 1 - y); ky++)
                         for (int64_t kx = std::max<int64_t>(0, 1 - x); kx < std::min<int64_t>(3, in.width + 1 - x); kx++) {
                             const float* from = in.at(block, pixel + (ky - 1) * in.width + kx - 1, 0) + image * PANEL;
                             const float* w = layer.forward + (channel * 9 + ky * 3 + kx) * layer.inputs;
-                            for (int64_t c = 0; c < layer.inputs; c += LANES)
-                                sum += load(from + c / PANEL * in.each * PANEL + c % PANEL) * load(w + c);
+                            dots(from, w, layer.inputs, in.each * PANEL, here, sums);
                         }
                     const int64_t of_batch = block * net_.blocks.each + image;
-                    out[(of_batch * layer.outputs + channel) * pixels + pixel] =
-                        sum_of(sum) + by_.biases[layer.number][channel];
+                    for (int64_t i = 0; i < here; i++)
+                        out[((of_batch + i) * layer.outputs + channel) * pixels + pixel] =
+                            sum_of(sums[i]) + by_.biases[layer.number][channel];
                 }
         }
     }
 
+    static void dots(const float* from, const float* w, int64_t channels, int64_t per_panel, int64_t images,
+                     Floats* sums) {
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const float* at = from + c / PANEL * per_panel + c % PANEL;
+            const Floats weights = load(w + c);
+            if (images == 4)
+                for (int i = 0; i < 4; i++) sums[i] += load(at + i * PANEL) * weights;
+            else
+                for (int64_t i = 0; i < images; i++) sums[i] += load(at + i * PANEL) * weights;
+        }
+    }
+
     // Makes dv (1 - e^v) the gradient of the sums, and sums both over the pixels of each image.
-    void sum_gradients(const Layer& layer) {
+    __attribute__((noinline)) void sum_gradients(const Layer& layer) {
         const Blocked& d = layer.d_out;
         const bool modulates = by_.films && !layer.is_last;
         const int64_t panels = ceil_div(layer.outputs, PANEL);
@@ -217,7 +230,7 @@ class Training {
     }
 
     // Adds a pooled pixel's gradient to that of the first largest of its pixels, as PyTorch does.
-    void unpool(const Layer& layer, int64_t block, int64_t pixel, int64_t panel, const float* sums) {
+    __attribute__((noinline)) void unpool(const Layer& layer, int64_t block, int64_t pixel, int64_t panel, const float* sums) {
         const Window window(layer.before, pixel / layer.in.width, pixel % layer.in.width);
         for (int64_t at = 0; at < net_.blocks.images(block) * PANEL; at += LANES) {
             Floats values[4];
@@ -237,7 +250,7 @@ class Training {
     }
 
     // Sums the gradient of the weights over all images and pixels, in slots that are added later.
-    void backward_weights(const Layer& layer) {
+    __attribute__((noinline)) void backward_weights(const Layer& layer) {
         const Outer& outer = layer.outer;
         const int64_t groups = Columns::groups(outer.columns), row_parts = ceil_div(outer.rows, ROWS_EACH);
         const int64_t lines = net_.blocks.count * outer.height, tiles = groups * row_parts;
@@ -256,7 +269,7 @@ class Training {
         }
     }
 
-    void add_run(const Outer& by, const Columns& columns, int64_t block, int64_t y, int64_t first, int64_t end,
+    __attribute__((noinline)) void add_run(const Outer& by, const Columns& columns, int64_t block, int64_t y, int64_t first, int64_t end,
                  int64_t first_row, int64_t rows, float* to) {
         const Blocked &a = by.a, &b = by.b;
         for (int64_t tap = 0; tap < 9; tap++) {
@@ -281,30 +294,33 @@ class Training {
     }
 
     // x [batch, channels, height, width] with the time as one more channel.
-    void load_images(const float* x, const float* t) {
-        const Blocked& to = net_.layers[0].in;
-        const int64_t channels = net_.layers[0].inputs - 1;
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < net_.blocks.batch; i++)
-            for (int64_t c = 0; c <= channels; c++)
-                for (int64_t pixel = 0; pixel < to.pixels(); pixel++)
-                    element(to, i, pixel, c) = c < channels ? x[(i * channels + c) * to.pixels() + pixel] : t[i];
+    __attribute__((noinline)) void load_images(const float* x, const float* t) {
+        const int64_t channels = net_.layers[0].inputs - 1, pixels = net_.layers[0].in.pixels();
+        load_signal(net_.layers[0].in, [=](int64_t image, int64_t pixel, int64_t c) {
+            return c < channels ? x[(image * channels + c) * pixels + pixel] : c == channels ? t[image] : 0.0f;
+        });
     }
 
-    void load_gradients(const float* d_out) {
+    __attribute__((noinline)) void load_gradients(const float* d_out) {
         const Layer& layer = net_.layers.back();
-        const Blocked& to = layer.d_out;
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < net_.blocks.batch; i++)
-            for (int64_t c = 0; c < to.panels * PANEL; c++)
-                for (int64_t pixel = 0; pixel < to.pixels(); pixel++)
-                    element(to, i, pixel, c) =
-                        c < layer.outputs ? d_out[(i * layer.outputs + c) * to.pixels() + pixel] : 0.0f;
+        const int64_t channels = layer.outputs, pixels = layer.d_out.pixels();
+        load_signal(layer.d_out, [=](int64_t image, int64_t pixel, int64_t c) {
+            return c < channels ? d_out[(image * channels + c) * pixels + pixel] : 0.0f;
+        });
     }
 
-    float& element(const Blocked& signal, int64_t image, int64_t pixel, int64_t channel) const {
-        const int64_t each = net_.blocks.each;
-        return signal.at(image / each, pixel, channel / PANEL)[image % each * PANEL + channel % PANEL];
+    // Writes value(image, pixel, channel) for all channels of all panels.
+    template <class Value>
+    void load_signal(const Blocked& to, Value value) {
+        const int64_t of_block = to.pixels() * to.panels;
+#pragma omp for schedule(static) nowait
+        for (int64_t part = 0; part < net_.blocks.count * of_block; part++) {
+            const int64_t block = part / of_block, pixel = part % of_block / to.panels, panel = part % to.panels;
+            float* at = to.at(block, pixel, panel);
+            for (int64_t i = 0; i < net_.blocks.images(block); i++)
+                for (int64_t c = 0; c < PANEL; c++)
+                    at[i * PANEL + c] = value(block * net_.blocks.each + i, pixel, panel * PANEL + c);
+        }
     }
 
     // Runs body(where in PyTorch's weights, where in [9, rows, columns]) for all weights, in runs of a row of columns.
@@ -321,7 +337,7 @@ class Training {
         }
     }
 
-    void pack(const Layer& layer, const float* weights) {
+    __attribute__((noinline)) void pack(const Layer& layer, const float* weights) {
         const auto into = [&](float* to) {
             return [=](int64_t from, int64_t stride, int64_t at, int64_t per_tap, int64_t width) {
                 for (int64_t c = 0; c < width; c++)
@@ -339,7 +355,7 @@ class Training {
     }
 
     // Adds the slots of the gradient, and the sums of all images.
-    void unpack(const Layer& layer) {
+    __attribute__((noinline)) void unpack(const Layer& layer) {
         float* weights = by_.d_weights[layer.number];
         for_weights(layer.is_last ? layer.backward_form : layer.forward_form,
                     [&](int64_t to, int64_t stride, int64_t at, int64_t per_tap, int64_t width) {
