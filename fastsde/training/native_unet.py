@@ -17,10 +17,13 @@ from ..validation import check_tensor
 __all__ = ["NativeUNet", "can_train"]
 
 
-def can_train(model: nn.Module) -> bool:
+def can_train(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Returns whether the native kernel trains a network: an unmodified `UNet` in fp32 on the CPU.
 
     The channels of its levels are multiples of 16.
+
+    Args:
+        dtype: of the products: fp32, or bf16 if the CPU multiplies it.
     """
     if not supports(model):
         return False
@@ -28,16 +31,17 @@ def can_train(model: nn.Module) -> bool:
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in parameters)
     if not (plain and ops.has_native(parameters[0].device, "unet_training_forward")):
         return False
-    takes: bool = ops.kernel("unet_training", parameters[0].device).takes(unet.channels)
+    takes: bool = ops.kernel("unet_training", parameters[0].device).takes(unet.channels, dtype)
     return takes
 
 
 class NativeUNet(nn.Module):
     """A `UNet` in training, called in the same way, whose convolutions are native kernels, forward and backward.
 
-    It has the network as a submodule, and its gradients are those of the network's weights. What they do not compute,
-    the network does: under autocast, with gradients of x or t, where it has been hooked or changed, under
-    ``torch.compile`` and the transformations of ``torch.func``.
+    It has the network as a submodule, and its gradients are those of the network's weights. Under autocast to bf16 its
+    signals and products are bf16, if the CPU multiplies it; sums are fp32, and so is its output. What the kernels do not
+    compute, the network itself does: gradients of x or t, other autocast dtypes, a network that has been changed or
+    hooked, ``torch.compile``, and the transformations of ``torch.func``.
 
     A backward pass frees the memory of its forward pass, so that there is no second one, and no second derivative.
 
@@ -48,28 +52,30 @@ class NativeUNet(nn.Module):
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
-        self._free: list[Tensor] = []  # memory for passes, kept: new memory costs as much as a tenth of a step
+        self._free: list[Tensor] = []  # memory of earlier passes, kept, since new memory costs a tenth of a step
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
         unet = self.unet
-        if not self._fits(x, t):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        if not self._fits(x, t, dtype):
             result: Tensor = unet(x, t) if label is None else unet(x, t, label)
             return result
         check_conditions(unet, label=(label, unet.modulation if unet.classes else None))
         check_tensor("x", x, shape=(len(t), *unet.shape))
-        films = None if unet.modulation is None else torch.cat(unet.modulation(t, label), dim=1)
+        films = None if unet.modulation is None else torch.cat(unet.modulation(t, label), dim=1).float()
         layers = cast("list[nn.Conv2d]", [*unet.encoder, *unet.decoder, *unet.head])
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        result = _Pass.apply(self._free, unet.channels, x.contiguous(), t.contiguous(), films, *weights, *biases)
+        parameters = [*(layer.weight for layer in layers), *(cast(Tensor, layer.bias) for layer in layers)]
+        network = ops.kernel("unet_training", x.device).Network(unet.channels, dtype)
+        result = _Pass.apply(self._free, network, x.contiguous(), t.contiguous(), films, *parameters)
         return result
 
-    def _fits(self, x: Tensor, t: Tensor) -> bool:
+    def _fits(self, x: Tensor, t: Tensor, dtype: torch.dtype) -> bool:
         if not (len(x) and x.dtype == t.dtype == torch.float32 and x.is_cpu and t.is_cpu and ops.is_plain(x, t)):
             return False
-        if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
+        if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
             return False
-        return can_train(self.unet)
+        return can_train(self.unet, dtype)
 
 
 class _Pass(torch.autograd.Function):
@@ -77,38 +83,28 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        free: list[Tensor],
-        channels: tuple[int, ...],
-        x: Tensor,
-        t: Tensor,
-        films: Tensor | None,
-        *parameters: Tensor,
+        ctx: Any, free: list[Tensor], network: Any, x: Tensor, t: Tensor, films: Tensor | None, *parameters: Tensor
     ) -> Tensor:
         kernel = ops.kernel("unet_training", x.device)
-        count, out = kernel.floats(x, channels, films is not None), torch.empty_like(x)
+        count, out = kernel.floats(network, x, films is not None), torch.empty_like(x)
         fitting = [each for each in free if len(each) == count]
-        free.clear()  # of other sizes, too
+        free.clear()  # also of what no longer fits
         memory = fitting[0] if fitting else x.new_empty(count)
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        kernel.forward(channels, weights, biases, x, t, films, memory, out)
-        ctx.save_for_backward(*weights, *(() if films is None else (films,)))
-        ctx.free, ctx.channels, ctx.memory = free, channels, memory
+        kernel.forward(network, weights, biases, x, t, films, memory, out)
+        ctx.save_for_backward(films, *weights)
+        ctx.free, ctx.network, ctx.memory = free, network, memory
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        weights, films = ctx.saved_tensors, None
-        if ctx.needs_input_grad[4] or len(weights) % 2 == 0:
-            *weights, films = weights
+        films, *weights = ctx.saved_tensors
         memory, ctx.memory = ctx.memory, None
         if memory is None:
-            raise RuntimeError("the native U-Net has been through this backward pass, which frees its memory")
+            raise RuntimeError("this backward pass of the native U-Net has run before, and freed its memory")
         kernel = ops.kernel("unet_training", d_out.device)
-        gradients = kernel.backward(ctx.channels, films, d_out.contiguous(), memory, weights)
+        d_weights, d_biases, d_films = kernel.backward(ctx.network, films, d_out.contiguous(), memory, weights)
         ctx.free.append(memory)
-        d_weights, d_biases, d_films = gradients
-        needed = ctx.needs_input_grad[5:]
-        d_parameters = (each if needs else None for each, needs in zip([*d_weights, *d_biases], needed, strict=True))
-        return None, None, None, None, d_films, *d_parameters
+        gradients = (None, None, None, None, d_films, *d_weights, *d_biases)
+        return tuple(each if needs else None for each, needs in zip(gradients, ctx.needs_input_grad, strict=True))

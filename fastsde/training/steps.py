@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..conditions import Condition
 from ..data import Dataset
 from ..distributed import Ranks
 from ..lowering import NotLowered, Source, lower
+from ..models import UNet
 from ..objective import Coefficients
 from ..reference import (
     Draws,
@@ -34,6 +35,7 @@ from ..streamed import StreamedDataset
 from .batches import Batch, batches_of
 from .config import TrainConfig
 from .importance import ImportanceTimes
+from .native_unet import NativeUNet, can_train
 
 __all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "pieces", "rates_of"]
 
@@ -60,8 +62,10 @@ class Work:
     importance: ImportanceTimes | None = None
 
     def as_called(self, model: nn.Module) -> Any:
-        """Returns the model, or a copy of it, as a step calls it."""
-        return torch.compile(model) if self.config.compile else model
+        """Returns the model, or a module that computes the same from the same weights, as a step calls it."""
+        if self.config.compile:
+            return torch.compile(model)
+        return NativeUNet(cast(UNet, model)) if can_train(model) else model
 
     @property
     def scaling(self) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 //
 // A batch is cut into blocks of images. A signal is [block, pixel, panel, image, 16]: the images of a block lie next to
 // each other, and so do the 16 channels of a panel. The rows of a product are the images of a pixel, whichever taps of a
-// convolution reach it: nothing is padded, and sums stay in registers over all taps and channels.
+// convolution reach it: nothing is padded, and sums stay in registers over all taps and channels. In bf16 products sum
+// over pairs: of channels in a convolution, and of images in the gradient of weights, for which a signal is stored
+// again, as [block, pixel, panel, pair of images, 16, 2].
 
 #pragma once
 
 #include <algorithm>
 
-#include "gemm.h"
+#include "elements.h"
 #include "parts.h"
 
 namespace fastsde {
 
-constexpr int64_t PANEL = 16;         // channels
-constexpr int64_t BLOCK_IMAGES = 32;  // at most
-constexpr int PANELS = LANES == 16 ? 2 : 1;  // of the columns of a product; so many that its sums fit in registers
+constexpr int64_t PANEL = 16;                // channels
+constexpr int64_t BLOCK_IMAGES = 32;         // at most
+constexpr int PANELS = LANES == 16 ? 2 : 1;  // of the columns of a product: so many that its sums fit in registers
 constexpr int VECTORS = PANEL / LANES;       // of a panel
 
 // How a batch is cut into blocks.
@@ -32,17 +34,53 @@ struct Blocks {
     int64_t images(int64_t block) const { return std::min(each, batch - block * each); }
 };
 
-struct Blocked {
-    float* data;
+template <class T>
+struct Signal {
+    static constexpr int64_t PER_WORD = KindOf<T>::PER_WORD;
+
+    T* data;
+    float* pairs;  // bf16 only
     int64_t height, width, panels, each;  // panels of a pixel; images of a block
 
     int64_t pixels() const { return height * width; }
-    int64_t per_pixel() const { return panels * each * PANEL; }
-    float* at(int64_t block, int64_t pixel, int64_t panel) const {
-        return data + ((block * pixels() + pixel) * panels + panel) * each * PANEL;
+    int64_t place(int64_t block, int64_t pixel, int64_t panel) const {
+        return (block * pixels() + pixel) * panels + panel;
     }
-    Blocked from(int64_t panel) const {
-        return Blocked{data ? data + panel * each * PANEL : nullptr, height, width, panels, each};
+    T* at(int64_t block, int64_t pixel, int64_t panel) const {
+        return data + place(block, pixel, panel) * each * PANEL;
+    }
+
+    // The images of a panel in words, each with one image, or with a pair.
+    int64_t image_words() const { return ceil_div(each, PER_WORD) * PANEL; }
+    float* images_at(int64_t block, int64_t pixel, int64_t panel) const {
+        return (PER_WORD == 1 ? (float*)data : pairs) + place(block, pixel, panel) * image_words();
+    }
+
+    Signal from(int64_t panel) const {
+        if (!data) return *this;
+        return Signal{data + panel * each * PANEL, pairs ? pairs + panel * image_words() : nullptr, height, width, panels,
+                      each};
+    }
+
+    // Writes value(image, channel), a vector, for all images and channels of a panel.
+    template <class Value>
+    void write(int64_t block, int64_t pixel, int64_t panel, int64_t images, Value value) const {
+        T* to = at(block, pixel, panel);
+        if constexpr (PER_WORD == 1) {
+            for (int64_t i = 0; i < images; i++)
+                for (int64_t c = 0; c < PANEL; c += LANES) store(to + i * PANEL + c, value(i, c));
+        }
+#if defined(FASTSDE_BF16)
+        else {
+            float* pair = images_at(block, pixel, panel);
+            for (int64_t i = 0; i < images; i += 2, pair += PANEL) {
+                const Floats even = value(i, 0), odd = i + 1 < images ? value(i + 1, 0) : Floats{};
+                store_as(to + i * PANEL, even);
+                if (i + 1 < images) store_as(to + (i + 1) * PANEL, odd);
+                store_pairs(pair, even, odd);
+            }
+        }
+#endif
     }
 };
 
@@ -58,25 +96,27 @@ struct Columns {
     static int64_t groups(int64_t all) { return ceil_div(all / PANEL, (int64_t)PANELS); }
 };
 
-// A product of a panel of an image's pixel with its weights: a [images, 16], b [depth, columns].
+// A product of a panel of a pixel with its weights: a [images, words of 16 elements], b [words, columns].
 struct Segment {
     const float *a, *b;
-    int64_t depth;
+    int64_t words;
 };
 
 // Computes c [COLUMN_PANELS, each, 16] for ROWS images from ``image`` on: the sum over the segments.
-template <int ROWS, int COLUMN_PANELS>
+template <class T, int ROWS, int COLUMN_PANELS>
 __attribute__((noinline)) static void segments_tile(const Segment* segments, int64_t count, int64_t image, int64_t each,
                                                     float* c) {
+    using Kind = typename KindOf<T>::Type;
     constexpr int WIDE = COLUMN_PANELS * VECTORS;
+    constexpr int64_t ROW = PANEL / KindOf<T>::PER_WORD;
     Floats sum[ROWS][WIDE];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
         for (int j = 0; j < WIDE; j++) sum[i][j] = Floats{};
     for (int64_t s = 0; s < count; s++) {
-        const float *a = segments[s].a + image * PANEL, *b = segments[s].b;
-        const float* end = a + segments[s].depth;
+        const float *a = segments[s].a + image * ROW, *b = segments[s].b;
+        const float* end = a + segments[s].words;
 #pragma GCC unroll 4
         for (; a < end; a++, b += WIDE * LANES) {
             Floats vectors[WIDE];
@@ -87,9 +127,9 @@ __attribute__((noinline)) static void segments_tile(const Segment* segments, int
             }
 #pragma GCC unroll 16
             for (int i = 0; i < ROWS; i++) {
-                const Floats factor = all(a[i * PANEL]);
+                const Floats factor = Kind::factor(a + i * ROW);
 #pragma GCC unroll 16
-                for (int j = 0; j < WIDE; j++) sum[i][j] += factor * vectors[j];
+                for (int j = 0; j < WIDE; j++) sum[i][j] = Kind::add(sum[i][j], factor, vectors[j]);
             }
         }
     }
@@ -100,28 +140,29 @@ __attribute__((noinline)) static void segments_tile(const Segment* segments, int
             store(c + (j / VECTORS * each + image + i) * PANEL + j % VECTORS * LANES, sum[i][j]);
 }
 
-template <int COLUMN_PANELS>
+template <class T, int COLUMN_PANELS>
 static void multiply_segments(const Segment* segments, int64_t count, int64_t images, int64_t each, float* c) {
     constexpr int MANY = LANES == 16 ? 12 : LANES == 8 ? 4 : 2;  // so many that their sums fit in registers
     int64_t i = 0;
-    for (; i + MANY <= images; i += MANY) segments_tile<MANY, COLUMN_PANELS>(segments, count, i, each, c);
+    for (; i + MANY <= images; i += MANY) segments_tile<T, MANY, COLUMN_PANELS>(segments, count, i, each, c);
     if constexpr (MANY > 8)
-        for (; i + 8 <= images; i += 8) segments_tile<8, COLUMN_PANELS>(segments, count, i, each, c);
+        for (; i + 8 <= images; i += 8) segments_tile<T, 8, COLUMN_PANELS>(segments, count, i, each, c);
     if constexpr (MANY > 4)
-        for (; i + 4 <= images; i += 4) segments_tile<4, COLUMN_PANELS>(segments, count, i, each, c);
-    for (; i + 2 <= images; i += 2) segments_tile<2, COLUMN_PANELS>(segments, count, i, each, c);
-    for (; i < images; i++) segments_tile<1, COLUMN_PANELS>(segments, count, i, each, c);
+        for (; i + 4 <= images; i += 4) segments_tile<T, 4, COLUMN_PANELS>(segments, count, i, each, c);
+    for (; i + 2 <= images; i += 2) segments_tile<T, 2, COLUMN_PANELS>(segments, count, i, each, c);
+    for (; i < images; i++) segments_tile<T, 1, COLUMN_PANELS>(segments, count, i, each, c);
 }
 
-// A run of pixels whose images are summed over: a [pixels, images, 16], b [pixels, panels, images, 16].
+// A run of pixels whose images are summed over: a [pixels, words of images, 16], b [pixels, panels, words of images, 16].
 struct Run {
     const float *a, *b;
-    int64_t a_pixel, b_pixel, b_panel, pixels, images;
+    int64_t a_pixel, b_pixel, b_panel, pixels, words;
 };
 
 // Adds to c [ROWS, columns] the sum over the images and pixels of the run of a^T b, for ROWS channels of a.
-template <int ROWS, int COLUMN_PANELS>
+template <class T, int ROWS, int COLUMN_PANELS>
 __attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
+    using Kind = typename KindOf<T>::Type;
     constexpr int WIDE = COLUMN_PANELS * VECTORS;
     Floats sum[ROWS][WIDE];
 #pragma GCC unroll 16
@@ -131,7 +172,7 @@ __attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
     const int64_t b_panel = run.b_panel;
     for (int64_t pixel = 0; pixel < run.pixels; pixel++) {
         const float *a = run.a + pixel * run.a_pixel, *b = run.b + pixel * run.b_pixel;
-        const float* end = a + run.images * PANEL;
+        const float* end = a + run.words * PANEL;
 #pragma GCC unroll 2
         for (; a < end; a += PANEL, b += PANEL) {
             Floats vectors[WIDE];
@@ -142,9 +183,9 @@ __attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
             }
 #pragma GCC unroll 16
             for (int i = 0; i < ROWS; i++) {
-                const Floats factor = all(a[i]);
+                const Floats factor = Kind::factor(a + i);
 #pragma GCC unroll 16
-                for (int j = 0; j < WIDE; j++) sum[i][j] += factor * vectors[j];
+                for (int j = 0; j < WIDE; j++) sum[i][j] = Kind::add(sum[i][j], factor, vectors[j]);
             }
         }
     }
@@ -155,11 +196,11 @@ __attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
 }
 
 // Adds to c [channels, columns] for up to 16 channels of a.
-template <int COLUMN_PANELS>
+template <class T, int COLUMN_PANELS>
 static void multiply_run(Run run, int64_t channels, float* c) {
     constexpr int MANY = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
     const auto rows = [&](auto count) {
-        outer_tile<decltype(count)::value, COLUMN_PANELS>(run, c);
+        outer_tile<T, decltype(count)::value, COLUMN_PANELS>(run, c);
         channels -= count, run.a += count, c += count * COLUMN_PANELS * PANEL;
     };
     while (channels >= MANY) rows(std::integral_constant<int, MANY>());

@@ -1,9 +1,9 @@
 // Forward and backward of the tutorial's U-Net in training (the twin of fastsde.models.UNet).
 //
-// With y a layer's sums, (1 + a) y + b what its images' scales and shifts make of them, v = log sigmoid of that, and d
+// With y a layer's sums, (1 + a) y + b what its images' scales and shifts make of them, v the log sigmoid of that, and d
 // the gradient of what a letter names:
 //
-//     dy = (1 + a) dv (1 - e^v),   db = sum over pixels of dv (1 - e^v),   da = that of y dv (1 - e^v)
+//     g = dv (1 - e^v),   dy = (1 + a) g,   db = sum of g over the pixels,   da = sum of y g
 //     dW[tap] = sum over images and pixels of in[pixel + tap]^T dy[pixel],   din[pixel] = sum of dy[pixel - tap] W[tap]^T
 //
 // Signals are blocked (blocked.h). Every sum has an order that depends only on the shapes, so that no result depends on
@@ -15,24 +15,40 @@ using namespace fastsde;
 
 namespace {
 
+// Null is what a pass does not need.
+struct Arguments {
+    const float* const* weights;
+    const float* const* biases;
+    const float* films;
+    float* const* d_weights;
+    float* const* d_biases;
+    float* d_films;
+};
+
+// A panel of sums [images, 16] of a pixel.
+struct Panel {
+    int64_t block, pixel, panel, images;
+    const float* sums;
+    int64_t line;   // the part that computes it
+    bool is_first;  // whether it is the part's first pixel
+};
+
+template <class T>
 class Training {
   public:
     Training(const Shapes& shapes, const Arguments& arguments, float* memory, int threads)
-        : net_(shapes, memory), by_(arguments), scratch_(threads, 2 * PANELS * PANEL * BLOCK_IMAGES) {}
+        : net_(shapes, memory), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {}
 
     // Must be called by all threads of a team, as `backward`.
     void forward(const float* x, const float* t, float* out) {
         load_images(x, t);
-        for (const Layer& layer : net_.layers) pack(layer, by_.weights[layer.number]);
+        for (const Layer<T>& layer : net_.layers) pack(layer, by_.weights[layer.number]);
         barrier_.wait();
-        for (const Layer& layer : net_.layers) {
+        for (const Layer<T>& layer : net_.layers) {
+            if (layer.is_last) return last(layer, out);
             if (layer.pools) {
                 pool(layer);
                 barrier_.wait();
-            }
-            if (layer.is_last) {
-                last(layer, out);
-                continue;
             }
             forward(layer);
             barrier_.wait();
@@ -43,111 +59,113 @@ class Training {
         load_gradients(d_out);
         barrier_.wait();
         for (int64_t number = (int64_t)net_.layers.size() - 1; number >= 0; number--) {
-            const Layer& layer = net_.layers[number];
-            sum_gradients(layer);
-            barrier_.wait();
+            const Layer<T>& layer = net_.layers[number];
             if (number) backward_signal(layer);
             backward_weights(layer);
             barrier_.wait();
         }
-        for (const Layer& layer : net_.layers) unpack(layer);
+        for (const Layer<T>& layer : net_.layers) {
+            unpack_weights(layer);
+            layer.is_last ? sum_last_bias(layer, d_out) : unpack_totals(layer);
+        }
     }
 
   private:
+    static constexpr int64_t PER_WORD = KindOf<T>::PER_WORD;
+
     // Sums over the taps and channels that reach each pixel of ``to``, the columns of which are ``all`` channels, and
-    // calls finish(block, pixel, panel, sums) for each panel of these sums [images, 16].
+    // calls finish for each panel of these sums.
     template <class Finish>
-    void convolve(Map map, const Blocked& from, int64_t channels, const float* weights, const Blocked& to, int64_t all,
-                  Finish finish) {
-        const int64_t rows = std::min(to.height, ceil_div(8, to.width)), lines = ceil_div(to.height, rows);
+    void convolve(Map map, const Signal<T>& from, int64_t channels, const float* weights, const Signal<T>& to,
+                  int64_t all, Finish finish) {
+        const Lines lines(to.height, to.width);
         const int64_t blocks = net_.blocks.count, groups = Columns::groups(all);
         float* sums = scratch_.mine();
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t part = 0; part < groups * blocks * lines; part++) {
-            const Columns columns(part / (blocks * lines), all, channels);
-            const int64_t block = part / lines % blocks, first = part % lines * rows * to.width;
-            const int64_t end = std::min(first + rows * to.width, to.pixels()), images = net_.blocks.images(block);
-            for (int64_t pixel = first; pixel < end; pixel++) {
+        for (int64_t part = 0; part < groups * blocks * lines.count; part++) {
+            const Columns columns(part / (blocks * lines.count), all, ceil_div(channels, PER_WORD));
+            const int64_t block = part / lines.count % blocks, line = part % lines.count;
+            const int64_t first = line * lines.each * to.width, images = net_.blocks.images(block);
+            for (int64_t pixel = first; pixel < std::min(first + lines.each * to.width, to.pixels()); pixel++) {
                 Segment segments[9 * MAX_PANELS];
-                const int64_t count = reach(map, from, channels, weights + columns.offset, columns, block,
-                                            pixel / to.width, pixel % to.width, segments);
+                const int64_t count =
+                    reach(map, from, channels, weights, columns, block, pixel / to.width, pixel % to.width, segments);
                 if (columns.panels == 1)
-                    multiply_segments<1>(segments, count, images, to.each, sums);
+                    multiply_segments<T, 1>(segments, count, images, to.each, sums);
                 else
-                    multiply_segments<PANELS>(segments, count, images, to.each, sums);
+                    multiply_segments<T, PANELS>(segments, count, images, to.each, sums);
                 for (int64_t p = 0; p < columns.panels; p++)
-                    finish(block, pixel, columns.panel + p, sums + p * to.each * PANEL);
+                    finish(Panel{block, pixel, columns.panel + p, images, sums + p * to.each * PANEL, line,
+                                 pixel == first});
             }
         }
     }
 
-    __attribute__((noinline)) static int64_t reach(Map map, const Blocked& from, int64_t channels, const float* weights, const Columns& columns,
+    static int64_t reach(Map map, const Signal<T>& from, int64_t channels, const float* weights, const Columns& columns,
                          int64_t block, int64_t y, int64_t x, Segment* segments) {
+        const int64_t words = ceil_div(channels, PER_WORD), of_panel = PANEL / PER_WORD;
         int64_t count = 0;
         for (int64_t ky = 0; ky < 3; ky++)
             for (int64_t kx = 0; kx < 3; kx++) {
                 const int64_t from_y = source(map, y, ky, from.height), from_x = source(map, x, kx, from.width);
                 if (from_y < 0 || from_x < 0) continue;
-                const float* a = from.at(block, from_y * from.width + from_x, 0);
-                for (int64_t c = 0; c < channels; c += PANEL) {
-                    const float* b = weights + ((ky * 3 + kx) * channels + c) * columns.width();
-                    segments[count++] = Segment{a + c * from.each, b, std::min(PANEL, channels - c)};
-                }
+                const float* a = (const float*)from.at(block, from_y * from.width + from_x, 0);
+                const float* b = weights + columns.offset + (ky * 3 + kx) * words * columns.width();
+                for (int64_t word = 0; word < words; word += of_panel)
+                    segments[count++] = Segment{a + word * from.each, b + word * columns.width(),
+                                                std::min(of_panel, words - word)};
             }
         return count;
     }
 
-    void forward(const Layer& layer) {
-        const float* bias = by_.biases[layer.number];
+    void forward(const Layer<T>& layer) {
         const bool modulates = by_.films != nullptr;
-        convolve(layer.map, layer.in, layer.inputs, layer.forward, layer.out, layer.outputs,
-                 [&](int64_t block, int64_t pixel, int64_t panel, const float* sums) {
-                     float* out = layer.out.at(block, pixel, panel);
-                     float* kept = modulates ? layer.sums.at(block, pixel, panel) : nullptr;
-                     for (int64_t i = 0; i < net_.blocks.images(block); i++) {
-                         const float* film = film_of(layer, block, i, panel);
-                         for (int64_t c = 0; c < PANEL; c += LANES) {
-                             Floats sum = load(sums + i * PANEL + c) + load(bias + panel * PANEL + c), value, slope;
-                             if (modulates) {
-                                 store(kept + i * PANEL + c, sum);
-                                 sum = sum * (1.0f + load(film + c)) + load(film + layer.outputs + c);
-                             }
-                             activate<LOG_SIGMOID>(sum, 1.0f, value, slope);
-                             store(out + i * PANEL + c, value);
-                         }
-                     }
-                 });
+        convolve(layer.map, layer.in, layer.inputs, layer.forward, layer.out, layer.outputs, [&](const Panel& of) {
+            const float* bias = by_.biases[layer.number] + of.panel * PANEL;
+            float* kept = modulates ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
+            layer.out.write(of.block, of.pixel, of.panel, of.images, [&](int64_t image, int64_t c) {
+                Floats sum = load(of.sums + image * PANEL + c) + load(bias + c), value, slope;
+                if (modulates) {
+                    const float* film = film_of(layer, of, image);
+                    store(kept + image * PANEL + c, sum);
+                    sum = sum * (1.0f + load(film + c)) + load(film + layer.outputs + c);
+                }
+                activate<LOG_SIGMOID>(sum, 1.0f, value, slope);
+                return value;
+            });
+        });
     }
 
     // The scales of a panel's channels for an image, ``outputs`` before their shifts; only if there are any.
-    const float* film_of(const Layer& layer, int64_t block, int64_t image, int64_t panel) const {
-        return by_.films + (block * net_.blocks.each + image) * net_.widths + layer.film + panel * PANEL;
+    const float* film_of(const Layer<T>& layer, const Panel& of, int64_t image) const {
+        return by_.films + (of.block * net_.blocks.each + image) * net_.widths + layer.film + of.panel * PANEL;
     }
 
-    // The largest of 2 x 2 pixels; with an odd size the first row or column is on its own. NaN propagates.
-    __attribute__((noinline)) void pool(const Layer& layer) {
-        const Blocked &from = layer.before, &to = layer.in;
+    // The largest of 2 x 2 pixels. NaN propagates.
+    void pool(const Layer<T>& layer) {
+        const Signal<T>&from = layer.before, &to = layer.in;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < net_.blocks.count * to.pixels(); i++) {
             const int64_t block = i / to.pixels(), pixel = i % to.pixels();
-            const Window window(from, pixel / to.width, pixel % to.width);
+            const Window window(from.height, from.width, pixel / to.width, pixel % to.width);
             for (int64_t panel = 0; panel < to.panels; panel++) {
-                float* out = to.at(block, pixel, panel);
-                for (int64_t at = 0; at < net_.blocks.images(block) * PANEL; at += LANES) {
-                    Floats most = load(from.at(block, window.pixels[0], panel) + at);
+                const T* pixels[4];
+                for (int64_t j = 0; j < window.count; j++) pixels[j] = from.at(block, window.pixels[j], panel);
+                to.write(block, pixel, panel, net_.blocks.images(block), [&](int64_t image, int64_t c) {
+                    Floats most = load_as(pixels[0] + image * PANEL + c);
                     for (int64_t j = 1; j < window.count; j++) {
-                        const Floats next = load(from.at(block, window.pixels[j], panel) + at);
+                        const Floats next = load_as(pixels[j] + image * PANEL + c);
                         most = (next > most) | (next != next) ? next : most;
                     }
-                    store(out + at, most);
-                }
+                    return most;
+                });
             }
         }
     }
 
     // The last convolution, to few channels, without an activation: weights [outputs, 9, inputs].
-    __attribute__((noinline)) void last(const Layer& layer, float* out) {
-        const Blocked& in = layer.in;
+    void last(const Layer<T>& layer, float* out) {
+        const Signal<T>& in = layer.in;
         const int64_t pixels = in.pixels();
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < net_.blocks.count * pixels; i++) {
@@ -156,102 +174,100 @@ class Training {
                 for (int64_t image = 0; image < net_.blocks.images(block); image += 4) {
                     const int64_t here = std::min<int64_t>(4, net_.blocks.images(block) - image);
                     Floats sums[4]{};
-                    for (int64_t ky = std::max<int64_t>(0, 1 - y); ky < std::min<int64_t>(3, in.height + 1 - y); ky++)
-                        for (int64_t kx = std::max<int64_t>(0, 1 - x); kx < std::min<int64_t>(3, in.width + 1 - x); kx++) {
-                            const float* from = in.at(block, pixel + (ky - 1) * in.width + kx - 1, 0) + image * PANEL;
-                            const float* w = layer.forward + (channel * 9 + ky * 3 + kx) * layer.inputs;
-                            dots(from, w, layer.inputs, in.each * PANEL, here, sums);
-                        }
+                    for (int64_t tap = 0; tap < 9; tap++) {
+                        const int64_t from_y = y + tap / 3 - 1, from_x = x + tap % 3 - 1;
+                        if (from_y < 0 || from_y >= in.height || from_x < 0 || from_x >= in.width) continue;
+                        dots(in.at(block, from_y * in.width + from_x, 0) + image * PANEL,
+                             layer.forward + (channel * 9 + tap) * layer.inputs, layer.inputs, in.each * PANEL, here, sums);
+                    }
                     const int64_t of_batch = block * net_.blocks.each + image;
-                    for (int64_t i = 0; i < here; i++)
-                        out[((of_batch + i) * layer.outputs + channel) * pixels + pixel] =
-                            sum_of(sums[i]) + by_.biases[layer.number][channel];
+                    for (int64_t k = 0; k < here; k++)
+                        out[((of_batch + k) * layer.outputs + channel) * pixels + pixel] =
+                            sum_of(sums[k]) + by_.biases[layer.number][channel];
                 }
         }
     }
 
-    static void dots(const float* from, const float* w, int64_t channels, int64_t per_panel, int64_t images,
+    static void dots(const T* from, const float* weights, int64_t channels, int64_t panel, int64_t images,
                      Floats* sums) {
         for (int64_t c = 0; c < channels; c += LANES) {
-            const float* at = from + c / PANEL * per_panel + c % PANEL;
-            const Floats weights = load(w + c);
+            const T* at = from + c / PANEL * panel + c % PANEL;
+            const Floats weight = load(weights + c);
             if (images == 4)
-                for (int i = 0; i < 4; i++) sums[i] += load(at + i * PANEL) * weights;
+                for (int k = 0; k < 4; k++) sums[k] += load_as(at + k * PANEL) * weight;
             else
-                for (int64_t i = 0; i < images; i++) sums[i] += load(at + i * PANEL) * weights;
+                for (int64_t k = 0; k < images; k++) sums[k] += load_as(at + k * PANEL) * weight;
         }
     }
 
-    // Makes dv (1 - e^v) the gradient of the sums, and sums both over the pixels of each image.
-    __attribute__((noinline)) void sum_gradients(const Layer& layer) {
-        const Blocked& d = layer.d_out;
-        const bool modulates = by_.films && !layer.is_last;
-        const int64_t panels = ceil_div(layer.outputs, PANEL);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t part = 0; part < net_.blocks.count * panels; part++) {
-            const int64_t block = part / panels, panel = part % panels, images = net_.blocks.images(block);
-            float* shifts = net_.sums_of(layer, block, panel);
-            float* scales = shifts + net_.blocks.each * PANEL;
-            std::fill_n(shifts, 2 * net_.blocks.each * PANEL, 0.0f);
-            for (int64_t pixel = 0; pixel < d.pixels(); pixel++) {
-                float* gradient = d.at(block, pixel, panel);
-                for (int64_t at = 0; at < images * PANEL; at += LANES) {
-                    const Floats g = load(gradient + at);
-                    store(shifts + at, load(shifts + at) + g);
-                    if (!modulates) continue;
-                    store(scales + at, load(scales + at) + g * load(layer.sums.at(block, pixel, panel) + at));
-                    const float* film = film_of(layer, block, at / PANEL, panel) + at % PANEL;
-                    store(gradient + at, g * (1.0f + load(film)));
-                }
-            }
-        }
+    // Writes the gradient of the input of a layer, as that of the layer behind, as far as it is complete.
+    void backward_signal(const Layer<T>& layer) {
+        const Layer<T>& behind = net_.layers[layer.behind];
+        const Signal<T>& to = layer.pools ? layer.in : layer.d_in;
+        convolve(transposed(layer.map), layer.d_out, layer.outputs, layer.backward, to, layer.inputs,
+                 [&](const Panel& of) {
+                     if (layer.pools) return unpool(layer, behind, of);
+                     if (of.panel >= layer.own) return keep(layer.d_in, of);  // until the pool's is added
+                     const T* values = layer.in.at(of.block, of.pixel, of.panel);
+                     complete(behind, of, [&](int64_t at) {
+                         return load(of.sums + at) * slope_at(load_as(values + at));
+                     });
+                 });
     }
 
-    // Writes the gradient of the layer's input, times the derivative of its activation.
-    void backward_signal(const Layer& layer) {
-        const Map map = transposed(layer.map);
-        const auto over = [&](auto finish) {
-            convolve(map, layer.d_out, layer.outputs, layer.backward, layer.pools ? layer.in : layer.d_in, layer.inputs,
-                     finish);
-        };
-        if (layer.pools)
-            return over([&](int64_t block, int64_t pixel, int64_t panel, const float* sums) {
-                unpool(layer, block, pixel, panel, sums);
-            });
-        over([&](int64_t block, int64_t pixel, int64_t panel, const float* sums) {
-            const float* value = layer.in.at(block, pixel, panel);
-            float* to = layer.d_in.at(block, pixel, panel);
-            const bool waits = panel >= layer.own_panels;  // for the gradient by way of the pool
-            for (int64_t at = 0; at < net_.blocks.images(block) * PANEL; at += LANES) {
-                const Floats sum = load(sums + at);
-                store(to + at, waits ? sum : sum * slope_at(load(value + at)));
-            }
-        });
+    void keep(const Signal<T>& to, const Panel& of) {
+        T* data = to.at(of.block, of.pixel, of.panel);
+        for (int64_t at = 0; at < of.images * PANEL; at += LANES) store_as(data + at, load(of.sums + at));
     }
 
     // Adds a pooled pixel's gradient to that of the first largest of its pixels, as PyTorch does.
-    __attribute__((noinline)) void unpool(const Layer& layer, int64_t block, int64_t pixel, int64_t panel, const float* sums) {
-        const Window window(layer.before, pixel / layer.in.width, pixel % layer.in.width);
-        for (int64_t at = 0; at < net_.blocks.images(block) * PANEL; at += LANES) {
-            Floats values[4];
-            Ints which{};
-            Floats most = values[0] = load(layer.before.at(block, window.pixels[0], panel) + at);
+    void unpool(const Layer<T>& layer, const Layer<T>& behind, const Panel& of) {
+        const Signal<T>& before = layer.before;
+        const Window window(before.height, before.width, of.pixel / layer.in.width, of.pixel % layer.in.width);
+        const T* pixels[4];
+        for (int64_t j = 0; j < window.count; j++) pixels[j] = before.at(of.block, window.pixels[j], of.panel);
+        Ints which[BLOCK_IMAGES * VECTORS];
+        for (int64_t at = 0; at < of.images * PANEL; at += LANES) {
+            Floats most = load_as(pixels[0] + at);
+            Ints chosen{};
             for (int32_t j = 1; j < window.count; j++) {
-                const Floats next = values[j] = load(layer.before.at(block, window.pixels[j], panel) + at);
+                const Floats next = load_as(pixels[j] + at);
                 const Ints larger = (next > most) | (next != next);
-                most = larger ? next : most, which = larger ? Ints{} + j : which;
+                most = larger ? next : most, chosen = larger ? Ints{} + j : chosen;
             }
-            const Floats sum = load(sums + at);
-            for (int32_t j = 0; j < window.count; j++) {
-                float* to = layer.d_before.at(block, window.pixels[j], panel) + at;
-                store(to, (load(to) + (which == j ? sum : Floats{})) * slope_at(values[j]));
-            }
+            which[at / LANES] = chosen;
+        }
+        for (int32_t j = 0; j < window.count; j++) {
+            const T* others = layer.d_before.at(of.block, window.pixels[j], of.panel);
+            Panel to = of;
+            to.pixel = window.pixels[j], to.is_first = of.is_first && j == 0;
+            complete(behind, to, [&](int64_t at) {
+                const Floats own = which[at / LANES] == j ? load(of.sums + at) : Floats{};
+                return (load_as(others + at) + own) * slope_at(load_as(pixels[j] + at));
+            });
         }
     }
 
+    // Writes the gradient of a layer's sums from g, a function of the place in a panel, and adds to the totals.
+    template <class Gradient>
+    void complete(const Layer<T>& layer, const Panel& of, Gradient gradient) {
+        float* shifts = net_.totals(layer, of.line, of.block, of.panel);
+        float* scales = shifts + net_.blocks.each * PANEL;
+        const float* sums = by_.films ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
+        const auto add = [&](float* total, Floats term) { store(total, of.is_first ? term : load(total) + term); };
+        layer.d_out.write(of.block, of.pixel, of.panel, of.images, [&](int64_t image, int64_t c) {
+            const int64_t at = image * PANEL + c;
+            const Floats g = gradient(at);
+            add(shifts + at, g);
+            if (!sums) return g;
+            add(scales + at, g * load(sums + at));
+            return g * (1.0f + load(film_of(layer, of, image) + c));
+        });
+    }
+
     // Sums the gradient of the weights over all images and pixels, in slots that are added later.
-    __attribute__((noinline)) void backward_weights(const Layer& layer) {
-        const Outer& outer = layer.outer;
+    void backward_weights(const Layer<T>& layer) {
+        const Outer<T>& outer = layer.outer;
         const int64_t groups = Columns::groups(outer.columns), row_parts = ceil_div(outer.rows, ROWS_EACH);
         const int64_t lines = net_.blocks.count * outer.height, tiles = groups * row_parts;
 #pragma omp for schedule(dynamic) nowait
@@ -264,45 +280,46 @@ class Training {
                 std::fill_n(to + tap * outer.rows * columns.width(), rows * columns.width(), 0.0f);
             for (int64_t line = slot * lines / layer.slots; line < (slot + 1) * lines / layer.slots; line++)
                 for (int64_t x = 0; x < outer.width; x += RUN_PIXELS)
-                    add_run(outer, columns, line / outer.height, line % outer.height, x,
-                            std::min(x + RUN_PIXELS, outer.width), first_row, rows, to);
+                    for (int64_t tap = 0; tap < 9; tap++)
+                        add_run(outer, columns, line / outer.height, line % outer.height, x,
+                                std::min(x + RUN_PIXELS, outer.width) - 1, tap, first_row, rows, to);
         }
     }
 
-    __attribute__((noinline)) void add_run(const Outer& by, const Columns& columns, int64_t block, int64_t y, int64_t first, int64_t end,
-                 int64_t first_row, int64_t rows, float* to) {
-        const Blocked &a = by.a, &b = by.b;
-        for (int64_t tap = 0; tap < 9; tap++) {
-            const int64_t a_y = y + by.a_moves * (tap / 3 - 1), b_y = by.b_stride * y + by.b_moves * (tap / 3 - 1);
-            if (a_y < 0 || a_y >= a.height || b_y < 0 || b_y >= b.height) continue;
-            const int64_t a_by = by.a_moves * (tap % 3 - 1), b_by = by.b_moves * (tap % 3 - 1);
-            int64_t x = first, last = end - 1;
-            while (x <= last && (x + a_by < 0 || by.b_stride * x + b_by < 0)) x++;
-            while (last >= x && (last + a_by >= a.width || by.b_stride * last + b_by >= b.width)) last--;
-            if (x > last) continue;
-            Run run{nullptr, b.at(block, b_y * b.width + by.b_stride * x + b_by, columns.panel), a.per_pixel(),
-                    by.b_stride * b.per_pixel(), b.each * PANEL, last + 1 - x, net_.blocks.images(block)};
-            for (int64_t row = 0; row < rows; row += PANEL) {
-                run.a = a.at(block, a_y * a.width + x + a_by, (first_row + row) / PANEL);
-                float* c = to + (tap * by.rows + row) * columns.width();
-                if (columns.panels == 1)
-                    multiply_run<1>(run, std::min(PANEL, rows - row), c);
-                else
-                    multiply_run<PANELS>(run, std::min(PANEL, rows - row), c);
-            }
+    // Adds a tap's products of a run of pixels of a line.
+    void add_run(const Outer<T>& by, const Columns& columns, int64_t block, int64_t y, int64_t first, int64_t last,
+                 int64_t tap, int64_t first_row, int64_t rows, float* to) {
+        const Signal<T>&a = by.a, &b = by.b;
+        const int64_t down = tap / 3 - 1, right = tap % 3 - 1;
+        const int64_t a_y = y + by.a_moves * down, b_y = by.b_stride * y + by.b_moves * down;
+        if (a_y < 0 || a_y >= a.height || b_y < 0 || b_y >= b.height) return;
+        const int64_t a_by = by.a_moves * right, b_by = by.b_moves * right;
+        while (first <= last && (first + a_by < 0 || by.b_stride * first + b_by < 0)) first++;
+        while (last >= first && (last + a_by >= a.width || by.b_stride * last + b_by >= b.width)) last--;
+        if (first > last) return;
+        const float* from = b.images_at(block, b_y * b.width + by.b_stride * first + b_by, columns.panel);
+        Run run{nullptr, from, a.panels * a.image_words(), by.b_stride * b.panels * b.image_words(), b.image_words(),
+                last + 1 - first, ceil_div(net_.blocks.images(block), PER_WORD)};
+        for (int64_t row = 0; row < rows; row += PANEL) {
+            run.a = a.images_at(block, a_y * a.width + first + a_by, (first_row + row) / PANEL);
+            float* c = to + (tap * by.rows + row) * columns.width();
+            if (columns.panels == 1)
+                multiply_run<T, 1>(run, std::min(PANEL, rows - row), c);
+            else
+                multiply_run<T, PANELS>(run, std::min(PANEL, rows - row), c);
         }
     }
 
     // x [batch, channels, height, width] with the time as one more channel.
-    __attribute__((noinline)) void load_images(const float* x, const float* t) {
+    void load_images(const float* x, const float* t) {
         const int64_t channels = net_.layers[0].inputs - 1, pixels = net_.layers[0].in.pixels();
         load_signal(net_.layers[0].in, [=](int64_t image, int64_t pixel, int64_t c) {
             return c < channels ? x[(image * channels + c) * pixels + pixel] : c == channels ? t[image] : 0.0f;
         });
     }
 
-    __attribute__((noinline)) void load_gradients(const float* d_out) {
-        const Layer& layer = net_.layers.back();
+    void load_gradients(const float* d_out) {
+        const Layer<T>& layer = net_.layers.back();
         const int64_t channels = layer.outputs, pixels = layer.d_out.pixels();
         load_signal(layer.d_out, [=](int64_t image, int64_t pixel, int64_t c) {
             return c < channels ? d_out[(image * channels + c) * pixels + pixel] : 0.0f;
@@ -311,41 +328,36 @@ class Training {
 
     // Writes value(image, pixel, channel) for all channels of all panels.
     template <class Value>
-    void load_signal(const Blocked& to, Value value) {
+    void load_signal(const Signal<T>& to, Value value) {
         const int64_t of_block = to.pixels() * to.panels;
 #pragma omp for schedule(static) nowait
         for (int64_t part = 0; part < net_.blocks.count * of_block; part++) {
             const int64_t block = part / of_block, pixel = part % of_block / to.panels, panel = part % to.panels;
-            float* at = to.at(block, pixel, panel);
-            for (int64_t i = 0; i < net_.blocks.images(block); i++)
-                for (int64_t c = 0; c < PANEL; c++)
-                    at[i * PANEL + c] = value(block * net_.blocks.each + i, pixel, panel * PANEL + c);
+            to.write(block, pixel, panel, net_.blocks.images(block), [&](int64_t image, int64_t c) {
+                float lanes[LANES];
+                for (int64_t k = 0; k < LANES; k++)
+                    lanes[k] = value(block * net_.blocks.each + image, pixel, panel * PANEL + c + k);
+                return load(lanes);
+            });
         }
     }
 
-    // Runs body(where in PyTorch's weights, where in [9, rows, columns]) for all weights, in runs of a row of columns.
+    // Runs body(row, columns, where the weights of both are in PyTorch's) for all rows of all columns, ``step`` apart.
     template <class Body>
-    void for_weights(const Form& form, Body body) {
+    static void for_weights(const Form& form, int64_t step, Body body) {
         const int64_t groups = Columns::groups(form.columns), row_parts = ceil_div(form.rows, PANEL);
 #pragma omp for schedule(static) nowait
         for (int64_t part = 0; part < groups * row_parts; part++) {
-            const Columns columns(part / row_parts, form.columns, form.rows);
-            const int64_t first = part % row_parts * PANEL, width = columns.width();
-            for (int64_t row = first; row < std::min(first + PANEL, form.rows); row++)
-                body(row * form.row_stride + columns.panel * PANEL * form.column_stride, form.column_stride,
-                     columns.offset + row * width, form.rows * width, width);
+            const Columns columns(part / row_parts, form.columns, ceil_div(form.rows, step));
+            const int64_t first = part % row_parts * PANEL;
+            for (int64_t row = first; row < std::min(first + PANEL, form.rows); row += step)
+                body(row, columns, row * form.row_stride + columns.panel * PANEL * form.column_stride);
         }
     }
 
-    __attribute__((noinline)) void pack(const Layer& layer, const float* weights) {
-        const auto into = [&](float* to) {
-            return [=](int64_t from, int64_t stride, int64_t at, int64_t per_tap, int64_t width) {
-                for (int64_t c = 0; c < width; c++)
-                    for (int64_t tap = 0; tap < 9; tap++) to[at + tap * per_tap + c] = weights[from + c * stride + tap];
-            };
-        };
-        if (layer.number) for_weights(layer.backward_form, into(layer.backward));
-        if (!layer.is_last) return for_weights(layer.forward_form, into(layer.forward));
+    void pack(const Layer<T>& layer, const float* weights) {
+        if (layer.number) pack(layer.backward_form, weights, layer.backward);
+        if (!layer.is_last) return pack(layer.forward_form, weights, layer.forward);
 #pragma omp for schedule(static) nowait
         for (int64_t channel = 0; channel < layer.outputs; channel++)
             for (int64_t c = 0; c < layer.inputs; c++)
@@ -354,70 +366,140 @@ class Training {
                         weights[(channel * layer.inputs + c) * 9 + tap];
     }
 
-    // Adds the slots of the gradient, and the sums of all images.
-    __attribute__((noinline)) void unpack(const Layer& layer) {
-        float* weights = by_.d_weights[layer.number];
-        for_weights(layer.is_last ? layer.backward_form : layer.forward_form,
-                    [&](int64_t to, int64_t stride, int64_t at, int64_t per_tap, int64_t width) {
-                        for (int64_t tap = 0; tap < 9; tap++) {
-                            float* first = layer.gradient + at + tap * per_tap;
-                            for (int64_t slot = 1; slot < layer.slots; slot++)
-                                for (int64_t c = 0; c < width; c++) first[c] += first[slot * layer.weights_size + c];
-                            for (int64_t c = 0; c < width; c++) weights[to + c * stride + tap] = first[c];
-                        }
-                    });
-        const bool modulates = by_.films && !layer.is_last;
-        float* bias = by_.d_biases[layer.number];
-#pragma omp for schedule(static) nowait
-        for (int64_t c = 0; c < layer.outputs; c++) {
-            float total = 0.0f;
-            for (int64_t i = 0; i < net_.blocks.batch; i++) {
-                const int64_t each = net_.blocks.each, panel = c / PANEL;
-                const float* shift = net_.sums_of(layer, i / each, panel) + i % each * PANEL + c % PANEL;
-                total += modulates ? *shift * (1.0f + by_.films[i * net_.widths + layer.film + c]) : *shift;
-                if (!modulates) continue;
-                float* film = by_.d_films + i * net_.widths + layer.film + c;
-                film[0] = shift[each * PANEL], film[layer.outputs] = *shift;
+    // Packs weights as words [9, rows, columns].
+    static void pack(const Form& form, const float* weights, float* to) {
+        const int64_t words = ceil_div(form.rows, PER_WORD);
+        for_weights(form, PER_WORD, [&](int64_t row, const Columns& columns, int64_t from) {
+            for (int64_t c = 0; c < columns.width(); c += LANES) {
+                float lanes[PER_WORD][9][LANES]{};
+                for (int64_t r = 0; r < std::min(PER_WORD, form.rows - row); r++)
+                    for (int64_t k = 0; k < LANES; k++)
+                        for (int64_t tap = 0; tap < 9; tap++)
+                            lanes[r][tap][k] = weights[from + r * form.row_stride + (c + k) * form.column_stride + tap];
+                float* word = to + columns.offset + row / PER_WORD * columns.width() + c;
+                for (int64_t tap = 0; tap < 9; tap++, word += words * columns.width()) {
+                    if constexpr (PER_WORD == 1) store(word, load(lanes[0][tap]));
+#if defined(FASTSDE_BF16)
+                    if constexpr (PER_WORD == 2) store_pairs(word, load(lanes[0][tap]), load(lanes[1][tap]));
+#endif
+                }
             }
-            bias[c] = total;
+        });
+    }
+
+    // Adds the slots of a gradient and writes it as PyTorch has it.
+    void unpack_weights(const Layer<T>& layer) {
+        float* weights = by_.d_weights[layer.number];
+        const Form& form = layer.is_last ? layer.backward_form : layer.forward_form;
+        for_weights(form, 1, [&](int64_t row, const Columns& columns, int64_t to) {
+            const int64_t width = columns.width();
+            for (int64_t tap = 0; tap < 9; tap++) {
+                float* sums = layer.gradient + columns.offset + (tap * form.rows + row) * width;
+                for (int64_t slot = 1; slot < layer.slots; slot++)
+                    for (int64_t c = 0; c < width; c++) sums[c] += sums[slot * layer.weights_size + c];
+                for (int64_t c = 0; c < width; c++) weights[to + c * form.column_stride + tap] = sums[c];
+            }
+        });
+    }
+
+    // Writes the gradients of scales, shifts and bias.
+    void unpack_totals(const Layer<T>& layer) {
+#pragma omp for schedule(static) nowait
+        for (int64_t panel = 0; panel < layer.outputs / PANEL; panel++) {
+            double bias[PANEL]{};
+            for (int64_t image = 0; image < net_.blocks.batch; image++) {
+                const int64_t each = net_.blocks.each, block = image / each, at = image % each * PANEL;
+                float shifts[PANEL]{}, scales[PANEL]{};
+                for (int64_t line = 0; line < layer.totals_lines; line++) {
+                    const float* totals = net_.totals(layer, line, block, panel) + at;
+                    for (int64_t c = 0; c < PANEL; c++) shifts[c] += totals[c];
+                    for (int64_t c = 0; by_.films && c < PANEL; c++) scales[c] += totals[each * PANEL + c];
+                }
+                const int64_t film = image * net_.widths + layer.film + panel * PANEL;
+                for (int64_t c = 0; c < PANEL; c++) {
+                    bias[c] += by_.films ? shifts[c] * (1.0 + by_.films[film + c]) : shifts[c];
+                    if (by_.films) by_.d_films[film + c] = scales[c], by_.d_films[film + layer.outputs + c] = shifts[c];
+                }
+            }
+            for (int64_t c = 0; c < PANEL; c++) by_.d_biases[layer.number][panel * PANEL + c] = (float)bias[c];
         }
     }
 
-    const Network net_;
+    void sum_last_bias(const Layer<T>& layer, const float* d_out) {
+        const int64_t pixels = layer.in.pixels();
+#pragma omp for schedule(static) nowait
+        for (int64_t c = 0; c < layer.outputs; c++) {
+            double total = 0;
+            for (int64_t image = 0; image < net_.blocks.batch; image++)
+                for (int64_t pixel = 0; pixel < pixels; pixel++)
+                    total += d_out[(image * layer.outputs + c) * pixels + pixel];
+            by_.d_biases[layer.number][c] = (float)total;
+        }
+    }
+
+    const Network<T> net_;
     const Arguments by_;
     PerThread<Buffer> scratch_;
     Barrier barrier_;
 };
 
+// Calls body with an element of the signals' type.
+template <class Body>
+auto with_elements(bool bf16, Body body) {
+#if defined(FASTSDE_BF16)
+    if (bf16) return body(Half());
+#endif
+    (void)bf16;
+    return body(float());
+}
+
 }  // namespace
+
+// Returns whether the kernel has bf16.
+extern "C" int fastsde_unet_training_has_bf16(int) {
+#if defined(FASTSDE_BF16)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // The floats of memory that forward and backward share.
 extern "C" int64_t fastsde_unet_training_floats(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
-                                                int64_t levels, const int64_t* channels, int modulates, int) {
-    return Network(Shapes{batch, image_channels, height, width, levels, channels, modulates != 0}, nullptr).floats;
+                                                int64_t levels, const int64_t* channels, int bf16, int modulates, int) {
+    const Shapes shapes{batch, image_channels, height, width, levels, channels, modulates != 0};
+    return with_elements(bf16, [&](auto element) { return Network<decltype(element)>(shapes, nullptr).floats; });
 }
 
 // x and out [batch, image_channels, height, width], t [batch], films [batch, widths], for each layer but the last 2 *
-// out values, or null. weights and biases hold one array per layer (encoder, decoder, head), as PyTorch has them.
+// out values, or null. weights and biases hold one array per layer (encoder, decoder, head), as PyTorch has them, all
+// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; the last layer's weights are not.
 extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
-                                             int64_t levels, const int64_t* channels, const float* const* weights,
-                                             const float* const* biases, const float* x, const float* t,
-                                             const float* films, float* memory, float* out, int threads) {
+                                             int64_t levels, const int64_t* channels, int bf16,
+                                             const float* const* weights, const float* const* biases, const float* x,
+                                             const float* t, const float* films, float* memory, float* out,
+                                             int threads) {
+    const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr};
+    const Arguments arguments{weights, biases, films, nullptr, nullptr, nullptr};
     return with_status([&] {
-        const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr};
-        Training training(shapes, Arguments{weights, biases, films, nullptr, nullptr, nullptr}, memory, threads);
-        run_team(threads, [&] { training.forward(x, t, out); });
+        with_elements(bf16, [&](auto element) {
+            Training<decltype(element)> training(shapes, arguments, memory, threads);
+            run_team(threads, [&] { training.forward(x, t, out); });
+        });
     });
 }
 
 // Writes the gradients, after a forward in the same memory. d_out as out, d_films as films, or both null.
 extern "C" int fastsde_unet_training_backward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
-                                              int64_t levels, const int64_t* channels, const float* films,
+                                              int64_t levels, const int64_t* channels, int bf16, const float* films,
                                               const float* d_out, float* memory, float* const* d_weights,
                                               float* const* d_biases, float* d_films, int threads) {
+    const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr};
+    const Arguments arguments{nullptr, nullptr, films, d_weights, d_biases, d_films};
     return with_status([&] {
-        const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr};
-        Training training(shapes, Arguments{nullptr, nullptr, films, d_weights, d_biases, d_films}, memory, threads);
-        run_team(threads, [&] { training.backward(d_out); });
+        with_elements(bf16, [&](auto element) {
+            Training<decltype(element)> training(shapes, arguments, memory, threads);
+            run_team(threads, [&] { training.backward(d_out); });
+        });
     });
 }

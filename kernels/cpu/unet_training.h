@@ -35,14 +35,15 @@ static inline int64_t source(Map map, int64_t i, int64_t k, int64_t size) {
     return from >= 0 && from < size ? from : -1;
 }
 
-// The pixels of ``from`` that pixel (y, x) of a 2 x 2 pool is the largest of, in PyTorch's order.
+// The pixels of a signal that pixel (y, x) of a 2 x 2 pool is the largest of, in PyTorch's order. With an odd size the
+// first row or column is on its own.
 struct Window {
     int64_t pixels[4], count = 0;
 
-    Window(const Blocked& from, int64_t y, int64_t x) {
-        const int64_t top = 2 * y - from.height % 2, left = 2 * x - from.width % 2;
+    Window(int64_t height, int64_t width, int64_t y, int64_t x) {
+        const int64_t top = 2 * y - height % 2, left = 2 * x - width % 2;
         for (int64_t i = std::max<int64_t>(top, 0); i <= top + 1; i++)
-            for (int64_t j = std::max<int64_t>(left, 0); j <= left + 1; j++) pixels[count++] = i * from.width + j;
+            for (int64_t j = std::max<int64_t>(left, 0); j <= left + 1; j++) pixels[count++] = i * width + j;
     }
 };
 
@@ -52,7 +53,7 @@ static inline Floats slope_at(Floats v) {
     const Floats whole = nearest(x);
     const Floats f = x - whole;
     const Floats rest = f * polynomial(f, 0.693147182f, 0.240226507f, 0.0555041087f, 0.00961812911f, 0.00133335581f,
-                                       0.000154035304f);
+                                       0.000154035304f);  // 2^f - 1
     const Ints exponent = __builtin_convertvector(whole == whole ? whole : Floats{}, Ints);
     const Floats power = bits_of<Floats>((exponent + 127) << 23);
     return (1.0f - power) - power * rest;
@@ -64,116 +65,125 @@ struct Shapes {
     bool modulates;
 };
 
-struct Arguments {
-    const float* const *weights;
-    const float* const *biases;
-    const float* films;
-    float* const *d_weights;
-    float* const *d_biases;
-    float* d_films;
-};
-
 // PyTorch's weights [.., .., 3, 3] as the [9, rows, columns] of a product.
 struct Form {
     int64_t rows, columns, row_stride, column_stride;
 };
 
+// The lines of pixels of a signal that are computed at once.
+struct Lines {
+    int64_t each, count;
+
+    Lines(int64_t height, int64_t width) : each(std::min(height, ceil_div(8, width))), count(ceil_div(height, each)) {}
+};
+
 // The gradient of weights [9, rows, columns] as a sum over ``height`` lines of ``width`` pixels (y, x): of the channels
 // of a at (y + a_moves k, x + ...) times those of b at (b_stride y + b_moves k, ...), with k = -1, 0, 1 for each tap.
+template <class T>
 struct Outer {
-    Blocked a, b;
+    Signal<T> a, b;
     int64_t rows, columns, height, width, a_moves, b_moves, b_stride;
 };
 
+template <class T>
 struct Layer {
     int64_t number, inputs, outputs, film;  // film: where its scales are
     Map map;
     bool pools, is_last;
-    Blocked in, out, d_in, d_out, sums;
-    Blocked before, d_before;  // what is pooled
-    int64_t own_panels;        // of the input whose gradient is complete without the pool's
+    Signal<T> in, out, d_in, d_out;
+    Signal<float> sums;
+    Signal<T> before, d_before;  // what is pooled
+    int64_t behind;  // the number of the layer that its input, or what is pooled, comes from
+    int64_t own;     // panels of the input whose gradient is complete without a pool's
     float *forward, *backward, *gradient;
-    int64_t weights_size, slots, sums_offset;
+    int64_t weights_size, slots;
+    float* totals;  // of its gradient, for the lines of the pass that completes it
+    int64_t totals_lines;
     Form forward_form, backward_form;
-    Outer outer;
+    Outer<T> outer;
 };
 
 // All of it in one run of memory; with null, only its size.
+template <class T>
 struct Network {
     Blocks blocks;
-    std::vector<Layer> layers;
+    std::vector<Layer<T>> layers;
     int64_t widths = 0, floats = 0;
 
     Network(const Shapes& shapes, float* memory) : blocks(shapes.batch), memory_(memory) {
         const int64_t levels = shapes.levels, *channels = shapes.channels;
-        std::vector<Blocked> wide, d_wide;  // per level: the decoder's channels first, then the encoder's
+        std::vector<Signal<T>> wide, d_wide;  // per level: the decoder's channels first, then the encoder's
         int64_t height = shapes.height, width = shapes.width;
         for (int64_t l = 0; l < levels; l++, height = (height + 1) / 2, width = (width + 1) / 2) {
             const int64_t panels = (l + 1 < levels ? 2 : 1) * channels[l] / PANEL;
-            wide.push_back(signal(height, width, panels)), d_wide.push_back(signal(height, width, panels));
+            wide.push_back(signal<T>(height, width, panels)), d_wide.push_back(signal<T>(height, width, panels));
         }
         const auto own = [&](int64_t l) { return l + 1 < levels ? channels[l] / PANEL : 0; };
         for (int64_t l = 0; l < levels; l++) {
-            Layer layer{};
+            Layer<T> layer{};
             layer.inputs = l ? channels[l - 1] : shapes.image_channels + 1, layer.outputs = channels[l];
-            layer.in = signal(wide[l].height, wide[l].width, ceil_div(layer.inputs, PANEL));
+            layer.in = signal<T>(wide[l].height, wide[l].width, ceil_div(layer.inputs, PANEL));
             layer.out = wide[l].from(own(l)), layer.d_out = d_wide[l].from(own(l));
             if (l) layer.before = wide[l - 1].from(own(l - 1)), layer.d_before = d_wide[l - 1].from(own(l - 1));
-            layer.pools = l > 0;
-            add(layer, SAME, shapes.modulates);
+            layer.pools = l > 0, layer.behind = l - 1;
+            // The gradient of the lowest level's output is complete after the decoder's, of others after the pool's.
+            const int64_t last = std::min(l + 1, levels - 1);
+            add(layer, SAME, shapes.modulates, Lines(wide[last].height, wide[last].width).count);
         }
-        for (int64_t l = levels - 1; l > 0; l--) {
-            Layer layer{};
-            layer.inputs = wide[l].panels * PANEL, layer.outputs = channels[l - 1];
-            layer.in = wide[l], layer.d_in = d_wide[l], layer.own_panels = l + 1 < levels ? own(l) : wide[l].panels;
-            layer.out = wide[l - 1], layer.d_out = d_wide[l - 1];
-            add(layer, UP, shapes.modulates);
+        for (int64_t l = levels - 1; l >= 0; l--) {  // with l = 0, the first layer of the head
+            Layer<T> layer{};
+            layer.inputs = wide[l].panels * PANEL, layer.outputs = channels[std::max<int64_t>(l - 1, 0)];
+            layer.in = wide[l], layer.d_in = d_wide[l], layer.own = l + 1 < levels ? own(l) : wide[l].panels;
+            layer.behind = (int64_t)layers.size() - 1;
+            layer.out = l ? wide[l - 1] : signal<T>(shapes.height, shapes.width, channels[0] / PANEL);
+            layer.d_out = l ? d_wide[l - 1] : signal<T>(shapes.height, shapes.width, channels[0] / PANEL);
+            add(layer, l ? UP : SAME, shapes.modulates, Lines(layer.out.height, layer.out.width).count);
         }
-        Layer layer{};
-        layer.inputs = wide[0].panels * PANEL, layer.outputs = channels[0], layer.own_panels = own(0);
-        layer.in = wide[0], layer.d_in = d_wide[0];
-        layer.out = signal(shapes.height, shapes.width, channels[0] / PANEL);
-        layer.d_out = signal(shapes.height, shapes.width, channels[0] / PANEL);
-        add(layer, SAME, shapes.modulates);
-        Layer last{};
-        last.inputs = channels[0], last.outputs = shapes.image_channels, last.own_panels = channels[0] / PANEL;
-        last.in = layer.out, last.d_in = layer.d_out, last.is_last = true;
-        last.d_out = signal(shapes.height, shapes.width, ceil_div(last.outputs, PANEL));
-        add(last, SAME, false);
+        Layer<T> last{};
+        last.inputs = channels[0], last.outputs = shapes.image_channels, last.own = channels[0] / PANEL;
+        last.in = layers.back().out, last.d_in = layers.back().d_out, last.is_last = true;
+        last.behind = (int64_t)layers.size() - 1;
+        last.d_out = signal<T>(shapes.height, shapes.width, ceil_div(last.outputs, PANEL));
+        add(last, SAME, false, 0);
     }
 
-    // Sums over the pixels of each image of a block, of gradients [images, 16] and of their products with the sums.
-    float* sums_of(const Layer& layer, int64_t block, int64_t panel) const {
+    // Sums over the pixels of some lines of each image of a block, of gradients [images, 16] and, after them, of their
+    // products with the layer's sums.
+    float* totals(const Layer<T>& layer, int64_t line, int64_t block, int64_t panel) const {
         const int64_t panels = ceil_div(layer.outputs, PANEL);
-        return memory_ + layer.sums_offset + (block * panels + panel) * 2 * blocks.each * PANEL;
+        return layer.totals + ((line * blocks.count + block) * panels + panel) * 2 * blocks.each * PANEL;
     }
 
   private:
-    void add(Layer& layer, Map map, bool modulates) {
+    void add(Layer<T>& layer, Map map, bool modulates, int64_t lines) {
         const int64_t in = layer.inputs, out = layer.outputs, panels = ceil_div(out, PANEL);
         layer.number = (int64_t)layers.size(), layer.map = map;
         layer.film = widths, widths += layer.is_last ? 0 : 2 * out;
-        if (modulates) layer.sums = signal(layer.out.height, layer.out.width, panels);
-        layer.weights_size = 9 * in * out;
+        if (modulates) layer.sums = signal<float>(layer.out.height, layer.out.width, panels);
         // PyTorch's weights are [out, in, 3, 3], or [in, out, 3, 3] of a transposed convolution.
         const int64_t of_in = map == UP ? 9 * out : 9, of_out = map == UP ? 9 : 9 * in;
         layer.forward_form = Form{in, out, of_in, of_out};
         layer.backward_form = Form{out, in, of_out, of_in};
-        layer.outer = layer.is_last ? Outer{layer.d_out, layer.in, out, in, layer.in.height, layer.in.width, 0, 1, 1}
-                      : map == UP   ? Outer{layer.in, layer.d_out, in, out, layer.in.height, layer.in.width, 0, 1, 2}
-                                    : Outer{layer.in, layer.d_out, in, out, layer.in.height, layer.in.width, 1, 0, 1};
+        layer.outer = layer.is_last ? Outer<T>{layer.d_out, layer.in, out, in, layer.in.height, layer.in.width, 0, 1, 1}
+                      : map == UP   ? Outer<T>{layer.in, layer.d_out, in, out, layer.in.height, layer.in.width, 0, 1, 2}
+                                    : Outer<T>{layer.in, layer.d_out, in, out, layer.in.height, layer.in.width, 1, 0, 1};
         const int64_t parts = Columns::groups(layer.outer.columns) * ceil_div(layer.outer.rows, ROWS_EACH);
         const int64_t most = std::min<int64_t>(8, blocks.count * layer.outer.height);
         layer.slots = std::min(most, ceil_div(WEIGHT_PARTS, parts));
-        layer.forward = take(layer.weights_size), layer.backward = take(layer.weights_size);
+        layer.weights_size = 9 * in * out;
+        layer.forward = take(9 * (in + 1) * out), layer.backward = take(9 * (out + 1) * in);
         layer.gradient = take(layer.slots * layer.weights_size);
-        layer.sums_offset = floats, take(blocks.count * panels * 2 * blocks.each * PANEL);
+        layer.totals_lines = lines, layer.totals = take(lines * blocks.count * panels * 2 * blocks.each * PANEL);
         layers.push_back(layer);
     }
 
-    Blocked signal(int64_t height, int64_t width, int64_t panels) {
-        return Blocked{take(blocks.count * height * width * panels * blocks.each * PANEL), height, width, panels,
-                       blocks.each};
+    template <class Element>
+    Signal<Element> signal(int64_t height, int64_t width, int64_t panels) {
+        Signal<Element> made{nullptr, nullptr, height, width, panels, blocks.each};
+        const int64_t places = made.place(blocks.count, 0, 0), per_word = KindOf<Element>::PER_WORD;
+        made.data = (Element*)take(places * blocks.each * PANEL / per_word);
+        if (per_word > 1) made.pairs = take(places * made.image_words());
+        return made;
     }
 
     float* take(int64_t count) {
