@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ class Recipe:
         return network
 
 
+def eager(work: Work) -> EagerSteps:
+    """Returns steps of the network itself, without native kernels."""
+    return EagerSteps(replace(work, native=False), Ranks())
+
+
 def prove_weights(
     recipe: Recipe, kind: Callable[[Work], Any], config: TrainConfig, run: Run, losses: Tensor
 ) -> Figures:
@@ -72,7 +77,7 @@ def prove_weights(
     count = 33 if points else 8
     weights = []
     with fp32_products(torch.backends.cudnn, "ieee"):  # rounding to TF32 can change Adam's steps considerably
-        for make, each in ((kind, config), (partial(EagerSteps, here=Ranks()), recipe.config)):
+        for make, each in ((kind, config), (eager, recipe.config)):
             work = recipe.work(each)
             taker, first = make(work), 0
             for length in taker.chunks(count):

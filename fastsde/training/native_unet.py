@@ -39,9 +39,9 @@ class NativeUNet(nn.Module):
     """A `UNet` in training, called in the same way, whose convolutions are native kernels, forward and backward.
 
     It has the network as a submodule, and its gradients are those of the network's weights. Under autocast to bf16 its
-    signals and products are bf16, if the CPU multiplies it; sums are fp32, and so is its output. What the kernels do not
+    signals and products are bf16, if the CPU multiplies it; its sums and its output are fp32. What the kernels do not
     compute, the network itself does: gradients of x or t, other autocast dtypes, a network that has been changed or
-    hooked, ``torch.compile``, and the transformations of ``torch.func``.
+    hooked, ``torch.compile``, and the transformations of ``torch.func``. Results do not depend on the threads.
 
     A backward pass frees the memory of its forward pass, so that there is no second one, and no second derivative.
 
@@ -59,16 +59,15 @@ class NativeUNet(nn.Module):
         unet = self.unet
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
         if not self._fits(x, t, dtype):
-            result: Tensor = unet(x, t) if label is None else unet(x, t, label)
-            return result
+            return cast(Tensor, unet(x, t) if label is None else unet(x, t, label))
         check_conditions(unet, label=(label, unet.modulation if unet.classes else None))
         check_tensor("x", x, shape=(len(t), *unet.shape))
         films = None if unet.modulation is None else torch.cat(unet.modulation(t, label), dim=1).float()
         layers = cast("list[nn.Conv2d]", [*unet.encoder, *unet.decoder, *unet.head])
         parameters = [*(layer.weight for layer in layers), *(cast(Tensor, layer.bias) for layer in layers)]
         network = ops.kernel("unet_training", x.device).Network(unet.channels, dtype)
-        result = _Pass.apply(self._free, network, x.contiguous(), t.contiguous(), films, *parameters)
-        return result
+        passed = _Pass.apply(self._free, network, x.contiguous(), t.contiguous(), films, *parameters)
+        return cast(Tensor, passed)
 
     def _fits(self, x: Tensor, t: Tensor, dtype: torch.dtype) -> bool:
         if not (len(x) and x.dtype == t.dtype == torch.float32 and x.is_cpu and t.is_cpu and ops.is_plain(x, t)):

@@ -50,7 +50,7 @@ _NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_ROWS, _NATIVE_WIDTH = 500, 1e10, 1 << 2
 
 @dataclass
 class Work:
-    """What is trained, and on which data and device."""
+    """What is trained, on which data and device, and whether native kernels may compute the network."""
 
     config: TrainConfig
     model: nn.Module
@@ -60,12 +60,13 @@ class Work:
     device: torch.device
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     importance: ImportanceTimes | None = None
+    native: bool = True
 
     def as_called(self, model: nn.Module) -> Any:
         """Returns the model, or a module that computes the same from the same weights, as a step calls it."""
         if self.config.compile:
             return torch.compile(model)
-        return NativeUNet(cast(UNet, model)) if can_train(model) else model
+        return NativeUNet(cast(UNet, model)) if self.native and can_train(model) else model
 
     @property
     def scaling(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
 class EagerSteps:
     """Takes the steps of `fastsde.reference.train_step` one by one, on this rank's part of each batch.
 
-    With ``accumulation``, the part is cut further, and the gradients of its pieces are added.
+    On the CPU native kernels compute a `UNet` and its gradients (`fastsde.training.native_unet.NativeUNet`). With ``accumulation``, the part is cut further, and the gradients of its pieces are added.
     """
 
     def __init__(self, work: Work, here: Ranks) -> None:

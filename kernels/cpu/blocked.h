@@ -62,6 +62,12 @@ struct Signal {
                       each};
     }
 
+    // Fetches a panel into the cache, while something else is computed.
+    void prefetch(int64_t block, int64_t pixel, int64_t panel) const {
+        const char* from = (const char*)at(block, pixel, panel);
+        for (int64_t byte = 0; byte < each * PANEL * (int64_t)sizeof(T); byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    }
+
     // Writes value(image, channel), a vector, for all images and channels of a panel.
     template <class Value>
     void write(int64_t block, int64_t pixel, int64_t panel, int64_t images, Value value) const {
@@ -168,7 +174,7 @@ __attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
-        for (int j = 0; j < WIDE; j++) sum[i][j] = load(c + i * WIDE * LANES + j * LANES);
+        for (int j = 0; j < WIDE; j++) sum[i][j] = Floats{};
     const int64_t b_panel = run.b_panel;
     for (int64_t pixel = 0; pixel < run.pixels; pixel++) {
         const float *a = run.a + pixel * run.a_pixel, *b = run.b + pixel * run.b_pixel;
@@ -192,7 +198,10 @@ __attribute__((noinline)) static void outer_tile(const Run& run, float* c) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 16
-        for (int j = 0; j < WIDE; j++) store(c + i * WIDE * LANES + j * LANES, sum[i][j]);
+        for (int j = 0; j < WIDE; j++) {
+            float* to = c + (i * WIDE + j) * LANES;
+            store(to, load(to) + sum[i][j]);
+        }
 }
 
 // Adds to c [channels, columns] for up to 16 channels of a.

@@ -74,10 +74,10 @@ class Training {
     static constexpr int64_t PER_WORD = KindOf<T>::PER_WORD;
 
     // Sums over the taps and channels that reach each pixel of ``to``, the columns of which are ``all`` channels, and
-    // calls finish for each panel of these sums.
-    template <class Finish>
+    // calls finish for each panel of these sums. Before, fetch(block, pixel, panel) may prefetch what that reads.
+    template <class Fetch, class Finish>
     void convolve(Map map, const Signal<T>& from, int64_t channels, const float* weights, const Signal<T>& to,
-                  int64_t all, Finish finish) {
+                  int64_t all, Fetch fetch, Finish finish) {
         const Lines lines(to.height, to.width);
         const int64_t blocks = net_.blocks.count, groups = Columns::groups(all);
         float* sums = scratch_.mine();
@@ -87,6 +87,7 @@ class Training {
             const int64_t block = part / lines.count % blocks, line = part % lines.count;
             const int64_t first = line * lines.each * to.width, images = net_.blocks.images(block);
             for (int64_t pixel = first; pixel < std::min(first + lines.each * to.width, to.pixels()); pixel++) {
+                for (int64_t p = 0; p < columns.panels; p++) fetch(block, pixel, columns.panel + p);
                 Segment segments[9 * MAX_PANELS];
                 const int64_t count =
                     reach(map, from, channels, weights, columns, block, pixel / to.width, pixel % to.width, segments);
@@ -120,7 +121,11 @@ class Training {
 
     void forward(const Layer<T>& layer) {
         const bool modulates = by_.films != nullptr;
-        convolve(layer.map, layer.in, layer.inputs, layer.forward, layer.out, layer.outputs, [&](const Panel& of) {
+        const auto fetch = [&](int64_t block, int64_t pixel, int64_t panel) {
+            layer.out.prefetch(block, pixel, panel);
+            if (modulates) layer.sums.prefetch(block, pixel, panel);
+        };
+        convolve(layer.map, layer.in, layer.inputs, layer.forward, layer.out, layer.outputs, fetch, [&](const Panel& of) {
             const float* bias = by_.biases[layer.number] + of.panel * PANEL;
             float* kept = modulates ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
             layer.out.write(of.block, of.pixel, of.panel, of.images, [&](int64_t image, int64_t c) {
@@ -204,7 +209,19 @@ class Training {
     void backward_signal(const Layer<T>& layer) {
         const Layer<T>& behind = net_.layers[layer.behind];
         const Signal<T>& to = layer.pools ? layer.in : layer.d_in;
-        convolve(transposed(layer.map), layer.d_out, layer.outputs, layer.backward, to, layer.inputs,
+        const auto fetch = [&](int64_t block, int64_t pixel, int64_t panel) {
+            if (!layer.pools) {
+                layer.d_in.prefetch(block, pixel, panel);
+                if (panel < layer.own) layer.in.prefetch(block, pixel, panel);
+                return;
+            }
+            const Window window(layer.before.height, layer.before.width, pixel / to.width, pixel % to.width);
+            for (int64_t j = 0; j < window.count; j++) {
+                layer.before.prefetch(block, window.pixels[j], panel);
+                layer.d_before.prefetch(block, window.pixels[j], panel);
+            }
+        };
+        convolve(transposed(layer.map), layer.d_out, layer.outputs, layer.backward, to, layer.inputs, fetch,
                  [&](const Panel& of) {
                      if (layer.pools) return unpool(layer, behind, of);
                      if (of.panel >= layer.own) return keep(layer.d_in, of);  // until the pool's is added
