@@ -110,7 +110,6 @@ def trainers(recipe: Recipe, precision: str) -> list[Provider]:
             partial(eager_steps, recipe),
             prove_finite,
             precision,
-            rank=on_cpu,
         ),
         Provider(
             f"fastsde eager compiled, {precision}",

@@ -161,7 +161,8 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
 class EagerSteps:
     """Takes the steps of `fastsde.reference.train_step` one by one, on this rank's part of each batch.
 
-    On the CPU native kernels compute a `UNet` and its gradients (`fastsde.training.native_unet.NativeUNet`). With ``accumulation``, the part is cut further, and the gradients of its pieces are added.
+    On the CPU native kernels compute a `UNet` and its gradients (`fastsde.training.native_unet.NativeUNet`). With
+    ``accumulation``, the part is cut further, and the gradients of its pieces are added.
     """
 
     def __init__(self, work: Work, here: Ranks) -> None:
