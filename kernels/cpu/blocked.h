@@ -34,6 +34,10 @@ struct Blocks {
     int64_t images(int64_t block) const { return std::min(each, batch - block * each); }
 };
 
+static inline void prefetch(const void* from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char*)from + byte, 0, 2);
+}
+
 template <class T>
 struct Signal {
     static constexpr int64_t PER_WORD = KindOf<T>::PER_WORD;
@@ -62,10 +66,12 @@ struct Signal {
                       each};
     }
 
-    // Fetches a panel into the cache, while something else is computed.
-    void prefetch(int64_t block, int64_t pixel, int64_t panel) const {
-        const char* from = (const char*)at(block, pixel, panel);
-        for (int64_t byte = 0; byte < each * PANEL * (int64_t)sizeof(T); byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    // Fetches panels into the second-level cache, while something else is computed.
+    void prefetch(int64_t block, int64_t pixel, int64_t panel, int64_t count = 1) const {
+        fastsde::prefetch(at(block, pixel, panel), count * each * PANEL * (int64_t)sizeof(T));
+    }
+    void prefetch_images(int64_t block, int64_t pixel, int64_t panel, int64_t count) const {
+        fastsde::prefetch(images_at(block, pixel, panel), count * image_words() * (int64_t)sizeof(float));
     }
 
     // Writes value(image, channel), a vector, for all images and channels of a panel.

@@ -88,6 +88,7 @@ class Training {
             const int64_t first = line * lines.each * to.width, images = net_.blocks.images(block);
             for (int64_t pixel = first; pixel < std::min(first + lines.each * to.width, to.pixels()); pixel++) {
                 for (int64_t p = 0; p < columns.panels; p++) fetch(block, pixel, columns.panel + p);
+                fetch_next(map, from, channels, block, pixel / to.width, pixel % to.width);
                 Segment segments[9 * MAX_PANELS];
                 const int64_t count =
                     reach(map, from, channels, weights, columns, block, pixel / to.width, pixel % to.width, segments);
@@ -100,6 +101,13 @@ class Training {
                                  pixel == first});
             }
         }
+    }
+
+    // Prefetches the pixels that reach the pixel to the right of (y, x) but none above or before it.
+    static void fetch_next(Map map, const Signal<T>& from, int64_t channels, int64_t block, int64_t y, int64_t x) {
+        for (int64_t i = furthest(map, y - 1, from.height) + 1; i <= furthest(map, y, from.height); i++)
+            for (int64_t j = furthest(map, x, from.width) + 1; j <= furthest(map, x + 1, from.width); j++)
+                from.prefetch(block, i * from.width + j, 0, ceil_div(channels, PANEL));
     }
 
     static int64_t reach(Map map, const Signal<T>& from, int64_t channels, const float* weights, const Columns& columns,
@@ -296,11 +304,29 @@ class Training {
             for (int64_t tap = 0; tap < 9; tap++)
                 std::fill_n(to + tap * outer.rows * columns.width(), rows * columns.width(), 0.0f);
             for (int64_t line = slot * lines / layer.slots; line < (slot + 1) * lines / layer.slots; line++)
-                for (int64_t x = 0; x < outer.width; x += RUN_PIXELS)
+                for (int64_t x = 0; x < outer.width; x += RUN_PIXELS) {
+                    fetch_run(outer, columns, line, x + RUN_PIXELS, first_row, rows);
                     for (int64_t tap = 0; tap < 9; tap++)
                         add_run(outer, columns, line / outer.height, line % outer.height, x,
                                 std::min(x + RUN_PIXELS, outer.width) - 1, tap, first_row, rows, to);
+                }
         }
+    }
+
+    // Prefetches what the run from pixel x on of a line, or the first one of the next line, is the first to need.
+    void fetch_run(const Outer<T>& by, const Columns& columns, int64_t line, int64_t x, int64_t first_row,
+                   int64_t rows) {
+        if (x >= by.width) line++, x = 0;
+        const int64_t block = line / by.height, y = line % by.height, last = std::min(x + RUN_PIXELS, by.width) - 1;
+        if (block == net_.blocks.count) return;
+        const auto fetch = [&](const Signal<T>& of, int64_t stride, int64_t moves, int64_t panel, int64_t panels) {
+            const auto end = [=](int64_t i, int64_t size) { return std::min(stride * i + moves, size - 1); };
+            for (int64_t i = std::max<int64_t>(0, stride * y + moves - stride + 1); i <= end(y, of.height); i++)
+                for (int64_t j = x ? stride * (x - 1) + moves + 1 : 0; j <= end(last, of.width); j++)
+                    of.prefetch_images(block, i * of.width + j, panel, panels);
+        };
+        fetch(by.a, 1, by.a_moves, first_row / PANEL, ceil_div(rows, PANEL));
+        fetch(by.b, by.b_stride, by.b_moves, columns.panel, columns.panels);
     }
 
     // Adds a tap's products of a run of pixels of a line.

@@ -35,6 +35,12 @@ static inline int64_t source(Map map, int64_t i, int64_t k, int64_t size) {
     return from >= 0 && from < size ? from : -1;
 }
 
+// Returns the last pixel of the input that reaches pixel i of the output, or -1 before the first one.
+static inline int64_t furthest(Map map, int64_t i, int64_t size) {
+    if (i < 0) return -1;
+    return std::min(size - 1, map == DOWN ? 2 * i + 1 : map == UP ? (i + 1) / 2 : i + 1);
+}
+
 // The pixels of a signal that pixel (y, x) of a 2 x 2 pool is the largest of, in PyTorch's order. With an odd size the
 // first row or column is on its own.
 struct Window {
