@@ -37,7 +37,9 @@ template <class T>
 class Training {
   public:
     Training(const Shapes& shapes, const Arguments& arguments, float* memory, int threads)
-        : net_(shapes, memory), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {}
+        : net_(shapes, memory), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
+        prefer_huge_pages(memory, net_.floats);
+    }
 
     // Must be called by all threads of a team, as `backward`.
     void forward(const float* x, const float* t, float* out) {
