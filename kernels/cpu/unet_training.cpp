@@ -81,26 +81,30 @@ class Training {
     void convolve(Map map, const Signal<T>& from, int64_t channels, const float* weights, const Signal<T>& to,
                   int64_t all, Fetch fetch, Finish finish) {
         const Lines lines(to.height, to.width);
-        const int64_t blocks = net_.blocks.count, groups = Columns::groups(all);
+        const int64_t blocks = net_.blocks.count, groups = Columns::groups(all), words = ceil_div(channels, PER_WORD);
+        // A part has all columns if their weights stay in the second-level cache, so that the input is read once.
+        const int64_t of_part = 9 * words * all <= CACHED_WORDS ? groups : 1, parts = blocks * lines.count;
         float* sums = scratch_.mine();
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t part = 0; part < groups * blocks * lines.count; part++) {
-            const Columns columns(part / (blocks * lines.count), all, ceil_div(channels, PER_WORD));
+        for (int64_t part = 0; part < groups / of_part * parts; part++) {
             const int64_t block = part / lines.count % blocks, line = part % lines.count;
             const int64_t first = line * lines.each * to.width, images = net_.blocks.images(block);
             for (int64_t pixel = first; pixel < std::min(first + lines.each * to.width, to.pixels()); pixel++) {
-                for (int64_t p = 0; p < columns.panels; p++) fetch(block, pixel, columns.panel + p);
                 fetch_next(map, from, channels, block, pixel / to.width, pixel % to.width);
-                Segment segments[9 * MAX_PANELS];
-                const int64_t count =
-                    reach(map, from, channels, weights, columns, block, pixel / to.width, pixel % to.width, segments);
-                if (columns.panels == 1)
-                    multiply_segments<T, 1>(segments, count, images, to.each, sums);
-                else
-                    multiply_segments<T, PANELS>(segments, count, images, to.each, sums);
-                for (int64_t p = 0; p < columns.panels; p++)
-                    finish(Panel{block, pixel, columns.panel + p, images, sums + p * to.each * PANEL, line,
-                                 pixel == first});
+                for (int64_t group = part / parts * of_part; group < (part / parts + 1) * of_part; group++) {
+                    const Columns columns(group, all, words);
+                    for (int64_t p = 0; p < columns.panels; p++) fetch(block, pixel, columns.panel + p);
+                    Segment segments[9 * MAX_PANELS];
+                    const int64_t count = reach(map, from, channels, weights, columns, block, pixel / to.width,
+                                                pixel % to.width, segments);
+                    if (columns.panels == 1)
+                        multiply_segments<T, 1>(segments, count, images, to.each, sums);
+                    else
+                        multiply_segments<T, PANELS>(segments, count, images, to.each, sums);
+                    for (int64_t p = 0; p < columns.panels; p++)
+                        finish(Panel{block, pixel, columns.panel + p, images, sums + p * to.each * PANEL, line,
+                                     pixel == first});
+                }
             }
         }
     }

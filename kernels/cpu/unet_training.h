@@ -11,6 +11,7 @@
 namespace fastsde {
 
 constexpr int64_t MAX_PANELS = 256;   // of the channels of a layer's input
+constexpr int64_t CACHED_WORDS = 1 << 16;  // of weights: a quarter of a second-level cache
 constexpr int64_t ROWS_EACH = 32;     // channels of the input in a part of the gradient of weights
 constexpr int64_t RUN_PIXELS = 7;     // so many that a run of gradients stays in the first-level cache
 constexpr int64_t WEIGHT_PARTS = 16;  // at least, of the gradient of a layer's weights, if there are so many lines
