@@ -68,9 +68,10 @@ def eager(work: Work) -> EagerSteps:
 def prove_weights(
     recipe: Recipe, kind: Callable[[Work], Any], config: TrainConfig, run: Run, losses: Tensor
 ) -> Figures:
-    """Checks that the weights after some steps agree with those of eager steps.
+    """Checks that each parameter after some steps agrees with that of eager steps, in the root mean square.
 
-    The tolerances are those of tests/training/test_captured.py.
+    The largest error of a weight says little: with a gradient that is nothing but rounding, Adam moves a weight by as much as with
+    any other, in either direction. The tolerances are those of tests/training/test_captured.py.
     """
     points = len(recipe.dataset.shape) == 1
     share = 0.2 if recipe.config.precision == "bf16" else 1e-3 if points else 1e-2
@@ -83,9 +84,9 @@ def prove_weights(
             for length in taker.chunks(count):
                 taker.take(first, length)
                 first += length
-            weights.append(torch.cat([weight.detach().flatten() for weight in work.model.parameters()]))
-    error = float((weights[0] - weights[1]).abs().max())
-    return {**check("a weight", error, count * recipe.config.lr * share), **prove_finite(run, losses)}
+            weights.append([weight.detach() for weight in work.model.parameters()])
+    error = max(float((ours - theirs).square().mean().sqrt()) for ours, theirs in zip(*weights, strict=True))
+    return {**check("a parameter", error, count * recipe.config.lr * share), **prove_finite(run, losses)}
 
 
 def prove_finite(run: Run, losses: Tensor) -> Figures:
