@@ -70,8 +70,8 @@ def prove_weights(
 ) -> Figures:
     """Checks that each parameter after some steps agrees with that of eager steps, in the root mean square.
 
-    The largest error of a weight says little: with a gradient that is nothing but rounding, Adam moves a weight by as much as with
-    any other, in either direction. The tolerances are those of tests/training/test_captured.py.
+    The largest error of a weight says little: with a gradient that is nothing but rounding, Adam moves a weight by as
+    much as with any other, in either direction. The tolerances are those of tests/training/test_captured.py.
     """
     points = len(recipe.dataset.shape) == 1
     share = 0.2 if recipe.config.precision == "bf16" else 1e-3 if points else 1e-2

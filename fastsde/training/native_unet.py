@@ -31,7 +31,7 @@ def can_train(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in parameters)
     if not (plain and ops.has_native(parameters[0].device, "unet_training_forward")):
         return False
-    takes: bool = ops.kernel("unet_training", parameters[0].device).takes(unet.channels, dtype)
+    takes: bool = ops.kernel("unet_training", parameters[0].device).takes(unet.image_channels, unet.channels, dtype)
     return takes
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from .library import available, call, pointers
 
 CHANNELS = 16  # the channels of a level must be a multiple of this
-_MOST_CHANNELS = 2048  # of a level
+_MOST_CHANNELS = 2048  # of an image or a level
 
 
-def takes(channels: Sequence[int], dtype: torch.dtype = torch.float32) -> bool:
+def takes(image_channels: int, channels: Sequence[int], dtype: torch.dtype = torch.float32) -> bool:
     """Returns whether the kernel trains U-Nets of these channels with products in fp32, or bf16 if the CPU has it."""
-    fit = all(each % CHANNELS == 0 and each <= _MOST_CHANNELS for each in channels)
+    fit = all(each % CHANNELS == 0 for each in channels) and max(image_channels, *channels) <= _MOST_CHANNELS
     if not (fit and available("unet_training_forward")):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(call("unet_training_has_bf16")))
