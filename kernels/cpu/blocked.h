@@ -2,8 +2,8 @@
 // products.
 //
 // A batch is cut into blocks of images. A signal is [block, pixel, panel, image, 16]: the images of a block lie next to
-// each other, and so do the 16 channels of a panel. The rows of a product are the images of a pixel, whichever taps of a
-// convolution reach it: nothing is padded, and sums stay in registers over all taps and channels. In bf16 products sum
+// each other, and so do the 16 channels of a panel. The rows of a product are the images of a pixel, whichever taps of
+// a convolution reach it: nothing is padded, and sums stay in registers over all taps and channels. In bf16 products sum
 // over pairs: of channels in a convolution, and of images in the gradient of weights, for which a signal is stored
 // again, as [block, pixel, panel, pair of images, 16, 2].
 

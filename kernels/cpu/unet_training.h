@@ -171,9 +171,10 @@ struct Network {
         const int64_t of_in = map == UP ? 9 * out : 9, of_out = map == UP ? 9 : 9 * in;
         layer.forward_form = Form{in, out, of_in, of_out};
         layer.backward_form = Form{out, in, of_out, of_in};
-        layer.outer = layer.is_last ? Outer<T>{layer.d_out, layer.in, out, in, layer.in.height, layer.in.width, 0, 1, 1}
-                      : map == UP   ? Outer<T>{layer.in, layer.d_out, in, out, layer.in.height, layer.in.width, 0, 1, 2}
-                                    : Outer<T>{layer.in, layer.d_out, in, out, layer.in.height, layer.in.width, 1, 0, 1};
+        const int64_t height = layer.in.height, width = layer.in.width;
+        layer.outer = layer.is_last ? Outer<T>{layer.d_out, layer.in, out, in, height, width, 0, 1, 1}
+                      : map == UP   ? Outer<T>{layer.in, layer.d_out, in, out, height, width, 0, 1, 2}
+                                    : Outer<T>{layer.in, layer.d_out, in, out, height, width, 1, 0, 1};
         const int64_t parts = Columns::groups(layer.outer.columns) * ceil_div(layer.outer.rows, ROWS_EACH);
         const int64_t most = std::min<int64_t>(8, blocks.count * layer.outer.height);
         layer.slots = std::min(most, ceil_div(WEIGHT_PARTS, parts));
