@@ -3,8 +3,8 @@
 //
 // A batch is cut into blocks of images. A signal is [block, pixel, panel, image, 16]: the images of a block lie next to
 // each other, and so do the 16 channels of a panel. The rows of a product are the images of a pixel, whichever taps of
-// a convolution reach it: nothing is padded, and sums stay in registers over all taps and channels. In bf16 products sum
-// over pairs: of channels in a convolution, and of images in the gradient of weights, for which a signal is stored
+// a convolution reach it: nothing is padded, and sums stay in registers over all taps and channels. In bf16 products
+// sum over pairs: of channels in a convolution, and of images in the gradient of weights, for which a signal is stored
 // again, as [block, pixel, panel, pair of images, 16, 2].
 
 #pragma once
@@ -62,8 +62,8 @@ struct Signal {
 
     Signal from(int64_t panel) const {
         if (!data) return *this;
-        return Signal{data + panel * each * PANEL, pairs ? pairs + panel * image_words() : nullptr, height, width, panels,
-                      each};
+        float* from = pairs ? pairs + panel * image_words() : nullptr;
+        return Signal{data + panel * each * PANEL, from, height, width, panels, each};
     }
 
     // Fetches panels into the second-level cache, while something else is computed.
@@ -165,7 +165,8 @@ static void multiply_segments(const Segment* segments, int64_t count, int64_t im
     for (; i < images; i++) segments_tile<T, 1, COLUMN_PANELS>(segments, count, i, each, c);
 }
 
-// A run of pixels whose images are summed over: a [pixels, words of images, 16], b [pixels, panels, words of images, 16].
+// A run of pixels whose images are summed over: a [pixels, words of images, 16], b [pixels, panels, words of images,
+// 16].
 struct Run {
     const float *a, *b;
     int64_t a_pixel, b_pixel, b_panel, pixels, words;

@@ -36,7 +36,8 @@ static inline Floats load_as(const Half* from) {
 static inline void store_pairs(float* to, Floats even, Floats odd) {
     const __m512bh both = _mm512_cvtne2ps_pbh(odd, even);  // even's elements first
     const __m256i low = _mm512_castsi512_si256((__m512i)both), high = _mm512_extracti64x4_epi64((__m512i)both, 1);
-    const __m512i words = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+    const __m512i words = _mm512_or_si512(_mm512_cvtepu16_epi32(low), shifted);
     std::memcpy(to, &words, sizeof(words));
 }
 

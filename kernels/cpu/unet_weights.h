@@ -74,8 +74,8 @@ static void unpack_weights(const Layer<T>& layer, float* weights) {
 
 // Prefetches what the run from pixel x on of a line, or the first one of the next line, is the first to need.
 template <class T>
-static void fetch_run(const Blocks& blocks, const Outer<T>& by, const Columns& columns, int64_t line, int64_t x, int64_t first_row,
-               int64_t rows) {
+static void fetch_run(const Blocks& blocks, const Outer<T>& by, const Columns& columns, int64_t line, int64_t x,
+                      int64_t first_row, int64_t rows) {
     if (x >= by.width) line++, x = 0;
     const int64_t block = line / by.height, y = line % by.height, last = std::min(x + RUN_PIXELS, by.width) - 1;
     if (block == blocks.count) return;
@@ -91,8 +91,8 @@ static void fetch_run(const Blocks& blocks, const Outer<T>& by, const Columns& c
 
 // Adds a tap's products of a run of pixels of a line.
 template <class T>
-static void add_run(const Blocks& blocks, const Outer<T>& by, const Columns& columns, int64_t block, int64_t y, int64_t first, int64_t last,
-             int64_t tap, int64_t first_row, int64_t rows, float* to) {
+static void add_run(const Blocks& blocks, const Outer<T>& by, const Columns& columns, int64_t block, int64_t y,
+                    int64_t first, int64_t last, int64_t tap, int64_t first_row, int64_t rows, float* to) {
     const Signal<T>&a = by.a, &b = by.b;
     const int64_t down = tap / 3 - 1, right = tap % 3 - 1;
     const int64_t a_y = y + by.a_moves * down, b_y = by.b_stride * y + by.b_moves * down;
