@@ -40,7 +40,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         name="train-mnist",
         what=f"MNIST training step, batch {config.batch_size}",
         about={"batch_size": config.batch_size, "steps": config.steps, "timed_steps": steps},
-        providers=[each for each in providers if "native" not in each.name],
+        providers=[each for each in providers if not (plan.has_gpu and "native" in each.name)],
         baseline=f"{LOOP}, {default}",
         work=replace(Work(784, *unet_training_work()) * config.batch_size, launches=3 * UNET_KERNELS - 1),
         per=steps,

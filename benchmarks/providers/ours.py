@@ -6,17 +6,19 @@ import copy
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import fastsde
 from fastsde.distributed import Ranks
 from fastsde.plan import unavailable_reason
 from fastsde.training.captured import CapturedSteps, can_capture
-from fastsde.training.steps import EagerSteps, NativeSteps, can_run_natively
+from fastsde.training.native_unet import can_train
+from fastsde.training.steps import EagerSteps, NativeSteps, Work, can_run_natively
 
 from ..suite.case import Provider, Rank, UnavailableError
 from ..suite.measure import Run
-from ..tasks.recipe import Recipe, prove_finite, prove_weights
+from ..tasks.recipe import Recipe, eager, prove_finite, prove_weights
 from ..tasks.trajectory import SEED, Proof, Trajectory, dtype_of
 from . import openvino
 
@@ -72,16 +74,23 @@ def sampler(
 
 
 def eager_steps(recipe: Recipe, compile: bool = False) -> Run:
-    return _steps(recipe, EagerSteps(recipe.work(replace(recipe.config, compile=compile)), Ranks()))
+    return _steps(recipe, eager(recipe.work(replace(recipe.config, compile=compile))))
+
+
+def native(work: Work) -> NativeSteps | EagerSteps:
+    """Returns native steps of a small network, or steps of a U-Net that native kernels compute."""
+    if can_run_natively(work, Ranks()):
+        return NativeSteps(work)
+    if not can_train(work.model, work.autocast or torch.float32):
+        raise UnavailableError(
+            "native steps need a U-Net or, in fp32, a small network on the CPU, and a compiler, got a "
+            f"{type(work.model).__name__} in {work.config.precision} on {work.device}"
+        )
+    return EagerSteps(work, Ranks())
 
 
 def native_steps(recipe: Recipe) -> Run:
-    work = recipe.work()
-    if not can_run_natively(work, Ranks()):
-        raise UnavailableError(
-            f"native steps need a small network in fp32 on the CPU and a compiler, got {recipe.device}"
-        )
-    return _steps(recipe, NativeSteps(work))
+    return _steps(recipe, native(recipe.work()))
 
 
 def captured_steps(recipe: Recipe, compile: bool = False) -> Run:
@@ -101,19 +110,18 @@ def trainers(recipe: Recipe, precision: str) -> list[Provider]:
             partial(eager_steps, recipe),
             prove_finite,
             precision,
-            rank=on_cpu,  # where U-Nets have no faster way
         ),
         Provider(
             f"fastsde eager compiled, {precision}",
             partial(eager_steps, recipe, compile=True),
-            partial(prove_weights, recipe, partial(EagerSteps, here=Ranks()), compiled),
+            partial(prove_weights, recipe, eager, compiled),
             precision,
             compiles=True,
         ),
         Provider(
             f"fastsde native, {precision}",
             partial(native_steps, recipe),
-            partial(prove_weights, recipe, NativeSteps, recipe.config),
+            partial(prove_weights, recipe, native, recipe.config),
             precision,
             rank=on_cpu,
         ),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..data.streamed import StreamedDataset
 from ..distributed import Ranks
 from ..engines.inspection import check_output
 from ..lowering import NotLowered, Source, lower
+from ..models import UNet
 from ..objective import Coefficients
 from ..randomness import generator_of, seeded
 from ..reference import (
@@ -37,6 +38,7 @@ from ..reference import (
 from .batches import Batch, batches_of
 from .config import TrainConfig
 from .importance import ImportanceTimes
+from .native_unet import NativeUNet, can_train
 
 __all__ = ["EagerSteps", "NativeSteps", "Steps", "Work", "can_run_natively", "checked", "pieces", "rates_of"]
 
@@ -51,7 +53,7 @@ _NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_ROWS, _NATIVE_WIDTH = 500, 1e10, 1 << 2
 
 @dataclass
 class Work:
-    """What is trained, and on which data and device."""
+    """What is trained, on which data and device, and whether native kernels may compute the network."""
 
     config: TrainConfig
     model: nn.Module
@@ -61,10 +63,13 @@ class Work:
     device: torch.device
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     importance: ImportanceTimes | None = None
+    native: bool = True
 
     def as_called(self, model: nn.Module) -> Any:
-        """Returns the model, or a copy of it, as a step calls it."""
-        return torch.compile(model) if self.config.compile else model
+        """Returns the model, or a module that computes the same from the same weights, as a step calls it."""
+        if self.config.compile:
+            return torch.compile(model)
+        return NativeUNet(cast(UNet, model)) if self.native and can_train(model) else model
 
     def seeded(self, step: int, rank: int = 0) -> AbstractContextManager[None]:
         """Seeds PyTorch's generator for a step, which a network of the user's may draw from, as dropout does."""
@@ -167,7 +172,8 @@ def _native(model: nn.Module, shape: Sequence[int]) -> _Native | None:
 class EagerSteps:
     """Takes the steps of `fastsde.reference.train_step` one by one, on this rank's part of each batch.
 
-    With ``accumulation``, the part is cut further, and the gradients of its pieces are added.
+    On the CPU native kernels compute a `UNet` and its gradients (`fastsde.training.native_unet.NativeUNet`). With
+    ``accumulation``, the part is cut further, and the gradients of its pieces are added.
     """
 
     def __init__(self, work: Work, here: Ranks) -> None:

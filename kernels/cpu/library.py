@@ -41,6 +41,10 @@ _SIGNATURES = {
     "mlp_training": "s p l l l l l L l p l p p p p p i l f f L l F d d d l l l F F",
     "unet": "s l l l l l p p p F F F F l F i",
     "unet_has_bf16": "i",
+    "unet_training_has_bf16": "i",
+    "unet_training_floats": "l l l l l l p i i",
+    "unet_training_forward": "s l l l l l p i p p F F F F F",
+    "unet_training_backward": "s l l l l l p i F F F p p F",
     "lanes": "i",
     "activation": "i n",
     "operation": "i n",
@@ -50,6 +54,10 @@ _SOURCES = {
     "mlp_training": "mlp_training.cpp",
     "unet": "unet.cpp",
     "unet_has_bf16": "unet.cpp",
+    "unet_training_has_bf16": "unet_training.cpp",
+    "unet_training_floats": "unet_training.cpp",
+    "unet_training_forward": "unet_training.cpp",
+    "unet_training_backward": "unet_training.cpp",
 }  # kernels with their own library
 _LANE_PRODUCTS = 5e8  # multiply-adds of a vector lane in a quarter of a second
 _OUT_OF_MEMORY = 1  # a status

@@ -9,11 +9,26 @@
 #include <memory>
 #include <new>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace fastsde {
+
+// Asks for huge pages, before memory is first touched. Only for so much memory that malloc maps it on its own.
+static inline void prefer_huge_pages(float* memory, int64_t count) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 1 << 21, MAPPED = 1 << 25;
+    const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (uintptr_t)(memory + count) / PAGE * PAGE;
+    if (end > first + MAPPED) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)count;
+#endif
+}
 
 // Floats aligned to 64 bytes, initially zero.
 class Buffer {

@@ -7,7 +7,7 @@
 // the same pixel of consecutive images.
 
 #include "activations.h"
-#include "gemm.h"
+#include "elements.h"
 #include "memory.h"
 #include "parts.h"
 
@@ -19,26 +19,6 @@ constexpr int64_t GROUP = 64;           // output channels per part
 constexpr int64_t IMAGES = 12;          // at most, per part
 constexpr int64_t PART_FLOATS = 8192;   // per part of one image, about
 constexpr int64_t DEPTH_FLOATS = 8192;  // of a tap's weights that are used at once: half a first-level cache
-
-static inline void store_as(float* to, Floats v) { store(to, v); }
-
-static inline Floats load_as(const float* from) { return load(from); }
-
-#if defined(FASTSDE_BF16)
-typedef uint16_t Half;  // bf16
-
-static inline void store_as(Half* to, Floats v) {
-    const __m256bh narrow = _mm512_cvtneps_pbh(v);
-    std::memcpy(to, &narrow, sizeof(narrow));
-}
-
-static inline Floats load_as(const Half* from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    Halves v;
-    std::memcpy(&v, from, sizeof(v));
-    return bits_of<Floats>(__builtin_convertvector(v, Words) << 16);
-}
-#endif
 
 // [images, height, width, stride]; a signal may use only some of a pixel's ``stride`` channels, from at() on.
 template <class T>
@@ -61,19 +41,6 @@ struct Convolution {
 struct Time {
     const float *t, *plane;
 };
-
-template <class T>
-struct KindOf {
-    using Type = Single;
-    static constexpr int64_t PER_WORD = 1;
-};
-#if defined(FASTSDE_BF16)
-template <>
-struct KindOf<Half> {
-    using Type = Pairs;
-    static constexpr int64_t PER_WORD = 2;
-};
-#endif
 
 // The positions i of the input, of ``size``, that a tap moves to i stride + offset within [low, high) of the output.
 struct Reach {

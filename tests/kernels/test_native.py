@@ -464,6 +464,7 @@ from networks import Film, Images, Residual
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 from fastsde.models.activations import ACTIVATIONS
+from fastsde.training.native_unet import NativeUNet
 from tables import random_table
 from trajectories import trajectory
 
@@ -505,10 +506,12 @@ for network, shape in ((Residual(), (2,)), (Film(), (3,)), (Images(), (2, 3, 2))
         if not isinstance(network, Images):
             table = ops.step_coefficients(objective, keys, 0, 3)
             native_steps(network, shape, torch.randn(9, *shape), keys, table, rates=torch.full((3, 2), 1e-3))
-for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13), ((1, 1, (16, 16)), 1)):
+for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13), ((1, 1, (16, 16), 4), 37)):
     model = UNet(*options)
     for dtype in (torch.float32, torch.bfloat16):
         UNetInference(model, dtype)(torch.randn(batch, *model.shape).to(dtype), torch.rand(batch).to(dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            NativeUNet(model)(torch.randn(batch, *model.shape), torch.rand(batch)).sum().backward()
 print("all ran")
 """
 
