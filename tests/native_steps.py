@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsde.training import steps
+from fastsde.training import native_mlp
 
 __all__ = ["native_steps"]
 
@@ -23,7 +23,7 @@ def native_steps(
     """
     from fastsde.kernels.cpu.mlp_training import Parameters, mlp_training
 
-    native = steps._native(model, shape)
+    native = native_mlp._native(model, shape)
     assert native is not None
     average, square = ({id(each): torch.zeros_like(each) for each in model.parameters()} for _ in range(2))
     options = {"scale": 1.0, "shift": 0.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "first": 0, "taken": 0} | options

@@ -13,8 +13,9 @@ import fastsde
 from fastsde.distributed import Ranks
 from fastsde.plan import unavailable_reason
 from fastsde.training.captured import CapturedSteps, can_capture
+from fastsde.training.native_mlp import NativeSteps, can_run_natively
 from fastsde.training.native_unet import can_train
-from fastsde.training.steps import EagerSteps, NativeSteps, Work, can_run_natively
+from fastsde.training.steps import EagerSteps, Work
 
 from ..suite.case import Provider, Rank, UnavailableError
 from ..suite.measure import Run

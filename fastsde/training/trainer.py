@@ -35,9 +35,10 @@ from .captured import CapturedSteps, can_capture
 from .config import TrainConfig
 from .importance import ImportanceTimes
 from .interrupt import deferred_interrupt
+from .native_mlp import NativeSteps, can_run_natively
 from .run_folder import RunLog
 from .state import check_same_run, check_trainable, config_of, initial_model, restore, start_from, steps_of, tensors_of
-from .steps import EagerSteps, NativeSteps, Steps, Work, can_run_natively
+from .steps import EagerSteps, Steps, Work
 from .watching import Samples, TensorBoard
 
 __all__ = ["Trainer"]

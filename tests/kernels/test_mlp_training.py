@@ -18,8 +18,8 @@ from fastsde import checkpoints, noise, ops, reference
 from fastsde.models import MLP
 from fastsde.models.activations import ACTIVATIONS, Activation
 from fastsde.objective import Objective
-from fastsde.training import TrainConfig, Trainer, default_config, steps
-from fastsde.training.steps import NativeSteps
+from fastsde.training import TrainConfig, Trainer, default_config, native_mlp
+from fastsde.training.native_mlp import NativeSteps
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -160,7 +160,7 @@ def test_a_weight_that_is_computed_or_used_twice_is_trained_eagerly() -> None:
         lambda_module(lambda x, t: dropped(x)),
         lambda_module(lambda x, t: first(x) * t[0]),
     ):
-        assert steps._native(network, (2,)) is None
+        assert native_mlp._native(network, (2,)) is None
 
 
 def lambda_module(function: Any) -> nn.Module:
@@ -216,7 +216,7 @@ def test_it_resumes_to_the_very_weights_and_threads_and_chunks_do_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _trained(CONFIG, tmp_path / "whole")
-    monkeypatch.setattr("fastsde.training.steps._NATIVE_STEPS", 3)
+    monkeypatch.setattr("fastsde.training.native_mlp._NATIVE_STEPS", 3)
     torch.set_num_threads(1)
     assert _equal(_trained(CONFIG, tmp_path / "chunks"), whole)
     torch.set_num_threads(3)

@@ -18,7 +18,8 @@ from fastsde.models import Preconditioned
 from fastsde.objective import Objective
 from fastsde.training import TrainConfig, Trainer, default_config
 from fastsde.training.captured import CapturedSteps
-from fastsde.training.steps import EagerSteps, NativeSteps, Work, can_run_natively
+from fastsde.training.native_mlp import NativeSteps, can_run_natively
+from fastsde.training.steps import EagerSteps, Work
 
 POINTS = replace(
     default_config("swiss-roll"),

@@ -18,7 +18,8 @@ from fastsde.models import MLP
 from fastsde.sde import EDM
 from fastsde.training import TrainConfig, Trainer
 from fastsde.training.captured import CapturedSteps
-from fastsde.training.steps import EagerSteps, NativeSteps
+from fastsde.training.native_mlp import NativeSteps
+from fastsde.training.steps import EagerSteps
 
 pytestmark = pytest.mark.usefixtures("every_checkpoint")
 

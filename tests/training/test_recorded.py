@@ -19,7 +19,8 @@ from fastsde import ops
 from fastsde.distributed import Ranks
 from fastsde.training import TrainConfig, Trainer, default_config
 from fastsde.training.captured import CapturedSteps
-from fastsde.training.steps import EagerSteps, NativeSteps, Work
+from fastsde.training.native_mlp import NativeSteps
+from fastsde.training.steps import EagerSteps, Work
 
 STEPS = 6
 POINTS = replace(default_config("swiss-roll"), data_size=200, steps=100, batch_size=40, lr_warmup=3)
