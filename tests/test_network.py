@@ -91,6 +91,7 @@ def test_a_unet_follows_labels_guidance_and_weights() -> None:
     _follows_labels_guidance_and_weights("eager")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large_convolution_tiles")
 def test_so_it_does_in_a_graph(graphs: Any) -> None:
     _follows_labels_guidance_and_weights("graph")

@@ -498,8 +498,8 @@ def test_the_weights_are_copies_without_gradients_and_all_listed() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("of three channels", torch.float32),
         ("with labels", torch.float32),
+        pytest.param("of three channels", torch.float32, marks=pytest.mark.slow),
         pytest.param("of three channels", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("with labels", torch.bfloat16, marks=pytest.mark.slow),
     ],

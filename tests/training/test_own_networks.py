@@ -152,6 +152,7 @@ def test_without_dropped_labels_there_is_nothing_to_guide_away_from(tmp_path: Pa
     assert own.isfinite().all()
 
 
+@pytest.mark.slow
 def test_dropout_in_captured_steps_depends_on_the_step_alone(graphs: Any, tmp_path: Path) -> None:
     weights = []
     for first in (0, 6):
@@ -327,6 +328,7 @@ def test_any_objective_with_conditions(options: dict[str, Any], tmp_path: Path) 
     assert (again.conditions, again.has_null, again.shape) == (loaded.conditions, True, (2,))
 
 
+@pytest.mark.slow
 def test_a_parameter_without_use_is_no_hindrance_in_bf16(graphs: Any, tmp_path: Path) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

@@ -64,7 +64,7 @@ def assert_same(ours: Batch, theirs: Batch) -> None:
     assert all(torch.equal(ours.conditions[name], value) for name, value in theirs.conditions.items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_batches_are_those_in_memory_from_any_step_on(workers: int) -> None:
     config = replace(CONFIG, workers=workers)
     memory = batches_of(DATA, ["label"], config, CPU, slice(5))
@@ -109,6 +109,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return checkpoints.read(folder / "checkpoint.safetensors")[0]
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_that_in_memory_and_resumes_to_the_bit(tmp_path: Path) -> None:
     config = replace(CONFIG, steps=12, checkpoint_every=5, log_every=4)
     Trainer(config, tmp_path / "memory", dataset=DATA).train(progress=False)
@@ -132,7 +133,7 @@ def test_a_streamed_run_is_that_in_memory_and_resumes_to_the_bit(tmp_path: Path)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_item_that_fails_ends_the_run_with_its_error(workers: int, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=30, workers=workers)
     with pytest.raises(ZeroDivisionError, match="item 7 is broken"):
