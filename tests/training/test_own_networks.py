@@ -348,6 +348,17 @@ def test_a_parameter_without_use_is_no_hindrance_in_bf16(graphs: Any, tmp_path: 
     assert torch.equal(model.unused.weight, before)  # as with PyTorch's optimizer, no decay either
 
 
+def test_hooks_on_gradients_are_not_taken_natively(tmp_path: Path) -> None:
+    trainer = Trainer(replace(CONFIG, steps=2), tmp_path, model=MLP(2, (8,)), dataset=Dataset("own", DATA.x))
+    first = trainer.model.net[0]
+    before = first.weight.detach().clone()
+    first.weight.register_hook(torch.zeros_like)
+    assert isinstance(trainer._steps(trainer.work()), EagerSteps)
+    trainer.train(progress=False)
+    assert torch.equal(first.weight, before)
+    assert not torch.equal(first.bias, torch.zeros_like(first.bias))
+
+
 def test_random_layers_are_not_taken_natively(tmp_path: Path) -> None:
     class Dropped(nn.Module):
         def __init__(self, rate: float) -> None:
