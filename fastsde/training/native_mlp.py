@@ -29,8 +29,8 @@ _NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_ROWS, _NATIVE_WIDTH = 500, 1e10, 1 << 2
 def can_run_natively(work: Work, here: Ranks) -> bool:
     """Returns whether the native kernel can take the steps: of a small network in fp32 on the CPU, in one process.
 
-    It has no conditions, flips, clipping, weight decay, importance sampling of times or hooks on gradients, and its data
-    are in memory.
+    It has no conditions, flips, clipping, weight decay, importance sampling of times, or hooks on gradients, and its
+    data are in memory.
     """
     config, model, shape, device = work.config, work.model, work.dataset.shape, work.device
     if config.compile or config.precision != "fp32" or here.world > 1 or not isinstance(work.dataset, Dataset):

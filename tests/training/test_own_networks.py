@@ -192,7 +192,16 @@ class Odd(Keywords):
         return self.net(label, place)  # x and t under odd names
 
 
-@pytest.mark.parametrize(("kind", "seen"), [(Keywords, {"label", "place"}), (Named, {"place"}), (Odd, set())])
+class PositionalOnly(Keywords):
+    def forward(self, x: Tensor, t: Tensor, /, label: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        self.seen |= set() if label is None else {"label"}
+        return self.net(x, t)
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"),
+    [(Keywords, {"label", "place"}), (Named, {"place"}), (Odd, set()), (PositionalOnly, {"label"})],
+)
 def test_a_network_gets_the_conditions_that_it_has_arguments_for(kind: Any, seen: set[str], tmp_path: Path) -> None:
     trainer = Trainer(replace(CONFIG, steps=1), tmp_path, model=kind(), dataset=DATA)
     trainer.train(progress=False)
