@@ -275,16 +275,16 @@ def _parse(
 def _load_into(network: nn.Module, weights: dict[str, Tensor], path: str | Path, given: Factory) -> None:
     """Writes weights to a network of the user's, which must have exactly these tensors."""
     own = {name for name, each in network.state_dict().items() if isinstance(each, Tensor)}
-    try:
-        network.load_state_dict(weights, strict=False)  # a state may also have other things than tensors
-    except RuntimeError as error:
-        raise ValueError(f"{path} has weights that do not fit the model, {in_words(given)}: {error}") from error
     missing, unexpected = sorted(own - weights.keys()), sorted(weights.keys() - own)
-    if missing or unexpected:
+    if missing or unexpected:  # before any weight is overwritten
         raise ValueError(
             f"{path} has weights that do not fit the model, {in_words(given)}: "
             f"missing {', '.join(missing) or 'none'}; unexpected {', '.join(unexpected) or 'none'}"
         )
+    try:
+        network.load_state_dict(weights, strict=False)  # a state may also have other things than tensors
+    except RuntimeError as error:
+        raise ValueError(f"{path} has weights that do not fit the model, {in_words(given)}: {error}") from error
 
 
 def _network(path: str | Path, metadata: dict[str, Any], given: Factory | None) -> nn.Module:

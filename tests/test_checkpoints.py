@@ -97,6 +97,14 @@ def test_a_network_of_the_users_own_is_loaded_into_what_makes_it(
         ValueError, match=r"has weights that do not fit the model, a Linear: missing bias, weight; unexpected"
     ):
         checkpoints.load(path, model=nn.Linear(3, 3))
+    larger = kind()
+    larger.register_parameter("more", nn.Parameter(torch.zeros(1)))
+    before = {name: value.clone() for name, value in larger.state_dict().items()}
+    with pytest.raises(ValueError, match="missing more"):
+        checkpoints.load(path, model=larger)
+    assert all(
+        torch.equal(value, before[name]) for name, value in larger.state_dict().items()
+    )  # nothing is overwritten
 
 
 def test_a_network_that_a_checkpoint_describes_is_not_given(tmp_path: Path) -> None:

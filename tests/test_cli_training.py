@@ -73,7 +73,11 @@ def test_a_network_by_name_is_trained_and_sampled_from_by_name() -> None:
     assert (config.model, config.data, config.condition_dropout) == ("own_networks:Net", "labelled.npz", 0.1)
     assert (config.clip_norm, config.times, config.sample_every) == (1.0, "importance", 1)
     assert sorted(path.name for path in Path("run/samples").iterdir()) == ["step-0000001.png", "step-0000002.png"]
-    assert worked(*train, "--resume", "--quiet") == written
+    sys.modules.pop("own_networks")
+    result = fastsde(*train, "--resume", "--quiet")
+    assert "give the function that makes it, as --model own_networks:Net" in result.stderr
+    assert "own_networks" not in sys.modules  # nothing that a file names is imported
+    assert worked(*train, *name, "--resume", "--quiet") == written
     sample = ["sample", "run", *name, "-n", "4", "--steps", "3", "--quiet", "--device", "cpu"]
     assert worked(*sample, "--label", "2,0", "--guidance", "1.5", "--save", "x.npz", "--animate", "x.gif")
     loaded = checkpoints.load("run", model="own_networks:Net")

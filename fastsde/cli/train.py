@@ -89,8 +89,8 @@ if TYPE_CHECKING:
 def train(dataset: str | None, directory: Path | None, data: Path | None, **options: Any) -> None:
     """Train a score network on DATASET, or on your own --data, and keep the run in a folder.
 
-    Options that are not given come from the recipe, or with --resume from the run. To train a finished run further,
-    start a new one from it: --init OLD --dir NEW. Prints the checkpoint's path.
+    Options that are not given come from the recipe, or with --resume from the run, except --model. To train a finished
+    run further, start a new one from it: --init OLD --dir NEW. Prints the checkpoint's path.
     """
     if dataset is None and data is None:
         raise click.UsageError(f"give a DATASET, one of {', '.join(DATASETS)}, or your own --data")
@@ -154,6 +154,11 @@ def _config(
             raise ValueError(f"the run in {directory} trains on {config.data}, not on {dataset}")
         if recipe is not None:
             raise ValueError(f"the run in {directory} has its recipe already: leave --recipe out to resume it")
+        if config.model and isinstance(config.model, str) and options["model"] is None:
+            raise ValueError(
+                f"the run in {directory} trains a network of your own: give the function that makes it, as --model "
+                f"{config.model}, since nothing that a file names is imported"
+            )
     else:
         config, loaded = _recipe(dataset, recipe, options)
         if device.type == "cuda" and config.architecture == "UNet" and recipe != "tutorial":

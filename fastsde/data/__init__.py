@@ -141,8 +141,9 @@ def load(
     if not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root must be a path, got {type(root).__name__}")
     check_int("seed", seed, 0, 2**64), check_range("pixel_range", pixel_range)
-    path = Path(name if isinstance(name, (str, os.PathLike)) else "")
-    is_folder = bool(path.name) and name not in DATASETS and path.is_dir()
+    is_path = isinstance(name, (str, os.PathLike)) and name not in (*DATASETS, "")
+    path = Path(name if is_path else "")
+    is_folder = is_path and path.is_dir()
     if image_size is not None and not is_folder:
         raise ValueError(f"image_size must be None for {name}, which is no folder of images, got {image_size}")
     if name == "swiss-roll":

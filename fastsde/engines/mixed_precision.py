@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..models.hooks import has_gradient_hooks
+
 __all__ = ["LowPrecisionCopy"]
 
 _LOW = (
@@ -31,12 +33,12 @@ class LowPrecisionCopy:
     def fits(model: nn.Module) -> bool:
         """Returns whether all parameters belong to layers that autocast runs in the low precision, or embeddings.
 
-        Buffers are not allowed: those of a copy are not the network's.
+        Buffers and hooks on gradients are not allowed: those of a copy are not the network's.
         """
         owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-        return all(type(each) in _LOW or isinstance(each, nn.Embedding) for each in owners) and not any(
-            True for _ in model.buffers()
-        )
+        if has_gradient_hooks(model) or any(True for _ in model.buffers()):
+            return False
+        return all(type(each) in _LOW or isinstance(each, nn.Embedding) for each in owners)
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.network = copy.deepcopy(model).to(dtype)

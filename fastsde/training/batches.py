@@ -54,7 +54,8 @@ def conditions_of(model: nn.Module, dataset: Dataset | StreamedDataset) -> dict[
         arguments = {}
     takes_all = any(each.kind == each.VAR_KEYWORD for each in arguments.values())
     named = [name for name, each in arguments.items() if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    first = [name for name in named if arguments[name].kind == arguments[name].POSITIONAL_OR_KEYWORD][:2]  # x and t
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    first = [name for name, each in arguments.items() if each.kind in positional][:2]  # x and t
     is_own = isinstance(model, (MLP, UNet))
     sizes = {name: getattr(model, name_of_size, 0) for name, name_of_size in _SIZES.items()} if is_own else {}
     found = {

@@ -12,6 +12,7 @@ from .. import ops
 from ..data import Dataset
 from ..distributed import Ranks
 from ..lowering import NotLowered, Source, lower
+from ..models.hooks import has_gradient_hooks
 from ..objective import Coefficients
 from ..reference import MOST_ROWS
 from .steps import Work, checked, rates_of
@@ -28,7 +29,8 @@ _NATIVE_STEPS, _NATIVE_PRODUCTS, _NATIVE_ROWS, _NATIVE_WIDTH = 500, 1e10, 1 << 2
 def can_run_natively(work: Work, here: Ranks) -> bool:
     """Returns whether the native kernel can take the steps: of a small network in fp32 on the CPU, in one process.
 
-    It has no conditions, flips, clipping, weight decay or importance sampling of times, and its data are in memory.
+    It has no conditions, flips, clipping, weight decay, importance sampling of times, or hooks on gradients, and its
+    data are in memory.
     """
     config, model, shape, device = work.config, work.model, work.dataset.shape, work.device
     if config.compile or config.precision != "fp32" or here.world > 1 or not isinstance(work.dataset, Dataset):
@@ -38,6 +40,8 @@ def can_run_natively(work: Work, here: Ranks) -> bool:
     if work.conditions or config.flip or config.clip_norm is not None or config.weight_decay or work.importance:
         return False
     if any(True for _ in model.buffers()) or not all(each.requires_grad for each in model.parameters()):
+        return False
+    if has_gradient_hooks(model):
         return False
     if not ops.has_native(device, "mlp_training"):
         return False

@@ -37,6 +37,9 @@ _FREE = ("checkpoint_every", "log_every", "sample_every", "workers")
 def saved_config(checkpoint: str | Path) -> TrainConfig:
     """Returns the config of the run that wrote a checkpoint.
 
+    A `Trainer` that is given no network imports the function that ``config.model`` names, if it is a string: check that
+    of a file that you do not trust.
+
     Raises:
         ValueError: for a checkpoint that no run can resume from.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import make_swiss_roll
 
 from fastsde import data
@@ -68,6 +69,14 @@ def test_mnist_that_cannot_be_had_names_the_folder_and_a_way_out(
     with pytest.raises(FileNotFoundError, match=r"MNIST/raw and could not be downloaded.*'digits'"):
         data.load("mnist", root=tmp_path / "new")
     assert list(tmp_path.iterdir()) == []  # a mistyped folder is not left behind
+
+
+def test_the_current_folder_is_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (3, 2)).save(tmp_path / "one.png")
+    monkeypatch.chdir(tmp_path)
+    assert data.load(".").shape == (1, 2, 3)
+    with pytest.raises(ValueError, match="or a folder of images, got ''"):
+        data.load("")
 
 
 def test_the_name_and_size_are_checked() -> None:

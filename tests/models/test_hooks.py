@@ -8,7 +8,7 @@ from torch.nn.modules import module
 
 import fastsde
 from fastsde.models import MLP, UNet
-from fastsde.models.hooks import is_hooked
+from fastsde.models.hooks import has_gradient_hooks, is_hooked
 
 
 @pytest.mark.parametrize("register", [module.register_module_forward_hook, module.register_module_forward_pre_hook])
@@ -32,3 +32,22 @@ def test_a_sampler_runs_hooks_that_come_and_go() -> None:
     finally:
         handle.remove()
     assert torch.equal(sampler(5), before)
+
+
+def test_hooks_on_gradients_are_seen() -> None:
+    model = MLP(2, hidden=(4,))
+    layer = model.net[0]
+    for register in (
+        lambda: layer.weight.register_hook(lambda gradient: None),
+        lambda: layer.weight.register_post_accumulate_grad_hook(lambda weight: None),
+        lambda: layer.register_full_backward_hook(lambda *given: None),
+        lambda: layer.register_full_backward_pre_hook(lambda *given: None),
+        lambda: module.register_module_full_backward_hook(lambda *given: None),
+        lambda: module.register_module_full_backward_pre_hook(lambda *given: None),
+    ):
+        assert not has_gradient_hooks(model)
+        handle = register()
+        assert has_gradient_hooks(model)
+        assert not is_hooked(model)
+        handle.remove()
+    assert not has_gradient_hooks(model)

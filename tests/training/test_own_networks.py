@@ -192,7 +192,16 @@ class Odd(Keywords):
         return self.net(label, place)  # x and t under odd names
 
 
-@pytest.mark.parametrize(("kind", "seen"), [(Keywords, {"label", "place"}), (Named, {"place"}), (Odd, set())])
+class PositionalOnly(Keywords):
+    def forward(self, x: Tensor, t: Tensor, /, label: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        self.seen |= set() if label is None else {"label"}
+        return self.net(x, t)
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"),
+    [(Keywords, {"label", "place"}), (Named, {"place"}), (Odd, set()), (PositionalOnly, {"label"})],
+)
 def test_a_network_gets_the_conditions_that_it_has_arguments_for(kind: Any, seen: set[str], tmp_path: Path) -> None:
     trainer = Trainer(replace(CONFIG, steps=1), tmp_path, model=kind(), dataset=DATA)
     trainer.train(progress=False)
@@ -346,6 +355,17 @@ def test_a_parameter_without_use_is_no_hindrance_in_bf16(graphs: Any, tmp_path: 
     for step in range(5):
         steps.take(step, 1)
     assert torch.equal(model.unused.weight, before)  # as with PyTorch's optimizer, no decay either
+
+
+def test_hooks_on_gradients_are_not_taken_natively(tmp_path: Path) -> None:
+    trainer = Trainer(replace(CONFIG, steps=2), tmp_path, model=MLP(2, (8,)), dataset=Dataset("own", DATA.x))
+    first = trainer.model.net[0]
+    before = first.weight.detach().clone()
+    first.weight.register_hook(torch.zeros_like)
+    assert isinstance(trainer._steps(trainer.work()), EagerSteps)
+    trainer.train(progress=False)
+    assert torch.equal(first.weight, before)
+    assert not torch.equal(first.bias, torch.zeros_like(first.bias))
 
 
 def test_random_layers_are_not_taken_natively(tmp_path: Path) -> None:
