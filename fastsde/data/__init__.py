@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conditions import Condition
-from .files import ARRAYS, arrays, images
-from .dataset import Dataset
-from .streamed import StreamedDataset, in_memory
 from ..validation import check_int, check_number, check_range
 from ..vocabulary import DATASETS
+from .dataset import Dataset
+from .files import ARRAYS, arrays, images
+from .streamed import StreamedDataset, in_memory
 
 __all__ = [
     "DATASETS",

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..validation import check_int
 from .dataset import Dataset
 from .streamed import StreamedDataset, in_memory
-from ..validation import check_int
 
 __all__ = ["ARRAYS", "arrays", "images"]
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..conditions import Condition
+from ..randomness import preserved, seed_everywhere
+from ..validation import check_instance, check_range, check_tensor
 from .dataset import (
     Dataset,
     black_and_white,
@@ -22,8 +24,6 @@ from .dataset import (
     numbers,
     seen_range,
 )
-from ..randomness import preserved, seed_everywhere
-from ..validation import check_instance, check_range, check_tensor
 
 __all__ = ["StreamedDataset", "as_dataset", "in_memory"]
 

@@ -13,9 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastsde import data
-from fastsde.data import files
 from fastsde.conditions import Condition
-from fastsde.data import StreamedDataset
+from fastsde.data import StreamedDataset, files
 
 POINTS = np.random.default_rng(0).standard_normal((6, 2)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2], np.int32)
