@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checkpoints, solvers
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
-from .models import unwrap
+from .models import shape_of
 from .reference import Model, NoiseFunction, RowHook
 from .sde import PROCESSES, VPSDE, Process, check_process
 from .solvers import StepTable
@@ -138,7 +138,7 @@ def resolve(
         return Subject(
             model, sample_shape, VPSDE() if sde is None else sde, "score" if prediction is None else prediction
         )
-    has_shape = hasattr(unwrap(model.model), "shape") or model.sample_shape is not None
+    has_shape = shape_of(model.model) is not None or model.sample_shape is not None
     shape = model.shape if has_shape else sample_shape
     if shape is None:
         raise ValueError("sample_shape must be given with a checkpoint that does not know it, got None")

@@ -102,9 +102,7 @@ def test_a_network_of_the_users_own_is_loaded_into_what_makes_it(
     before = {name: value.clone() for name, value in larger.state_dict().items()}
     with pytest.raises(ValueError, match="missing more"):
         checkpoints.load(path, model=larger)
-    assert all(
-        torch.equal(value, before[name]) for name, value in larger.state_dict().items()
-    )  # nothing is overwritten
+    assert all(torch.equal(value, before[name]) for name, value in larger.state_dict().items())  # unchanged
 
 
 def test_a_network_that_a_checkpoint_describes_is_not_given(tmp_path: Path) -> None:

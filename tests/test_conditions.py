@@ -103,7 +103,8 @@ def test_a_data_set_describes_its_conditions(value: Any, expected: Condition) ->
         ({"conditions": {"c": torch.tensor(1)}}, ValueError, "one value for each of the 4 samples, got shape []"),
         ({"conditions": {"c": torch.ones(4, 1, dtype=torch.int64)}}, ValueError, "labels, integers [4], or floats"),
         ({"conditions": {"c": X.cfloat()}}, ValueError, "floats [4, ...], got torch.complex64 [4, 2]"),
-        ({"conditions": {"c": torch.tensor([0, 1, -1, 2])}}, ValueError, "must be labels from 0 on, got -1"),
+        ({"conditions": {"c": torch.tensor([0, 1, -1, 2])}}, ValueError, "from 0 on, below 2^24, got -1 .. 2"),
+        ({"conditions": {"c": torch.tensor([0, 1, 2**40, 2])}}, ValueError, "2^24, got 0 .. 1099511627776"),
         ({"conditions": {"c": X / 0}}, ValueError, "conditions['c'] (as fp32) must be finite, got 8 values of NaN"),
         ({"conditions": {"c": np.array(["a"] * 4)}}, TypeError, "conditions['c'] must hold real numbers"),
         ({"described": {"c": Condition()}}, ValueError, "described must be of conditions (none), got 'c'"),
@@ -137,6 +138,7 @@ def test_labels_are_drawn_as_frequent_as_in_the_data() -> None:
     dataset = Dataset("own", X, conditions={"y": torch.tensor([2, 0, 2, 2])}, described={"y": Condition(classes=4)})
     condition = dataset.described["y"]
     assert condition.shares == (0.25, 0.0, 0.75, 0.0)
+    assert dataset.head(2).described["y"].shares == (0.5, 0.0, 0.5, 0.0)
     assert from_dicts(json.loads(json.dumps(to_dicts({"y": condition}))))["y"].shares == condition.shares
     u = torch.tensor([0.0, 0.2499, 0.25, 0.9999, 1 - 2.0**-24])
     assert condition.draw(u).tolist() == [0, 0, 2, 2, 2]

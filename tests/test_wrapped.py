@@ -279,6 +279,8 @@ def test_a_checkpoint_of_a_network_of_ones_own_is_sampled_from() -> None:
     assert torch.equal(fastsde.sample(checkpoint, (4, 2), steps=3), expected)
     with pytest.raises(ValueError, match="sample_shape must be given with a checkpoint that does not know it"):
         Sampler(checkpoint)
+    net.shape = "no shape of a sample"
+    assert torch.equal(fastsde.sample(checkpoint, (4, 2), steps=3), expected)
     with pytest.raises(ValueError, match="prediction of the checkpoint is eps, got score"):
         Sampler(checkpoint, (2,), prediction="score")
 

@@ -16,6 +16,8 @@ from ..validation import check_instance, check_number, check_range, check_tensor
 
 __all__ = ["Dataset"]
 
+_MOST_CLASSES = 2**24
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -97,8 +99,11 @@ class Dataset:
 
     def head(self, n: int | None) -> Dataset:
         """Returns the first ``n`` samples, or all of them for None."""
+        if n is None:
+            return self
         conditions = {name: value[:n] for name, value in self.conditions.items()}
-        return replace(self, x=self.x[:n], conditions=conditions)
+        described = {name: replace(each, shares=()) for name, each in self.described.items()}  # those of these samples
+        return replace(self, x=self.x[:n], conditions=conditions, described=described)
 
     def with_pixel_range(self, pixel_range: tuple[float, float]) -> Dataset:
         """Returns the same data, with pixels that have no scale and shift of their own mapped to ``pixel_range``."""
@@ -181,8 +186,9 @@ def _conditions(given: Mapping[str, object], n: int) -> dict[str, Tensor]:
                 f"{name} must be labels, integers [{n}], or floats [{n}, ...], got {tensor.dtype} {list(tensor.shape)}"
             )
         labels = tensor.long().contiguous()
-        if int(labels.min()) < 0:
-            raise ValueError(f"{name} must be labels from 0 on, got {int(labels.min())}")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= _MOST_CLASSES:  # all classes are counted
+            raise ValueError(f"{name} must be labels from 0 on, below 2^24, got {low} .. {high}")
         found[key] = labels
     return found
 

@@ -192,12 +192,12 @@ def in_memory(dataset: Any, name: str = "", described: Mapping[str, Condition] |
     items = [_item(dataset[i], i) for i in range(len(dataset))]
     if not items:
         raise ValueError("dataset must have at least one item, got none")
-    shape = items[0][0].shape
-    for number, (x, conditions) in enumerate(items):
-        if x.shape != shape or conditions.keys() != items[0][1].keys():
+    expected = _form(*items[0])
+    for number, item in enumerate(items):
+        if _form(*item) != expected:
             raise ValueError(
-                f"all items must have the shape and conditions of the first, {list(shape)} and "
-                f"{list(items[0][1])}, got {list(x.shape)} and {list(conditions)} in item {number}"
+                f"all items must have the shapes, dtypes and conditions of the first, {expected}, got {_form(*item)} "
+                f"in item {number}"
             )
     values = {key: torch.stack([conditions[key] for _, conditions in items]) for key in items[0][1]}
     classes = getattr(dataset, "classes", None)
@@ -205,6 +205,12 @@ def in_memory(dataset: Any, name: str = "", described: Mapping[str, Condition] |
         described = {"label": Condition(classes=len(classes), names=tuple(str(each) for each in classes))}
     name = name or type(dataset).__name__
     return Dataset(name, torch.stack([x for x, _ in items]), conditions=values, described=described or {})
+
+
+def _form(x: Tensor, conditions: Mapping[str, Tensor]) -> str:
+    """Returns the dtypes and shapes of an item, for messages."""
+    values = {"x": x, **conditions}
+    return ", ".join(f"{name}: {value.dtype} {list(value.shape)}" for name, value in sorted(values.items()))
 
 
 def _item(given: Any, index: int) -> tuple[Tensor, dict[str, Tensor]]:

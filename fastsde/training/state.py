@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from .. import checkpoints, models
 from ..checkpoints import Checkpoint
+from ..conditions import Condition, from_dicts
 from ..factories import make
 from ..models.mlp import is_sequential
 from .config import TrainConfig
 from .importance import ImportanceTimes
 
 __all__ = [
+    "check_same_data",
     "check_same_run",
     "check_trainable",
     "config_of",
@@ -138,6 +141,16 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, step: int, directory
                 f"the run in {directory} has {name}={had!r}, got {has!r}: resume it with its own config, or "
                 f"start another run from its weights (init)"
             )
+
+
+def check_same_data(
+    conditions: Mapping[str, Condition], shape: Sequence[int], metadata: Mapping[str, Any], path: str | Path
+) -> None:
+    """Raises ValueError if a run cannot go on with data whose samples or conditions are others than before."""
+    had = {"samples of shape": metadata.get("shape"), "conditions": from_dicts(metadata.get("conditions", {}))}
+    for name, has in (("samples of shape", list(shape)), ("conditions", dict(conditions))):
+        if had[name] is not None and had[name] != has:
+            raise ValueError(f"dataset must have the {name} of the run in {path}, {had[name]}, got {has}")
 
 
 def tensors_of(

@@ -37,7 +37,17 @@ from .importance import ImportanceTimes
 from .interrupt import deferred_interrupt
 from .native_mlp import NativeSteps, can_run_natively
 from .run_folder import RunLog
-from .state import check_same_run, check_trainable, config_of, initial_model, restore, start_from, steps_of, tensors_of
+from .state import (
+    check_same_data,
+    check_same_run,
+    check_trainable,
+    config_of,
+    initial_model,
+    restore,
+    start_from,
+    steps_of,
+    tensors_of,
+)
 from .steps import EagerSteps, Steps, Work
 from .watching import Samples, TensorBoard
 
@@ -383,6 +393,7 @@ class Trainer:
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         path, record = self.directory / RUN_CHECKPOINT, metadata["record"]
         check_same_run(self.config, config_of(metadata, path), record["step"], self.directory)
+        check_same_data(self.conditions, self.dataset.shape, metadata, path)
         self.step, self.loss, self.earlier_steps = record["step"], record["loss"], record.get("earlier_steps", 0)
         try:
             restore(tensors, self.model, self.ema, self.optimizer, self.importance)

@@ -63,7 +63,9 @@ class Samples:
         if condition.classes:
             return torch.arange(n, device=device) % condition.classes
         if isinstance(self._dataset, Dataset):
-            return self._dataset.conditions[name][torch.arange(n) % len(self._dataset)].to(device)
+            return self._dataset.conditions[name][
+                torch.arange(n, device=self._dataset.x.device) % len(self._dataset)
+            ].to(device)
         return condition.nulls(n, device)
 
 

@@ -150,8 +150,11 @@ def test_what_is_a_data_set() -> None:
 
 
 def test_all_items_in_memory_must_be_alike() -> None:
-    for second in (torch.ones(3), (torch.ones(2), 1)):
-        with pytest.raises(ValueError, match=r"all items must have the shape and conditions of the first, \[2\] and"):
+    for second in (torch.ones(3), (torch.ones(2), 1), torch.ones(2, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"conditions of the first, x: torch.float32 \[2\], got .* in item 1"):
             in_memory([torch.ones(2), second])
+    for second in (1.0, torch.ones(2)):  # a label that is no integer would make vectors of all
+        with pytest.raises(ValueError, match=r"of the first, label: torch.int64 \[\], x: torch.float32 \[2\], got"):
+            in_memory([(torch.ones(2), 0), (torch.ones(2), second)])
     with pytest.raises(ValueError, match="dataset must have at least one item, got none"):
         in_memory([])
