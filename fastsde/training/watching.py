@@ -63,9 +63,8 @@ class Samples:
         if condition.classes:
             return torch.arange(n, device=device) % condition.classes
         if isinstance(self._dataset, Dataset):
-            return self._dataset.conditions[name][
-                torch.arange(n, device=self._dataset.x.device) % len(self._dataset)
-            ].to(device)
+            values = self._dataset.conditions[name]
+            return values[torch.arange(n, device=values.device) % len(values)].to(device)
         return condition.nulls(n, device)
 
 
