@@ -159,7 +159,7 @@ def test_mistakes_in_sampling_are_one_line() -> None:
     for arguments, message in (
         (["--label", "none"], "run needs a label: it was trained without dropping them"),
         (["--label", "7"], "label must be a number from 0 to 2, got '7'"),
-        (["--label", "1", "--guidance", "2"], "uncond_kwargs must be given, as the network was trained without"),
+        (["--label", "1", "--guidance", "2"], "--guidance needs a network trained with --condition-dropout"),
         (["--label", "1", "--model", "own_networks:Net"], "model must be None for run/checkpoint.safetensors, which"),
     ):
         result = fastsde(*sample, *arguments)

@@ -154,6 +154,8 @@ def _classes(model: str, checkpoint: Checkpoint, labels: str | None, guidance: f
         if labels is not None or guidance is not None:
             raise ValueError(f"{model} takes no labels: leave --label and --guidance out")
         return []
+    if guidance is not None and not checkpoint.has_null:
+        raise ValueError(f"--guidance needs a network trained with --condition-dropout, and {model} was not")
     if labels is None:
         return []
     if labels == "none":

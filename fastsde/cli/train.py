@@ -131,7 +131,7 @@ def _train(
     trainer = training.Trainer(config, directory, device=on_device, resume=resume, **given)
     ranks = distributed.ranks() or distributed.Ranks()
     if ranks.rank == 0 and not quiet:
-        click.echo(f"{directory}: {_in_words(config, ranks.world)}", err=True)
+        click.echo(f"{directory}: {_in_words(config, ranks.world, list(trainer.conditions))}", err=True)
     try:
         trainer.train(progress=not quiet)
     except KeyboardInterrupt:
@@ -181,10 +181,11 @@ def _recipe(dataset: str, recipe: str | None, options: dict[str, Any]) -> tuple[
     return training.config_for(loaded, dataset, options["model"]), loaded
 
 
-def _in_words(config: TrainConfig, world: int) -> str:
+def _in_words(config: TrainConfig, world: int, conditions: list[str]) -> str:
     processes = f" on {world} processes" if world > 1 else ""
     dtype = next(name for name, precision in TRAINING_DTYPES.items() if precision == config.precision)
     return (
         f"{config.steps:,} steps of batch {config.batch_size}{processes}, "
-        f"lr {config.lr:g} {config.lr_schedule}, {config.sde.name}, {config.prediction}, {dtype}, seed {config.seed}"
+        f"lr {config.lr:g} {config.lr_schedule}, {config.sde.name}, {config.prediction}, {dtype}, "
+        f"{'given ' + ' and '.join(conditions) if conditions else 'no conditions'}, seed {config.seed}"
     )

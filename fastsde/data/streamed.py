@@ -89,11 +89,15 @@ class StreamedDataset:
     def _describe(self, name: str, value: Tensor) -> Condition:
         if value.is_floating_point():
             return Condition(shape=tuple(value.shape))
-        classes = getattr(self.source, "classes", None)
+        source = self.source
+        while isinstance(source, torch.utils.data.Subset):
+            source = source.dataset
+        classes = getattr(source, "classes", None)
         if classes is None:
             raise ValueError(
-                f"described must say how many classes the condition {name!r} has, such as "
-                f"described={{{name!r}: Condition(classes=10)}}, since not all items are looked at"
+                f"described must say how many classes the condition {name!r} has, since not all items are looked at: "
+                f"give the Trainer StreamedDataset('name', dataset, described={{{name!r}: Condition(classes=10)}}) of "
+                f"fastsde.data, or in_memory(dataset), which looks at all of them"
             )
         return Condition(classes=len(classes), names=tuple(str(each) for each in classes))
 

@@ -203,7 +203,8 @@ def checked(network: Any) -> Callable[..., Tensor]:
         try:
             return check_output(network(x, t, **conditions), shape, x.device)
         except IndexError as error:
-            given = [f"{name} {int(each.min())} .. {int(each.max())}" for name, each in conditions.items()]
+            labels = {name: each for name, each in conditions.items() if not each.is_floating_point()}
+            given = [f"{name} {int(each.min())} .. {int(each.max())}" for name, each in labels.items()]
             raise IndexError(
                 f"the network failed with {', '.join(given) or 'no conditions'} (with condition_dropout, one more "
                 f"label stands for none): {error}"

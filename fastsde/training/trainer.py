@@ -49,7 +49,7 @@ from .state import (
     tensors_of,
 )
 from .steps import EagerSteps, Steps, Work
-from .watching import Samples, TensorBoard
+from .watching import EVENTS, Samples, TensorBoard
 
 __all__ = ["Trainer"]
 
@@ -158,6 +158,7 @@ class Trainer:
         self.loss: float | None = None
         self._lines = RunLog(self.directory)
         self._tensorboard: TensorBoard | None = None
+        tensorboard = tensorboard or (resuming and (self.directory / EVENTS).exists())
         self._logs_events = tensorboard and self._here.rank == 0
         self._samples: Samples | None = None
         if config.sample_every:
@@ -398,4 +399,6 @@ class Trainer:
         try:
             restore(tensors, self.model, self.ema, self.optimizer, self.importance)
         except KeyError as error:
-            raise ValueError(f"{path} is not a complete training checkpoint: it lacks {error}") from error
+            raise ValueError(
+                f"{path} is not a complete training checkpoint, or of another network than this one: it lacks {error}"
+            ) from error

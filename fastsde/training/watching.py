@@ -18,7 +18,7 @@ from ..notices import warn
 from ..reference import NonFiniteError
 from ..sampler import Sampler
 
-__all__ = ["SAMPLES", "Samples", "TensorBoard"]
+__all__ = ["EVENTS", "SAMPLES", "Samples", "TensorBoard"]
 
 SAMPLES, EVENTS = "samples", "tensorboard"  # folders in that of the run
 _POINTS, _IMAGES = 1000, 20
