@@ -187,5 +187,5 @@ def _in_words(config: TrainConfig, world: int, conditions: list[str]) -> str:
     return (
         f"{config.steps:,} steps of batch {config.batch_size}{processes}, "
         f"lr {config.lr:g} {config.lr_schedule}, {config.sde.name}, {config.prediction}, {dtype}, "
-        f"{'given ' + ' and '.join(conditions) if conditions else 'no conditions'}, seed {config.seed}"
+        f"{'given ' + ' and '.join(conditions) + ', ' if conditions else ''}seed {config.seed}"
     )
