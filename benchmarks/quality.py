@@ -117,6 +117,16 @@ def judge_digits(classifier: Classifier, test: Tensor, x: Tensor, labels: Tensor
         }
 
 
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Prints figures as JSON, with the version of PyTorch and the CPU, and keeps them in a file if one is given."""
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    text = json.dumps({**result, "torch": torch.__version__, "cpu": cpu}, indent=2) + "\n"
+    if out is not None:
+        with atomic_path(out) as temporary:
+            temporary.write_text(text)
+    click.echo(text, nl=False)
+
+
 @click.command()
 @click.argument("subject", type=click.Choice(("swiss-roll", "mnist")))
 @click.option("--model", help="A checkpoint instead of the shipped model.")
@@ -174,14 +184,8 @@ def main(
         **result,
         "trained_steps": checkpoint.record["step"] + checkpoint.record.get("earlier_steps", 0),
         "seconds": round(time.time() - started, 1),
-        "torch": torch.__version__,
-        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if out is not None:
-        with atomic_path(out) as temporary:
-            temporary.write_text(text)
-    click.echo(text, nl=False)
+    report(result, out)
 
 
 if __name__ == "__main__":

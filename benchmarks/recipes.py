@@ -6,8 +6,6 @@ beside that of two sets of fresh data, for three seeds of the samples.
 
 from __future__ import annotations
 
-import json
-import platform
 import tempfile
 import time
 from dataclasses import replace
@@ -21,13 +19,10 @@ from fastsde.openmp import wait_passively
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
 
-import torch
-
-from fastsde.files import atomic_path
 from fastsde.training import Trainer
 from fastsde.training.recipes import RECIPES
 
-from .quality import swiss_roll_distance
+from .quality import report, swiss_roll_distance
 
 POINTS, SEEDS = 100_000, (0, 1, 2)
 SOLVERS = {  # the papers' own samplers, or their deterministic second-order one
@@ -58,17 +53,7 @@ def judge(recipe: str, steps: int | None = None) -> dict[str, Any]:
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the figures as JSON.")
 def main(steps: int | None, out: Path | None) -> None:
     """Train and judge every recipe; prints the figures as JSON."""
-    result = {
-        "points": POINTS,
-        "recipes": {name: judge(name, steps) for name in RECIPES},
-        "torch": torch.__version__,
-        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-    }
-    text = json.dumps(result, indent=2) + "\n"
-    if out is not None:
-        with atomic_path(out) as temporary:
-            temporary.write_text(text)
-    click.echo(text, nl=False)
+    report({"points": POINTS, "recipes": {name: judge(name, steps) for name in RECIPES}}, out)
 
 
 if __name__ == "__main__":

@@ -353,15 +353,18 @@ def dsm_loss(
     x_0 = load_batch(x_0, index, scale, shift)
     if z is None:
         z = noise.normal(_given(keys), step, x_0.shape[1:], noise.STREAM_TRAINING_NOISE)
-    k = Coefficients(*coefficients.unbind(-1))
-    return (_term(k.w_f, f) + _term(k.w_x, x_0) + _term(k.w_z, z)).square().mean()
+    return _residual(f, x_0, coefficients, z).square().mean()
 
 
 def sample_losses(f: Tensor, x_0: Tensor, coefficients: Tensor, z: Tensor) -> Tensor:
     """Computes the loss of each sample, ``[B]``, whose mean is `dsm_loss`. Arguments as there."""
+    return _residual(f, x_0, coefficients, z)[:, None].square().flatten(1).mean(1)
+
+
+def _residual(f: Tensor, x_0: Tensor, coefficients: Tensor, z: Tensor) -> Tensor:
+    """Returns w_f f + w_x x_0 + w_z z."""
     k = Coefficients(*coefficients.unbind(-1))
-    residual = _term(k.w_f, f) + _term(k.w_x, x_0) + _term(k.w_z, z)
-    return residual[:, None].square().flatten(1).mean(1)
+    return _term(k.w_f, f) + _term(k.w_x, x_0) + _term(k.w_z, z)
 
 
 def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
