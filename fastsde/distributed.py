@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .randomness import Seed, seed_of
 from .reference import NonFiniteError
 from .sampler import Sampler
 from .torchrun import Ranks, device, job, launched, process_group, ranks
@@ -51,7 +52,7 @@ def sample(
     sampler: Sampler,
     n: int,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     first_sample: int = 0,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
@@ -69,7 +70,7 @@ def sample(
         progress: show rank 0's progress as a bar on stderr.
         part: how many samples a rank runs at once. By default the sampler's ``max_batch`` if that is a number, else a
             24th of ``n`` but at least 4; set a smaller one for more than 24 ranks. Another size may round differently.
-        seed, first_sample, trajectory: as for `fastsde.sample`.
+        seed, first_sample, trajectory: as for `fastsde.sample`; a seed that is to be drawn is rank 0's.
 
     Returns:
         On rank 0 the samples ``[n, *shape]`` on the CPU, with ``trajectory`` a pair of the samples and the states
@@ -83,6 +84,7 @@ def sample(
     check_instance("sampler", sampler, Sampler)
     check_int("n", n, 0)
     check_int("first_sample", first_sample, 0, 2**64)
+    seed = seed_of(seed)
     usual = sampler.max_batch if isinstance(sampler.max_batch, int) else max(_SMALLEST_PART, -(-n // _PARTS))
     own = copy.copy(sampler)  # its max_batch splits a rank's samples into parts
     own.max_batch = size = usual if part is None else check_int("part", part, 1)
@@ -98,6 +100,7 @@ def sample(
     start, end = ((first_sample + i) % 2**64 for i in (mine.start, mine.stop - 1))
     with _working_group(here) as group:
         error: Exception | None = None
+        seed = _of_rank_0(seed, here, group)
         try:
             drawn = own(mine.stop - mine.start, seed=seed, first_sample=start, **options)
         except Exception as raised:
@@ -134,6 +137,17 @@ def _working_group(here: Ranks) -> Iterator[Any]:
     yield group
     dist.barrier(group)  # leaving before everything is received could cut it off
     dist.destroy_process_group(group)
+
+
+def _of_rank_0(value: int, here: Ranks, group: Any) -> int:
+    """Returns rank 0's value on all ranks."""
+    if here.world == 1:
+        return value
+    from torch import distributed as dist
+
+    held = torch.tensor([value - 2**63], dtype=torch.int64)  # seeds reach 2^64
+    dist.broadcast(held, 0, group=group)
+    return int(held) + 2**63
 
 
 def _raise_together(error: Exception | None, who: str, here: Ranks, group: Any) -> None:

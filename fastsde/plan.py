@@ -20,8 +20,16 @@ __all__ = ["Plan", "Planner", "compiler_of", "unavailable_reason"]
 _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
 # How some backends run rows together, and the options that they do not support, which need the host between rows or
 # another network call.
-_TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "runs a whole trajectory in one launch"}
-_WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "noise", "callback")}
+_TOGETHER = {
+    "eager": "takes each step by a kernel",
+    "graph": "replays rows as CUDA graphs",
+    "persistent": "runs a whole trajectory in one launch",
+}
+_WITHOUT = {
+    "eager": ("differentiable",),
+    "graph": ("differentiable", "noise", "callback"),
+    "persistent": ("differentiable", "compile", "noise", "callback"),
+}
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify each
 # compiler. torch.compile takes about 10 to 60 s and OpenVINO 3, and they save hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), {"openvino": 20.0, "torch.compile": 60.0}
@@ -53,13 +61,13 @@ def unavailable_reason(
         return f"device {device} is unavailable (torch.cuda.is_available() is False); use device='cpu'"
     if compiler is not None and dtype == torch.float64:
         return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
+    if compiler is not None and "differentiable" in options:
+        return "compile=True and differentiable=True exclude each other; leave one of them out"
     if backend == "reference":
         asked = "compile='openvino'" if compiler == "openvino" else "compile=True"
         return None if compiler is None else f"backend 'reference' is plain PyTorch; for {asked} use 'eager'"
     if dtype == torch.float64:
         return f"backend {backend!r} keeps the state in fp32; for dtype=torch.float64 use 'reference'"
-    if backend == "eager":
-        return None
     if backend == "graph" and not (ops.has_triton(device) and capture.can_record(device)):
         return f"backend 'graph' needs Triton and a CUDA GPU, got device {device}; use 'eager' or 'reference'"
     if backend == "persistent" and not ops.has_kernels(device):
@@ -70,7 +78,8 @@ def unavailable_reason(
     used = options if compiler is None else [*options, "compile"]
     missing = next((name for name in _WITHOUT[backend] if name in used), None)
     if missing is not None:
-        return f"backend {backend!r} {_TOGETHER[backend]} and does not support {missing}; use 'eager' or 'reference'"
+        others = "'reference'" if "differentiable" in used else "'eager' or 'reference'"
+        return f"backend {backend!r} {_TOGETHER[backend]} and does not support {missing}; use {others}"
     if backend == "persistent" and network is not None:
         reason = persistent.unavailable_reason(network, sample_shape, device, times, request, is_asked_for)
         others = "'graph' or 'eager'" if device.type == "cuda" else "'eager' or 'reference'"

@@ -1,7 +1,8 @@
-"""Random numbers of other people's code, such as dropout and random crops, as a function of a place in a run."""
+"""Seeds from PyTorch's generators, and random numbers of other people's code (dropout, random crops) by their place."""
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,30 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["generator_of", "preserved", "seed_everywhere", "seeded"]
+from .validation import check_int
+
+__all__ = ["Seed", "generator_of", "preserved", "seed_everywhere", "seed_of", "seeded"]
+
+Seed = int | torch.Generator | None
 
 _MASK = 2**64 - 1
+_logger = logging.getLogger("fastsde")
+
+
+def seed_of(seed: Seed) -> int:
+    """Returns a seed in [0, 2^64): the given one, or a new one drawn from a generator or, for None, PyTorch's own.
+
+    A drawn seed is logged by the logger "fastsde", at the level INFO.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    if seed is not None and not isinstance(seed, torch.Generator):
+        return check_int("seed", seed, 0, 2**64)
+    device = "cpu" if seed is None else seed.device
+    drawn = int(torch.randint(2**63 - 1, (), generator=seed, dtype=torch.int64, device=device))
+    _logger.info("seed %d was drawn", drawn)
+    return drawn
 
 
 def generator_of(device: torch.device) -> torch.Generator:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import noise
 from .objective import Coefficients, Objective
@@ -167,6 +168,7 @@ def sample(
     uncond_kwargs: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     after_row: RowHook | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Computes a whole trajectory: one network call and one `solver_step` per row, from the prior to the sample.
 
@@ -181,16 +183,15 @@ def sample(
         dtype: the dtype of the state.
         after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
             replaces the state.
+        recompute: whether a backward pass computes each row again, instead of keeping its activations.
 
     Raises:
         NonFiniteError: if the network's output or the state becomes NaN or infinite.
     """
-    x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
-    slots = (x, *(torch.zeros_like(x) for _ in range(1, table.slots)))
-    uncond = None if guidance is None else uncond_kwargs or {}
-    for row in range(len(table)):
+
+    def advance(row: int, *slots: Tensor) -> tuple[Tensor, ...]:
         k = table.row(row)
-        t = torch.full((len(x),), k.time, dtype=dtype, device=x.device)
+        t = torch.full((len(slots[0]),), k.time, dtype=dtype, device=slots[0].device)
         f, f_uncond = evaluate(model, network_input(slots, table, row), t, model_kwargs or {}, uncond)
         for output in (f, f_uncond):
             if output is not None:
@@ -198,7 +199,14 @@ def sample(
         z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
         slots = solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance)
         check_finite("the state became", slots[0], row, k.time)
-        replaced = None if after_row is None else after_row(row, k.time, slots[0])
+        return slots
+
+    x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
+    slots = (x, *(torch.zeros_like(x) for _ in range(1, table.slots)))
+    uncond = None if guidance is None else uncond_kwargs or {}
+    for row in range(len(table)):
+        slots = checkpoint(advance, row, *slots, use_reentrant=False) if recompute else advance(row, *slots)
+        replaced = None if after_row is None else after_row(row, table.row(row).time, slots[0])
         slots = slots if replaced is None else (replaced, *slots[1:])
     return slots[0]
 

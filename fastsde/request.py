@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .randomness import Seed, seed_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
 from .solvers import StepTable
@@ -35,6 +36,7 @@ class Request:
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
         dtype: the dtype of the state.
         callback: called as ``callback(row, time, x)`` after each row, or None.
+        differentiable: whether gradients flow through the samples.
         recorder: keeps states, updates the progress bar and runs the callback; made by the sampler.
     """
 
@@ -49,6 +51,7 @@ class Request:
     uncond_kwargs: Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.float32
     callback: RowHook | None = None
+    differentiable: bool = False
     recorder: Recorder | None = None
 
     @property
@@ -69,6 +72,7 @@ class Request:
             "callback": self.callback is not None,
             "model_kwargs": bool(self.model_kwargs),
             "guidance": self.guidance is not None,
+            "differentiable": self.differentiable,
         }
         return [name for name, is_used in used.items() if is_used]
 
@@ -110,7 +114,7 @@ def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:
 
 
 def make_keys(
-    keys: Tensor | Sequence[int] | None, n: int, seed: int, first_sample: int, device: torch.device, plain: bool
+    keys: Tensor | Sequence[int] | None, n: int, seed: Seed, first_sample: int, device: torch.device, plain: bool
 ) -> Tensor:
     """Returns the keys of ``n`` samples, int64 ``[n, 2]``: from one seed, or from ``keys``, given as keys or seeds.
 
@@ -119,7 +123,7 @@ def make_keys(
     """
     if keys is None:
         make = noise.sample_keys if plain else ops.sample_keys
-        return make(seed, n, first_sample, device=device)
+        return make(seed_of(seed), n, first_sample, device=device)
     if seed != 0 or first_sample != 0:
         raise ValueError(f"keys replace seed and first_sample: got seed={seed} and first_sample={first_sample} too")
     if isinstance(keys, Tensor) and keys.ndim == 2:

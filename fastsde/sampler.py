@@ -17,6 +17,7 @@ from .engines.inspection import check_call, device_of, dtype_of, random_layers
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .plan import Plan, Planner, compiler_of
+from .randomness import Seed, seed_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
 from .request import Request, make_keys
@@ -81,6 +82,10 @@ class Sampler:
             by OpenVINO if it is installed and by ``torch.compile``, and keeps the fastest.
         max_batch: the most samples that run at once; larger batches are split, with the same result up to the rounding
             of the network. "auto" measures which batch is fastest, and halves it if memory runs out.
+        differentiable: whether gradients flow through the samples, to the network's parameters, ``x_init`` and
+            ``model_kwargs``. The rows run by PyTorch's own operations, and activations are computed again in the
+            backward pass (Chen et al. 2016, arXiv:1604.06174), so that memory holds the states of all rows but the
+            activations of one.
 
     A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults.
 
@@ -113,6 +118,7 @@ class Sampler:
         backend: str = "auto",
         compile: bool | str = False,
         max_batch: int | str | None = None,
+        differentiable: bool = False,
     ) -> None:
         model, sample_shape, sde, known, self._checkpoint = subject.resolve(
             model, sample_shape, sde, prediction, device
@@ -145,7 +151,13 @@ class Sampler:
         if runs_in not in _NETWORK_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _NETWORK_DTYPES))}, got {runs_in}")
         self.state_dtype = torch.float64 if runs_in == torch.float64 else torch.float32
-        optimize = backend != "reference" and self.state_dtype == torch.float32
+        self.differentiable = check_bool("differentiable", differentiable)
+        if differentiable and dtype is not None and dtype != dtype_of(model):
+            raise ValueError(
+                f"dtype must be that of the weights with differentiable=True, {dtype_of(model)}, got {dtype}: a copy "
+                f"in another dtype would take the gradients"
+            )
+        optimize = not differentiable and backend != "reference" and self.state_dtype == torch.float32
         integer_times = bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
         check_sample_shape(self._network.model, self.sample_shape)
@@ -156,6 +168,12 @@ class Sampler:
         self._planner.backend(self._options)  # raises if none can run
 
         self._ran: str | None = None
+        self._seed: int | None = None
+
+    @property
+    def last_seed(self) -> int | None:
+        """The seed of the last call, given or drawn; None before the first, and for a call with ``keys``."""
+        return self._seed
 
     @property
     def last_backend(self) -> str | None:
@@ -164,7 +182,8 @@ class Sampler:
 
     @property
     def _options(self) -> tuple[str, ...]:
-        return () if self.guidance is None else ("guidance",)
+        used = {"guidance": self.guidance is not None, "differentiable": self.differentiable}
+        return tuple(name for name, is_used in used.items() if is_used)
 
     @property
     def backend(self) -> str:
@@ -192,7 +211,7 @@ class Sampler:
         self,
         n: int,
         *,
-        seed: int = 0,
+        seed: Seed = 0,
         first_sample: int = 0,
         keys: Tensor | Sequence[int] | None = None,
         x_init: Tensor | None = None,
@@ -207,6 +226,8 @@ class Sampler:
         if trajectory is not None:
             check_int("trajectory", trajectory, 1)
         check_bool("progress", progress)
+        seed = seed_of(seed) if keys is None else seed
+        self._seed = seed if keys is None and isinstance(seed, int) else None
         request = self._request(n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback)
         saved = None
         if trajectory is not None:
@@ -215,7 +236,7 @@ class Sampler:
         self._network.refresh()
         self._warn_of_randomness()
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
                 plan = self._planner.plan(request, self.max_batch, _tell_of_compiling if progress else _tell_nothing)
                 x = self._run(request, plan, saved, trajectory or 1, progress)
         except TypeError:
@@ -228,7 +249,7 @@ class Sampler:
     def _request(
         self,
         n: int,
-        seed: int,
+        seed: Seed,
         first_sample: int,
         keys: Tensor | Sequence[int] | None,
         x_init: Tensor | None,
@@ -272,6 +293,7 @@ class Sampler:
             else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device),
             dtype=self.state_dtype,
             callback=callback,
+            differentiable=self.differentiable,
         )
 
     def _warn_of_randomness(self) -> None:
@@ -353,7 +375,7 @@ def sample(
     spacing: str | None = None,
     rho: float | None = None,
     prediction: str | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     first_sample: int = 0,
     keys: Tensor | Sequence[int] | None = None,
     x_init: Tensor | None = None,
@@ -371,6 +393,7 @@ def sample(
     backend: str = "auto",
     compile: bool | str = False,
     max_batch: int | str | None = None,
+    differentiable: bool = False,
     trajectory: int | None = None,
     callback: RowHook | None = None,
     progress: bool = False,
@@ -382,7 +405,8 @@ def sample(
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``.
         shape: ``(B, *shape)``, the batch first.
-        seed: in [0, 2^64).
+        seed: in [0, 2^64); or a ``torch.Generator`` or None, to draw it from that generator or PyTorch's global one.
+            `Sampler.last_seed` and the logger "fastsde" tell the seed that was drawn.
         first_sample: the global index of the first sample: drawing 10 with first_sample = 90 gives the last ten of
             drawing 100.
         keys: one key per sample, int64 ``[B, 2]``, or one seed per sample, ``[B]``; sample i is then the one that
@@ -400,7 +424,7 @@ def sample(
             and the state after the row; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
         sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, prior_std,
-        dtype, device, guidance, backend, compile, max_batch: as for `Sampler`.
+        dtype, device, guidance, backend, compile, max_batch, differentiable: as for `Sampler`.
 
     Returns:
         The samples ``[B, *shape]``, fp32 (float64 if ``dtype`` is); with ``trajectory`` a pair of the samples and the
@@ -437,6 +461,7 @@ def sample(
         backend=backend,
         compile=compile,
         max_batch=max_batch,
+        differentiable=differentiable,
     )
     return sampler(
         shape[0],

@@ -14,6 +14,7 @@ from . import checkpoints, solvers
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
 from .models import shape_of
+from .randomness import Seed
 from .reference import Model, NoiseFunction, RowHook
 from .sde import PROCESSES, VPSDE, Process, check_process
 from .solvers import StepTable
@@ -49,7 +50,7 @@ TABLE_DEFAULTS = {
 class CallOptions(TypedDict, total=False):
     """The options of a sampler's call, for type checkers only."""
 
-    seed: int
+    seed: Seed
     first_sample: int
     keys: Tensor | Sequence[int] | None
     x_init: Tensor | None
@@ -87,6 +88,7 @@ class SampleOptions(CallOptions, TableOptions, total=False):
     backend: str
     compile: bool | str
     max_batch: int | str | None
+    differentiable: bool
 
 
 class Subject(NamedTuple):

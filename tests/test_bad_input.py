@@ -130,8 +130,8 @@ SAMPLE = [
     ({"seed": -1}, ValueError, "seed must be in [0, 2^64)", "-1"),
     ({"seed": 2**64}, ValueError, "seed must be in [0, 2^64)", str(2**64)),
     ({"seed": 1.0}, TypeError, "seed must be an int", "float"),
-    ({"seed": None}, TypeError, "seed must be an int", "NoneType"),
-    ({"seed": torch.Generator()}, TypeError, "seed must be an int", "Generator"),
+    ({"seed": "0"}, TypeError, "seed must be an int", "str"),
+    ({"seed": [1]}, TypeError, "seed must be an int", "list"),
     ({"first_sample": -1}, ValueError, "first_sample must be in [0, 2^64)", "-1"),
     ({"first_sample": 1.5}, TypeError, "first_sample must be an int", "float"),
     # keys

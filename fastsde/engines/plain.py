@@ -25,4 +25,5 @@ def run(network: Network, request: Request) -> Tensor:
         uncond_kwargs=request.uncond_kwargs,
         dtype=request.dtype,
         after_row=request.after_row,
+        recompute=request.differentiable,
     )
