@@ -498,11 +498,15 @@ def work() -> None:
             Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
             model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
         )  # fmt: skip
+        own = torch.Generator().manual_seed(here.rank)  # of which rank 0's is taken
+        seeded = distributed.sample(
+            Sampler(conditioned, (2,), steps=4), 4, seed=own, model_kwargs={"c": CONDITIONS[:4], "w": 0.5}
+        )
         break_together(here)
         trained = {"weighted": train(True), "plain": train(False), "start": (initial_model(), [])}
         assert (drawn is None) == (here.rank != 0)
         if drawn is not None:
-            save_file({"x": drawn[0], "states": drawn[1]}, "conditions.safetensors")
+            save_file({"x": drawn[0], "states": drawn[1], "seeded": seeded}, "conditions.safetensors")
             weights = {f"{name}.{k}": v for name, (model, _) in trained.items() for k, v in model.state_dict().items()}
             save_file({**weights, "losses": torch.tensor(trained["weighted"][1])}, "weights.safetensors")
     assert distributed.ranks() is None
