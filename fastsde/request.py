@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .adaptive import AdaptiveProblem
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
 from .solvers import StepTable
@@ -35,6 +36,7 @@ class Request:
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
         dtype: the dtype of the state.
         callback: called as ``callback(row, time, x)`` after each row, or None.
+        adaptive: the problem of an adaptive solver, which takes the place of the table, or None.
         recorder: keeps states, updates the progress bar and runs the callback; made by the sampler.
     """
 
@@ -49,6 +51,7 @@ class Request:
     uncond_kwargs: Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.float32
     callback: RowHook | None = None
+    adaptive: AdaptiveProblem | None = None
     recorder: Recorder | None = None
 
     @property
