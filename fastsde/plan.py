@@ -32,7 +32,8 @@ _WITHOUT = {
 }
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify each
 # compiler. torch.compile takes about 10 to 60 s and OpenVINO 3, and they save hardly more than half of the work.
-_MAY_COMPILE, _WORK_S = ("eager", "graph"), {"openvino": 20.0, "torch.compile": 60.0}
+_MAY_COMPILE, _WORK_S = ("eager", "graph", "adaptive"), {"openvino": 20.0, "torch.compile": 60.0}
+_ADAPTIVE_CALLS = 100  # of the network, which are known only afterwards
 
 
 def unavailable_reason(
@@ -130,6 +131,7 @@ class Planner:
         state_dtype: the dtype of the state in all requests.
         backend, compile: as for `fastsde.Sampler`.
         times: fp32 ``[K]``, of the table, on the network's device.
+        is_adaptive: whether an adaptive solver takes the place of the table.
     """
 
     def __init__(
@@ -140,11 +142,17 @@ class Planner:
         backend: str,
         compile: bool | str,
         times: Tensor,
+        is_adaptive: bool = False,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self._network, self._sample_shape, self._state_dtype = network, tuple(sample_shape), state_dtype
-        self._backend, self._times = backend, times
+        self._backend, self._times, self._is_adaptive = backend, times, is_adaptive
+        if is_adaptive and backend not in ("auto", "reference"):
+            raise ValueError(
+                f"an adaptive solver has an engine of its own: backend must be 'auto', or 'reference' for a network "
+                f"in plain PyTorch, got {backend!r}"
+            )
         self._compiler, self._chooses = compiler_of(compile), compile == "auto"
         self._compiled: dict[str, Network] = {}  # for compile="auto"
         reason = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
@@ -172,6 +180,14 @@ class Planner:
             ValueError: if it cannot run.
         """
         network, reason = self._network, None
+        if self._is_adaptive:
+            if "differentiable" in options:
+                raise ValueError("differentiable=True needs a solver with rows, got an adaptive one: take a named one")
+            kind = "reference" if self.is_reference else "eager"  # which the same networks can run in
+            reason = unavailable_reason(kind, network.device, self._state_dtype, compiler=self._compiler)
+            if reason is not None:
+                raise ValueError(reason)
+            return "adaptive"
         for candidate in _FASTEST_FIRST if self.is_free else (self._backend,):
             if self.is_free and candidate in network.kept.failed:
                 continue
@@ -241,7 +257,8 @@ class Planner:
         if None not in known:
             with plain.unchanged():
                 known[None] = _timed(plain, request)(count)
-        work = known[None] * len(request.table) * -(-n // count)
+        rows = len(request.table) if request.adaptive is None else _ADAPTIVE_CALLS
+        work = known[None] * rows * -(-n // count)
         for compiler, least in _WORK_S.items():
             if compiler not in known and work >= least and plain.cannot_be_compiled_by(compiler) is None:
                 network = self._through(compiler)

@@ -22,12 +22,14 @@ class Recorder:
         bar: the progress bar, which counts rows.
         states: the buffer ``[K // every + 1, B, *shape]`` for every ``every``-th state, or None.
         callback: the user's callback, called with the same arguments. A tensor that it returns replaces the state.
+        calls: the buffer int64 ``[B]`` for how often an adaptive solver calls the network for each sample, or None.
     """
 
     bar: tqdm[Any]
     states: Tensor | None = None
     every: int = 1
     callback: RowHook | None = None
+    calls: Tensor | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -48,6 +50,12 @@ class Recorder:
             x = replaced.to(x.dtype, copy=True)  # the caller may keep writing to its own tensor
         self.advance(row + 1, 1, x)
         return None if self.callback is None else x
+
+    def count(self, calls: Tensor) -> None:
+        """Stores how often the network was called for each sample, and advances the bar by one batch."""
+        if self.calls is not None:
+            self.calls.copy_(calls)
+        self.bar.update(1)
 
     def advance(self, rows: int, count: int, x: Tensor) -> None:
         """Stores the state after ``rows`` rows, ``count`` of them new, for an engine without callbacks."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .adaptive import AdaptiveProblem
 from .randomness import Seed, seed_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
@@ -37,6 +38,7 @@ class Request:
         dtype: the dtype of the state.
         callback: called as ``callback(row, time, x)`` after each row, or None.
         differentiable: whether gradients flow through the samples.
+        adaptive: the problem of an adaptive solver, which takes the place of the table, or None.
         recorder: keeps states, updates the progress bar and runs the callback; made by the sampler.
     """
 
@@ -52,6 +54,7 @@ class Request:
     dtype: torch.dtype = torch.float32
     callback: RowHook | None = None
     differentiable: bool = False
+    adaptive: AdaptiveProblem | None = None
     recorder: Recorder | None = None
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import conditions, engines, ops, subject
+from .adaptive import AdaptiveProblem, AdaptiveSolver, make_problem
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
@@ -23,7 +24,7 @@ from .reference import NoiseFunction, RowHook
 from .request import Request, make_keys
 from .sde import Process
 from .solvers import StepTable
-from .subject import CallOptions, ModelLike, SampleOptions
+from .subject import CallOptions, ModelLike, SampleOptions, TableOptions
 from .validation import (
     check_bool,
     check_int,
@@ -52,10 +53,14 @@ class Sampler:
         sample_shape: the shape of one sample; a checkpoint has its own.
         sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, even if the
             solver is a `StepTable`.
-        solver: one of `fastsde.solvers.SOLVERS`, such as "euler_maruyama", "ddim" or "unipc", or a `StepTable`.
+        solver: one of `fastsde.solvers.SOLVERS`, such as "euler_maruyama", "ddim" or "unipc", or a `StepTable`. Or an
+            adaptive solver, `fastsde.solvers.AdaptiveODE` or `GottaGoFast`, whose tolerances take the place of
+            ``steps``, ``spacing``, ``rho``, ``clip``, ``eta`` and ``solver_options``.
         steps: the rows of the solver's table, that is, calls of the network. The tutorial uses 999.
-        t_start: the time to start at, in (t_end, t_max], where ``x_init`` is the state; by default t_max.
-        t_end: the time that the trajectory ends at, in [0, t_start).
+        t_start: the time to start at, in [0, t_max], where ``x_init`` is the state; by default t_max.
+        t_end: the time that the trajectory ends at, in [0, t_start); by default 0, or ``sde.t_min`` with an adaptive
+            solver, which would need very short steps where the network was not trained. A table without noise may also
+            end above t_start, to run upwards, from data to noise (`fastsde.encode`).
         spacing: how the times in between are spaced: "uniform", "karras", "log_snr", "quadratic", "trailing" or
             "leading" (see `fastsde.solvers.times.spaced`); by default "karras" for EDM, else "uniform".
         rho: the rho of "karras" spacing, by default 7.
@@ -64,7 +69,8 @@ class Sampler:
         clip: the bound of the predicted x_0, for solvers that use it, such as ddpm and dpm_solver_pp_2m.
         eta: the share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
         solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
-        denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``.
+        denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``; with an
+            adaptive solver, one more call of the network at ``t_end`` does.
         prior_std: the standard deviation of the initial draw, by default that of the process's prior.
         dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
             integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
@@ -100,10 +106,10 @@ class Sampler:
         sample_shape: Sequence[int] | None = None,
         *,
         sde: Process | None = None,
-        solver: str | StepTable = "euler_maruyama",
+        solver: str | StepTable | AdaptiveSolver = "euler_maruyama",
         steps: int = 999,
         t_start: float | None = None,
-        t_end: float = 0.0,
+        t_end: float | None = None,
         spacing: str | None = None,
         rho: float | None = None,
         prediction: str | None = None,
@@ -126,20 +132,22 @@ class Sampler:
         self.sample_shape = check_shape("sample_shape", sample_shape)
         if not isinstance(solver, StepTable):
             prediction = known
-        self.table = subject.make_table(
-            solver,
-            sde,
-            steps,
-            t_start=t_start,
-            t_end=t_end,
-            spacing=spacing,
-            rho=rho,
-            prediction=prediction,
-            clip=clip,
-            eta=eta,
-            solver_options=solver_options,
-            denoise=denoise,
-        )
+        options: TableOptions = {
+            "t_start": t_start,
+            "t_end": t_end,
+            "spacing": spacing,
+            "rho": rho,
+            "clip": clip,
+            "eta": eta,
+            "solver_options": solver_options,
+            "denoise": denoise,
+        }
+        self._problem: AdaptiveProblem | None = None
+        if isinstance(solver, AdaptiveSolver):
+            self._problem = make_problem(solver, sde, steps, known, options)
+            self.table = self._problem.one_call()
+        else:
+            self.table = subject.make_table(solver, sde, steps, prediction=prediction, **options)
         self._t_start = t_start
         self._prior_std = sde.prior_std if prior_std is None else check_number("prior_std", prior_std)
         self.guidance = None if guidance is None else check_number("guidance", guidance)
@@ -158,16 +166,20 @@ class Sampler:
                 f"in another dtype would take the gradients"
             )
         optimize = not differentiable and backend != "reference" and self.state_dtype == torch.float32
-        integer_times = bool((self.table.time == self.table.time.round()).all())
+        integer_times = self._problem is None and bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
         times = self.table.time.to(torch.float32).to(self.device)
-        self._planner = Planner(self._network, self.sample_shape, self.state_dtype, backend, compile, times)
+        is_adaptive = self._problem is not None
+        self._planner = Planner(
+            self._network, self.sample_shape, self.state_dtype, backend, compile, times, is_adaptive
+        )
         self._planner.backend(self._options)  # raises if none can run
 
         self._ran: str | None = None
+        self._calls: Tensor | None = None
         self._seed: int | None = None
 
     @property
@@ -181,6 +193,14 @@ class Sampler:
         return self._ran
 
     @property
+    def network_calls(self) -> Tensor | None:
+        """How often the last call ran the network for each sample, int64 ``[n]``, or None before the first.
+
+        The two outputs of classifier-free guidance count as one.
+        """
+        return self._calls
+
+    @property
     def _options(self) -> tuple[str, ...]:
         used = {"guidance": self.guidance is not None, "differentiable": self.differentiable}
         return tuple(name for name, is_used in used.items() if is_used)
@@ -192,8 +212,9 @@ class Sampler:
 
     def __repr__(self) -> str:
         name = type(self._network.model).__name__
-        shape, rows = self.sample_shape, len(self.table)
-        return f"Sampler({name}, {shape}, {rows} rows, backend={self.backend!r}, device={str(self.device)!r})"
+        shape = self.sample_shape
+        solver = f"{len(self.table)} rows" if self._problem is None else self._problem.solver
+        return f"Sampler({name}, {shape}, {solver}, backend={self.backend!r}, device={str(self.device)!r})"
 
     @overload
     def __call__(self, n: int, *, trajectory: None = None, **options: Unpack[CallOptions]) -> Tensor: ...
@@ -228,6 +249,8 @@ class Sampler:
         check_bool("progress", progress)
         seed = seed_of(seed) if keys is None else seed
         self._seed = seed if keys is None and isinstance(seed, int) else None
+        if self._problem is not None:
+            self._problem.check_options(noise=noise, trajectory=trajectory, callback=callback)
         request = self._request(n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback)
         saved = None
         if trajectory is not None:
@@ -294,6 +317,7 @@ class Sampler:
             dtype=self.state_dtype,
             callback=callback,
             differentiable=self.differentiable,
+            adaptive=self._problem,
         )
 
     def _warn_of_randomness(self) -> None:
@@ -310,11 +334,14 @@ class Sampler:
         """Runs all parts, smaller ones if memory runs out, and with another backend if one fails."""
         n, rows, first = request.shape[0], len(self.table), 0
         x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
-        with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit="row") as bar:
+        calls = torch.full((n,), rows, device=self.device)
+        unit = "row" if self._problem is None else "batch"
+        with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit=unit) as bar:
             while first < n or x is None:
                 part, done = slice(first, min(first + plan.batch, n)), bar.n
                 bar.total = done + rows * -(-(n - first) // plan.batch)
-                recorder = Recorder(bar, None if saved is None else saved[:, part], every, request.callback)
+                states = None if saved is None else saved[:, part]
+                recorder = Recorder(bar, states, every, request.callback, calls[part])
                 try:
                     drawn = engines.get(plan.backend)(plan.network, request.part(part, recorder=recorder))
                 except CaptureError as error:
@@ -327,7 +354,7 @@ class Sampler:
                         raise
                     plan, bar.n = plan.halved(n - first), done
                 else:
-                    self._ran = plan.backend
+                    self._ran, self._calls = plan.backend, calls
                     if len(drawn) == n:
                         return drawn
                     x = drawn.new_empty(request.shape) if x is None else x
@@ -368,10 +395,10 @@ def sample(
     shape: Sequence[int],
     *,
     sde: Process | None = None,
-    solver: str | StepTable = "euler_maruyama",
+    solver: str | StepTable | AdaptiveSolver = "euler_maruyama",
     steps: int = 999,
     t_start: float | None = None,
-    t_end: float = 0.0,
+    t_end: float | None = None,
     spacing: str | None = None,
     rho: float | None = None,
     prediction: str | None = None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoints, solvers
+from .adaptive import AdaptiveSolver
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
 from .models import shape_of
@@ -36,7 +37,7 @@ ModelLike = Model | Checkpoint | str | Path
 
 TABLE_DEFAULTS = {
     "t_start": None,
-    "t_end": 0.0,
+    "t_end": None,
     "spacing": None,
     "rho": None,
     "prediction": None,
@@ -65,7 +66,7 @@ class TableOptions(TypedDict, total=False):
     """The options that a table is built from, besides process, solver, steps and prediction."""
 
     t_start: float | None
-    t_end: float
+    t_end: float | None
     spacing: str | None
     rho: float | None
     clip: float | None
@@ -78,7 +79,7 @@ class SampleOptions(CallOptions, TableOptions, total=False):
     """The options of `sample`, for type checkers only."""
 
     sde: Process | None
-    solver: str | StepTable
+    solver: str | StepTable | AdaptiveSolver
     steps: int
     prediction: str | None
     prior_std: float | None
@@ -171,6 +172,7 @@ _named_table = functools.lru_cache(maxsize=32, typed=True)(solvers.build)
 def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any) -> StepTable:
     """Returns the table of a named solver, or the table given as ``solver``."""
     if isinstance(solver, str):
+        options["t_end"] = 0.0 if options["t_end"] is None else options["t_end"]
         if isinstance(own := options["solver_options"], Mapping):
             options["solver_options"] = own = _Options(own)
         values = (*options.values(), *(own.values() if isinstance(own, _Options) else ()))
@@ -180,7 +182,9 @@ def make_table(solver: str | StepTable, sde: Process, steps: int, **options: Any
         make = _named_table if is_known else solvers.build
         return make(solver, sde, steps, **options)
     if not isinstance(solver, StepTable):
-        raise TypeError(f"solver must be a name or a StepTable, got {type(solver).__name__}")
+        raise TypeError(
+            f"solver must be a name or a StepTable, or AdaptiveODE or GottaGoFast, got {type(solver).__name__}"
+        )
     for name, default in TABLE_DEFAULTS.items():
         if options[name] != default:
             raise ValueError(f"{name} is part of the StepTable given as solver: leave it out, got {options[name]!r}")

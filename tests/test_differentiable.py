@@ -139,5 +139,7 @@ def test_bad_options() -> None:
         Sampler(Net(), (3,), differentiable=1)
     with pytest.raises(ValueError, match=r"dtype must be that of the weights with differentiable=True, torch.float64"):
         Sampler(Net(), (3,), dtype=torch.float32, differentiable=True)
+    with pytest.raises(ValueError, match="differentiable=True needs a solver with rows"):
+        Sampler(Net(), (3,), solver=solvers.AdaptiveODE(), differentiable=True)
     with pytest.raises(ValueError, match="compile=True and differentiable=True exclude each other"):
         Sampler(Net(dtype=torch.float32), (3,), compile=True, differentiable=True)

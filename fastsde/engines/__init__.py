@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..request import Request
-from . import eager, graph, persistent, plain
+from . import adaptive, eager, graph, persistent, plain
 from .capture import CaptureError
 from .graph import release
 from .network import Network
@@ -15,6 +15,7 @@ from .network import Network
 __all__ = ["CaptureError", "Network", "get", "release"]
 
 _ENGINES: dict[str, Callable[[Network, Request], Tensor]] = {
+    "adaptive": adaptive.run,
     "reference": plain.run,
     "eager": eager.run,
     "graph": graph.run,

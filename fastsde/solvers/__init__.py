@@ -6,6 +6,7 @@ from types import ModuleType
 
 from ..vocabulary import PREDICTIONS
 from .adams_bashforth import adams_bashforth
+from .adaptive import AdaptiveODE, GottaGoFast
 from .ancestral import ddim, ddpm, euler_ancestral
 from .deis import deis
 from .dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_3m
@@ -27,6 +28,8 @@ __all__ = [
     "PREDICTIONS",
     "REGISTRY",
     "SOLVERS",
+    "AdaptiveODE",
+    "GottaGoFast",
     "Row",
     "Solver",
     "StepTable",

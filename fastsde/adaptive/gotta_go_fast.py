@@ -1,0 +1,104 @@
+"""The reverse SDE with adaptive steps, each sample with its own (`fastsde.solvers.GottaGoFast`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..sde import match_dims
+from ..solvers.adaptive import GottaGoFast
+from .errors import non_finite, out_of_steps
+
+__all__ = ["Drift", "Normal", "simulate"]
+
+Drift = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Normal = Callable[[Tensor, int], Tensor]
+
+
+@torch.no_grad()
+def simulate(
+    drift: Drift, normal: Normal, x: Tensor, t_start: float, t_end: float, solver: GottaGoFast
+) -> tuple[Tensor, Tensor]:
+    """Simulates dx = drift dt + g dw backwards in time from ``t_start`` down to ``t_end``.
+
+    All samples that have not finished take an attempt in each round, so that the number of the round is the number of
+    each sample's own attempts, and the key and step of its noise do not depend on the batch.
+
+    Args:
+        drift: called as ``drift(x, t, samples)`` with x ``[b, *shape]``, t float64 ``[b]`` and the indices int64
+            ``[b]`` of the samples that have not finished; returns the drift ``[b, *shape]`` and g, float64 ``[b]``.
+        normal: called as ``normal(samples, attempt)``; returns the noise of an attempt ``[b, *shape]``, in x's dtype.
+        x: the state ``[B, *shape]`` at ``t_start``, fp32 or float64.
+
+    Returns:
+        The state at ``t_end`` ``[B, *shape]``, and how often ``drift`` was called for each sample, int64 ``[B]``.
+
+    Raises:
+        NonFiniteError: if the drift or the state becomes NaN or infinite.
+        StepSizeError: if a sample needs more than ``max_steps`` attempts, or steps too short for float64 times.
+    """
+    x_end, calls = x.clone(), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    samples = torch.arange(len(x), device=x.device)
+    t = torch.full((len(x),), t_start, dtype=torch.float64, device=x.device)
+    h, previous = torch.full_like(t, min(solver.h_init, t_start - t_end)), x
+
+    def increment(x: Tensor, t: Tensor, h: Tensor, z: Tensor) -> Tensor:
+        slope, g = drift(x, t, samples)
+        return _column(h.sqrt() * g, x) * z - _column(h, x) * slope
+
+    for attempt in range(solver.max_steps):
+        if not len(samples):
+            return x_end, calls
+        is_last = h >= t - t_end
+        after = torch.where(is_last, t_end, t - h)
+        h = t - after
+        z = normal(samples, attempt)
+        first = increment(x, t, h, z)
+        euler = x + first
+        change = (increment(euler, after, h, z) - first).mul_(0.5)
+        error = _norm(change / _allowed(euler, previous, solver), solver.norm)
+        _check_steps(error, t == after, samples, t, solver)
+        accepted = error <= 1
+        keeps = match_dims(accepted, x)
+        x = torch.where(keeps, euler + change if solver.extrapolate else euler, x)
+        previous, t = torch.where(keeps, euler, previous), torch.where(accepted, after, t)
+        h = solver.safety * h * error**-solver.exponent
+        has_finished = accepted & is_last
+        if has_finished.any():
+            done, rest = samples[has_finished], (~has_finished).nonzero()[:, 0]
+            x_end[done], calls[done] = x[has_finished], 2 * (attempt + 1)
+            samples, x, previous, t, h = samples[rest], x[rest], previous[rest], t[rest], h[rest]
+    if not len(samples):
+        return x_end, calls
+    raise out_of_steps(f"{solver.max_steps} steps (max_steps) were not enough", samples, t, solver.rtol, solver.atol)
+
+
+def _column(value: Tensor, x: Tensor) -> Tensor:
+    return match_dims(value.to(x.dtype), x)
+
+
+def _allowed(euler: Tensor, previous: Tensor, solver: GottaGoFast) -> Tensor:
+    """Returns the error that each element is allowed."""
+    return torch.maximum(euler.abs(), previous.abs()).mul_(solver.rtol).clamp_(min=solver.atol)
+
+
+def _norm(scaled: Tensor, norm: str) -> Tensor:
+    """Returns the norm of each sample, float64 ``[b]``."""
+    flat = scaled[:, None].flatten(1)
+    if norm == "linf":
+        return flat.abs().amax(1).double()
+    length: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return length.double() / math.sqrt(max(flat.shape[1], 1))
+
+
+def _check_steps(error: Tensor, is_stuck: Tensor, samples: Tensor, t: Tensor, solver: GottaGoFast) -> None:
+    """Raises if an error is not finite, or a step so short that the time does not change."""
+    failed = ~torch.isfinite(error)
+    if failed.any():
+        raise non_finite(samples[failed], t[failed])
+    if is_stuck.any():
+        reason = "the steps became too short"
+        raise out_of_steps(reason, samples[is_stuck], t[is_stuck], solver.rtol, solver.atol)

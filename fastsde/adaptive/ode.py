@@ -1,0 +1,97 @@
+"""Ordinary differential equations with adaptive steps, each sample with its own, by torchode's steps and control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solvers.adaptive import AdaptiveODE
+from .errors import non_finite, out_of_steps
+
+__all__ = ["Velocity", "integrate"]
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def integrate(
+    velocity: Velocity, y: Tensor, t_start: Tensor, t_end: Tensor, method: AdaptiveODE
+) -> tuple[Tensor, Tensor]:
+    """Solves dy/dt = velocity from ``t_start`` to ``t_end``, in either direction.
+
+    torchode's own loop evaluates all samples until the last one has finished. This one runs torchode's steps and step
+    size control too, but without the samples that have finished.
+
+    Args:
+        velocity: called as ``velocity(t, y, samples)`` with t float64 ``[b]``, y ``[b, D]`` and the indices int64
+            ``[b]`` of the b samples that have not finished, in increasing order; returns dy/dt ``[b, D]`` in y's dtype.
+            Autograd is off; the function may enable it for itself.
+        y: the state ``[B, D]`` at ``t_start``, fp32 or float64.
+        t_start, t_end: ``[B]``; a sample whose times are equal stays as it is.
+
+    Returns:
+        The state at ``t_end`` ``[B, D]``, and how often ``velocity`` was called for each sample, int64 ``[B]``.
+
+    Raises:
+        ImportError: if torchode is not installed.
+        NonFiniteError: if the velocity or the state becomes NaN or infinite.
+        StepSizeError: if a sample needs more than ``max_steps`` steps, or steps too short for float64 times.
+    """
+    y_end, calls = y.clone(), torch.zeros(len(y), dtype=torch.int64, device=y.device)
+    samples = (t_start != t_end).nonzero()[:, 0]
+    if not len(samples):
+        return y_end, calls
+    torchode = _library()
+    count = 0
+
+    def counted(t: Tensor, y: Tensor, samples: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return velocity(t, y, samples)
+
+    y, t, end = y[samples], t_start[samples].double(), t_end[samples].double()
+    term = torchode.ODETerm(counted, with_stats=False, with_args=True)
+    stepper = {"dopri5": torchode.Dopri5, "tsit5": torchode.Tsit5}[method.method]()
+    control = torchode.IntegralController(method.atol, method.rtol)
+    problem, stats = torchode.InitialValueProblem(y, t, end), dict[str, Any]()
+    order = stepper.convergence_order()
+    dt, control_state, f = control.init(term, problem, order, None, stats=stats, args=samples)
+    state = stepper.init(term, problem, f, stats=stats, args=samples)
+    for _ in range(method.max_steps):
+        left = end - t
+        is_last = dt.abs() >= left.abs()
+        dt = torch.where(is_last, left, dt)
+        result, _, after, _ = stepper.step(term, None, y, t, dt, state, stats=stats, args=samples)
+        accepted, dt_next, _, status = control.adapt_step_size(t, dt, y, result, control_state, stats)
+        t_next = torch.where(is_last, end, t + dt)
+        is_stuck = t_next == t
+        has_finished = accepted & is_last
+        if not (status == 0).all():
+            failed = status != 0
+            raise non_finite(samples[failed], t[failed])
+        if is_stuck.any():
+            raise out_of_steps("the steps became too short", samples[is_stuck], t[is_stuck], method.rtol, method.atol)
+        y = torch.where(accepted[:, None], result.y, y)
+        t, dt = torch.where(accepted, t_next, t), dt_next
+        state = stepper.merge_states(accepted, after, state)
+        if has_finished.any():
+            done = samples[has_finished]
+            y_end[done], calls[done] = y[has_finished], count
+            rest = (~has_finished).nonzero()[:, 0]
+            if not len(rest):
+                return y_end, calls
+            samples, y, t, dt, end = samples[rest], y[rest], t[rest], dt[rest], end[rest]
+            state = state._replace(prev_vf1=state.prev_vf1[rest])
+    raise out_of_steps(f"{method.max_steps} steps (max_steps) were not enough", samples, t, method.rtol, method.atol)
+
+
+def _library() -> Any:
+    """Returns torchode."""
+    try:
+        import torchode
+    except ImportError as error:
+        raise ImportError("adaptive ODEs need torchode, which is not installed: pip install 'fastsde[ode]'") from error
+    return torchode
