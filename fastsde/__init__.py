@@ -21,7 +21,11 @@ __all__ = [
     "SubVPSDE",
     "TraceError",
     "accelerate",
+    "bits_per_dim",
     "compat",
+    "decode",
+    "encode",
+    "log_prob",
     "models",
     "noise",
     "sample",
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from . import tracing as tracing
     from . import training as training
     from . import verify as verify
+    from .inversion import decode, encode
+    from .likelihood import bits_per_dim, log_prob
     from .reference import NonFiniteError
     from .sampler import Sampler, sample
     from .sde import EDM, VESDE, VPSDE, CosineVPSDE, RectifiedFlow, SubVPSDE
@@ -72,6 +78,8 @@ else:
     _MODULE_OF = {
         **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
         "NonFiniteError": "reference",
+        **dict.fromkeys(("decode", "encode"), "inversion"),
+        **dict.fromkeys(("bits_per_dim", "log_prob"), "likelihood"),
         "Sampler": "sampler",
         "StepTable": "solvers",
         "sample": "sampler",

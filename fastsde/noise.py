@@ -34,6 +34,7 @@ __all__ = [
     "int64_bits",
     "normal",
     "sample_keys",
+    "signs",
     "uniform",
 ]
 
@@ -158,6 +159,11 @@ def bits(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = S
 def uniform(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
     """Draws fp32 uniforms on [0, 1), multiples of 2^-24. Arguments and shape as for `normal`."""
     return (bits(keys, step, shape, stream) & 0xFFFFFF).float() * 2.0**-24
+
+
+def signs(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
+    """Draws fp32 signs, -1 or 1 (Rademacher), by the lowest bit of each word. Arguments and shape as for `normal`."""
+    return 1.0 - 2.0 * (bits(keys, step, shape, stream) & 1).float()
 
 
 def normal(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:

@@ -56,9 +56,10 @@ class Sampler:
             adaptive solver, `fastsde.solvers.AdaptiveODE` or `GottaGoFast`, whose tolerances take the place of
             ``steps``, ``spacing``, ``rho``, ``clip``, ``eta`` and ``solver_options``.
         steps: the rows of the solver's table, that is, calls of the network. The tutorial uses 999.
-        t_start: the time to start at, in (t_end, t_max], where ``x_init`` is the state; by default t_max.
+        t_start: the time to start at, in [0, t_max], where ``x_init`` is the state; by default t_max.
         t_end: the time that the trajectory ends at, in [0, t_start); by default 0, or ``sde.t_min`` with an adaptive
-            solver, which would need very short steps where the network was not trained.
+            solver, which would need very short steps where the network was not trained. A table without noise may also
+            end above t_start, to run upwards, from data to noise (`fastsde.encode`).
         spacing: how the times in between are spaced: "uniform", "karras", "log_snr", "quadratic", "trailing" or
             "leading" (see `fastsde.solvers.times.spaced`); by default "karras" for EDM, else "uniform".
         rho: the rho of "karras" spacing, by default 7.

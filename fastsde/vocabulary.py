@@ -19,6 +19,7 @@ __all__ = [
     "SOLVERS",
     "SPACINGS",
     "TIMES",
+    "TRACES",
     "TRAINING_DTYPES",
     "VERIFIED_DTYPES",
     "WEIGHTINGS",
@@ -31,6 +32,7 @@ PREDICTIONS = ("score", "eps", "x0", "v", "flow")
 RECIPES = ("default", "tutorial", "ddpm", "edm", "flow")
 SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
 PRECONDITIONINGS = ("none", "edm")
+TRACES = ("auto", "exact", "hutchinson")  # how a divergence is computed
 TIMES = ("uniform", "lognormal", "importance")  # the distributions of training times
 WEIGHTINGS = ("sigma2", "likelihood", "target")
 

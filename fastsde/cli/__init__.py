@@ -11,8 +11,10 @@ import click
 from .. import __version__
 from ..openmp import wait_passively
 from .bench import bench
+from .encode import encode
 from .export import export
 from .info import info
+from .likelihood import likelihood
 from .sample import sample
 from .train import train
 from .verify import verify
@@ -27,5 +29,5 @@ def main() -> None:
     wait_passively()
 
 
-for command in (sample, train, export, verify, bench, info):
+for command in (sample, train, likelihood, encode, export, verify, bench, info):
     main.add_command(command)

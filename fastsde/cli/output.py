@@ -1,9 +1,10 @@
-"""The output files of ``fastsde sample``: samples and animations; `fastsde.pictures` draws the pictures."""
+"""The output files of the commands: arrays and animations; `fastsde.pictures` draws the pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,16 @@ from ..conditions import null_values
 from ..files import atomic_path
 
 
-def save_samples(path: Path, x: Tensor) -> None:
-    """Writes the array "samples" as .npz or .safetensors."""
-    x = x.cpu().contiguous()
+def save_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
+    """Writes arrays by name as .npz or .safetensors."""
+    arrays = {name: each.cpu().contiguous() for name, each in arrays.items()}
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".npz":
             with temporary.open("wb") as file:  # given a name, NumPy would append its own suffix
-                np.savez_compressed(file, samples=x.numpy())
+                given: dict[str, Any] = {name: each.numpy() for name, each in arrays.items()}
+                np.savez_compressed(file, **given)
         else:
-            save_file({"samples": x}, temporary)
+            save_file(arrays, temporary)
 
 
 def animation(checkpoint: Checkpoint, states: Tensor, times: Sequence[float], path: Path) -> None:

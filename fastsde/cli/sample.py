@@ -11,6 +11,7 @@ import click
 
 from ..vocabulary import BACKENDS, DTYPES
 from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_factory, takes_solver
+from .encode import read_latents
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -66,6 +67,7 @@ class Files:
     help="Class of the samples: a number or name, several by commas, which take turns, all, or none for no label.  "
     "[default: drawn, as frequent as in the data]",
 )
+@click.option("--latents", type=PATH, help="Start from the latents that 'fastsde encode' wrote, with their labels.")
 @click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
 @takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -120,6 +122,7 @@ def _sample(
     device: str | None,
     factory: str | None,
     labels: str | None,
+    latents: Path | None,
     **options: Any,
 ) -> None:
     """Draws samples, and writes them on the first process; ``written`` collects the paths written so far."""
@@ -134,11 +137,18 @@ def _sample(
     _check(model, checkpoint, files, leads)
     classes = _classes(model, checkpoint, labels, options["guidance"])
     sampler = Sampler(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), **options)
+    if latents is not None and ranks is not None:
+        raise ValueError("--latents is for one process: start it without torchrun")
+    start, own = (None, {}) if latents is None else read_latents(latents, checkpoint, n, on_device)
+    if start is not None:
+        n = len(start)
     if n is None:
         n = 20 if len(checkpoint.shape) == 3 else 1000
     every = max(1, len(sampler.table) // _FRAMES) if files.animate else None
     draw = sampler if ranks is None else functools.partial(distributed.sample, sampler)
     call: dict[str, Any] = {"seed": seed, "first_sample": first_sample, "trajectory": every, "progress": not quiet}
+    if start is not None:
+        call |= {"x_init": start, "model_kwargs": own}
     if classes:
         chosen = [classes[(first_sample + i) % len(classes)] for i in range(n)]
         call["model_kwargs"] = {"label": torch.tensor(chosen, dtype=torch.int64, device=on_device)}
@@ -200,7 +210,7 @@ def _write(
 
     x, states = (result, None) if every is None else result
     if files.save:
-        output.save_samples(files.save, x)
+        output.save_arrays(files.save, {"samples": x})
         _tell(files.save, written)
     if files.out:
         pictures.save(checkpoint, x, files.out)

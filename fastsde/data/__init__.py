@@ -106,8 +106,8 @@ def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
             raise FileNotFoundError(
                 f"MNIST is not in {folder} and could not be downloaded. Put train-images-idx3-ubyte, "
                 f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (or their .gz) there, "
-                f"name another folder (--data, or root in Python), or train on the data set 'digits', which needs no "
-                f"download"
+                f"name another folder (--data or --data-root, or root in Python), or take the data set 'digits', which "
+                f"needs no download"
             ) from error
     return files.data[:, None], files.targets
 
