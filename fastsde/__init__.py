@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPS",
     "EDM",
     "VESDE",
     "VPSDE",
+    "ClassifierGuidance",
     "CosineVPSDE",
     "MismatchError",
     "NonFiniteError",
+    "PiGDM",
     "RectifiedFlow",
     "Sampler",
     "StepTable",
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from . import compat, models, noise, solvers
     from . import data as data
     from . import distributed as distributed
+    from . import inverse as inverse
     from . import ops as ops
     from . import plotting as plotting
     from . import reference as reference
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from . import tracing as tracing
     from . import training as training
     from . import verify as verify
+    from .inverse import DPS, ClassifierGuidance, PiGDM
     from .reference import NonFiniteError
     from .sampler import Sampler, sample
     from .sde import EDM, VESDE, VPSDE, CosineVPSDE, RectifiedFlow, SubVPSDE
@@ -58,6 +63,7 @@ else:
         "compat",
         "data",
         "distributed",
+        "inverse",
         "models",
         "noise",
         "ops",
@@ -71,6 +77,7 @@ else:
     )
     _MODULE_OF = {
         **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
+        **dict.fromkeys(("DPS", "ClassifierGuidance", "PiGDM"), "inverse"),
         "NonFiniteError": "reference",
         "Sampler": "sampler",
         "StepTable": "solvers",

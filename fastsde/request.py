@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import noise, ops
+from .inverse import Problem
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
 from .solvers import StepTable
@@ -36,6 +37,8 @@ class Request:
         dtype: the dtype of the state.
         callback: called as ``callback(row, time, x)`` after each row, or None.
         recorder: keeps states, updates the progress bar and runs the callback; made by the sampler.
+        problem: known values and corrections, or None; an engine resolves it by `fastsde.engines.corrected`.
+        hooks: called as the callback is, before the recorder.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +53,8 @@ class Request:
     dtype: torch.dtype = torch.float32
     callback: RowHook | None = None
     recorder: Recorder | None = None
+    problem: Problem | None = None
+    hooks: tuple[RowHook, ...] = ()
 
     @property
     def conditions(self) -> Conditions:
@@ -58,8 +63,11 @@ class Request:
 
     @property
     def after_row(self) -> RowHook | None:
-        """The recorder, if it has anything to do between rows."""
-        return self.recorder if self.recorder is not None and self.recorder.is_busy else None
+        """What is done after each row, in order: the hooks, and the recorder if it has anything to do."""
+        hooks: list[RowHook] = [*self.hooks]
+        if self.recorder is not None and self.recorder.is_busy:
+            hooks.append(self.recorder)
+        return hooks[0] if len(hooks) == 1 else _in_turn(hooks) if hooks else None
 
     @property
     def options(self) -> list[str]:
@@ -70,7 +78,14 @@ class Request:
             "model_kwargs": bool(self.model_kwargs),
             "guidance": self.guidance is not None,
         }
-        return [name for name, is_used in used.items() if is_used]
+        return [name for name, is_used in used.items() if is_used] + (
+            [] if self.problem is None else self.problem.options
+        )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the network is differentiated."""
+        return self.problem is not None and bool(self.problem.corrections)
 
     def probe(self) -> Request:
         """Returns a request for the first row only, to be timed."""
@@ -101,8 +116,21 @@ class Request:
             x_init=None if self.x_init is None else self.x_init[part].to(self.dtype, copy=True),
             model_kwargs=_part(self.model_kwargs, part),
             uncond_kwargs=None if uncond is None else _part(uncond, part),
+            problem=None if self.problem is None else self.problem.part(part),
             **changes,
         )
+
+
+def _in_turn(hooks: Sequence[RowHook]) -> RowHook:
+    """Returns a hook that runs several, each with the state that the one before leaves."""
+
+    def run(row: int, time: float, x: Tensor) -> Tensor:
+        for hook in hooks:
+            replaced = hook(row, time, x)
+            x = x if replaced is None else replaced
+        return x
+
+    return run
 
 
 def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import conditions, engines, ops, subject
+from . import conditions, engines, inverse, ops, subject
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
+from .inverse import ClassifierGuidance, Measurement, Schedule
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .plan import Plan, Planner, compiler_of
@@ -64,6 +66,9 @@ class Sampler:
         eta: the share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
         solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
         denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``.
+        resamples, jump: RePaint's resampling (arXiv:2201.09865), for a ``mask`` in the call: after every ``jump`` rows
+            the trajectory goes back up by as many, until it has come down ``resamples`` times; the paper uses 10 and
+            10. ``steps`` counts the rows of the way down alone.
         prior_std: the standard deviation of the initial draw, by default that of the process's prior.
         dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
             integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
@@ -71,7 +76,8 @@ class Sampler:
             PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False.
         device: by default the network's own device, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598). The
-            unconditional call needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition".
+            unconditional call needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition". Or a
+            `fastsde.ClassifierGuidance`, whose gradient is added to the score.
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of a small
             network in one launch); "auto" picks the fastest that can run. There, as in a capture, a network must depend
@@ -82,7 +88,9 @@ class Sampler:
         max_batch: the most samples that run at once; larger batches are split, with the same result up to the rounding
             of the network. "auto" measures which batch is fastest, and halves it if memory runs out.
 
-    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults.
+    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults. It
+    does not tell how far its rows are from the data, so that known values, measurements and classifier guidance need a
+    named solver.
 
     Raises:
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
@@ -106,10 +114,12 @@ class Sampler:
         eta: float | None = None,
         solver_options: Mapping[str, Any] | None = None,
         denoise: bool = False,
+        resamples: int = 1,
+        jump: int = 10,
         prior_std: float | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        guidance: float | None = None,
+        guidance: float | ClassifierGuidance | None = None,
         backend: str = "auto",
         compile: bool | str = False,
         max_batch: int | str | None = None,
@@ -133,10 +143,16 @@ class Sampler:
             eta=eta,
             solver_options=solver_options,
             denoise=denoise,
+            resamples=resamples,
+            jump=jump,
         )
+        self._schedule: Schedule | None = None
+        if not isinstance(solver, StepTable):
+            self._schedule = Schedule(sde, known, self.table, t_end, denoise, resamples > 1)
         self._t_start = t_start
         self._prior_std = sde.prior_std if prior_std is None else check_number("prior_std", prior_std)
-        self.guidance = None if guidance is None else check_number("guidance", guidance)
+        self._classifier = guidance if isinstance(guidance, ClassifierGuidance) else None
+        self.guidance = None if guidance is None or self._classifier else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
@@ -164,6 +180,8 @@ class Sampler:
 
     @property
     def _options(self) -> tuple[str, ...]:
+        if self._classifier is not None:
+            return (self._classifier.name,)
         return () if self.guidance is None else ("guidance",)
 
     @property
@@ -199,6 +217,9 @@ class Sampler:
         noise: NoiseFunction | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        measurement: Measurement | None = None,
         trajectory: int | None = None,
         callback: RowHook | None = None,
         progress: bool = False,
@@ -208,6 +229,17 @@ class Sampler:
             check_int("trajectory", trajectory, 1)
         check_bool("progress", progress)
         request = self._request(n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback)
+        problem = inverse.problem_of(
+            self._schedule,
+            (n, *self.sample_shape),
+            self.device,
+            self.state_dtype,
+            mask,
+            known,
+            self._classifier,
+            measurement,
+        )
+        request = replace(request, problem=problem)
         saved = None
         if trajectory is not None:
             count = len(self.table) // trajectory + 1
@@ -362,12 +394,17 @@ def sample(
     eta: float | None = None,
     solver_options: Mapping[str, Any] | None = None,
     denoise: bool = False,
+    resamples: int = 1,
+    jump: int = 10,
     prior_std: float | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | ClassifierGuidance | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    measurement: Measurement | None = None,
     backend: str = "auto",
     compile: bool | str = False,
     max_batch: int | str | None = None,
@@ -394,13 +431,20 @@ def sample(
         model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars. Without them, a
             checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
+        mask: bool, True where the data are known; broadcasts to ``[B, *shape]``. After each row, known values with the
+            noise of its time are put in there (Song et al. 2021, arXiv:2011.13456, appendix I.2), in slot 0 of the
+            state: what a multistep solver remembers stays. The unknown part fits the known one better with
+            ``resamples``. That noise is always the contract's (stream 4).
+        known: the data (at t = 0), floating-point; broadcasts to ``[B, *shape]``, and is read only where ``mask`` is
+            True.
+        measurement: a `fastsde.DPS` or `fastsde.PiGDM`, which draws the samples towards a measurement of them.
         trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; if m divides the steps, the
             last of them are the samples.
         callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
             and the state after the row; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
-        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, prior_std,
-        dtype, device, guidance, backend, compile, max_batch: as for `Sampler`.
+        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, resamples,
+        jump, prior_std, dtype, device, guidance, backend, compile, max_batch: as for `Sampler`.
 
     Returns:
         The samples ``[B, *shape]``, fp32 (float64 if ``dtype`` is); with ``trajectory`` a pair of the samples and the
@@ -430,6 +474,8 @@ def sample(
         eta=eta,
         solver_options=solver_options,
         denoise=denoise,
+        resamples=resamples,
+        jump=jump,
         prior_std=prior_std,
         dtype=dtype,
         device=device,
@@ -447,6 +493,9 @@ def sample(
         noise=noise,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
+        mask=mask,
+        known=known,
+        measurement=measurement,
         trajectory=trajectory,
         callback=callback,
         progress=progress,

@@ -131,6 +131,7 @@ class Network:
         self._run: Model | None = None
         self._compiled: Model | None = None
         self._fp32: Network | None = None
+        self._differentiable: Network | None = None
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,6 +144,16 @@ class Network:
     def plain(self) -> Network:
         """Returns the network as PyTorch's own operations: nothing in it is compiled."""
         return Network(self.model, **self._arguments)
+
+    def differentiable(self) -> Network:
+        """Returns the same network with gradients, with the present weights: itself unless it is an inference form."""
+        if not self._arguments["optimize"]:
+            return self
+        if self._differentiable is None:
+            self._differentiable = Network(self._given, compiler=self.compiler, **self._arguments | {"optimize": False})
+        else:
+            self._differentiable.refresh()
+        return self._differentiable
 
     def in_fp32(self) -> Network:
         """Returns the same network in fp32, with the present weights: itself if it is in fp32."""
