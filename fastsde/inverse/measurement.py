@@ -34,7 +34,7 @@ class Measurement(Correction):
     def __post_init__(self) -> None:
         if not callable(self.operator):
             raise TypeError(f"operator must be callable, got {type(self.operator).__name__}")
-        check_tensor("y", self.y, floating=True, finite=True)
+        check_tensor("y", self.y, floating=True)
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Measurement(Correction):
     def __call__(self, point: Point) -> Change: ...
 
     def prepared(self, n: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Self:
-        check_tensor("y of the measurement", self.y, device=device)
+        check_tensor("y", self.y, device=device, finite=True)
         with torch.inference_mode(False), torch.enable_grad():
             one = torch.zeros((1, *shape), dtype=dtype, device=device, requires_grad=True)
             measured = check_tensor("the result of operator", self.operator(one), device=device, floating=True)
