@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -15,7 +14,7 @@ from . import conditions, engines, inverse, ops, subject
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
-from .inverse import ClassifierGuidance, Measurement, Schedule
+from .inverse import ClassifierGuidance, Measurement, Problem, Schedule
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .plan import Plan, Planner, compiler_of
@@ -228,18 +227,10 @@ class Sampler:
         if trajectory is not None:
             check_int("trajectory", trajectory, 1)
         check_bool("progress", progress)
-        request = self._request(n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback)
-        problem = inverse.problem_of(
-            self._schedule,
-            (n, *self.sample_shape),
-            self.device,
-            self.state_dtype,
-            mask,
-            known,
-            self._classifier,
-            measurement,
+        problem = self._problem(check_int("n", n, 0), mask, known, measurement)
+        request = self._request(
+            n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback, problem
         )
-        request = replace(request, problem=problem)
         saved = None
         if trajectory is not None:
             count = len(self.table) // trajectory + 1
@@ -268,15 +259,17 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None,
         uncond_kwargs: Mapping[str, Any] | None,
         callback: RowHook | None,
+        problem: Problem | None,
     ) -> Request:
         """Checks the arguments of a call and returns its request."""
-        check_int("n", n, 0)
         for name, function in (("noise", noise), ("callback", callback)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         keys = make_keys(keys, n, seed, first_sample, self.device, self._planner.is_reference)
         if self._checkpoint is not None and self._checkpoint.conditions:
             known, has_null = self._checkpoint.conditions, self._checkpoint.has_null
+            if problem is not None and has_null and model_kwargs is None:
+                model_kwargs = {}  # a label that is drawn might not go with what is known
             model_kwargs = conditions.completed(known, model_kwargs, keys, has_null)
             if self.guidance is not None and uncond_kwargs is None:
                 uncond_kwargs = conditions.unconditional(known, n, self.device, has_null)
@@ -304,7 +297,15 @@ class Sampler:
             else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device),
             dtype=self.state_dtype,
             callback=callback,
+            problem=problem,
         )
+
+    def _problem(
+        self, n: int, mask: Tensor | None, known: Tensor | None, measurement: Measurement | None
+    ) -> Problem | None:
+        shape = (n, *self.sample_shape)
+        given = (mask, known, self._classifier, measurement)
+        return inverse.problem_of(self._schedule, shape, self.device, self.state_dtype, *given)
 
     def _warn_of_randomness(self) -> None:
         network = self._network
@@ -429,7 +430,8 @@ def sample(
         noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
             and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
         model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars. Without them, a
-            checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none.
+            checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none;
+            with a mask, a measurement or classifier guidance it has none, if it can do without.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
         mask: bool, True where the data are known; broadcasts to ``[B, *shape]``. After each row, known values with the
             noise of its time are put in there (Song et al. 2021, arXiv:2011.13456, appendix I.2), in slot 0 of the

@@ -7,7 +7,7 @@ from .correction import Change, Correction, Point
 from .dps import DPS
 from .measurement import Measurement
 from .pigdm import PiGDM
-from .problem import Problem, problem_of
+from .problem import Problem, known_values, problem_of
 from .schedule import Level, Schedule
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "Point",
     "Problem",
     "Schedule",
+    "known_values",
     "problem_of",
 ]

@@ -27,8 +27,13 @@ class PiGDM(Measurement):
         J^T H^T (r^2 H H^T + noise_std^2 I)^-1 (y - operator(D)),    r^2 = sigma^2 s^2 / (alpha^2 s^2 + sigma^2)
 
     with J the Jacobian of D and H that of the operator at D: exact for data N(0, s^2 I) and a linear operator. The
-    inverse is applied by conjugate gradients, which need the derivatives of the operator alone. At the rows' few
-    largest times where x_t has no information on the data in fp32, nothing is added.
+    inverse is applied by conjugate gradients, which need the derivatives of the operator alone. Where alpha is 0 in
+    fp32, so that x_t has no information about the data, nothing is added.
+
+    Beyond the paper, the term is scaled down where it would move H D past y, and left out where it would move H D away
+    from y. The exact term does neither, and this one not for Gaussian data. But J contains the spread of the data given
+    x_t, which between two modes is far larger than r, and at small alpha the network's error divided by alpha; without
+    the limits some trajectories diverge.
 
     Args:
         operator, y: as for `Measurement`; an operator that is not linear is linearised in each row, and must be twice
@@ -66,10 +71,19 @@ class PiGDM(Measurement):
             (both,) = torch.autograd.grad(back, w, transposed, retain_graph=True)
             return variance * both + self.noise_std**2 * u
 
-        weights = conjugate_gradient(covariance, residual.detach(), self.iterations)
-        (towards,) = torch.autograd.grad(measured, data, weights)
+        residual = residual.detach()
+        weights = conjugate_gradient(covariance, residual, self.iterations)
+        (towards,) = torch.autograd.grad(measured, data, weights, retain_graph=True)
         (score,) = torch.autograd.grad(point.data, point.x, towards)
-        return Change(score=score)
+        (reach,) = torch.autograd.grad(back, w, point.level.data_per_score * score)
+        ratio = dot(reach, residual) / dot(residual, residual)
+        factor = torch.where(ratio > 0, 1 / ratio.clamp(min=1), 0)
+        return Change(score=match_dims(factor, score) * score)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the inner product of each sample, ``[B]``."""
+    return (a * b).reshape(len(a), -1).sum(dim=1)
 
 
 def conjugate_gradient(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -79,10 +93,7 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations
     direction has no curvature left; it then no longer changes, so that it does not depend on the others.
     """
 
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).reshape(len(a), -1).sum(dim=1)
-
-    u, rest, direction = torch.zeros_like(b), b.clone(), b.clone()
+    u, rest, direction = 0 * b, b.clone(), b.clone()  # NaN where b is
     square = dot(rest, rest)
     least = square * (32 * torch.finfo(b.dtype).eps) ** 2
     is_active = square > least

@@ -16,7 +16,7 @@ from .dps import DPS
 from .measurement import Measurement
 from .schedule import Schedule
 
-__all__ = ["Problem", "problem_of"]
+__all__ = ["Problem", "known_values", "problem_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +103,11 @@ def problem_of(
         raise ValueError("resamples goes with mask or PiGDM: DPS takes its steps on the way down alone")
     prepared = tuple(each.prepared(shape[0], shape[1:], device, dtype) for each in corrections)
     if mask is not None and known is not None:
-        mask, known = _known_values(mask, known, shape, device, dtype)
+        mask, known = known_values(mask, known, shape, device, dtype)
     return Problem(schedule, prepared, mask, known)
 
 
-def _known_values(
+def known_values(
     mask: Tensor, known: Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Returns the mask and the known values, checked and broadcast to ``[B, *shape]``.

@@ -30,6 +30,11 @@ class Level(NamedTuple):
     q: float
     per_score: float
 
+    @property
+    def data_per_score(self) -> float:
+        """What adding 1 to the score adds to D."""
+        return self.q * self.per_score
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -176,6 +176,11 @@ def without_gradient(x: Tensor, t: Tensor) -> Tensor:
             "the gradient of measurement became NaN or infinity in row 0, at time 1",
         ),
         (
+            bad({"measurement": PiGDM(lambda x: (pairs(x) - 100).sqrt(), Y)}),
+            NonFiniteError,
+            "the gradient of measurement became NaN or infinity in row 0, at time 1",
+        ),
+        (
             bad({"measurement": PiGDM(pairs, Y)}, model=lambda x, t: x / 0),
             NonFiniteError,
             "the network returned NaN or infinity in row 0",

@@ -10,7 +10,7 @@ import torch
 from gaussian_laws import Law, network, prior, row_of
 from torch import Tensor
 
-from fastsde import DPS, EDM, VPSDE, ClassifierGuidance, PiGDM, RectifiedFlow, Sampler, noise, reference
+from fastsde import DPS, EDM, VPSDE, ClassifierGuidance, PiGDM, RectifiedFlow, Sampler, noise, reference, solvers
 from fastsde.inverse.pigdm import conjugate_gradient
 from fastsde.sde import Process
 
@@ -86,6 +86,20 @@ def test_pigdm_linearises_an_operator() -> None:
         gain = (y - data.prod().tanh()) / (r2 * jacobian @ jacobian + 0.01)
         f = data + sigma**2 / alpha * slope * jacobian * gain
         torch.testing.assert_close(states[1][i], k.A[0][0] * x[i] + k.b[0] * f, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("jacobian", "moved"), [(0.5, 0.9 * 0.5 * 2**0.5), (30.0, 0.9), (-1.0, 0.0)])
+def test_pigdm_moves_the_data_prediction_neither_past_y_nor_away(jacobian: float, moved: float) -> None:
+    """One row from x = 0 at alpha^2 = sigma^2 = r^2 = 1/2 with D = jacobian x and y = 0.9, measured directly.
+
+    The term jacobian y / r^2 moves D by sigma^2 / alpha times that, sqrt(2) jacobian y, unless this is limited.
+    """
+    t = float(solvers.times.time_of(SDE, torch.ones(1).double()))
+    options = {"prediction": "x0", "solver": "ddim", "steps": 1, "t_start": t, "t_end": t / 2}
+    sampler = Sampler(lambda x, t: jacobian * x, (1,), backend="reference", dtype=torch.float64, **options)
+    measurement = PiGDM(lambda x: x, torch.tensor([0.9], dtype=torch.float64))
+    x = sampler(1, x_init=torch.zeros(1, 1), measurement=measurement)
+    assert float(x) == pytest.approx(sampler.table.row(0).b[0] * moved, rel=1e-9)
 
 
 def test_conjugate_gradients_solve_each_sample_alone() -> None:
