@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPS",
     "EDM",
     "VESDE",
     "VPSDE",
+    "ClassifierGuidance",
     "CosineVPSDE",
     "MismatchError",
     "NonFiniteError",
+    "PiGDM",
     "RectifiedFlow",
     "Sampler",
     "StepTable",
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from . import compat, models, noise, solvers
     from . import data as data
     from . import distributed as distributed
+    from . import inverse as inverse
     from . import ops as ops
     from . import plotting as plotting
     from . import reference as reference
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from . import tracing as tracing
     from . import training as training
     from . import verify as verify
+    from .inverse import DPS, ClassifierGuidance, PiGDM
     from .inversion import decode, encode
     from .likelihood import bits_per_dim, log_prob
     from .reference import NonFiniteError
@@ -64,6 +69,7 @@ else:
         "compat",
         "data",
         "distributed",
+        "inverse",
         "models",
         "noise",
         "ops",
@@ -77,6 +83,7 @@ else:
     )
     _MODULE_OF = {
         **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
+        **dict.fromkeys(("DPS", "ClassifierGuidance", "PiGDM"), "inverse"),
         "NonFiniteError": "reference",
         **dict.fromkeys(("decode", "encode"), "inversion"),
         **dict.fromkeys(("bits_per_dim", "log_prob"), "likelihood"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inverse import known_values
 from .randomness import Seed, seed_of
 from .reference import NonFiniteError
 from .sampler import Sampler
@@ -56,6 +57,8 @@ def sample(
     first_sample: int = 0,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
     trajectory: int | None = None,
     progress: bool = False,
     part: int | None = None,
@@ -66,7 +69,7 @@ def sample(
 
     Args:
         sampler: the sampler of this rank, on its own device.
-        model_kwargs, uncond_kwargs: as for `fastsde.sample`, for the whole batch of ``n`` on every rank.
+        model_kwargs, uncond_kwargs, mask, known: as for `fastsde.sample`, for the whole batch of ``n`` on every rank.
         progress: show rank 0's progress as a bar on stderr.
         part: how many samples a rank runs at once. By default the sampler's ``max_batch`` if that is a number, else a
             24th of ``n`` but at least 4; set a smaller one for more than 24 ranks. Another size may round differently.
@@ -96,7 +99,11 @@ def sample(
         for name, given in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs))
         if given is not None
     }
+    if mask is not None and known is not None:
+        whole = known_values(mask, known, (n, *sampler.sample_shape), sampler.device, sampler.state_dtype)
+        mask, known = (value[mine] for value in whole)
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress and here.rank == 0, **conditions}
+    options |= {"mask": mask, "known": known}
     start, end = ((first_sample + i) % 2**64 for i in (mine.start, mine.stop - 1))
     with _working_group(here) as group:
         error: Exception | None = None

@@ -25,10 +25,11 @@ _TOGETHER = {
     "graph": "replays rows as CUDA graphs",
     "persistent": "runs a whole trajectory in one launch",
 }
+_PROBLEMS = ("mask", "measurement", "classifier guidance")
 _WITHOUT = {
     "eager": ("differentiable",),
-    "graph": ("differentiable", "noise", "callback"),
-    "persistent": ("differentiable", "compile", "noise", "callback"),
+    "graph": ("differentiable", "noise", "callback", *_PROBLEMS),
+    "persistent": ("differentiable", "compile", "noise", "callback", *_PROBLEMS),
 }
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify each
 # compiler. torch.compile takes about 10 to 60 s and OpenVINO 3, and they save hardly more than half of the work.
@@ -60,6 +61,13 @@ def unavailable_reason(
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"device {device} is unavailable (torch.cuda.is_available() is False); use device='cpu'"
+    differentiated = next((name for name in _PROBLEMS[1:] if name in options), None)
+    if compiler == "openvino" and differentiated is not None:
+        return f"compile='openvino' has no gradients, which {differentiated} needs; use compile=True"
+    if differentiated is not None and "differentiable" in options:
+        return (
+            f"differentiable=True and {differentiated} exclude each other, as {differentiated} takes gradients itself"
+        )
     if compiler is not None and dtype == torch.float64:
         return "compile=True and dtype=torch.float64 exclude each other; leave one of them out"
     if compiler is not None and "differentiable" in options:
@@ -219,7 +227,7 @@ class Planner:
         """
         backend = self.backend(request.options, request)
         batch = self._batch(backend, request, max_batch)
-        network = self._faster(backend, request, batch, tell)
+        network = _suited(self._faster(backend, request, batch, tell), request)
         if network.compiler is not None and not network.is_compiled:
             reason = network.cannot_be_compiled_by(network.compiler)
             if reason is not None:
@@ -250,7 +258,7 @@ class Planner:
     def _faster(self, backend: str, request: Request, batch: int, tell: Callable[[Network], object]) -> Network:
         """Returns the network as it is or, with compile="auto", compiled in the fastest way that repays its cost."""
         plain, n = self._network, request.shape[0]
-        if not self._chooses or backend not in _MAY_COMPILE or plain.is_native or not n:
+        if not self._chooses or backend not in _MAY_COMPILE or plain.is_native or request.needs_gradients or not n:
             return plain
         count = min(batch, n)
         known = plain.kept.seconds.setdefault(self._key(count, request), {})
@@ -284,12 +292,18 @@ class Planner:
     def _key(self, n: int, request: Request) -> tuple[object, ...]:
         """Returns what the time of a row depends on."""
         network = self._network
-        return n, self._sample_shape, network.dtype, network.device, request.guidance is not None
+        corrections = () if request.problem is None else tuple(map(type, request.problem.corrections))
+        return n, self._sample_shape, network.dtype, network.device, request.guidance is not None, corrections
+
+
+def _suited(network: Network, request: Request) -> Network:
+    """Returns the network in the form that the request needs."""
+    return network.differentiable() if request.needs_gradients else network
 
 
 def _timed(network: Network, request: Request) -> Callable[[int], float]:
     """Returns a function from a number of samples to the seconds that their first row takes."""
-    row = request.probe()
+    row, network = request.probe(), _suited(network, request)
 
     def probe(count: int) -> None:
         engines.get("eager")(network, row.part(slice(0, count)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .adaptive import AdaptiveProblem
+from .inverse import Problem
 from .randomness import Seed, seed_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
@@ -40,6 +41,8 @@ class Request:
         differentiable: whether gradients flow through the samples.
         adaptive: the problem of an adaptive solver, which takes the place of the table, or None.
         recorder: keeps states, updates the progress bar and runs the callback; made by the sampler.
+        problem: known values and corrections, or None; an engine resolves it by `fastsde.engines.corrected`.
+        hooks: called as the callback is, before the recorder.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +59,8 @@ class Request:
     differentiable: bool = False
     adaptive: AdaptiveProblem | None = None
     recorder: Recorder | None = None
+    problem: Problem | None = None
+    hooks: tuple[RowHook, ...] = ()
 
     @property
     def conditions(self) -> Conditions:
@@ -64,8 +69,11 @@ class Request:
 
     @property
     def after_row(self) -> RowHook | None:
-        """The recorder, if it has anything to do between rows."""
-        return self.recorder if self.recorder is not None and self.recorder.is_busy else None
+        """What is done after each row, in order: the hooks, and the recorder if it has anything to do."""
+        hooks: list[RowHook] = [*self.hooks]
+        if self.recorder is not None and self.recorder.is_busy:
+            hooks.append(self.recorder)
+        return hooks[0] if len(hooks) == 1 else _in_turn(hooks) if hooks else None
 
     @property
     def options(self) -> list[str]:
@@ -77,7 +85,14 @@ class Request:
             "guidance": self.guidance is not None,
             "differentiable": self.differentiable,
         }
-        return [name for name, is_used in used.items() if is_used]
+        return [name for name, is_used in used.items() if is_used] + (
+            [] if self.problem is None else self.problem.options
+        )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the network is differentiated."""
+        return self.problem is not None and bool(self.problem.corrections)
 
     def probe(self) -> Request:
         """Returns a request for the first row only, to be timed."""
@@ -108,8 +123,21 @@ class Request:
             x_init=None if self.x_init is None else self.x_init[part].to(self.dtype, copy=True),
             model_kwargs=_part(self.model_kwargs, part),
             uncond_kwargs=None if uncond is None else _part(uncond, part),
+            problem=None if self.problem is None else self.problem.part(part),
             **changes,
         )
+
+
+def _in_turn(hooks: Sequence[RowHook]) -> RowHook:
+    """Returns a hook that runs several, each with the state that the one before leaves."""
+
+    def run(row: int, time: float, x: Tensor) -> Tensor:
+        for hook in hooks:
+            replaced = hook(row, time, x)
+            x = x if replaced is None else replaced
+        return x
+
+    return run
 
 
 def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:

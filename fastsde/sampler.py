@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import conditions, engines, ops, subject
+from . import conditions, engines, inverse, ops, subject
 from .adaptive import AdaptiveProblem, AdaptiveSolver, make_problem
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
+from .inverse import ClassifierGuidance, Measurement, Problem, Schedule
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .plan import Plan, Planner, compiler_of
@@ -71,6 +72,9 @@ class Sampler:
         solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
         denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``; with an
             adaptive solver, one more call of the network at ``t_end`` does.
+        resamples, jump: RePaint's resampling (arXiv:2201.09865), for a ``mask`` in the call: after every ``jump`` rows
+            the trajectory goes back up by as many, until it has come down ``resamples`` times; the paper uses 10 and
+            10. ``steps`` counts the rows of the way down alone.
         prior_std: the standard deviation of the initial draw, by default that of the process's prior.
         dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
             integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
@@ -78,7 +82,8 @@ class Sampler:
             PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False.
         device: by default the network's own device, or PyTorch's default device for a function.
         guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598). The
-            unconditional call needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition".
+            unconditional call needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition". Or a
+            `fastsde.ClassifierGuidance`, whose gradient is added to the score.
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of a small
             network in one launch); "auto" picks the fastest that can run. There, as in a capture, a network must depend
@@ -93,7 +98,9 @@ class Sampler:
             backward pass (Chen et al. 2016, arXiv:1604.06174), so that memory holds the states of all rows but the
             activations of one.
 
-    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults.
+    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults. It
+    does not tell how far its rows are from the data, so that known values, measurements and classifier guidance need a
+    named solver.
 
     Raises:
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
@@ -117,10 +124,12 @@ class Sampler:
         eta: float | None = None,
         solver_options: Mapping[str, Any] | None = None,
         denoise: bool = False,
+        resamples: int = 1,
+        jump: int = 10,
         prior_std: float | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        guidance: float | None = None,
+        guidance: float | ClassifierGuidance | None = None,
         backend: str = "auto",
         compile: bool | str = False,
         max_batch: int | str | None = None,
@@ -141,16 +150,22 @@ class Sampler:
             "eta": eta,
             "solver_options": solver_options,
             "denoise": denoise,
+            "resamples": resamples,
+            "jump": jump,
         }
-        self._problem: AdaptiveProblem | None = None
+        self._adaptive: AdaptiveProblem | None = None
+        self._schedule: Schedule | None = None
         if isinstance(solver, AdaptiveSolver):
-            self._problem = make_problem(solver, sde, steps, known, options)
-            self.table = self._problem.one_call()
+            self._adaptive = make_problem(solver, sde, steps, known, options)
+            self.table = self._adaptive.one_call()
         else:
             self.table = subject.make_table(solver, sde, steps, prediction=prediction, **options)
+        if isinstance(solver, str):
+            self._schedule = Schedule(sde, known, self.table, t_end or 0.0, denoise, resamples > 1)
         self._t_start = t_start
         self._prior_std = sde.prior_std if prior_std is None else check_number("prior_std", prior_std)
-        self.guidance = None if guidance is None else check_number("guidance", guidance)
+        self._classifier = guidance if isinstance(guidance, ClassifierGuidance) else None
+        self.guidance = None if guidance is None or self._classifier else check_number("guidance", guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
@@ -166,13 +181,13 @@ class Sampler:
                 f"in another dtype would take the gradients"
             )
         optimize = not differentiable and backend != "reference" and self.state_dtype == torch.float32
-        integer_times = self._problem is None and bool((self.table.time == self.table.time.round()).all())
+        integer_times = self._adaptive is None and bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
         times = self.table.time.to(torch.float32).to(self.device)
-        is_adaptive = self._problem is not None
+        is_adaptive = self._adaptive is not None
         self._planner = Planner(
             self._network, self.sample_shape, self.state_dtype, backend, compile, times, is_adaptive
         )
@@ -203,7 +218,8 @@ class Sampler:
     @property
     def _options(self) -> tuple[str, ...]:
         used = {"guidance": self.guidance is not None, "differentiable": self.differentiable}
-        return tuple(name for name, is_used in used.items() if is_used)
+        corrections = () if self._classifier is None else (self._classifier.name,)
+        return (*(name for name, is_used in used.items() if is_used), *corrections)
 
     @property
     def backend(self) -> str:
@@ -213,7 +229,7 @@ class Sampler:
     def __repr__(self) -> str:
         name = type(self._network.model).__name__
         shape = self.sample_shape
-        solver = f"{len(self.table)} rows" if self._problem is None else self._problem.solver
+        solver = f"{len(self.table)} rows" if self._adaptive is None else self._adaptive.solver
         return f"Sampler({name}, {shape}, {solver}, backend={self.backend!r}, device={str(self.device)!r})"
 
     @overload
@@ -239,6 +255,9 @@ class Sampler:
         noise: NoiseFunction | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        measurement: Measurement | None = None,
         trajectory: int | None = None,
         callback: RowHook | None = None,
         progress: bool = False,
@@ -249,9 +268,14 @@ class Sampler:
         check_bool("progress", progress)
         seed = seed_of(seed) if keys is None else seed
         self._seed = seed if keys is None and isinstance(seed, int) else None
-        if self._problem is not None:
-            self._problem.check_options(noise=noise, trajectory=trajectory, callback=callback)
-        request = self._request(n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback)
+        if self._adaptive is not None:
+            self._adaptive.check_options(
+                noise=noise, trajectory=trajectory, callback=callback, mask=mask, measurement=measurement
+            )
+        problem = self._problem(check_int("n", n, 0), mask, known, measurement)
+        request = self._request(
+            n, seed, first_sample, keys, x_init, noise, model_kwargs, uncond_kwargs, callback, problem
+        )
         saved = None
         if trajectory is not None:
             count = len(self.table) // trajectory + 1
@@ -280,15 +304,17 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None,
         uncond_kwargs: Mapping[str, Any] | None,
         callback: RowHook | None,
+        problem: Problem | None,
     ) -> Request:
         """Checks the arguments of a call and returns its request."""
-        check_int("n", n, 0)
         for name, function in (("noise", noise), ("callback", callback)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         keys = make_keys(keys, n, seed, first_sample, self.device, self._planner.is_reference)
         if self._checkpoint is not None and self._checkpoint.conditions:
             known, has_null = self._checkpoint.conditions, self._checkpoint.has_null
+            if problem is not None and has_null and model_kwargs is None:
+                model_kwargs = {}  # a label that is drawn might not go with what is known
             model_kwargs = conditions.completed(known, model_kwargs, keys, has_null)
             if self.guidance is not None and uncond_kwargs is None:
                 uncond_kwargs = conditions.unconditional(known, n, self.device, has_null)
@@ -317,8 +343,16 @@ class Sampler:
             dtype=self.state_dtype,
             callback=callback,
             differentiable=self.differentiable,
-            adaptive=self._problem,
+            adaptive=self._adaptive,
+            problem=problem,
         )
+
+    def _problem(
+        self, n: int, mask: Tensor | None, known: Tensor | None, measurement: Measurement | None
+    ) -> Problem | None:
+        shape = (n, *self.sample_shape)
+        given = (mask, known, self._classifier, measurement)
+        return inverse.problem_of(self._schedule, shape, self.device, self.state_dtype, *given)
 
     def _warn_of_randomness(self) -> None:
         network = self._network
@@ -335,7 +369,7 @@ class Sampler:
         n, rows, first = request.shape[0], len(self.table), 0
         x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
         self._calls = calls = torch.full((n,), rows, device=self.device)
-        unit = "row" if self._problem is None else "batch"
+        unit = "row" if self._adaptive is None else "batch"
         with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit=unit) as bar:
             while first < n or x is None:
                 part, done = slice(first, min(first + plan.batch, n)), bar.n
@@ -411,12 +445,17 @@ def sample(
     eta: float | None = None,
     solver_options: Mapping[str, Any] | None = None,
     denoise: bool = False,
+    resamples: int = 1,
+    jump: int = 10,
     prior_std: float | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | ClassifierGuidance | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    measurement: Measurement | None = None,
     backend: str = "auto",
     compile: bool | str = False,
     max_batch: int | str | None = None,
@@ -443,15 +482,23 @@ def sample(
         noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
             and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
         model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars. Without them, a
-            checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none.
+            checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none;
+            with a mask, a measurement or classifier guidance it has none, if it can do without.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
+        mask: bool, True where the data are known; broadcasts to ``[B, *shape]``. After each row, known values with the
+            noise of its time are put in there (Song et al. 2021, arXiv:2011.13456, appendix I.2), in slot 0 of the
+            state: what a multistep solver remembers stays. The unknown part fits the known one better with
+            ``resamples``. That noise is always the contract's (stream 4).
+        known: the data (at t = 0), floating-point; broadcasts to ``[B, *shape]``, and is read only where ``mask`` is
+            True.
+        measurement: a `fastsde.DPS` or `fastsde.PiGDM`, which draws the samples towards a measurement of them.
         trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; if m divides the steps, the
             last of them are the samples.
         callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
             and the state after the row; with ``max_batch``, for each part of the batch in turn.
         progress: show a progress bar on stderr.
-        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, prior_std,
-        dtype, device, guidance, backend, compile, max_batch, differentiable: as for `Sampler`.
+        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, resamples,
+        jump, prior_std, dtype, device, guidance, backend, compile, max_batch, differentiable: as for `Sampler`.
 
     Returns:
         The samples ``[B, *shape]``, fp32 (float64 if ``dtype`` is); with ``trajectory`` a pair of the samples and the
@@ -481,6 +528,8 @@ def sample(
         eta=eta,
         solver_options=solver_options,
         denoise=denoise,
+        resamples=resamples,
+        jump=jump,
         prior_std=prior_std,
         dtype=dtype,
         device=device,
@@ -499,6 +548,9 @@ def sample(
         noise=noise,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
+        mask=mask,
+        known=known,
+        measurement=measurement,
         trajectory=trajectory,
         callback=callback,
         progress=progress,

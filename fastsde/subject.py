@@ -14,6 +14,7 @@ from . import checkpoints, solvers
 from .adaptive import AdaptiveSolver
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
+from .inverse import ClassifierGuidance, Measurement
 from .models import shape_of
 from .randomness import Seed
 from .reference import Model, NoiseFunction, RowHook
@@ -45,6 +46,8 @@ TABLE_DEFAULTS = {
     "eta": None,
     "solver_options": None,
     "denoise": False,
+    "resamples": 1,
+    "jump": 10,
 }
 
 
@@ -58,6 +61,9 @@ class CallOptions(TypedDict, total=False):
     noise: NoiseFunction | None
     model_kwargs: Mapping[str, Any] | None
     uncond_kwargs: Mapping[str, Any] | None
+    mask: Tensor | None
+    known: Tensor | None
+    measurement: Measurement | None
     callback: RowHook | None
     progress: bool
 
@@ -73,6 +79,8 @@ class TableOptions(TypedDict, total=False):
     eta: float | None
     solver_options: Mapping[str, Any] | None
     denoise: bool
+    resamples: int
+    jump: int
 
 
 class SampleOptions(CallOptions, TableOptions, total=False):
@@ -85,7 +93,7 @@ class SampleOptions(CallOptions, TableOptions, total=False):
     prior_std: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
-    guidance: float | None
+    guidance: float | ClassifierGuidance | None
     backend: str
     compile: bool | str
     max_batch: int | str | None

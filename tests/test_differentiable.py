@@ -141,5 +141,8 @@ def test_bad_options() -> None:
         Sampler(Net(), (3,), dtype=torch.float32, differentiable=True)
     with pytest.raises(ValueError, match="differentiable=True needs a solver with rows"):
         Sampler(Net(), (3,), solver=solvers.AdaptiveODE(), differentiable=True)
+    guided = fastsde.ClassifierGuidance(lambda x, t: -x.square().sum(1))
+    with pytest.raises(ValueError, match="differentiable=True and classifier guidance exclude each other"):
+        Sampler(Net(), (3,), guidance=guided, differentiable=True)
     with pytest.raises(ValueError, match="compile=True and differentiable=True exclude each other"):
         Sampler(Net(dtype=torch.float32), (3,), compile=True, differentiable=True)

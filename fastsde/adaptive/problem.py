@@ -90,6 +90,8 @@ def make_problem(
     name = type(solver).__name__
     if steps != 999:
         raise ValueError(f"{name} chooses its own steps by its rtol and atol: leave steps out, got {steps}")
+    if options["resamples"] != 1:
+        raise ValueError(f"resamples needs rows, which {name} does not have: leave it out")
     for option in ("spacing", "rho", "clip", "eta", "solver_options"):
         if options[option] is not None:
             raise ValueError(f"{option} is an option of tables, not of {name}: leave it out, got {options[option]!r}")

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..vocabulary import BACKENDS, DTYPES
+from . import inpaint as inpainting
 from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_factory, takes_solver
 from .encode import read_latents
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..checkpoints import Checkpoint
     from ..sampler import Sampler
 
@@ -70,6 +73,19 @@ class Files:
 @click.option("--latents", type=PATH, help="Start from the latents that 'fastsde encode' wrote, with their labels.")
 @click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
 @takes_solver
+@click.option("--inpaint", type=PATH, metavar="IMAGE", help="An image whose known part is completed; see --mask.")
+@click.option(
+    "--mask",
+    metavar="PART",
+    help=f"The known part of --inpaint: {', '.join(inpainting.SIDES)}, or an image that is light there.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(1),
+    default=1,
+    help="How often --inpaint does each part of the way (RePaint).",
+)
+@click.option("--jump", type=click.IntRange(1), default=10, help="The rows that --resamples goes back up.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
@@ -99,6 +115,8 @@ def sample(
     if out is None and save is None and animate is None:
         out = default_picture(model)
     files, written = Files(out, save, animate), list[Path]()
+    if (options["inpaint"] is None) != (options["mask"] is None):
+        raise click.UsageError("--inpaint IMAGE and --mask PART go together: give both or neither")
     if n == 0 and files.draws:
         raise click.UsageError("there is no picture of 0 samples: use only --save, or draw more with -n")
     try:
@@ -123,6 +141,8 @@ def _sample(
     factory: str | None,
     labels: str | None,
     latents: Path | None,
+    inpaint: Path | None,
+    mask: str | None,
     **options: Any,
 ) -> None:
     """Draws samples, and writes them on the first process; ``written`` collects the paths written so far."""
@@ -136,6 +156,9 @@ def _sample(
     checkpoint = load_checkpoint(model, on_device, factory)
     _check(model, checkpoint, files, leads)
     classes = _classes(model, checkpoint, labels, options["guidance"])
+    given = None
+    if inpaint is not None and mask is not None:
+        given = inpainting.known_image(model, checkpoint, inpaint, mask)
     sampler = Sampler(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), **options)
     if latents is not None and ranks is not None:
         raise ValueError("--latents is for one process: start it without torchrun")
@@ -152,9 +175,11 @@ def _sample(
     if classes:
         chosen = [classes[(first_sample + i) % len(classes)] for i in range(n)]
         call["model_kwargs"] = {"label": torch.tensor(chosen, dtype=torch.int64, device=on_device)}
+    if given is not None:
+        call["mask"], call["known"] = (each.to(on_device) for each in given)
     result = draw(n, **call)
     if leads:
-        _write(checkpoint, sampler, files, written, result, every, options["t_end"])
+        _write(checkpoint, sampler, files, written, result, every, options["t_end"], given)
 
 
 def _classes(model: str, checkpoint: Checkpoint, labels: str | None, guidance: float | None) -> list[int]:
@@ -201,8 +226,13 @@ def _write(
     result: Any,
     every: int | None,
     t_end: float,
+    given: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Writes the files and prints their paths; the states of every ``every``-th row become the animation."""
+    """Writes the files and prints their paths; the states of every ``every``-th row become the animation.
+
+    Args:
+        given: the mask and the image of --inpaint, which the picture shows first.
+    """
     import torch
 
     from .. import pictures
@@ -213,7 +243,8 @@ def _write(
         output.save_arrays(files.save, {"samples": x})
         _tell(files.save, written)
     if files.out:
-        pictures.save(checkpoint, x, files.out)
+        shown = x if given is None else inpainting.with_given(checkpoint, x, *given)
+        pictures.save(checkpoint, shown, files.out)
         _tell(files.out, written)
     if files.animate and states is not None:
         times = [*sampler.table.time.tolist(), t_end][::every]

@@ -17,7 +17,7 @@ from ..validation import check_int
 from .dataset import Dataset
 from .streamed import StreamedDataset, in_memory
 
-__all__ = ["ARRAYS", "arrays", "images"]
+__all__ = ["ARRAYS", "arrays", "images", "square"]
 
 ARRAYS = (".npy", ".npz", ".safetensors")
 _IN_MEMORY = 2**30  # bytes of images that are loaded at once
@@ -104,6 +104,19 @@ def images(folder: str | Path, size: int | None = None) -> Dataset | StreamedDat
     if len(places) * height * width * len(mode) <= _IN_MEMORY:
         return in_memory(source, str(folder))
     return StreamedDataset(str(folder), source)
+
+
+def square(path: str | Path, size: int, channels: int) -> Tensor:
+    """Loads an image as `images` does one of a folder: uint8 ``[channels, size, size]``, in grey for one channel.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an image that cannot be read or has more than 8 bits a channel.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no image {path}")
+    _header(str(path))
+    return _pixels(str(path), size, "L" if channels == 1 else "RGB")
 
 
 class _Images(torch.utils.data.Dataset[Any]):

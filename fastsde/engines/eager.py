@@ -17,6 +17,7 @@ from .. import noise, ops, reference
 from ..reference import check_finite, evaluate
 from ..request import Request
 from ..solvers import StepTable
+from .corrected import Corrected, corrected
 from .network import Network
 
 __all__ = ["FiniteCheck", "run"]
@@ -29,11 +30,12 @@ _NOISE_ELEMENTS = 1 << 15
 def run(network: Network, request: Request) -> Tensor:
     """Runs `fastsde.reference.sample` faster, with the same result and errors."""
     x = request.start().contiguous()
+    run_network, request = corrected(network, request)
     rows = _fused if x.dtype == torch.float32 and ops.has_kernels(x.device) else _plain
-    return rows(network, x, request)
+    return rows(run_network, x, request)
 
 
-def _fused(network: Network, x: Tensor, request: Request) -> Tensor:
+def _fused(network: Network | Corrected, x: Tensor, request: Request) -> Tensor:
     """Runs the rows by the fused kernel, which also detects values that are not finite.
 
     On a GPU these are reported only at the end, since reading the result waits for the device. Each state is a new
@@ -64,7 +66,7 @@ def _next_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
     return slots[0] if row + 1 == len(table) else reference.network_input(slots, table, row + 1)
 
 
-def _plain(network: Network, x: Tensor, request: Request) -> Tensor:
+def _plain(network: Network | Corrected, x: Tensor, request: Request) -> Tensor:
     """Runs the rows by PyTorch's own operations."""
     table, noise_function, after_row = request.table, request.noise, request.after_row
     drawn = iter(()) if noise_function is not None else _noise_rows(request.keys, table, x.shape[1:])

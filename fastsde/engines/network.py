@@ -94,6 +94,8 @@ class Network:
         optimize: whether to use the inference form of a U-Net.
         device: where the network runs, for a function, which has no weights.
         integer_times: whether all times that it is called with are integers.
+        gradients: whether its output is differentiated; it is then compiled by ``torch.compile`` with its weights as
+            arguments, and ``optimize`` must be False.
 
     Raises:
         TypeError: if the model does not return a floating-point tensor.
@@ -108,6 +110,7 @@ class Network:
         optimize: bool = False,
         device: torch.device | None = None,
         integer_times: bool = False,
+        gradients: bool = False,
     ) -> None:
         self._given, self.compiler = model, compiler
         self._arguments: dict[str, Any] = {
@@ -115,6 +118,7 @@ class Network:
             "optimize": optimize,
             "device": device,
             "integer_times": integer_times,
+            "gradients": gradients,
         }
         self.model = _inside(model)
         self.dtype = dtype_of(model) if dtype is None else dtype
@@ -132,6 +136,7 @@ class Network:
         self._compiled: Model | None = None
         self._fp32: Network | None = None
         self._outer: dict[Any, Network] = {}
+        self._differentiable: Network | None = None
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -144,6 +149,17 @@ class Network:
     def plain(self) -> Network:
         """Returns the network as PyTorch's own operations: nothing in it is compiled."""
         return Network(self.model, **self._arguments)
+
+    def differentiable(self) -> Network:
+        """Returns the same network with gradients, with the present weights: itself if it has them."""
+        if self._arguments["gradients"]:
+            return self
+        if self._differentiable is None:
+            arguments = self._arguments | {"optimize": False, "gradients": True}
+            self._differentiable = Network(self._given, compiler=self.compiler, **arguments)
+        else:
+            self._differentiable.refresh()
+        return self._differentiable
 
     def in_fp32(self) -> Network:
         """Returns the same network in fp32, with the present weights: itself if it is in fp32."""
@@ -203,6 +219,8 @@ class Network:
 
     def _compiled_by(self, compiler: str, run: Model) -> Model | None:
         """Returns the compiled network; on the CPU the one that another sampler has compiled, if it is still valid."""
+        if self._arguments["gradients"]:
+            return torch.compile(run)
         key, known = (compiler, self._form, self.dtype), self.kept.compiled
         made = compiled(run, compiler, self.device, known.get(key))
         if isinstance(made, Compiled):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import noise, reference
 from ..request import Request
+from .corrected import corrected
 from .network import Network
 
 __all__ = ["run"]
@@ -13,12 +14,14 @@ __all__ = ["run"]
 
 def run(network: Network, request: Request) -> Tensor:
     """Runs `fastsde.reference.sample`."""
+    x = request.start(noise.normal)
+    run_network, request = corrected(network, request, noise.normal)
     return reference.sample(
-        network,
+        run_network,
         request.shape,
         request.table,
         request.keys,
-        x_init=request.start(noise.normal),
+        x_init=x,
         noise_function=request.noise,
         model_kwargs=request.model_kwargs,
         guidance=request.guidance,

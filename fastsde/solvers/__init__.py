@@ -16,6 +16,7 @@ from .forms import score_form
 from .heun import heun
 from .named import SOLVERS, build
 from .registry import REGISTRY, Solver, Variant, solver
+from .repaint import repaint
 from .table import MAX_SLOTS, Row, StepTable, row_width
 from .terms import ABSENT, ANY, ONE, Terms
 from .unipc import unipc
@@ -47,6 +48,7 @@ __all__ = [
     "euler_maruyama",
     "exponential_euler_maruyama",
     "heun",
+    "repaint",
     "row_width",
     "score_form",
     "solver",

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sde import Process, check_process
+from ..sde import VPSDE, Process, check_process
 from ..validation import check_bool, check_int, check_number
 from ..vocabulary import SOLVERS
 from .forms import check_prediction, data_form
 from .registry import REGISTRY, Solver
+from .repaint import repaint
 from .table import StepTable
 from .times import spaced
 
@@ -50,6 +51,8 @@ def build(
     eta: float | None = None,
     solver_options: Mapping[str, Any] | None = None,
     denoise: bool = False,
+    resamples: int = 1,
+    jump: int = 10,
 ) -> StepTable:
     """Builds the table of a named solver with ``steps`` rows, from ``t_start`` down to ``t_end``, or up to it.
 
@@ -63,6 +66,7 @@ def build(
         clip, eta: options of the builder, if it has them.
         solver_options: any options of the builder, by name.
         denoise: whether the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
+        resamples, jump: how often, and over how many rows, RePaint goes back up (`fastsde.solvers.repaint`).
 
     Raises:
         ValueError: for an unknown solver, prediction, spacing or option, steps below 1, times out of range or order,
@@ -95,7 +99,15 @@ def build(
     if not isinstance(table, StepTable) or len(table) < steps - denoise:
         came = f"{len(table)} rows" if isinstance(table, StepTable) else type(table).__name__
         raise TypeError(f"the solver {solver} must return a StepTable of {steps} rows, got {came}")
-    return _denoised(table, sde, prediction, steps - 1) if denoise else table
+    table = _denoised(table, sde, prediction, steps - 1) if denoise else table
+    if check_int("resamples", resamples, 1) > 1 and table.slots > 1:
+        raise ValueError(f"resamples needs rows without a history, which {solver} has: pick {', '.join(_one_slot())}")
+    return repaint(table, sde, resamples, jump)
+
+
+def _one_slot() -> list[str]:
+    """Returns the names of the solvers that keep nothing besides the state."""
+    return [name for name in REGISTRY if build(name, VPSDE(), 5, prediction="eps").slots == 1]
 
 
 def _check_ends(sde: Process, t_start: float, t_end: float, denoise: bool) -> None:
