@@ -114,7 +114,8 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
     from fastsde.kernels.solver_step import solver_step_kernel
 
     step = dict.fromkeys(("f_uncond_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "input_ptr"))
-    step |= {"f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "guidance": "fp32", "clip": None}
+    step |= {"f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "clip": None}
+    step |= dict.fromkeys(("scale_ptr", "rates_ptr", "factor_ptr"))
     step |= {"row": "i64", "rows": "i64"} | shared
 
     def of(table: StepTable, row: int | None = None) -> dict[str, Any]:
@@ -125,7 +126,8 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
 
     one_slot = step | of(solvers.build("euler_maruyama", VPSDE(), 4))
     multistep = _multistep(stochastic=True)
-    two_slots = step | of(multistep) | {"f_uncond_ptr": "*fp32", "clip": "fp32"}
+    two_slots = step | of(multistep) | {"clip": "fp32"}
+    two_slots |= dict.fromkeys(("f_uncond_ptr", "scale_ptr", "rates_ptr", "factor_ptr"), "*fp32")
     counted = {"counter_ptr": "*i64", "time_ptr": "*fp32", "status_ptr": "*i32"}
     yield "solver_step", solver_step_kernel, one_slot
     yield "solver_step, counter, time and status", solver_step_kernel, one_slot | counted

@@ -13,6 +13,7 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "CosineVPSDE",
+    "Guidance",
     "MismatchError",
     "NonFiniteError",
     "RectifiedFlow",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from . import tracing as tracing
     from . import training as training
     from . import verify as verify
+    from .guidance import Guidance
     from .reference import NonFiniteError
     from .sampler import Sampler, sample
     from .sde import EDM, VESDE, VPSDE, CosineVPSDE, RectifiedFlow, SubVPSDE
@@ -71,6 +73,7 @@ else:
     )
     _MODULE_OF = {
         **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
+        "Guidance": "guidance",
         "NonFiniteError": "reference",
         "Sampler": "sampler",
         "StepTable": "solvers",

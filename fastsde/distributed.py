@@ -94,6 +94,8 @@ def sample(
         for name, given in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs))
         if given is not None
     }
+    if own.guidance is not None:
+        own.guidance = own.guidance.part(n, mine)
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress and here.rank == 0, **conditions}
     start, end = ((first_sample + i) % 2**64 for i in (mine.start, mine.stop - 1))
     with _working_group(here) as group:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise
+from .guidance import Guidance, Weights
 from .objective import Coefficients, Objective
 from .sde import match_dims
 from .solvers import StepTable
@@ -34,6 +35,7 @@ __all__ = [
     "flip_images",
     "network_input",
     "perturb",
+    "rescale_factor",
     "sample",
     "sample_losses",
     "solver_step",
@@ -81,7 +83,8 @@ def solver_step(
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
-    guidance: float | None = None,
+    guidance: float | Tensor | None = None,
+    rescale: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Computes one row of a table: s' = A s + b f + e D + d z, with D = clamp(p.s + q f).
 
@@ -91,14 +94,13 @@ def solver_step(
         z: this row's noise, needed where d is not zero; drawn from ``keys`` if not given.
         keys: int64 ``[B, 2]``.
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
+        guidance: a number, or one a sample, ``[B]``.
+        rescale: phi, by which the combined output is rescaled (`rescale_factor`).
 
     Returns:
         The new slots, each in its own memory. A slot that takes over an old one unchanged is that same tensor.
     """
-    f = f.to(slots[0].dtype)
-    if f_uncond is not None and guidance is not None:
-        f_uncond = f_uncond.to(f.dtype)
-        f = f_uncond + guidance * (f - f_uncond)
+    f = guided(f.to(slots[0].dtype), f_uncond, guidance, rescale)
     k = table.row(row)
     data = z_row = f  # placeholders, if no slot uses them
     if any(k.e):
@@ -114,6 +116,33 @@ def solver_step(
     )
 
 
+def guided(f: Tensor, f_uncond: Tensor | None, guidance: float | Tensor | None, rescale: float = 0.0) -> Tensor:
+    """Returns the network's output with guidance, if there is any. Arguments as for `solver_step`."""
+    if f_uncond is None or guidance is None:
+        return f
+    f_uncond = f_uncond.to(f.dtype)
+    w = match_dims(guidance, f) if isinstance(guidance, Tensor) else guidance
+    combined = f_uncond + w * (f - f_uncond)
+    if not rescale:
+        return combined
+    return combined * match_dims(rescale_factor(f, combined, rescale), f)
+
+
+def rescale_factor(f: Tensor, combined: Tensor, phi: float) -> Tensor:
+    """Returns phi std(f) / std(combined) + 1 - phi for each sample, ``[B]``, or 1 where std(combined) is 0.
+
+    (Lin et al. 2023, arXiv:2305.08891, eqs. 14-16.) The deviations are over all elements of a sample.
+    """
+
+    def deviation(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        norm: Tensor = torch.linalg.vector_norm(flat - flat.mean(dim=1, keepdim=True), dim=1)
+        return norm  # N - 1 cancels in the ratio
+
+    whole, other = deviation(f[:, None]), deviation(combined[:, None])
+    return torch.where(other > 0, phi * (whole / other) + (1 - phi), 1.0)
+
+
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
     """Returns n.s, the network's input in a row."""
     k = table.row(row)
@@ -127,9 +156,17 @@ def _sum(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate(
-    model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    model_kwargs: Mapping[str, Any],
+    uncond_kwargs: Mapping[str, Any] | None,
+    other: Model | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the network's output and, if there are ``uncond_kwargs``, the unconditional output.
+
+    Args:
+        other: the network of the unconditional output, if it is another one.
 
     Raises:
         IndexError: if an argument is out of the network's range; the message names the arguments.
@@ -138,7 +175,7 @@ def evaluate(
     if uncond_kwargs is None:
         return f, None
     f = f.clone()  # a network may return the same memory at every call
-    return f, _call(model, x, t, "uncond_kwargs", uncond_kwargs)
+    return f, _call(model if other is None else other, x, t, "uncond_kwargs", uncond_kwargs)
 
 
 def _call(model: Model, x: Tensor, t: Tensor, name: str, kwargs: Mapping[str, Any]) -> Tensor:
@@ -163,7 +200,7 @@ def sample(
     x_init: Tensor | None = None,
     noise_function: NoiseFunction | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | Guidance | Weights | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     after_row: RowHook | None = None,
@@ -177,7 +214,7 @@ def sample(
         x_init: the initial state, instead of the draw of step 0.
         noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022,
-            arXiv:2207.12598).
+            arXiv:2207.12598), or a `fastsde.Guidance`, or its weights for this batch.
         dtype: the dtype of the state.
         after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
             replaces the state.
@@ -187,16 +224,22 @@ def sample(
     """
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
     slots = (x, *(torch.zeros_like(x) for _ in range(1, table.slots)))
-    uncond = None if guidance is None else uncond_kwargs or {}
+    if guidance is not None and not isinstance(guidance, Weights):
+        guidance = Guidance.of(guidance).along(table)
+        guidance = guidance.weights(shape[0], table, x.device, dtype, guidance.model)
     for row in range(len(table)):
         k = table.row(row)
         t = torch.full((len(x),), k.time, dtype=dtype, device=x.device)
-        f, f_uncond = evaluate(model, network_input(slots, table, row), t, model_kwargs or {}, uncond)
+        uncond, w, other = None, None, None
+        if guidance is not None and guidance.guided[row]:
+            uncond, w, other = uncond_kwargs or {}, guidance.of_row(row), guidance.network
+        f, f_uncond = evaluate(model, network_input(slots, table, row), t, model_kwargs or {}, uncond, other)
         for output in (f, f_uncond):
             if output is not None:
                 check_finite("the network returned", output, row, k.time)
         z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
-        slots = solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance)
+        phi = 0.0 if guidance is None else guidance.rescale
+        slots = solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=w, rescale=phi)
         check_finite("the state became", slots[0], row, k.time)
         replaced = None if after_row is None else after_row(row, k.time, slots[0])
         slots = slots if replaced is None else (replaced, *slots[1:])

@@ -14,6 +14,7 @@ from . import conditions, engines, ops, subject
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
+from .guidance import Guidance
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
 from .plan import Plan, Planner, compiler_of
@@ -70,8 +71,9 @@ class Sampler:
             dtype if the network accepts it. The state is fp32; state and t are float64 if ``dtype`` is. On a GPU,
             PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False.
         device: by default the network's own device, or PyTorch's default device for a function.
-        guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598). The
-            unconditional call needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition".
+        guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598), a number or
+            one a sample, ``[n]``; or a `fastsde.Guidance`, whose w may vary along the rows, too. The unconditional call
+            needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition".
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of a small
             network in one launch); "auto" picks the fastest that can run. There, as in a capture, a network must depend
@@ -109,7 +111,7 @@ class Sampler:
         prior_std: float | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        guidance: float | None = None,
+        guidance: float | Tensor | Guidance | None = None,
         backend: str = "auto",
         compile: bool | str = False,
         max_batch: int | str | None = None,
@@ -136,7 +138,7 @@ class Sampler:
         )
         self._t_start = t_start
         self._prior_std = sde.prior_std if prior_std is None else check_number("prior_std", prior_std)
-        self.guidance = None if guidance is None else check_number("guidance", guidance)
+        self.guidance = None if guidance is None else Guidance.of(guidance).along(self.table)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
@@ -148,6 +150,12 @@ class Sampler:
         optimize = backend != "reference" and self.state_dtype == torch.float32
         integer_times = bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
+        self._other = None  # the network of the unconditional output, if it is another one
+        if self.guidance is not None and self.guidance.model is not None:
+            other = subject.resolve(self.guidance.model, self.sample_shape, sde, known, self.device).model
+            subject.make_device(self.device, other)
+            if other is not model:
+                self._other = Network(other, dtype, compiler_of(compile), optimize, self.device, integer_times)
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
@@ -164,7 +172,9 @@ class Sampler:
 
     @property
     def _options(self) -> tuple[str, ...]:
-        return () if self.guidance is None else ("guidance",)
+        if self.guidance is None:
+            return ()
+        return ("guidance", "rescaled guidance") if self.guidance.rescale else ("guidance",)
 
     @property
     def backend(self) -> str:
@@ -212,7 +222,8 @@ class Sampler:
         if trajectory is not None:
             count = len(self.table) // trajectory + 1
             saved = torch.empty((count, *request.shape), dtype=self.state_dtype, device=self.device)
-        self._network.refresh()
+        for network in request.networks(self._network):
+            network.refresh()
         self._warn_of_randomness()
         try:
             with torch.no_grad():
@@ -246,10 +257,12 @@ class Sampler:
         if self._checkpoint is not None and self._checkpoint.conditions:
             known, has_null = self._checkpoint.conditions, self._checkpoint.has_null
             model_kwargs = conditions.completed(known, model_kwargs, keys, has_null)
-            if self.guidance is not None and uncond_kwargs is None:
+            if self.guidance is not None and self.guidance.model is None and uncond_kwargs is None:
                 uncond_kwargs = conditions.unconditional(known, n, self.device, has_null)
             for name, given in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
                 conditions.check_labels(name, given, known)
+        if self.guidance is not None and self.guidance.model is not None and uncond_kwargs is None:
+            uncond_kwargs = {} if model_kwargs is None else model_kwargs
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         shape = (n, *self.sample_shape)
@@ -266,7 +279,9 @@ class Sampler:
             prior_std=self._prior_std,
             noise=None if noise is None else _checked_noise(noise),
             model_kwargs=check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device),
-            guidance=self.guidance,
+            guidance=None
+            if self.guidance is None
+            else self.guidance.weights(n, self.table, self.device, self.state_dtype, self._other),
             uncond_kwargs=None
             if uncond_kwargs is None
             else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device),
@@ -366,7 +381,7 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | Tensor | Guidance | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     compile: bool | str = False,

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checkpoints, solvers
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
+from .guidance import Guidance
 from .models import shape_of
 from .reference import Model, NoiseFunction, RowHook
 from .sde import PROCESSES, VPSDE, Process, check_process
@@ -83,7 +84,7 @@ class SampleOptions(CallOptions, TableOptions, total=False):
     prior_std: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
-    guidance: float | None
+    guidance: float | Tensor | Guidance | None
     backend: str
     compile: bool | str
     max_batch: int | str | None

@@ -14,6 +14,7 @@ from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_fa
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
+    from ..guidance import Guidance
     from ..sampler import Sampler
 
 _FRAMES = 60
@@ -67,6 +68,19 @@ class Files:
     "[default: drawn, as frequent as in the data]",
 )
 @click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
+@click.option(
+    "--guidance-interval",
+    nargs=2,
+    type=float,
+    metavar="LOW HIGH",
+    help="The times with guidance; at all others the network is called once.",
+)
+@click.option(
+    "--guidance-rescale",
+    type=float,
+    metavar="PHI",
+    help="How much of the growth of the output under guidance is undone, from 0 to 1.",
+)
 @takes_solver
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
@@ -120,6 +134,9 @@ def _sample(
     device: str | None,
     factory: str | None,
     labels: str | None,
+    guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
+    guidance_rescale: float | None,
     **options: Any,
 ) -> None:
     """Draws samples, and writes them on the first process; ``written`` collects the paths written so far."""
@@ -132,7 +149,8 @@ def _sample(
     leads = ranks is None or ranks.rank == 0
     checkpoint = load_checkpoint(model, on_device, factory)
     _check(model, checkpoint, files, leads)
-    classes = _classes(model, checkpoint, labels, options["guidance"])
+    classes = _classes(model, checkpoint, labels, guidance)
+    options["guidance"] = _guidance(guidance, guidance_interval, guidance_rescale)
     sampler = Sampler(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), **options)
     if n is None:
         n = 20 if len(checkpoint.shape) == 3 else 1000
@@ -165,6 +183,17 @@ def _classes(model: str, checkpoint: Checkpoint, labels: str | None, guidance: f
     if labels == "all":
         return list(range(condition.classes))
     return [condition.label(each.strip()) for each in labels.split(",")]
+
+
+def _guidance(scale: float | None, interval: tuple[float, float] | None, rescale: float | None) -> Guidance | None:
+    """Returns the guidance that the options ask for."""
+    from ..guidance import Guidance
+
+    if scale is None:
+        if interval is not None or rescale is not None:
+            raise ValueError("--guidance-interval and --guidance-rescale need the weight of --guidance")
+        return None
+    return Guidance(scale, interval=interval, rescale=rescale or 0.0)
 
 
 def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:

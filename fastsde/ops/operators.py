@@ -60,7 +60,8 @@ def launch_solver_step(
     z: Tensor | None,
     keys: Tensor | None,
     f_uncond: Tensor | None,
-    guidance: float | None,
+    scale: Tensor | None,
+    rescale: float,
     clip: float | None,
 ) -> list[Tensor]:
     """Runs the kernel of a step; returns the new slots except those that take over an old one. Nothing is checked.
@@ -68,11 +69,17 @@ def launch_solver_step(
     Args:
         table: a `fastsde.ops.device_table`.
         kinds: `StepTable.kinds` of the row.
+        scale: fp32 ``[B]``, the weights of guidance.
+        rescale: phi of guidance that is rescaled.
     """
     terms = _step_terms(kinds, slots)
-    f, z, keys, f_uncond, *slots = contiguous(f, z, keys, f_uncond, *slots)
+    f, z, keys, f_uncond, scale, *slots = contiguous(f, z, keys, f_uncond, scale, *slots)
+    factor = None
+    if f_uncond is not None and rescale:
+        factor = slots[0].new_empty(f.shape[0])
+        kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, scale=scale, phi=rescale, factor=factor)
     out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]
-    given = {"z": z, "keys": keys, "f_uncond": f_uncond, "guidance": guidance, "clip": clip}
+    given = {"z": z, "keys": keys, "f_uncond": f_uncond, "scale": scale, "factor": factor, "clip": clip}
     kernel("solver_step", f.device).solver_step(slots, f, table, row, terms=terms, out=out, **given)
     return [made for made in out if made is not None]
 

@@ -280,7 +280,7 @@ def test_torch_library_knows_step_and_draw() -> None:
     keys, x = noise.sample_keys(0, 3), torch.randn(3, 5)
     table = ops.device_table(TABLE, x.device)
     torch.library.opcheck(torch.ops.fastsde.normal.default, (keys, 3, 0, [5]))
-    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 1.0)
+    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 0.0, 1.0)
     torch.library.opcheck(torch.ops.fastsde.solver_step.default, step)
 
 
@@ -480,7 +480,7 @@ for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 
     ops.normal(keys, 1, (size,))
     ops.dispatch.kernel("normal", x.device).bits(keys, 1, 0, (size,))
     for row in range(3):
-        ops.solver_step([x], x, table, row, keys=keys, f_uncond=x, guidance=2.0)
+        ops.solver_step([x], x, table, row, keys=keys, f_uncond=x, guidance=2.0, rescale=0.5)
         for each in tables:
             ops.solver_step([x.clone() for _ in range(each.slots)], x.half(), each, row, z=x)
     coefficients = ops.coefficients(objective, ops.training_times(objective, keys, 2, 3)[1])
