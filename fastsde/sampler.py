@@ -54,8 +54,9 @@ class Sampler:
             solver is a `StepTable`.
         solver: one of `fastsde.solvers.SOLVERS`, such as "euler_maruyama", "ddim" or "unipc", or a `StepTable`.
         steps: the rows of the solver's table, that is, calls of the network. The tutorial uses 999.
-        t_start: the time to start at, in (t_end, t_max], where ``x_init`` is the state; by default t_max.
-        t_end: the time that the trajectory ends at, in [0, t_start).
+        t_start: the time to start at, in [0, t_max], where ``x_init`` is the state; by default t_max.
+        t_end: the time that the trajectory ends at, in [0, t_start); or above t_start, to run a solver without noise
+            upwards, from data to noise (`fastsde.encode`).
         spacing: how the times in between are spaced: "uniform", "karras", "log_snr", "quadratic", "trailing" or
             "leading" (see `fastsde.solvers.times.spaced`); by default "karras" for EDM, else "uniform".
         rho: the rho of "karras" spacing, by default 7.

@@ -56,10 +56,11 @@ def test_the_rows_of_a_table_are_the_calls_and_have_the_times_of_its_spacing(nam
     start = 1.0 if spacing == "leading" else 0.8
     for steps in (1, 5, 9):
         table = solvers.build(name, SDE, steps, spacing=spacing, prediction="v", t_start=start)
-        intervals = steps if kind.corrects_at is None else (steps + 1) // 2
+        rows = kind.rows_per_interval
+        intervals = -(-steps // rows)
         expected = spaced(spacing, SDE, intervals, start, 0.0)[:-1]
         assert len(table) == steps
-        own = table.time if kind.corrects_at is None else table.time[::2]
+        own = table.time[::rows]
         torch.testing.assert_close(own, expected, rtol=0, atol=0)
 
 
@@ -178,8 +179,12 @@ def test_options_reach_the_builder() -> None:
             "eta is given twice, as eta=0.5 and in solver_options",
         ),
         (("ddim", {"denoise": 1}), TypeError, "denoise must be True or False, got 1"),
-        (("ddim", {"t_start": 1.5}), ValueError, r"t_start must be in \(0, 1\], got 1.5"),
-        (("ddim", {"t_start": 0.5, "t_end": 0.5}), ValueError, r"t_end must be in \[0, 0.5\), got 0.5"),
+        (("ddim", {"t_start": 1.5}), ValueError, r"t_start must be in \[0, 1\], got 1.5"),
+        (
+            ("ddim", {"t_start": 0.5, "t_end": 0.5}),
+            ValueError,
+            r"t_end must be in \[0, 0.5\) or, to run upwards, .*got 0.5",
+        ),
         (("ddim", {"t_start": "late"}), TypeError, "t_start must be a number, got str"),
         (("ddim", {"spacing": "cosine"}), ValueError, "spacing must be one of uniform, .*, got 'cosine'"),
         (("ddim", {"spacing": 7}), ValueError, "spacing must be one of uniform, .*, got 7"),

@@ -35,7 +35,7 @@ def adams_bashforth(
         alpha, sigma, time, prediction, clip: as for `ddim`; the direction uses the unclipped eps.
         order: 1 (the same as `ddim`) to 4.
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=True)
     check_order(order, 4)
     orders = row_orders(len(time), order, from_noise=bool(alpha[0] == 0))
     return eps_multistep(alpha, sigma, time, prediction, orders, lagrange_integrals, clip)

@@ -61,8 +61,8 @@ def ddim(
 
     The direction towards x_t uses the unclipped eps. Arguments are as for `ddpm`, with ``eta`` in [0, 1].
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=eta == 0)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
     noise = eta * variance.sqrt() * after[1] / before[1]
@@ -87,8 +87,8 @@ def euler_ancestral(
     rho_up = eta rho' sqrt(1 - rho'^2 / rho^2), and the Euler step goes down to sqrt(rho'^2 - rho_up^2). Without clip
     this is `ddim` with the same eta; with clip, the direction uses the clipped data, too. Arguments are as for `ddim`.
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=eta == 0)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
     up = eta * variance.sqrt() * after[1] / before[1]  # up and down are multiplied by alpha'

@@ -37,7 +37,7 @@ def deis(
         lower_order_final: whether the order decreases to 1 in the last rows. A last row down to sigma = 0, where
             log(rho) is infinite, always has first order.
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=True)
     check_order(order, 3)
     check_bool("lower_order_final", lower_order_final)
     orders = row_orders(len(time), order, lower_order_final, from_noise=bool(alpha[0] == 0))

@@ -33,8 +33,8 @@ def dpm_solver_pp_2m(
         lower_order_final: whether the last row has first order. It always does if the last sigma is 0, since the
             second-order row does not exist there.
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=not stochastic)
     half_log_snr = torch.log(alpha / sigma)  # -inf at zero terminal SNR: the row from pure noise then has an infinite h
     h = half_log_snr.diff()
     decay = torch.exp(-h)
@@ -82,8 +82,8 @@ def dpm_solver_pp_3m(
             has order 1.
         variant: form of the second-order rows, "midpoint" as in `dpm_solver_pp_2m`, or "heun".
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=not stochastic)
     if variant not in ("midpoint", "heun"):
         raise ValueError(f"variant must be midpoint or heun, got {variant!r}")
     order = torch.tensor(row_orders(len(time), 3, lower_order_final), device="cpu")

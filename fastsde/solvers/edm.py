@@ -28,6 +28,7 @@ def _corrects_at(sde: Process, t: float, prediction: str) -> bool:
     Variant(2),
     Variant(2, noise=True, options={"s_churn": 8.0, "s_max": 50.0}),
     corrects_at=_corrects_at,
+    rows_per_interval=2,
     needs_alpha=True,
 )
 def edm_stochastic(
@@ -58,16 +59,16 @@ def edm_stochastic(
         s_noise: S_noise, the standard deviation of the added noise.
         euler_final: whether the last interval is a single Euler row; by default only if it ends at sigma = 0.
     """
-    times = continuous_times(sde, times, prediction)
     check_number("s_churn", s_churn, "at least 0 and finite", lambda s: 0 <= s < math.inf)
+    times = continuous_times(sde, times, prediction, upwards=s_churn == 0)
     check_number("s_min", s_min, "at least 0", lambda s: s >= 0)
     check_number("s_max", s_max, f"at least s_min, {s_min:g}", lambda s: s >= s_min)
     check_number("s_noise", s_noise, "at least 0 and finite", lambda s: 0 <= s < math.inf)
     rho = sde.sigma(times) / sde.alpha(times)
     if not torch.isfinite(rho).all():
         raise ValueError(
-            f"edm_stochastic has no step from t = {times[0].item():g}, where alpha is 0: pick another solver, or times "
-            f"that start below"
+            f"edm_stochastic has no step from or to t = {times.max().item():g}, where alpha is 0: pick another solver, "
+            f"or times below"
         )
     if euler_final is None:
         euler_final = bool(rho[-1] == 0)

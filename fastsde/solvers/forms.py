@@ -16,13 +16,18 @@ __all__ = [
     "continuous_times",
     "data_form",
     "eps_form",
+    "finite_velocity_form",
     "float64",
     "has_signal",
+    "has_velocity",
     "schedule",
     "score_form",
     "table",
     "velocity_form",
 ]
+
+
+_UPWARDS = "; only a solver without noise may run upwards"
 
 
 def float64(name: str, values: Tensor | Sequence[float], min_points: int = 1) -> Tensor:
@@ -42,23 +47,37 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
-def continuous_times(sde: Process, times: Tensor | Sequence[float], prediction: str) -> Tensor:
-    """Returns checked times ``[K + 1]`` of the process, decreasing within [0, t_max]."""
+def continuous_times(sde: Process, times: Tensor | Sequence[float], prediction: str, upwards: bool = False) -> Tensor:
+    """Returns checked times ``[K + 1]`` of the process, decreasing within [0, t_max].
+
+    Args:
+        upwards: whether they may also increase, for a solver of the probability flow.
+    """
     check_process("sde", sde)
     check_prediction(prediction)
     times = float64("times", times, 2)
-    if times.max() > sde.t_max or times.min() < 0 or not (times.diff() < 0).all():
+    steps = times.diff()
+    in_order = (steps < 0).all() or (upwards and (steps > 0).all())
+    if times.max() > sde.t_max or times.min() < 0 or not in_order:
         raise ValueError(
             f"times must decrease strictly within [0, {sde.t_max:g}], got {times[0].item():g} .. "
-            f"{times[-1].item():g} over {len(times)} points"
+            f"{times[-1].item():g} over {len(times)} points{_UPWARDS}"
         )
     return times
 
 
 def schedule(
-    alpha: Tensor | Sequence[float], sigma: Tensor | Sequence[float], time: Tensor | Sequence[float], prediction: str
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str,
+    upwards: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0 (arXiv:2305.08891)."""
+    """Returns checked alpha and sigma ``[K + 1]`` and time ``[K]``. The first alpha may be 0 (arXiv:2305.08891).
+
+    Args:
+        upwards: whether sigma / alpha may also increase, for a solver of the probability flow.
+    """
     check_prediction(prediction)
     alpha, sigma, time = float64("alpha", alpha, 2), float64("sigma", sigma, 2), float64("time", time)
     if not len(alpha) == len(sigma) == len(time) + 1:
@@ -74,8 +93,9 @@ def schedule(
         )
     if not (sigma[:-1] > 0).all() or sigma[-1] < 0:
         raise ValueError(f"sigma must be positive, or zero at the last point, got {sigma.min().item():g}")
-    if not (alpha[1:] * sigma[:-1] > alpha[:-1] * sigma[1:]).all():
-        raise ValueError("sigma / alpha must decrease strictly from point to point")
+    decrease = alpha[1:] * sigma[:-1] - alpha[:-1] * sigma[1:]
+    if not ((decrease > 0).all() or (upwards and (decrease < 0).all())):
+        raise ValueError(f"sigma / alpha must decrease strictly from point to point{_UPWARDS}")
     return alpha, sigma, time
 
 
@@ -146,6 +166,22 @@ def velocity_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, 
         norm = alpha**2 + sigma**2
         return (alpha * alpha_dot + sigma * sigma_dot) / norm, turn / norm
     return (alpha_dot + sigma_dot) / (alpha + sigma), turn / (alpha + sigma)
+
+
+def has_velocity(sde: Process, t: float, prediction: str) -> bool:
+    """Returns whether a network with this prediction has a finite velocity at a time."""
+    form = velocity_form(sde, torch.tensor([t], dtype=torch.float64, device="cpu"), prediction)
+    return bool(torch.isfinite(torch.stack(form)).all())
+
+
+def finite_velocity_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """Returns `velocity_form`. Raises ValueError where it is not finite."""
+    r, s = velocity_form(sde, time, prediction)
+    if not (exists := torch.isfinite(r) & torch.isfinite(s)).all():
+        t = float(time[~exists][0])
+        which = "sigma" if t == 0 else "alpha"
+        raise ValueError(f"a network that predicts {prediction} has no velocity at t = {t:g}, where {which} is 0")
+    return r, s
 
 
 def table(

@@ -8,20 +8,14 @@ import torch
 from torch import Tensor
 
 from ..sde import Process
-from .forms import continuous_times, table, velocity_form
+from .forms import continuous_times, finite_velocity_form, has_velocity, table
 from .registry import Variant, solver
 from .table import StepTable
 
 __all__ = ["heun"]
 
 
-def corrects_at(sde: Process, t: float, prediction: str) -> bool:
-    """Returns whether a network with this prediction has a finite velocity at a time, as needed for a correction."""
-    form = velocity_form(sde, torch.tensor([t], dtype=torch.float64, device="cpu"), prediction)
-    return bool(torch.isfinite(torch.stack(form)).all())
-
-
-@solver(Variant(2), corrects_at=corrects_at)
+@solver(Variant(2), corrects_at=has_velocity, rows_per_interval=2, weights={1: (1.0,), 2: (0.5, 0.5)})
 def heun(
     sde: Process, times: Tensor | Sequence[float], prediction: str = "score", euler_final: bool | None = None
 ) -> StepTable:
@@ -32,7 +26,7 @@ def heun(
 
     Args:
         sde: the process.
-        times: ``[K + 1]``, decreasing in [0, t_max].
+        times: ``[K + 1]``, decreasing or increasing in [0, t_max].
         prediction: what the network predicts, one of `PREDICTIONS`.
         euler_final: whether the last interval is a single Euler row. By default only if the network's velocity is not
             finite at the last time: mostly at t = 0, where sigma is 0 (as in Karras et al.). A network that takes
@@ -41,14 +35,10 @@ def heun(
     Raises:
         TypeError, ValueError: for an invalid argument, or if the velocity is needed where it is not finite.
     """
-    times = continuous_times(sde, times, prediction)
+    times = continuous_times(sde, times, prediction, upwards=True)
     if euler_final is None:
-        euler_final = not corrects_at(sde, float(times[-1]), prediction)
-    r, s = velocity_form(sde, times[: len(times) - euler_final], prediction)
-    if not (exists := torch.isfinite(r) & torch.isfinite(s)).all():
-        t = float(times[: len(exists)][~exists][0])
-        which = "sigma" if t == 0 else "alpha"
-        raise ValueError(f"a network that predicts {prediction} has no velocity at t = {t:g}, where {which} is 0")
+        euler_final = not has_velocity(sde, float(times[-1]), prediction)
+    r, s = finite_velocity_form(sde, times[: len(times) - euler_final], prediction)
     half = -times.diff() / 2
     correct = slice(len(half) - euler_final)
     one, zero = torch.ones_like(half), torch.zeros_like(half)

@@ -51,7 +51,10 @@ def build(
     solver_options: Mapping[str, Any] | None = None,
     denoise: bool = False,
 ) -> StepTable:
-    """Builds the table of a named solver with ``steps`` rows, from ``t_start`` down to ``t_end``.
+    """Builds the table of a named solver with ``steps`` rows, from ``t_start`` down to ``t_end``, or up to it.
+
+    Only solvers without noise run upwards, from where sigma is above 0 to where alpha is, or for ``heun`` and ``rk4``
+    between any times at which the velocity is finite.
 
     Args:
         t_start: by default the time of the prior.
@@ -70,22 +73,21 @@ def build(
     check_int("steps", steps, 1)
     check_bool("denoise", denoise)
     check_prediction(prediction)
-    last = sde.t_max if t_start is None else t_start
-    check_number("t_start", last, f"in (0, {sde.t_max:g}]", lambda t: 0 < t <= sde.t_max)
-    check_number("t_end", t_end, f"in [0, {last:g})", lambda t: 0 <= t < last)
+    first = sde.t_max if t_start is None else t_start
+    _check_ends(sde, first, t_end, denoise)
     options = _options(entry, {"clip": clip, "eta": eta}, solver_options)
-    intervals = steps
-    if entry.corrects_at is not None:  # two rows per interval; a leftover row is a step without its correction
-        intervals = steps // 2 + 1 if denoise else (steps + 1) // 2
-        is_lone = denoise or steps % 2 == 1
-        if not is_lone and not entry.corrects_at(sde, t_end, prediction):
-            raise ValueError(
-                f"{solver} down to t = {t_end:g} with prediction={prediction!r} takes an odd number of steps, since "
-                f"its last row is a single Euler step: got steps={steps}, take {steps - 1} or {steps + 1}, or a t_end "
-                f"above {t_end:g}"
-            )
-        options["euler_final"] = is_lone
-    times = spaced(sde.spacing if spacing is None else spacing, sde, intervals, last, t_end, rho)
+    rows = entry.rows_per_interval
+    whole = (steps - 1) // rows  # the last interval takes what is left, with ``denoise`` only the row to be replaced
+    intervals = whole + 1 if not denoise else -(-(steps - 1) // rows) + 1
+    final = 1 if denoise else steps - rows * whole
+    if final == rows and entry.corrects_at is not None and not entry.corrects_at(sde, t_end, prediction):
+        parity = "an odd number of steps" if rows == 2 else f"a number of steps that {rows} does not divide"
+        raise ValueError(
+            f"{solver} to t = {t_end:g} with prediction={prediction!r} takes {parity}, since its last interval has no "
+            f"row at its end: got steps={steps}, take {steps - 1} or {steps + 1}, or another t_end"
+        )
+    options |= entry.ending(final)
+    times = spaced(sde.spacing if spacing is None else spacing, sde, intervals, first, t_end, rho)
     if entry.is_on_schedule:
         table = entry.builder(sde.alpha(times), sde.sigma(times), times[:-1], prediction, **options)
     else:
@@ -94,6 +96,16 @@ def build(
         came = f"{len(table)} rows" if isinstance(table, StepTable) else type(table).__name__
         raise TypeError(f"the solver {solver} must return a StepTable of {steps} rows, got {came}")
     return _denoised(table, sde, prediction, steps - 1) if denoise else table
+
+
+def _check_ends(sde: Process, t_start: float, t_end: float, denoise: bool) -> None:
+    """Raises unless the two times lie within those of the process, and differ."""
+    end = sde.t_max
+    check_number("t_start", t_start, f"in [0, {end:g}]", lambda t: 0 <= t <= end)
+    expected = f"in [0, {t_start:g})" + (f" or, to run upwards, in ({t_start:g}, {end:g}]" if t_start < end else "")
+    check_number("t_end", t_end, expected, lambda t: 0 <= t <= end and t != t_start)
+    if denoise and t_end > t_start:
+        raise ValueError(f"denoise is for runs down to the data, got t_start={t_start:g} and t_end={t_end:g}")
 
 
 def _options(entry: Solver, named: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from .table import StepTable
 
 __all__ = ["REGISTRY", "Solver", "Variant", "solver"]
 
-# Arguments that are not options: euler_final follows from the number of rows.
-_PLACES = ("sde", "times", "alpha", "sigma", "time", "prediction", "euler_final")
+# Arguments that are not options: euler_final and final_rows follow from the number of rows.
+_PLACES = ("sde", "times", "alpha", "sigma", "time", "prediction", "euler_final", "final_rows")
 Builder = TypeVar("Builder", bound=Callable[..., StepTable])
 
 
@@ -42,15 +42,21 @@ class Solver:
     """A registered builder of a `StepTable`.
 
     Args:
-        corrects_at: for a solver with two rows per interval, a step and its correction at the new time: returns whether
-            the correction exists for a process, a time and a prediction. Without it, an interval is one row.
+        corrects_at: for a solver whose last row of an interval is at the new time, such as Heun's correction: returns
+            whether that row exists for a process, a time and a prediction.
         needs_alpha: whether the solver cannot start a step where alpha is 0, whatever the network predicts.
+        rows_per_interval: how many rows an interval of times takes. The last interval may take fewer, which the
+            builder is told by ``euler_final`` (of two rows only the first) or by ``final_rows``.
+        weights: for a Runge-Kutta method, the weights of the velocities of an interval's rows, by how many these are:
+            with h the interval, x' = x + h sum_i weights_i v_i.
     """
 
     builder: Callable[..., StepTable]
     variants: tuple[Variant, ...]
     corrects_at: Callable[[Process, float, str], bool] | None = None
     needs_alpha: bool = False
+    rows_per_interval: int = 1
+    weights: Mapping[int, tuple[float, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -66,6 +72,13 @@ class Solver:
         """The names of the builder's options, such as clip or order."""
         return tuple(name for name in inspect.signature(self.builder).parameters if name not in _PLACES)
 
+    def ending(self, rows: int) -> dict[str, Any]:
+        """Returns the argument that tells the builder how many rows its last interval takes."""
+        if self.rows_per_interval == 1:
+            return {}
+        is_told = "final_rows" in inspect.signature(self.builder).parameters
+        return {"final_rows": rows} if is_told else {"euler_final": rows == 1}
+
 
 REGISTRY: dict[str, Solver] = {}
 
@@ -74,6 +87,8 @@ def solver(
     *variants: Variant,
     corrects_at: Callable[[Process, float, str], bool] | None = None,
     needs_alpha: bool = False,
+    rows_per_interval: int = 1,
+    weights: Mapping[int, tuple[float, ...]] | None = None,
 ) -> Callable[[Builder], Builder]:
     """Registers the decorated builder under its own name; the first variant is the one without options."""
 
@@ -84,7 +99,7 @@ def solver(
         known = REGISTRY.get(builder.__name__)
         if known is not None and known.builder.__module__ != builder.__module__:
             raise ValueError(f"a solver {builder.__name__} is already registered, by {known.builder.__module__}")
-        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at, needs_alpha)
+        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at, needs_alpha, rows_per_interval, weights)
         return builder
 
     return register

@@ -22,7 +22,7 @@ _DISCRETE = 1000  # steps of the discrete schedule
 def spaced(
     spacing: str, sde: Process, intervals: int, t_start: float, t_end: float, rho: float | None = None
 ) -> Tensor:
-    """Returns times ``[intervals + 1]`` of a process, from ``t_start`` down to ``t_end``.
+    """Returns times ``[intervals + 1]`` of a process, from ``t_start`` down to ``t_end``, or up, in reverse.
 
     Args:
         spacing: "uniform" in t; "quadratic", uniform in sqrt(t) (DDIM, arXiv:2010.02502); "karras", uniform in
@@ -40,6 +40,8 @@ def spaced(
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
     if rho is not None and spacing != "karras":
         raise ValueError(f"rho is an option of spacing='karras', got rho={rho} with spacing={spacing!r}")
+    if t_start < t_end:
+        return spaced(spacing, sde, intervals, t_end, t_start, rho).flip(0)
     if spacing in ("trailing", "leading"):
         if spacing == "leading" and t_start != sde.t_max:
             raise ValueError(f"spacing='leading' needs the process's t_max as t_start, got t_start={t_start:g}")

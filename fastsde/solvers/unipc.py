@@ -42,7 +42,7 @@ def unipc(
         lower_order_final: whether the order decreases to 1 in the last rows. A last row down to sigma = 0 always has
             first order.
     """
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction)
+    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=True)
     check_order(order, 3)
     check_bool("lower_order_final", lower_order_final)
     if variant not in VARIANTS:
