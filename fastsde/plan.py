@@ -19,9 +19,12 @@ __all__ = ["Plan", "Planner", "compiler_of", "unavailable_reason"]
 
 _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
 # How some backends run rows together, and the options that they do not support, which need the host between rows,
-# another network call, or a sum over a sample.
+# another network call, or a sum over all elements of a sample.
 _TOGETHER = {"graph": "replays rows as CUDA graphs", "persistent": "runs a whole trajectory in one launch"}
-_WITHOUT = {"graph": ("noise", "callback"), "persistent": ("compile", "noise", "callback", "rescaled guidance")}
+_WITHOUT = {
+    "graph": ("noise", "callback"),
+    "persistent": ("compile", "noise", "callback", "rescaled guidance", "Langevin rows"),
+}
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify each
 # compiler. torch.compile takes about 10 to 60 s and OpenVINO 3, and they save hardly more than half of the work.
 _MAY_COMPILE, _WORK_S = ("eager", "graph"), {"openvino": 20.0, "torch.compile": 60.0}

@@ -33,6 +33,8 @@ __all__ = [
     "ema_update",
     "evaluate",
     "flip_images",
+    "guided",
+    "langevin_size",
     "network_input",
     "perturb",
     "rescale_factor",
@@ -88,6 +90,8 @@ def solver_step(
 ) -> tuple[Tensor, ...]:
     """Computes one row of a table: s' = A s + b f + e D + d z, with D = clamp(p.s + q f).
 
+    In a Langevin row, D and z are first multiplied by eps and sqrt(2 eps) of `langevin_size`.
+
     Args:
         slots: the state, m tensors ``[B, *shape]``.
         f: the network's output at ``table.time[row]``, shaped like a slot, of any floating-point dtype.
@@ -109,6 +113,8 @@ def solver_step(
             data = data.clamp(-table.clip, table.clip)
     if any(k.d):
         z_row = noise.normal(_given(keys), row + 1, f.shape[1:]).to(f) if z is None else z
+    if k.snr > 0:
+        data, z_row = langevin_terms(data, z_row, k.snr)
     terms = (*slots, f, data, z_row)
     return tuple(
         _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) if source is None else slots[source]
@@ -141,6 +147,21 @@ def rescale_factor(f: Tensor, combined: Tensor, phi: float) -> Tensor:
 
     whole, other = deviation(f[:, None]), deviation(combined[:, None])
     return torch.where(other > 0, phi * (whole / other) + (1 - phi), 1.0)
+
+
+def langevin_size(g: Tensor, z: Tensor, snr: float) -> Tensor:
+    """Returns eps = 2 (snr |z| / |g|)^2 for each sample, ``[B]``, or 0 where g is 0.
+
+    (Song et al. 2021, arXiv:2011.13456, algorithm 4.) The norms are over all elements of a sample.
+    """
+    of_g, of_z = (torch.linalg.vector_norm(each[:, None].flatten(1), dim=1) for each in (g, z))
+    return torch.where(of_g > 0, 2 * (snr * of_z / of_g) ** 2, 0.0)
+
+
+def langevin_terms(g: Tensor, z: Tensor, snr: float) -> tuple[Tensor, Tensor]:
+    """Returns eps g and sqrt(2 eps) z, with the eps of each sample."""
+    size = match_dims(langevin_size(g, z, snr), g)
+    return size * g, (2 * size).sqrt() * z
 
 
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:

@@ -82,6 +82,7 @@ class Request:
             "model_kwargs": bool(self.model_kwargs),
             "guidance": self.guidance is not None,
             "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
+            "Langevin rows": self.table.has_langevin,
         }
         return [name for name, is_used in used.items() if is_used]
 

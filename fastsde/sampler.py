@@ -173,9 +173,12 @@ class Sampler:
 
     @property
     def _options(self) -> tuple[str, ...]:
-        if self.guidance is None:
-            return ()
-        return ("guidance", "rescaled guidance") if self.guidance.rescale else ("guidance",)
+        used = {
+            "guidance": self.guidance is not None,
+            "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
+            "Langevin rows": self.table.has_langevin,
+        }
+        return tuple(name for name, is_used in used.items() if is_used)
 
     @property
     def backend(self) -> str:

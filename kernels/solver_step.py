@@ -2,7 +2,7 @@
 
     f  = c (f_uncond + w (f - f_uncond))    with guidance, w = scale[b] rates[row] and c = factor[b] of sample b
     D  = p.s + q f                      clamped to [-clip, clip] if there is a clip
-    s' = A s + b f + e D + d z
+    s' = A s + b f + e D + d z          in a Langevin row with eps D and sqrt(2 eps) z, of sizes[b]
 
 Slots and results are contiguous fp32 ``[B, *shape]``; the network's output is contiguous fp32, bf16 or fp16. A row of
 a table of m slots is fp32 ``[2 + 5 m + m^2]``: time, q, n, p, b, e, d, A. Terms that are absent are dropped at compile
@@ -96,6 +96,7 @@ def solver_step_kernel(
     scale_ptr,
     rates_ptr,
     factor_ptr,
+    sizes_ptr,
     clip,
     batch: tl.int64,
     size: tl.int64,
@@ -138,6 +139,9 @@ def solver_step_kernel(
         z = tl.load(z_ptr + offset, mask=mask)
     elif keys_ptr is not None:
         z = tile_normal(keys_ptr, sample, exists, start, row + 1, STREAM_SAMPLING, P, FAST)
+    if sizes_ptr is not None:
+        data *= tl.load(sizes_ptr + 2 * sample, mask=exists, other=0.0)[:, None]
+        z *= tl.load(sizes_ptr + 2 * sample + 1, mask=exists, other=0.0)[:, None]
     next_row_ptr = table_ptr + tl.minimum(row + 1, rows - 1) * WIDTH
     network_input = None
     for j in tl.static_range(M):
@@ -179,6 +183,7 @@ def solver_step(
     scale: Tensor | None = None,
     rates: Tensor | None = None,
     factor: Tensor | None = None,
+    sizes: Tensor | None = None,
     clip: float | None = None,
     counter: Tensor | None = None,
     time: Tensor | None = None,
@@ -196,6 +201,7 @@ def solver_step(
         z, keys: for rows with noise, z fp32, or keys int64 ``[B, 2]`` to draw it.
         scale, rates, factor: fp32 ``[B]``, ``[K]`` and ``[B]``, for rows with an ``f_uncond``; without rates or factors
             these are 1.
+        sizes: fp32 ``[B, 2]``, what D and z are multiplied by in a Langevin row (`langevin_size`).
         counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel advances by one.
         time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
         status: int32 ``[1]``, lowered to 2 row + kind (`fastsde.kernels.status`) for the first f or x' that is not
@@ -224,6 +230,7 @@ def solver_step(
             scale,
             rates,
             factor,
+            sizes,
             None if clip is None else float(clip),  # an int would compile another variant
             batch,
             size,

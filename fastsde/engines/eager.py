@@ -107,6 +107,10 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
         data = _sum((*k.p, k.q), (*slots, f))
         if table.clip is not None:
             data.clamp_(-table.clip, table.clip)
+    if k.snr > 0:
+        assert data is not None
+        assert z is not None
+        data, z = reference.langevin_terms(data, z, k.snr)
     new = list(slots)
     for slot, source in terms.moved:
         new[slot] = slots[source]

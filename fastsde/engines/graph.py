@@ -62,6 +62,7 @@ class Form:
     terms: Terms
     has_input: bool
     clip: float | None
+    has_langevin: bool
     rescale: float | None  # of guidance, None without
     network: tuple[Any, ...]
     other: weakref.ref[Network] | None  # the network of the unconditional output, if it is another one
@@ -79,6 +80,7 @@ class Form:
             terms=table.terms(),
             has_input=table.terms().has_input or not table.row(0).reads_slot_0,
             clip=table.clip,
+            has_langevin=table.has_langevin,
             rescale=None if guidance is None else guidance.rescale,
             network=(network.form(), None if other is None else other.form()),
             other=None if other is None else weakref.ref(other),
@@ -162,6 +164,8 @@ class Trajectory:
         self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
+        self._snr = torch.zeros(form.rows, **fp32) if form.has_langevin else None
+        self._sizes = torch.zeros((batch, 2), **fp32) if form.has_langevin else None
         self._weights: dict[str, Tensor | None] = {"scale": None, "rates": None, "factor": None}
         if form.rescale is not None:
             self._weights = {"scale": torch.zeros(batch, **fp32), "rates": torch.zeros(form.rows, **fp32)}
@@ -248,6 +252,12 @@ class Trajectory:
         if f_uncond is not None and form.rescale:
             f, f_uncond = f.contiguous(), f_uncond.contiguous()
             ops.rescale_factor(f, f_uncond, 0, counter=self._counter, phi=form.rescale, **self._weights)
+        weights = self._weights if is_guided else {}
+        keys = self._keys if terms.has_noise else None
+        if self._sizes is not None:
+            f, f_uncond = f.contiguous(), None if f_uncond is None else f_uncond.contiguous()
+            given = {"snr": self._snr, "terms": terms, "keys": keys, "f_uncond": f_uncond, "counter": self._counter}
+            ops.langevin_size(slots, f, self._rows, 0, sizes=self._sizes, **given, **weights)
         new = [slots[place] for place in terms.places]
         ops.counted_step(
             slots,
@@ -259,9 +269,10 @@ class Trajectory:
             network_input=self._input if any(terms.n) else None,
             time=self._time,
             status=self._status,
-            keys=self._keys if terms.has_noise else None,
+            keys=keys,
             f_uncond=f_uncond,
-            **(self._weights if is_guided else {}),
+            **weights,
+            sizes=self._sizes,
             clip=form.clip,
         )
         return new
@@ -278,6 +289,8 @@ class Trajectory:
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
         self._status.copy_(ops.new_status(self._form.device))
+        if self._snr is not None:
+            self._snr.copy_(table.snr)
         if request.guidance is not None:
             weights = request.guidance
             for name, now in (("scale", weights.scale), ("rates", weights.rates_on(self._form.device))):

@@ -62,6 +62,7 @@ def launch_solver_step(
     f_uncond: Tensor | None,
     scale: Tensor | None,
     rescale: float,
+    snr: float,
     clip: float | None,
 ) -> list[Tensor]:
     """Runs the kernel of a step; returns the new slots except those that take over an old one. Nothing is checked.
@@ -71,15 +72,21 @@ def launch_solver_step(
         kinds: `StepTable.kinds` of the row.
         scale: fp32 ``[B]``, the weights of guidance.
         rescale: phi of guidance that is rescaled.
+        snr: of the row, if it is a Langevin row.
     """
     terms = _step_terms(kinds, slots)
     f, z, keys, f_uncond, scale, *slots = contiguous(f, z, keys, f_uncond, scale, *slots)
-    factor = None
+    weights: dict[str, Tensor | None] = {"scale": scale, "factor": None}
+    sizes = None
     if f_uncond is not None and rescale:
-        factor = slots[0].new_empty(f.shape[0])
-        kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, scale=scale, phi=rescale, factor=factor)
+        weights["factor"] = slots[0].new_empty(f.shape[0])
+        kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, phi=rescale, **weights)
+    if snr > 0:
+        sizes, snrs = slots[0].new_empty(f.shape[0], 2), slots[0].new_full((row + 1,), snr)
+        given = {"snr": snrs, "terms": terms, "z": z, "keys": keys, "f_uncond": f_uncond, **weights}
+        kernel("langevin_size", f.device).langevin_size(slots, f, table, row, sizes=sizes, **given)
     out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]
-    given = {"z": z, "keys": keys, "f_uncond": f_uncond, "scale": scale, "factor": factor, "clip": clip}
+    given = {"z": z, "keys": keys, "f_uncond": f_uncond, **weights, "sizes": sizes, "clip": clip}
     kernel("solver_step", f.device).solver_step(slots, f, table, row, terms=terms, out=out, **given)
     return [made for made in out if made is not None]
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_status",
     "counted_step",
     "device_table",
+    "langevin_size",
     "new_status",
     "normal",
     "rescale_factor",
@@ -67,6 +68,8 @@ class Stepper:
             self._weights["rates"] = None if guidance.number is not None else guidance.rates_on(x.device)
             self._weights["factor"] = x.new_empty(len(x)) if guidance.rescale else None
         self._rows = device_table(table, x.device)
+        self._snr = table.snr.to(x.device, torch.float32) if table.has_langevin else None
+        self._sizes = x.new_empty(len(x), 2) if table.has_langevin else None
         self._status = None if has_native(x.device) else new_status(x.device)
         self._at_once = x.device.type == "cpu"
         module = kernel("solver_step", x.device)
@@ -106,13 +109,27 @@ class Stepper:
         if f_uncond is not None and self._weights["factor"] is not None:
             f, f_uncond = contiguous(f, f_uncond)
             rescale_factor(f, f_uncond, row, phi=self._rescale, **self._weights)
+        sizes = self._sized(row, terms, slots, f, f_uncond, z) if self._snr is not None else None
         if self._status is None:
-            found = self._native(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
+            optional = {"z": z, "f_uncond": f_uncond, "sizes": sizes, "network_input": network_input}
+            found = self._native(row, terms, slots, f, out=out, **optional)
             if found < len(STATUS_KINDS):
                 raise non_finite(STATUS_KINDS[found], row, self._table.row(row).time)
         else:
-            self._triton(row, terms, slots, f, f_uncond, z, out, network_input)
+            self._triton(row, terms, slots, f, f_uncond, z, sizes, out, network_input)
         return new, new[0] if network_input is None else network_input
+
+    def _sized(
+        self, row: int, terms: Terms, slots: Sequence[Tensor], f: Tensor, f_uncond: Tensor | None, z: Tensor | None
+    ) -> Tensor | None:
+        """Returns the sizes of the steps of a Langevin row, or None in other rows."""
+        if self._table.row(row).snr == 0:
+            return None
+        f, f_uncond = contiguous(f, f_uncond)
+        given = {"snr": self._snr, "terms": terms, "sizes": self._sizes, "z": z, "f_uncond": f_uncond}
+        given |= self._weights if f_uncond is not None else {}
+        langevin_size(slots, f, self._rows, row, keys=self._keys if z is None else None, **given)
+        return self._sizes
 
     def _triton(
         self,
@@ -122,6 +139,7 @@ class Stepper:
         f: Tensor,
         f_uncond: Tensor | None,
         z: Tensor | None,
+        sizes: Tensor | None,
         out: Sequence[Tensor | None],
         network_input: Tensor | None,
     ) -> None:
@@ -136,6 +154,7 @@ class Stepper:
             keys=self._keys if terms.has_noise and z is None else None,
             f_uncond=f_uncond,
             **(self._weights if f_uncond is not None else {}),
+            sizes=sizes,
             clip=self._table.clip,
             status=self._status,
             out=out,
@@ -158,6 +177,14 @@ def rescale_factor(f: Tensor, f_uncond: Tensor, row: int, **given: Any) -> None:
     kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, **given)
 
 
+def langevin_size(slots: Sequence[Tensor], f: Tensor, rows: Tensor, row: int, **given: Any) -> None:
+    """Writes the sizes of the steps of a Langevin row, `fastsde.reference.langevin_size`, to ``sizes``.
+
+    Arguments are those of the kernel ``langevin_size``; they are not checked.
+    """
+    kernel("langevin_size", f.device).langevin_size(slots, f, rows, row, **given)
+
+
 def counted_step(
     slots: Sequence[Tensor],
     f: Tensor,
@@ -174,6 +201,7 @@ def counted_step(
     scale: Tensor | None = None,
     rates: Tensor | None = None,
     factor: Tensor | None = None,
+    sizes: Tensor | None = None,
     clip: float | None,
 ) -> None:
     """Takes the step of the row given by a counter on the device: the same launch for every row of a table.
@@ -187,6 +215,7 @@ def counted_step(
         status: a `new_status`.
         keys: None if no row of the table has noise.
         scale, rates, factor: as for the kernel, if there is an ``f_uncond``.
+        sizes: as for the kernel, for a table with Langevin rows.
     """
     f, f_uncond = contiguous(f, f_uncond)
     kernel("solver_step", f.device).solver_step(
@@ -200,6 +229,7 @@ def counted_step(
         scale=scale,
         rates=rates,
         factor=factor,
+        sizes=sizes,
         clip=clip,
         counter=counter,
         time=time,
@@ -325,7 +355,7 @@ def _by_kernel(
     rows, kinds = device_table(table, f.device), table.kinds(row)
     drawn = (z, keys if z is None else None) if any(table.row(row).d) else (None, None)
     scale = f.new_full((len(f),), guidance, dtype=torch.float32) if isinstance(guidance, (int, float)) else guidance
-    given = (slots, f, rows, row, kinds, *drawn, f_uncond, scale, rescale, table.clip)
+    given = (slots, f, rows, row, kinds, *drawn, f_uncond, scale, rescale, table.row(row).snr, table.clip)
     # Bypasses torch.library, whose operations take some ten microseconds, unless a mode or subclass needs to see them.
     is_direct = is_plain(*slots, f, *drawn, f_uncond, scale)
     made = iter(operators.launch_solver_step(*given) if is_direct else torch.ops.fastsde.solver_step(*given))

@@ -14,6 +14,7 @@ from .euler_maruyama import euler_maruyama, exponential_euler_maruyama
 from .forms import score_form
 from .heun import heun
 from .named import SOLVERS, build
+from .predictor_corrector import predictor_corrector
 from .registry import REGISTRY, Solver, Variant, solver
 from .table import MAX_SLOTS, Row, StepTable, row_width
 from .terms import ABSENT, ANY, ONE, Terms
@@ -44,6 +45,7 @@ __all__ = [
     "euler_maruyama",
     "exponential_euler_maruyama",
     "heun",
+    "predictor_corrector",
     "row_width",
     "score_form",
     "solver",

@@ -76,7 +76,7 @@ def build(
     first = sde.t_max if t_start is None else t_start
     _check_ends(sde, first, t_end, denoise)
     options = _options(entry, {"clip": clip, "eta": eta}, solver_options)
-    rows = entry.rows_per_interval
+    rows = entry.rows_of(options)
     whole = (steps - 1) // rows  # the last interval takes what is left, with ``denoise`` only the row to be replaced
     intervals = whole + 1 if not denoise else -(-(steps - 1) // rows) + 1
     final = 1 if denoise else steps - rows * whole
@@ -156,5 +156,6 @@ def _denoised(table: StepTable, sde: Process, prediction: str, row: int) -> Step
         b=with_last("b", zero if clipped else q * first),
         e=with_last("e", first if clipped else zero),
         d=with_last("d", zero),
+        snr=with_last("snr", torch.zeros_like(time)),
         clip=table.clip,
     )

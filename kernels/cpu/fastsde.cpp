@@ -3,6 +3,7 @@
 #include "coefficients.cpp"
 #include "dsm_loss.cpp"
 #include "guidance_rescale.cpp"
+#include "langevin_size.cpp"
 #include "mlp_sampler.cpp"
 #include "normal.cpp"
 #include "perturb.cpp"

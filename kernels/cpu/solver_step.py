@@ -22,7 +22,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         ("slots", ctypes.c_void_p * _MAX_SLOTS),
         ("out", ctypes.c_void_p * _MAX_SLOTS),
-        *((name, ctypes.c_void_p) for name in ("f", "f_uncond", "z", "input", "keys")),
+        *((name, ctypes.c_void_p) for name in ("f", "f_uncond", "z", "sizes", "input", "keys")),
         *((name, ctypes.c_void_p) for name in ("table", "scale", "rates", "factor")),
         *((name, ctypes.c_int64) for name in ("m", "row", "n", "size")),
         ("clip", ctypes.c_float),
@@ -82,6 +82,7 @@ class Steps:
         *,
         z: Tensor | None = None,
         f_uncond: Tensor | None = None,
+        sizes: Tensor | None = None,
         out: Sequence[Tensor | None],
         network_input: Tensor | None = None,
     ) -> int:
@@ -105,10 +106,17 @@ class Steps:
             f = f.float().contiguous().resolve_neg()
         call.f = f.data_ptr() or _without_memory(f)
         # Fields are set only if they may differ from the last row's: ctypes takes a tenth of a microsecond for each.
-        if self._has_optional or f_uncond is not None or z is not None or network_input is not None:
+        if (
+            self._has_optional
+            or f_uncond is not None
+            or z is not None
+            or sizes is not None
+            or network_input is not None
+        ):
             self._has_optional = True
             f_uncond, z = _plain(f_uncond), _plain(z)
             call.f_uncond, call.z, call.input = _pointer(f_uncond), _pointer(z), _pointer(network_input)
+            call.sizes = _pointer(sizes)
         call.row = row
         found: int = self._run(self._reference, self._threads or torch.get_num_threads())
         return found
@@ -150,6 +158,7 @@ def solver_step(
     scale: Tensor | None = None,
     rates: Tensor | None = None,
     factor: Tensor | None = None,
+    sizes: Tensor | None = None,
     clip: float | None = None,
     out: Sequence[Tensor | None],
     network_input: Tensor | None = None,
@@ -165,6 +174,7 @@ def solver_step(
         terms: which coefficients are zero, or one, in that row (`fastsde.solvers.Terms`).
         z: like f.
         scale, rates, factor: as for `Steps`.
+        sizes: contiguous fp32 ``[B, 2]``, what D and z are multiplied by in a Langevin row.
         keys: int64 ``[B, 2]``, or None if the row has no noise or ``z`` is given.
         network_input: fp32, where the next row's n.s is written.
 
@@ -176,4 +186,4 @@ def solver_step(
             address(each, torch.float32)
     weights = {"scale": scale, "rates": rates, "factor": factor}
     steps = Steps(table, len(slots), slots[0].shape, keys=keys, clip=clip, **weights)
-    return steps(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
+    return steps(row, terms, slots, f, z=z, f_uncond=f_uncond, sizes=sizes, out=out, network_input=network_input)

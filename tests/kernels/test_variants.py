@@ -28,6 +28,7 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         dsm_loss,
         guidance_rescale,
         head_convolution,
+        langevin_size,
         mlp_sampler,
         normal,
         perturb,
@@ -42,6 +43,7 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
 
     multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
     width = multistep.packed.shape[1]
+    langevin = solvers.build("predictor_corrector", VPSDE(), 5)
 
     def loss(n: int, shape: tuple[int, ...], step: int, backward: bool) -> None:
         f, keys, k = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n, 6)
@@ -59,6 +61,12 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         f, scale, counter = torch.empty(n, *shape), torch.empty(n), torch.empty(1, dtype=torch.int64)
         given = {"rates": torch.empty(row % 999 + 1), "counter": counter if counted else None, "phi": 0.5}
         guidance_rescale.rescale_factor(f, f, row, scale=scale, factor=scale, **given)
+
+    def sizing(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
+        x, keys, k = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), langevin.packed.float()
+        counter = torch.empty(1, dtype=torch.int64) if counted else None
+        given = {"snr": torch.empty(row % 999 + 1), "terms": langevin.terms(), "keys": keys, "counter": counter}
+        langevin_size.langevin_size([x], x, k, row, sizes=torch.empty(n, 2), **given)
 
     def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
         normal.normal(torch.empty(n, 2, dtype=torch.int64), step, 0, torch.empty(n, *shape))
@@ -89,6 +97,8 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
             yield f"solver_step {shape} counted={counted}", solver_step.solver_step_kernel, launches
             launches = [partial(rescaling, n, shape, step, counted) for n, step in sizes]
             yield f"rescale {shape[0]} counted={counted}", guidance_rescale.rescale_kernel, launches
+            launches = [partial(sizing, n, shape, step, counted) for n, step in sizes]
+            yield f"langevin_size {shape[0]} counted={counted}", langevin_size.langevin_size_kernel, launches
         launches = [partial(drawing, n, shape, step) for n, step in sizes]
         yield f"normal {shape}", normal.normal_kernel, launches
         launches = [partial(noising, n, shape, step, float(i)) for i, (n, step) in enumerate(sizes)]
@@ -208,7 +218,7 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> None:
     runs = {name: variants for name, variants in counts.items() if INTS not in name}
-    assert len(runs) == 26
+    assert len(runs) == 30
     # Two for tiles: small ones for few samples, large ones for many (fastsde.kernels.tile, and the convolutions).
     assert runs == {name: 2 if "(" in name else 1 for name in runs}
 
