@@ -78,6 +78,7 @@ def _cases(capability: int) -> Iterator[Case]:
         constants, _ = tile.tiling(batch, 3072)
         yield from _tile_cases(few, constants)
     yield from _integer_cases()
+    yield from _sum_cases()
     yield from _unet_cases()
     yield from _stem_cases()
     yield from _head_cases()
@@ -114,7 +115,8 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
     from fastsde.kernels.solver_step import solver_step_kernel
 
     step = dict.fromkeys(("f_uncond_ptr", "z_ptr", "counter_ptr", "time_ptr", "status_ptr", "input_ptr"))
-    step |= {"f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "guidance": "fp32", "clip": None}
+    step |= {"f_ptr": "*fp32", "keys_ptr": "*i64", "table_ptr": "*fp32", "clip": None}
+    step |= dict.fromkeys(("scale_ptr", "rates_ptr", "factor_ptr", "sizes_ptr"))
     step |= {"row": "i64", "rows": "i64"} | shared
 
     def of(table: StepTable, row: int | None = None) -> dict[str, Any]:
@@ -125,7 +127,8 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
 
     one_slot = step | of(solvers.build("euler_maruyama", VPSDE(), 4))
     multistep = _multistep(stochastic=True)
-    two_slots = step | of(multistep) | {"f_uncond_ptr": "*fp32", "clip": "fp32"}
+    two_slots = step | of(multistep) | {"clip": "fp32"}
+    two_slots |= dict.fromkeys(("f_uncond_ptr", "scale_ptr", "rates_ptr", "factor_ptr"), "*fp32")
     counted = {"counter_ptr": "*i64", "time_ptr": "*fp32", "status_ptr": "*i32"}
     yield "solver_step", solver_step_kernel, one_slot
     yield "solver_step, counter, time and status", solver_step_kernel, one_slot | counted
@@ -133,6 +136,26 @@ def _step_cases(shared: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, An
     yield "solver_step, bf16 network", solver_step_kernel, one_slot | {"f_ptr": "*bf16"}
     yield "solver_step, history, clip, guidance", solver_step_kernel, two_slots
     yield "solver_step, no history yet, clip", solver_step_kernel, step | of(multistep, 0) | {"clip": "fp32"}
+
+
+def _sum_cases() -> Iterator[Case]:
+    """Yields the kernels that sum over the elements of a sample, as a graph runs them."""
+    from fastsde.kernels import guidance_rescale, langevin_size, tile
+
+    constants, _ = tile.whole_samples(1000, 3072)
+    num_warps, elements = constants.pop("num_warps"), constants["S"] * constants["P"] * 4
+    names = ("f_ptr", "f_uncond_ptr", "scale_ptr", "rates_ptr", "factor_ptr", "table_ptr", "snr_ptr", "sizes_ptr")
+    shared = {**dict.fromkeys(names, "*fp32"), "keys_ptr": "*i64", "counter_ptr": "*i64", "z_ptr": None, "phi": "fp32"}
+    shared |= {**dict.fromkeys(("batch", "size", "row"), "i64"), **constants}
+    terms = solvers.build("predictor_corrector", VPSDE(), 5).terms()
+    known = {"slot_ptrs": (None,), "M": 1, "KINDS": terms.columns, "FAST": True}
+    plain = {**dict.fromkeys(("f_uncond_ptr", "scale_ptr", "rates_ptr", "factor_ptr")), **known}
+    for name, kernel, given in (
+        ("guidance_rescale", guidance_rescale.rescale_kernel, shared),
+        ("langevin_size", langevin_size.langevin_size_kernel, shared | plain),
+    ):
+        taken = {key: value for key, value in given.items() if key in kernel.arg_names}
+        yield _case(name, kernel, taken, elements, num_warps)
 
 
 def _multistep(stochastic: bool) -> StepTable:

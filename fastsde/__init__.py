@@ -15,6 +15,7 @@ __all__ = [
     "VPSDE",
     "ClassifierGuidance",
     "CosineVPSDE",
+    "Guidance",
     "MismatchError",
     "NonFiniteError",
     "PiGDM",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from . import tracing as tracing
     from . import training as training
     from . import verify as verify
+    from .guidance import Guidance
     from .inverse import DPS, ClassifierGuidance, PiGDM
     from .inversion import decode, encode
     from .likelihood import bits_per_dim, log_prob
@@ -84,6 +86,7 @@ else:
     _MODULE_OF = {
         **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
         **dict.fromkeys(("DPS", "ClassifierGuidance", "PiGDM"), "inverse"),
+        "Guidance": "guidance",
         "NonFiniteError": "reference",
         **dict.fromkeys(("decode", "encode"), "inversion"),
         **dict.fromkeys(("bits_per_dim", "log_prob"), "likelihood"),

@@ -102,6 +102,8 @@ def sample(
     if mask is not None and known is not None:
         whole = known_values(mask, known, (n, *sampler.sample_shape), sampler.device, sampler.state_dtype)
         mask, known = (value[mine] for value in whole)
+    if own.guidance is not None:
+        own.guidance = own.guidance.part(n, mine)
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress and here.rank == 0, **conditions}
     options |= {"mask": mask, "known": known}
     start, end = ((first_sample + i) % 2**64 for i in (mine.start, mine.stop - 1))

@@ -18,18 +18,19 @@ from .vocabulary import BACKENDS
 __all__ = ["Plan", "Planner", "compiler_of", "unavailable_reason"]
 
 _FASTEST_FIRST = ("persistent", "graph", "eager", "reference")
-# How some backends run rows together, and the options that they do not support, which need the host between rows or
-# another network call.
+# How some backends run rows together, and the options that they do not support, which need the host between rows,
+# another network call, a gradient, or a sum over all elements of a sample.
 _TOGETHER = {
     "eager": "takes each step by a kernel",
     "graph": "replays rows as CUDA graphs",
     "persistent": "runs a whole trajectory in one launch",
 }
 _PROBLEMS = ("mask", "measurement", "classifier guidance")
+_ROW_BY_ROW = ("differentiable", "noise", "callback", *_PROBLEMS)
 _WITHOUT = {
     "eager": ("differentiable",),
-    "graph": ("differentiable", "noise", "callback", *_PROBLEMS),
-    "persistent": ("differentiable", "compile", "noise", "callback", *_PROBLEMS),
+    "graph": _ROW_BY_ROW,
+    "persistent": (*_ROW_BY_ROW, "compile", "rescaled guidance", "Langevin rows"),
 }
 # With compile="auto": the backends for which the network may be compiled, and the seconds of work that justify each
 # compiler. torch.compile takes about 10 to 60 s and OpenVINO 3, and they save hardly more than half of the work.

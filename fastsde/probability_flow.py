@@ -128,7 +128,8 @@ def _weights(solver: str, table: StepTable, t_end: float) -> tuple[float, ...]:
     """Returns the weight of each row's velocity in the integral over time."""
     entry = solvers.REGISTRY[solver]
     assert entry.weights is not None
-    times, rows = [*table.time[:: entry.rows_per_interval].tolist(), t_end], entry.rows_per_interval
+    rows = entry.rows_of({})
+    times = [*table.time[::rows].tolist(), t_end]
     found = list[float]()
     for start, end in pairwise(times):
         found += [(end - start) * weight for weight in entry.weights[min(rows, len(table) - len(found))]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import noise
+from .guidance import Guidance, Weights
 from .objective import Coefficients, Objective
 from .sde import match_dims
 from .solvers import StepTable
@@ -33,8 +34,11 @@ __all__ = [
     "ema_update",
     "evaluate",
     "flip_images",
+    "guided",
+    "langevin_size",
     "network_input",
     "perturb",
+    "rescale_factor",
     "sample",
     "sample_losses",
     "solver_step",
@@ -82,9 +86,12 @@ def solver_step(
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
-    guidance: float | None = None,
+    guidance: float | Tensor | None = None,
+    rescale: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Computes one row of a table: s' = A s + b f + e D + d z, with D = clamp(p.s + q f).
+
+    In a Langevin row, D and z are first multiplied by eps and sqrt(2 eps) of `langevin_size`.
 
     Args:
         slots: the state, m tensors ``[B, *shape]``.
@@ -92,14 +99,13 @@ def solver_step(
         z: this row's noise, needed where d is not zero; drawn from ``keys`` if not given.
         keys: int64 ``[B, 2]``.
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
+        guidance: a number, or one a sample, ``[B]``.
+        rescale: phi, by which the combined output is rescaled (`rescale_factor`).
 
     Returns:
         The new slots, each in its own memory. A slot that takes over an old one unchanged is that same tensor.
     """
-    f = f.to(slots[0].dtype)
-    if f_uncond is not None and guidance is not None:
-        f_uncond = f_uncond.to(f.dtype)
-        f = f_uncond + guidance * (f - f_uncond)
+    f = guided(f.to(slots[0].dtype), f_uncond, guidance, rescale)
     k = table.row(row)
     data = z_row = f  # placeholders, if no slot uses them
     if any(k.e):
@@ -108,11 +114,55 @@ def solver_step(
             data = data.clamp(-table.clip, table.clip)
     if any(k.d):
         z_row = noise.normal(_given(keys), row + 1, f.shape[1:]).to(f) if z is None else z
+    if k.snr > 0:
+        data, z_row = langevin_terms(data, z_row, k.snr)
     terms = (*slots, f, data, z_row)
     return tuple(
         _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) if source is None else slots[source]
         for slot, source in enumerate(table.sources(row))
     )
+
+
+def guided(f: Tensor, f_uncond: Tensor | None, guidance: float | Tensor | None, rescale: float = 0.0) -> Tensor:
+    """Returns the network's output with guidance, if there is any. Arguments as for `solver_step`."""
+    if f_uncond is None or guidance is None:
+        return f
+    f_uncond = f_uncond.to(f.dtype)
+    w = match_dims(guidance, f) if isinstance(guidance, Tensor) else guidance
+    combined = f_uncond + w * (f - f_uncond)
+    if not rescale:
+        return combined
+    return combined * match_dims(rescale_factor(f, combined, rescale), f)
+
+
+def rescale_factor(f: Tensor, combined: Tensor, phi: float) -> Tensor:
+    """Returns phi std(f) / std(combined) + 1 - phi for each sample, ``[B]``, or 1 where std(combined) is 0.
+
+    (Lin et al. 2023, arXiv:2305.08891, eqs. 14-16.) The deviations are over all elements of a sample.
+    """
+
+    def deviation(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        norm: Tensor = torch.linalg.vector_norm(flat - flat.mean(dim=1, keepdim=True), dim=1)
+        return norm  # N - 1 cancels in the ratio
+
+    whole, other = deviation(f[:, None]), deviation(combined[:, None])
+    return torch.where(other > 0, phi * (whole / other) + (1 - phi), 1.0)
+
+
+def langevin_size(g: Tensor, z: Tensor, snr: float) -> Tensor:
+    """Returns eps = 2 (snr |z| / |g|)^2 for each sample, ``[B]``, or 0 where g is 0.
+
+    (Song et al. 2021, arXiv:2011.13456, algorithm 4.) The norms are over all elements of a sample.
+    """
+    of_g, of_z = (torch.linalg.vector_norm(each[:, None].flatten(1), dim=1) for each in (g, z))
+    return torch.where(of_g > 0, 2 * (snr * of_z / of_g) ** 2, 0.0)
+
+
+def langevin_terms(g: Tensor, z: Tensor, snr: float) -> tuple[Tensor, Tensor]:
+    """Returns eps g and sqrt(2 eps) z, with the eps of each sample."""
+    size = match_dims(langevin_size(g, z, snr), g)
+    return size * g, (2 * size).sqrt() * z
 
 
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:
@@ -128,9 +178,17 @@ def _sum(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate(
-    model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    model_kwargs: Mapping[str, Any],
+    uncond_kwargs: Mapping[str, Any] | None,
+    other: Model | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the network's output and, if there are ``uncond_kwargs``, the unconditional output.
+
+    Args:
+        other: the network of the unconditional output, if it is another one.
 
     Raises:
         IndexError: if an argument is out of the network's range; the message names the arguments.
@@ -139,7 +197,7 @@ def evaluate(
     if uncond_kwargs is None:
         return f, None
     f = f.clone()  # a network may return the same memory at every call
-    return f, _call(model, x, t, "uncond_kwargs", uncond_kwargs)
+    return f, _call(model if other is None else other, x, t, "uncond_kwargs", uncond_kwargs)
 
 
 def _call(model: Model, x: Tensor, t: Tensor, name: str, kwargs: Mapping[str, Any]) -> Tensor:
@@ -164,7 +222,7 @@ def sample(
     x_init: Tensor | None = None,
     noise_function: NoiseFunction | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | Guidance | Weights | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     after_row: RowHook | None = None,
@@ -179,7 +237,7 @@ def sample(
         x_init: the initial state, instead of the draw of step 0.
         noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022,
-            arXiv:2207.12598).
+            arXiv:2207.12598), or a `fastsde.Guidance`, or its weights for this batch.
         dtype: the dtype of the state.
         after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
             replaces the state.
@@ -188,22 +246,29 @@ def sample(
     Raises:
         NonFiniteError: if the network's output or the state becomes NaN or infinite.
     """
+    if guidance is not None and not isinstance(guidance, Weights):
+        guidance = Guidance.of(guidance).along(table)
+        guidance = guidance.weights(shape[0], table, keys.device, dtype, guidance.model)
+    weights = guidance
 
     def advance(row: int, *slots: Tensor) -> tuple[Tensor, ...]:
         k = table.row(row)
         t = torch.full((len(slots[0]),), k.time, dtype=dtype, device=slots[0].device)
-        f, f_uncond = evaluate(model, network_input(slots, table, row), t, model_kwargs or {}, uncond)
+        uncond, w, other = None, None, None
+        if weights is not None and weights.guided[row]:
+            uncond, w, other = uncond_kwargs or {}, weights.of_row(row), weights.network
+        f, f_uncond = evaluate(model, network_input(slots, table, row), t, model_kwargs or {}, uncond, other)
         for output in (f, f_uncond):
             if output is not None:
                 check_finite("the network returned", output, row, k.time)
         z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
-        slots = solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance)
+        phi = 0.0 if guidance is None else guidance.rescale
+        slots = solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=w, rescale=phi)
         check_finite("the state became", slots[0], row, k.time)
         return slots
 
     x = noise.normal(keys, 0, shape[1:]).to(dtype) if x_init is None else x_init.to(dtype)
     slots = (x, *(torch.zeros_like(x) for _ in range(1, table.slots)))
-    uncond = None if guidance is None else uncond_kwargs or {}
     for row in range(len(table)):
         slots = checkpoint(advance, row, *slots, use_reentrant=False) if recompute else advance(row, *slots)
         replaced = None if after_row is None else after_row(row, table.row(row).time, slots[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .adaptive import AdaptiveProblem
+from .guidance import Weights
 from .inverse import Problem
 from .randomness import Seed, seed_of
 from .recorder import Recorder
@@ -35,7 +36,7 @@ class Request:
         x_init: the initial state, which an engine may write to; by default the draw of step 0 times ``prior_std``.
         noise: ``(row, x) -> z`` instead of the draw of step ``row + 1``, or None.
         model_kwargs: further arguments of the network.
-        guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
+        guidance: the weights of guidance between ``model_kwargs`` and ``uncond_kwargs``, or None.
         dtype: the dtype of the state.
         callback: called as ``callback(row, time, x)`` after each row, or None.
         differentiable: whether gradients flow through the samples.
@@ -52,7 +53,7 @@ class Request:
     prior_std: float = 1.0
     noise: NoiseFunction | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    guidance: float | None = None
+    guidance: Weights | None = None
     uncond_kwargs: Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.float32
     callback: RowHook | None = None
@@ -66,6 +67,17 @@ class Request:
     def conditions(self) -> Conditions:
         """The arguments of the network's call, and those of the unconditional call or None."""
         return self.model_kwargs, None if self.guidance is None else self.uncond_kwargs or {}
+
+    def conditions_of(self, row: int) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, Any]:
+        """The `conditions` in a row, and the network of the unconditional call, if it is another one."""
+        if self.guidance is None or not self.guidance.guided[row]:
+            return self.model_kwargs, None, None
+        return *self.conditions, self.guidance.network
+
+    def networks(self, network: Any) -> list[Any]:
+        """The networks that are called, given the first: the second is that of the unconditional call, if another."""
+        other = None if self.guidance is None else self.guidance.network
+        return [network] if other is None else [network, other]
 
     @property
     def after_row(self) -> RowHook | None:
@@ -84,6 +96,8 @@ class Request:
             "model_kwargs": bool(self.model_kwargs),
             "guidance": self.guidance is not None,
             "differentiable": self.differentiable,
+            "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
+            "Langevin rows": self.table.has_langevin,
         }
         return [name for name, is_used in used.items() if is_used] + (
             [] if self.problem is None else self.problem.options
@@ -122,6 +136,7 @@ class Request:
             # A copy: a network that works in place must not write to the caller's tensor.
             x_init=None if self.x_init is None else self.x_init[part].to(self.dtype, copy=True),
             model_kwargs=_part(self.model_kwargs, part),
+            guidance=None if self.guidance is None else self.guidance.part(part),
             uncond_kwargs=None if uncond is None else _part(uncond, part),
             problem=None if self.problem is None else self.problem.part(part),
             **changes,

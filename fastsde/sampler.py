@@ -15,6 +15,7 @@ from .adaptive import AdaptiveProblem, AdaptiveSolver, make_problem
 from .dynamo import untraced
 from .engines import CaptureError, Network, batches
 from .engines.inspection import check_call, device_of, dtype_of, random_layers
+from .guidance import Guidance
 from .inverse import ClassifierGuidance, Measurement, Problem, Schedule
 from .models.mlp import check_sample_shape
 from .notices import warn, warn_once
@@ -81,8 +82,9 @@ class Sampler:
             dtype if the network accepts it. The state is fp32; state and t are float64 if ``dtype`` is. On a GPU,
             PyTorch runs fp32 convolutions in TF32 unless ``torch.backends.cudnn.allow_tf32`` is False.
         device: by default the network's own device, or PyTorch's default device for a function.
-        guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598). The
-            unconditional call needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition". Or a
+        guidance: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond) (arXiv:2207.12598), a number or
+            one a sample, ``[n]``; or a `fastsde.Guidance`, whose w may vary along the rows, too. The unconditional call
+            needs ``uncond_kwargs``; for a checkpoint these are its values of "no condition". Or a
             `fastsde.ClassifierGuidance`, whose gradient is added to the score.
         backend: "auto", "reference" (plain PyTorch), "eager" (row by row; each row's step is one kernel), "graph" (on a
             GPU, dozens of rows captured as one CUDA graph and replayed) or "persistent" (all rows of a small
@@ -129,7 +131,7 @@ class Sampler:
         prior_std: float | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        guidance: float | ClassifierGuidance | None = None,
+        guidance: float | Tensor | Guidance | ClassifierGuidance | None = None,
         backend: str = "auto",
         compile: bool | str = False,
         max_batch: int | str | None = None,
@@ -165,7 +167,11 @@ class Sampler:
         self._t_start = t_start
         self._prior_std = sde.prior_std if prior_std is None else check_number("prior_std", prior_std)
         self._classifier = guidance if isinstance(guidance, ClassifierGuidance) else None
-        self.guidance = None if guidance is None or self._classifier else check_number("guidance", guidance)
+        self.guidance: Guidance | None = None
+        if guidance is not None and not isinstance(guidance, ClassifierGuidance):
+            self.guidance = Guidance.of(guidance).along(self.table)
+            if self._adaptive is not None:
+                self._adaptive.check_guidance(self.guidance)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
@@ -183,6 +189,12 @@ class Sampler:
         optimize = not differentiable and backend != "reference" and self.state_dtype == torch.float32
         integer_times = self._adaptive is None and bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
+        self._other = None  # the network of the unconditional output, if it is another one
+        if self.guidance is not None and self.guidance.model is not None:
+            other = subject.resolve(self.guidance.model, self.sample_shape, sde, known, self.device).model
+            subject.make_device(self.device, other)
+            if other is not model:
+                self._other = Network(other, dtype, compiler_of(compile), optimize, self.device, integer_times)
         check_sample_shape(self._network.model, self.sample_shape)
         if runs_in == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bf16():
             warn_once("this CPU has no bf16 arithmetic, so a network in bfloat16 is slower than in float32")
@@ -217,7 +229,12 @@ class Sampler:
 
     @property
     def _options(self) -> tuple[str, ...]:
-        used = {"guidance": self.guidance is not None, "differentiable": self.differentiable}
+        used = {
+            "guidance": self.guidance is not None,
+            "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
+            "Langevin rows": self.table.has_langevin,
+            "differentiable": self.differentiable,
+        }
         corrections = () if self._classifier is None else (self._classifier.name,)
         return (*(name for name, is_used in used.items() if is_used), *corrections)
 
@@ -280,7 +297,8 @@ class Sampler:
         if trajectory is not None:
             count = len(self.table) // trajectory + 1
             saved = torch.empty((count, *request.shape), dtype=self.state_dtype, device=self.device)
-        self._network.refresh()
+        for network in request.networks(self._network):
+            network.refresh()
         self._warn_of_randomness()
         try:
             with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
@@ -316,10 +334,12 @@ class Sampler:
             if problem is not None and has_null and model_kwargs is None:
                 model_kwargs = {}  # a label that is drawn might not go with what is known
             model_kwargs = conditions.completed(known, model_kwargs, keys, has_null)
-            if self.guidance is not None and uncond_kwargs is None:
+            if self.guidance is not None and self.guidance.model is None and uncond_kwargs is None:
                 uncond_kwargs = conditions.unconditional(known, n, self.device, has_null)
             for name, given in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
                 conditions.check_labels(name, given, known)
+        if self.guidance is not None and self.guidance.model is not None and uncond_kwargs is None:
+            uncond_kwargs = {} if model_kwargs is None else model_kwargs
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         shape = (n, *self.sample_shape)
@@ -336,7 +356,9 @@ class Sampler:
             prior_std=self._prior_std,
             noise=None if noise is None else _checked_noise(noise),
             model_kwargs=check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, n, self.device),
-            guidance=self.guidance,
+            guidance=None
+            if self.guidance is None
+            else self.guidance.weights(n, self.table, self.device, self.state_dtype, self._other),
             uncond_kwargs=None
             if uncond_kwargs is None
             else check_kwargs("uncond_kwargs", uncond_kwargs, n, self.device),
@@ -451,7 +473,7 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | ClassifierGuidance | None = None,
+    guidance: float | Tensor | Guidance | ClassifierGuidance | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     known: Tensor | None = None,

@@ -14,6 +14,7 @@ from . import checkpoints, solvers
 from .adaptive import AdaptiveSolver
 from .checkpoints import Checkpoint
 from .engines.inspection import device_of
+from .guidance import Guidance
 from .inverse import ClassifierGuidance, Measurement
 from .models import shape_of
 from .randomness import Seed
@@ -93,7 +94,7 @@ class SampleOptions(CallOptions, TableOptions, total=False):
     prior_std: float | None
     dtype: torch.dtype | None
     device: torch.device | str | None
-    guidance: float | ClassifierGuidance | None
+    guidance: float | Tensor | Guidance | ClassifierGuidance | None
     backend: str
     compile: bool | str
     max_batch: int | str | None

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from . import __version__, engines, subject
 from .checkpoints import Checkpoint
 from .files import atomic_path
+from .guidance import Guidance
 from .networks import NETWORKS
 from .notices import first_line
 from .reference import Model, NonFiniteError
@@ -107,7 +108,7 @@ class _Case:
     device: torch.device
     sde: Process
     table: StepTable
-    guidance: float | None
+    guidance: float | Tensor | Guidance | None
     call: dict[str, Any]
     n: int
     progress: bool
@@ -177,7 +178,7 @@ def verify(
     solver: str | StepTable = "euler_maruyama",
     steps: int = 999,
     model_kwargs: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
+    guidance: float | Tensor | Guidance | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,

@@ -1,8 +1,8 @@
 """One row of a solver's table (the twin of ``fastsde.reference.solver_step``):
 
-    f  = f_uncond + w (f - f_uncond)    with guidance
+    f  = c (f_uncond + w (f - f_uncond))    with guidance, w = scale[b] rates[row] and c = factor[b] of sample b
     D  = p.s + q f                      clamped to [-clip, clip] if there is a clip
-    s' = A s + b f + e D + d z
+    s' = A s + b f + e D + d z          in a Langevin row with eps D and sqrt(2 eps) z, of sizes[b]
 
 Slots and results are contiguous fp32 ``[B, *shape]``; the network's output is contiguous fp32, bf16 or fp16. A row of
 a table of m slots is fp32 ``[2 + 5 m + m^2]``: time, q, n, p, b, e, d, A. Terms that are absent are dropped at compile
@@ -21,6 +21,15 @@ from torch import Tensor
 
 from .philox import STREAM_SAMPLING, tile_normal
 from .tile import fast_math, on_device, program_slot, tile, tiling
+
+
+@triton.jit
+def guided(f, f_uncond, scale_ptr, rates_ptr, row, sample, exists):
+    """Returns f_uncond + w (f - f_uncond) for samples ``[S]``, with w = scale rates[row]; rates may be None, for 1."""
+    w = tl.load(scale_ptr + sample, mask=exists, other=0.0)
+    if rates_ptr is not None:
+        w *= tl.load(rates_ptr + row)
+    return f_uncond + w[:, None] * (f - f_uncond)
 
 
 @triton.jit
@@ -84,7 +93,10 @@ def solver_step_kernel(
     status_ptr,
     out_ptrs,
     input_ptr,
-    guidance,
+    scale_ptr,
+    rates_ptr,
+    factor_ptr,
+    sizes_ptr,
     clip,
     batch: tl.int64,
     size: tl.int64,
@@ -116,7 +128,9 @@ def solver_step_kernel(
     f = tl.load(f_ptr + offset, mask=mask).to(tl.float32)
     if f_uncond_ptr is not None:
         f_uncond = tl.load(f_uncond_ptr + offset, mask=mask).to(tl.float32)
-        f = f_uncond + guidance * (f - f_uncond)
+        f = guided(f, f_uncond, scale_ptr, rates_ptr, row, sample, exists)
+        if factor_ptr is not None:
+            f *= tl.load(factor_ptr + sample, mask=exists, other=0.0)[:, None]
     data = None
     if HAS_DATA:
         data = data_prediction(slots, f, row_ptr, clip, M, KINDS)
@@ -125,6 +139,9 @@ def solver_step_kernel(
         z = tl.load(z_ptr + offset, mask=mask)
     elif keys_ptr is not None:
         z = tile_normal(keys_ptr, sample, exists, start, row + 1, STREAM_SAMPLING, P, FAST)
+    if sizes_ptr is not None:
+        data *= tl.load(sizes_ptr + 2 * sample, mask=exists, other=0.0)[:, None]
+        z *= tl.load(sizes_ptr + 2 * sample + 1, mask=exists, other=0.0)[:, None]
     next_row_ptr = table_ptr + tl.minimum(row + 1, rows - 1) * WIDTH
     network_input = None
     for j in tl.static_range(M):
@@ -163,7 +180,10 @@ def solver_step(
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
-    guidance: float | None = None,
+    scale: Tensor | None = None,
+    rates: Tensor | None = None,
+    factor: Tensor | None = None,
+    sizes: Tensor | None = None,
     clip: float | None = None,
     counter: Tensor | None = None,
     time: Tensor | None = None,
@@ -179,6 +199,9 @@ def solver_step(
         row: the row, or with a ``counter`` the number that is added to it.
         terms: which coefficients are zero, or one, in that row (`fastsde.solvers.Terms`).
         z, keys: for rows with noise, z fp32, or keys int64 ``[B, 2]`` to draw it.
+        scale, rates, factor: fp32 ``[B]``, ``[K]`` and ``[B]``, for rows with an ``f_uncond``; without rates or factors
+            these are 1.
+        sizes: fp32 ``[B, 2]``, what D and z are multiplied by in a Langevin row (`langevin_size`).
         counter: int64 ``[counter_slots(...)]``, all equal: the row, which the kernel advances by one.
         time: fp32 ``[B]``, set to the time of the next row (in the last row, to its own).
         status: int32 ``[1]``, lowered to 2 row + kind (`fastsde.kernels.status`) for the first f or x' that is not
@@ -204,8 +227,11 @@ def solver_step(
             status,
             tuple(out),
             network_input,
-            None if guidance is None else float(guidance),  # an int would compile another variant
-            None if clip is None else float(clip),
+            scale,
+            rates,
+            factor,
+            sizes,
+            None if clip is None else float(clip),  # an int would compile another variant
             batch,
             size,
             row,

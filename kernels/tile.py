@@ -40,6 +40,15 @@ def tiling(batch: int, size: int) -> Tiling:
     return large if math.prod(large.grid) >= _MANY else _tiling(batch, size, *_SMALL)
 
 
+def whole_samples(batch: int, size: int) -> tuple[dict[str, int | bool], tuple[int]]:
+    """Returns constants and grid for programs that each go through all elements of S samples, 4 P at a time.
+
+    They do not depend on the batch, and so neither does the order in which a sum over a sample is taken.
+    """
+    constants, (rows, _) = _tiling(batch, min(size, 4 * _LARGE[0]), *_LARGE)
+    return {**{k: v for k, v in constants.items() if k != "ROWS_FIRST"}, "ALIGNED": size % 4 == 0}, (rows,)
+
+
 def _tiling(batch: int, size: int, most: int, warps: int) -> Tiling:
     blocks = max(triton.cdiv(size, 4), 1)  # samples without elements still have times
     width = min(triton.next_power_of_2(blocks), most)

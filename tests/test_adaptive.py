@@ -281,6 +281,13 @@ def test_conditions_stay_with_their_samples_and_are_guided(solver: Any) -> None:
     plain = sampler(solver)(9, model_kwargs={"shift": shift})  # since the score is affine in the shift
     # The steps feed the rounding of the error estimates back into the samples.
     torch.testing.assert_close(guided, plain, rtol=1e-5, atol=1e-5)
+    scales = torch.tensor([3.0, *[1.0] * 7, 6.0], dtype=torch.float64)
+    of_each = sampler(solver, guidance=scales)(
+        9, model_kwargs={"shift": shift / scales}, uncond_kwargs={"shift": 0 * shift}
+    )
+    torch.testing.assert_close(of_each, plain, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=f"guidance.interval needs rows, which {type(solver).__name__} does not have"):
+        sampler(solver, guidance=fastsde.Guidance(2.0, interval=(0.2, 0.8)))
     alone = sampler(solver)(1, first_sample=8, model_kwargs={"shift": shift[8:]})
     torch.testing.assert_close(alone[0], plain[8], rtol=1e-9, atol=1e-9)
 
@@ -290,7 +297,11 @@ def test_conditions_stay_with_their_samples_and_are_guided(solver: Any) -> None:
 
 def outputs(model: nn.Module, optimize: bool, **options: Any) -> Output:
     n = options.pop("n", 63)
-    request = Request((n, 2), StepTable(ONE, a=ONE), noise.sample_keys(0, n), **options)
+    table = StepTable(ONE, a=ONE)
+    if "guidance" in options:
+        scale = fastsde.Guidance(options["guidance"])
+        options["guidance"] = scale.weights(n, table, torch.device("cpu"), torch.float32, None)
+    request = Request((n, 2), table, noise.sample_keys(0, n), **options)
     return Output(Network(model, optimize=optimize), request)
 
 

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fastsde import Sampler, checkpoints, cli
+from fastsde import Guidance, Sampler, checkpoints, cli
 from fastsde.data import Dataset, StreamedDataset
 from fastsde.training import config_for, saved_config
 
@@ -83,6 +83,11 @@ def test_a_network_by_name_is_trained_and_sampled_from_by_name() -> None:
     loaded = checkpoints.load("run", model="own_networks:Net")
     expected = Sampler(loaded, steps=3, guidance=1.5)(4, model_kwargs={"label": torch.tensor([2, 0, 2, 0])})
     assert np.array_equal(np.load("x.npz")["samples"], expected.numpy())
+    varies = ["--guidance", "3", "--guidance-interval", "0.5", "1", "--guidance-rescale", "0.7"]
+    assert worked(*sample, "--label", "1", *varies, "--save", "y.npz")
+    guidance = Guidance(3.0, interval=(0.5, 1.0), rescale=0.7)
+    expected = Sampler(loaded, steps=3, guidance=guidance)(4, model_kwargs={"label": torch.ones(4, dtype=torch.int64)})
+    assert np.array_equal(np.load("y.npz")["samples"], expected.numpy())
     lines = worked("info", "run", *name)
     assert lines.split()[:2] == ["model", "own_networks.Net"]
     assert "one of 3 classes, or none" in lines
@@ -160,6 +165,7 @@ def test_mistakes_in_sampling_are_one_line() -> None:
         (["--label", "none"], "run needs a label: it was trained without dropping them"),
         (["--label", "7"], "label must be a number from 0 to 2, got '7'"),
         (["--label", "1", "--guidance", "2"], "--guidance needs a network trained with --condition-dropout"),
+        (["--guidance-interval", "0.2", "0.8"], "--guidance-rescale need the weight of --guidance"),
         (["--label", "1", "--model", "own_networks:Net"], "model must be None for run/checkpoint.safetensors, which"),
     ):
         result = fastsde(*sample, *arguments)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastsde
-from fastsde import NonFiniteError, Sampler, checkpoints, cli, distributed, noise, reference
+from fastsde import Guidance, NonFiniteError, Sampler, checkpoints, cli, distributed, noise, reference
 from fastsde.data import swiss_roll
 from fastsde.models import MLP
 from fastsde.objective import Objective
@@ -132,7 +132,7 @@ def test_what_ranks_draw_does_not_depend_on_their_number(worked, name: str) -> N
 @pytest.mark.slow
 def test_conditions_are_dealt_with_their_samples(worked) -> None:
     drawn = load_file(worked[3] / "conditions.safetensors")
-    sampler = Sampler(conditioned, (2,), steps=4, guidance=1.5)
+    sampler = Sampler(conditioned, (2,), steps=4, guidance=GUIDANCE)
     options = {"model_kwargs": {"c": CONDITIONS, "w": 0.5}, "uncond_kwargs": {"c": 0 * CONDITIONS, "w": 0.5}}
     expected, way = sampler(len(CONDITIONS), seed=3, trajectory=2, **options)
     # Elementwise arithmetic, whose rounding does not depend on the batch.
@@ -143,7 +143,7 @@ def test_conditions_are_dealt_with_their_samples(worked) -> None:
 @pytest.mark.slow
 def test_outside_of_a_group_one_process_draws_the_same(worked) -> None:
     x, states = distributed.sample(
-        Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
+        Sampler(conditioned, (2,), steps=4, guidance=GUIDANCE), len(CONDITIONS), seed=3, trajectory=2, part=2,
         model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
     )  # fmt: skip
     saved = load_file(worked[2] / "conditions.safetensors")
@@ -453,6 +453,7 @@ def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
 # What ranks run -----------------------------------------------------------------------------------------------------
 
 CONDITIONS = torch.arange(7.0)
+GUIDANCE = Guidance(CONDITIONS / 2, interval=(0.2, 0.8))  # a scale for each sample
 
 
 def conditioned(x: Tensor, t: Tensor, c: Tensor, w: float) -> Tensor:
@@ -495,7 +496,7 @@ def work() -> None:
         digits = ["sample", "mnist", "-n", "5", "--steps", "2", "--solver", "dpm_solver_pp_2m", "--quiet"]
         cli.main([*digits, "--save", "digits.safetensors", "--out", "digits.png"], standalone_mode=False)
         drawn = distributed.sample(
-            Sampler(conditioned, (2,), steps=4, guidance=1.5), len(CONDITIONS), seed=3, trajectory=2, part=2,
+            Sampler(conditioned, (2,), steps=4, guidance=GUIDANCE), len(CONDITIONS), seed=3, trajectory=2, part=2,
             model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
         )  # fmt: skip
         own = torch.Generator().manual_seed(here.rank)  # of which rank 0's is taken

@@ -56,7 +56,7 @@ def test_the_rows_of_a_table_are_the_calls_and_have_the_times_of_its_spacing(nam
     start = 1.0 if spacing == "leading" else 0.8
     for steps in (1, 5, 9):
         table = solvers.build(name, SDE, steps, spacing=spacing, prediction="v", t_start=start)
-        rows = kind.rows_per_interval
+        rows = kind.rows_of({})
         intervals = -(-steps // rows)
         expected = spaced(spacing, SDE, intervals, start, 0.0)[:-1]
         assert len(table) == steps

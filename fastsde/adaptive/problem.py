@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guidance import Guidance
 from ..sde import Process
 from ..solvers import AdaptiveODE, GottaGoFast, StepTable
 from ..solvers.forms import check_prediction, data_form, score_form, velocity_form
@@ -66,6 +67,12 @@ class AdaptiveProblem:
         for name, value in options.items():
             if value is not None:
                 raise ValueError(f"{name} needs rows, which {type(self.solver).__name__} does not have: leave it out")
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Raises for guidance that varies along rows, or needs more than its scale."""
+        for name, default in (("schedule", None), ("interval", None), ("rescale", 0.0), ("model", None)):
+            if getattr(guidance, name) != default:
+                raise ValueError(f"guidance.{name} needs rows, which {type(self.solver).__name__} does not have")
 
     def one_call(self) -> StepTable:
         """Returns a table of one row, which calls the network at ``t_start``, to be timed."""

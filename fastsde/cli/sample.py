@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..checkpoints import Checkpoint
+    from ..guidance import Guidance
     from ..sampler import Sampler
 
 _FRAMES = 60
@@ -72,6 +73,19 @@ class Files:
 )
 @click.option("--latents", type=PATH, help="Start from the latents that 'fastsde encode' wrote, with their labels.")
 @click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
+@click.option(
+    "--guidance-interval",
+    nargs=2,
+    type=float,
+    metavar="LOW HIGH",
+    help="The times with guidance; at all others the network is called once.",
+)
+@click.option(
+    "--guidance-rescale",
+    type=float,
+    metavar="PHI",
+    help="How much of the growth of the output under guidance is undone, from 0 to 1.",
+)
 @takes_solver
 @click.option("--inpaint", type=PATH, metavar="IMAGE", help="An image whose known part is completed; see --mask.")
 @click.option(
@@ -143,6 +157,9 @@ def _sample(
     latents: Path | None,
     inpaint: Path | None,
     mask: str | None,
+    guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
+    guidance_rescale: float | None,
     **options: Any,
 ) -> None:
     """Draws samples, and writes them on the first process; ``written`` collects the paths written so far."""
@@ -155,7 +172,8 @@ def _sample(
     leads = ranks is None or ranks.rank == 0
     checkpoint = load_checkpoint(model, on_device, factory)
     _check(model, checkpoint, files, leads)
-    classes = _classes(model, checkpoint, labels, options["guidance"])
+    classes = _classes(model, checkpoint, labels, guidance)
+    options["guidance"] = _guidance(guidance, guidance_interval, guidance_rescale)
     given = None
     if inpaint is not None and mask is not None:
         given = inpainting.known_image(model, checkpoint, inpaint, mask)
@@ -200,6 +218,17 @@ def _classes(model: str, checkpoint: Checkpoint, labels: str | None, guidance: f
     if labels == "all":
         return list(range(condition.classes))
     return [condition.label(each.strip()) for each in labels.split(",")]
+
+
+def _guidance(scale: float | None, interval: tuple[float, float] | None, rescale: float | None) -> Guidance | None:
+    """Returns the guidance that the options ask for."""
+    from ..guidance import Guidance
+
+    if scale is None:
+        if interval is not None or rescale is not None:
+            raise ValueError("--guidance-interval and --guidance-rescale need the weight of --guidance")
+        return None
+    return Guidance(scale, interval=interval, rescale=rescale or 0.0)
 
 
 def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:

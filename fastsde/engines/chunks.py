@@ -6,7 +6,10 @@ logged or saved, so `chunks_of_fixed_lengths` splits it, which needs four graphs
 
 from __future__ import annotations
 
-__all__ = ["FIXED_LENGTHS", "MAX_CHUNK", "chunks", "chunks_of_fixed_lengths"]
+from collections.abc import Sequence
+from itertools import groupby
+
+__all__ = ["FIXED_LENGTHS", "MAX_CHUNK", "alike", "chunks", "chunks_of_fixed_lengths"]
 
 # A replay costs the host about ten microseconds, which a few dozen steps hide. More steps take more memory, and longer
 # to capture.
@@ -25,6 +28,17 @@ def chunks(steps: int, every: int | None = None) -> list[int]:
         return [length] * (steps // length) + ([steps % length] if steps % length else [])
     segments, rest = divmod(steps, every)
     return chunks(every) * segments + (chunks(rest) if rest else [])
+
+
+def alike(kinds: Sequence[bool], every: int | None = None) -> list[tuple[int, bool]]:
+    """Returns `chunks` of steps of two kinds, each of steps of one kind: their lengths and kinds.
+
+    Args:
+        every: as for `chunks`.
+    """
+    every = every or len(kinds)
+    runs = groupby(enumerate(kinds), lambda step: (step[0] // every, step[1]))
+    return [(length, kind) for (_, kind), run in runs for length in chunks(len(list(run)))]
 
 
 def chunks_of_fixed_lengths(steps: int) -> list[int]:

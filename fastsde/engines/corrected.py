@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..inverse import Point, Problem
-from ..reference import check_finite, evaluate
+from ..reference import check_finite, evaluate, guided
 from ..request import Request
 from .network import Network
 
@@ -57,8 +57,9 @@ class Corrected:
     def __init__(self, network: Network, request: Request, problem: Problem) -> None:
         self._network, self._problem, self._dtype = network, problem, request.dtype
         self._times = request.table.time.tolist()
-        self._guidance, self._uncond = request.guidance, request.conditions[1]
-        self._row = 0
+        self._request, self._row = request, 0
+        other = None if request.guidance is None else request.guidance.network
+        self._other = None if other is None else other.differentiable()
         self._change: Tensor | None = None
         self._uses_data = any(each.uses_data for each in problem.corrections)
 
@@ -73,7 +74,7 @@ class Corrected:
         with torch.inference_mode(False):  # whose tensors have no gradients; they become normal ones by copying
             leaf, t = x.detach().clone().requires_grad_(), t.clone()
             with torch.set_grad_enabled(self._uses_data):
-                f = self._guided(leaf, t, kwargs)
+                f = self._guided(row, leaf, t, kwargs)
                 check_finite("the network returned", f.detach(), row, self._times[row])
                 data = level.p * leaf + level.q * f
             if self._uses_data and not f.requires_grad:
@@ -93,14 +94,13 @@ class Corrected:
         self._change = sum(states[1:], states[0]) if states else None
         return f
 
-    def _guided(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _guided(self, row: int, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Returns the network's output in the dtype of the state."""
-        f, f_uncond = evaluate(self._network, x, t, kwargs, self._uncond)
-        f = f.to(self._dtype)
-        if f_uncond is None or self._guidance is None:
-            return f
-        f_uncond = f_uncond.to(self._dtype)
-        return f_uncond + self._guidance * (f - f_uncond)
+        weights, uncond = self._request.guidance, self._request.conditions_of(row)[1]
+        f, f_uncond = evaluate(self._network, x, t, kwargs, uncond, self._other)
+        if weights is None:
+            return f.to(self._dtype)
+        return guided(f.to(self._dtype), f_uncond, weights.of_row(row), weights.rescale)
 
     def after_row(self, row: int, time: float, x: Tensor) -> Tensor | None:
         """Returns the state after the row with the changes of the corrections, or None if there are none."""

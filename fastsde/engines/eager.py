@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops, reference
+from ..guidance import Weights
 from ..reference import check_finite, evaluate
 from ..request import Request
 from ..solvers import StepTable
@@ -44,13 +45,13 @@ def _fused(network: Network | Corrected, x: Tensor, request: Request) -> Tensor:
     table, noise_function, after_row = request.table, request.noise, request.after_row
     # OpenMP's threads spin for milliseconds after a step, and would slow the network's own.
     threads = 1 if network.has_own_threads else None
-    step, conditions = ops.Stepper(table, x, request.keys, request.guidance, threads), request.conditions
+    step = ops.Stepper(table, x, request.keys, request.guidance, threads)
     slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
     network_input, size, dtype, device = reference.network_input(slots, table, 0), (len(x),), x.dtype, x.device
     for row in range(len(table)):
         k = table.row(row)
         t = torch.full(size, k.time, dtype=dtype, device=device)
-        f, f_uncond = evaluate(network, network_input, t, *conditions)
+        f, f_uncond = evaluate(network, network_input, t, *request.conditions_of(row))
         z = noise_function(row, slots[0]) if noise_function is not None and k.has_noise else None
         slots, network_input = step(row, slots, f, f_uncond, z)
         replaced = None if after_row is None else after_row(row, k.time, slots[0])
@@ -76,14 +77,14 @@ def _plain(network: Network | Corrected, x: Tensor, request: Request) -> Tensor:
     for row in range(len(table)):
         k = table.row(row)
         t = torch.full((len(x),), k.time, dtype=x.dtype, device=x.device)
-        outputs = evaluate(network, network_input, t, *request.conditions)
+        outputs = evaluate(network, network_input, t, *request.conditions_of(row))
         for f in outputs:
             if f is not None:
                 finite("the network returned", f, row)
         z = None
         if k.has_noise:
             z = next(drawn) if noise_function is None else noise_function(row, slots[0])
-        slots = _step(slots, _guided(*outputs, request.guidance, x.dtype), z, table, row)
+        slots = _step(slots, _guided(*outputs, request.guidance, x.dtype, row), z, table, row)
         finite("the state became", slots[0], row)
         replaced = None if after_row is None else after_row(row, k.time, slots[0])
         slots[0] = slots[0] if replaced is None else replaced
@@ -92,13 +93,12 @@ def _plain(network: Network | Corrected, x: Tensor, request: Request) -> Tensor:
     return slots[0]
 
 
-def _guided(f: Tensor, f_uncond: Tensor | None, guidance: float | None, dtype: torch.dtype) -> Tensor:
-    """Returns the network's output in the dtype of the state, with classifier-free guidance if there is any."""
+def _guided(f: Tensor, f_uncond: Tensor | None, weights: Weights | None, dtype: torch.dtype, row: int) -> Tensor:
+    """Returns the network's output in the dtype of the state, with guidance if the row has any."""
     f = f.to(dtype)
-    if f_uncond is None or guidance is None:
+    if f_uncond is None or weights is None:
         return f
-    f_uncond = f_uncond.to(dtype)
-    return f_uncond + guidance * (f - f_uncond)
+    return reference.guided(f, f_uncond, weights.of_row(row), weights.rescale)
 
 
 def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable, row: int) -> list[Tensor]:
@@ -109,6 +109,10 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
         data = _sum((*k.p, k.q), (*slots, f))
         if table.clip is not None:
             data.clamp_(-table.clip, table.clip)
+    if k.snr > 0:
+        assert data is not None
+        assert z is not None
+        data, z = reference.langevin_terms(data, z, k.snr)
     new = list(slots)
     for slot, source in terms.moved:
         new[slot] = slots[source]

@@ -9,7 +9,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LIBRARIES", "OF_MODULES", "Fingerprint", "Look", "Same", "fingerprint", "modules_of", "names_of"]
+__all__ = ["LIBRARIES", "OF_MODULES", "Fingerprint", "Look", "Same", "fingerprint", "joined", "modules_of", "names_of"]
 
 # Exactly these types, not their subclasses, which may define their own comparison.
 _VALUES = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -96,6 +96,19 @@ def fingerprint(model: Any, reads_classes: bool = False) -> Fingerprint:
     look.reads_classes = reads_classes
     look.at(model, _DEPTH)
     return Fingerprint(tuple(look.structure), tuple(look.places), tuple(look.versions), look.is_whole)
+
+
+def joined(prints: Sequence[Fingerprint]) -> Fingerprint:
+    """Returns the fingerprint of several networks together."""
+    first, *others = prints
+    for each in others:
+        first = Fingerprint(
+            first.structure + each.structure,
+            first.places + each.places,
+            first.versions + each.versions,
+            first.is_whole and each.is_whole,
+        )
+    return first
 
 
 def modules_of(model: Any) -> list[nn.Module]:

@@ -1,8 +1,8 @@
 """The graph engine: rows of network and fused step, captured as a CUDA graph and replayed.
 
-A graph holds a few dozen rows. Row counter, table, keys, times and conditions are read from device memory, so that new
-seeds, new samples and new values in the table are copied there and need no new capture. Weights are read in place:
-in-place changes take effect, and if the weights have moved, the rows are captured again.
+A graph holds a few dozen rows. Row counter, table, keys, times, conditions and the weights of guidance are read from
+device memory, so that new seeds, new samples and new values in the table are copied there and need no new capture. The
+network's weights are read in place: in-place changes take effect, and if they have moved, the rows are captured again.
 
 The network's host code runs only while it is captured: its result must depend only on its arguments, weights and
 attributes. If those have changed, as far as a `Fingerprint` can detect, it is captured again.
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +27,8 @@ from ..reference import evaluate, network_input
 from ..request import Conditions, Request
 from ..solvers import Terms, row_width
 from . import capture, eager
-from .chunks import chunks
-from .fingerprint import Fingerprint
+from .chunks import alike
+from .fingerprint import Fingerprint, joined
 from .network import Network
 
 __all__ = ["Form", "Trajectory", "release", "run"]
@@ -60,14 +62,17 @@ class Form:
     terms: Terms
     has_input: bool
     clip: float | None
-    guidance: float | None
+    has_langevin: bool
+    rescale: float | None  # of guidance, None without
     network: tuple[Any, ...]
+    other: weakref.ref[Network] | None  # the network of the unconditional output, if it is another one
     conditions: tuple[Any, ...]
     settings: tuple[Any, ...]
 
     @classmethod
     def of(cls, network: Network, request: Request) -> Form:
-        table, device = request.table, request.keys.device
+        table, device, guidance = request.table, request.keys.device, request.guidance
+        other = None if guidance is None else guidance.network
         return cls(
             device=device,
             shape=request.shape,
@@ -75,8 +80,10 @@ class Form:
             terms=table.terms(),
             has_input=table.terms().has_input or not table.row(0).reads_slot_0,
             clip=table.clip,
-            guidance=request.guidance,
-            network=network.form(),
+            has_langevin=table.has_langevin,
+            rescale=None if guidance is None else guidance.rescale,
+            network=(network.form(), None if other is None else other.form()),
+            other=None if other is None else weakref.ref(other),
             conditions=tuple(_spec(kwargs) for kwargs in request.conditions),
             settings=_settings(device.type),
         )
@@ -143,7 +150,7 @@ class Trajectory:
     def __init__(self, form: Form, conditions: Conditions) -> None:
         self._form = form
         self._lock = threading.Lock()
-        self._graphs: OrderedDict[int, Callable[[], None]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, bool], Callable[[], None]] = OrderedDict()  # by length, and if guided
         self._recording: capture.Recording | None = None
         self._network: Fingerprint | None = None  # at the last recording
         self._counts: frozenset[int] = frozenset()  # where that changes in every call, as in a count of calls
@@ -157,20 +164,27 @@ class Trajectory:
         self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
+        self._snr = torch.zeros(form.rows, **fp32) if form.has_langevin else None
+        self._sizes = torch.zeros((batch, 2), **fp32) if form.has_langevin else None
+        self._weights: dict[str, Tensor | None] = {"scale": None, "rates": None, "factor": None}
+        if form.rescale is not None:
+            self._weights = {"scale": torch.zeros(batch, **fp32), "rates": torch.zeros(form.rows, **fp32)}
+            self._weights["factor"] = torch.zeros(batch, **fp32) if form.rescale else None
         self._conditions: Conditions = (_own(conditions[0]), None if conditions[1] is None else _own(conditions[1]))
         capture.wait(form.device)  # for the writes above: another thread's stream may use the memory first
 
     def run(self, network: Network, x: Tensor, request: Request) -> Tensor:
         """Runs all rows from the state ``x``. The result is in new memory."""
         table, recorder = request.table, request.recorder
-        lengths = chunks(len(table), None if recorder is None or recorder.states is None else recorder.every)
+        guided = (False,) * len(table) if request.guidance is None else request.guidance.guided
+        kinds = alike(guided, None if recorder is None or recorder.states is None else recorder.every)
         with self._lock:
-            self._record(network, lengths)
+            self._record(request.networks(network), kinds)
             try:
                 self._start(x, request)
                 rows = 0
-                for length in lengths:
-                    self._graphs[length]()
+                for length, is_guided in kinds:
+                    self._graphs[length, is_guided]()
                     rows += length
                     if recorder is not None:
                         recorder.advance(rows, length, self._slots[0])
@@ -181,53 +195,69 @@ class Trajectory:
                 raise
         return result
 
-    def _record(self, network: Network, lengths: Sequence[int]) -> None:
-        """Captures the missing graphs, or all if the network has changed or its weights have moved."""
-        found = network.fingerprint()
+    def _record(self, networks: Sequence[Network], kinds: Sequence[tuple[int, bool]]) -> None:
+        """Captures the missing graphs, or all if a network has changed or its weights have moved."""
+        found = joined([each.fingerprint() for each in networks])
         if self._network is None or not found.is_run_as(self._network, self._counts):
             self._graphs.clear()
             self._recording = None
-        if all(length in self._graphs for length in lengths):
+        if all(kind in self._graphs for kind in kinds):
             return
         if self._recording is None:
             recording = capture.Recording(self._form.device)
-            self._warm_up(recording, network, _WARM_UPS)
-            self._recording, self._counts = recording, network.fingerprint().differences(found)
+            self._warm_up(recording, networks, _WARM_UPS)
+            now = joined([each.fingerprint() for each in networks])
+            self._recording, self._counts = recording, now.differences(found)
         elif not self._recording.is_warm:  # in this thread
-            self._warm_up(self._recording, network, 1)
-        for length in sorted(set(lengths) - set(self._graphs)):
-            self._graphs[length] = self._recording.record(lambda length=length: self._run_rows(network, length))  # type: ignore[misc]
-        while len(self._graphs) > _GRAPHS:
-            spare = next(length for length in self._graphs if length not in lengths)
-            del self._graphs[spare]
-        self._network = network.fingerprint()
+            self._warm_up(self._recording, networks, 1)
+        for kind in sorted(set(kinds) - set(self._graphs)):
+            self._graphs[kind] = self._recording.record(lambda kind=kind: self._run_rows(networks, *kind))  # type: ignore[misc]
+        spare = [kind for kind in self._graphs if kind not in kinds]
+        for kind in spare[: max(0, len(self._graphs) - _GRAPHS)]:
+            del self._graphs[kind]
+        self._network = joined([each.fingerprint() for each in networks])
 
-    def _warm_up(self, recording: capture.Recording, network: Network, rows: int) -> None:
+    def _warm_up(self, recording: capture.Recording, networks: Sequence[Network], rows: int) -> None:
+        kinds = [False] if self._form.rescale is None else [True, False]  # of rows, which launch different kernels
+
         def run() -> None:
-            for _ in range(rows):
+            for is_guided in kinds * rows:
                 self._counter.zero_()
-                self._run_rows(network, 1)
+                self._run_rows(networks, 1, is_guided)
 
-        with network.unchanged():
+        with ExitStack() as stack:
+            for each in networks:
+                stack.enter_context(each.unchanged())
             recording.warm_up(run)
 
-    def _run_rows(self, network: Network, count: int) -> None:
+    def _run_rows(self, networks: Sequence[Network], count: int, is_guided: bool) -> None:
         # A cast that autocast caches would not belong to the graph, and could be freed while the graph still reads it.
         kind = self._form.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
             slots = self._slots
             for _ in range(count):
-                slots = self._run_row(network, slots)
+                slots = self._run_row(networks, slots, is_guided)
             moved = [(ours, slot) for ours, slot in zip(self._slots, slots, strict=True) if ours is not slot]
             for (ours, _), value in zip(moved, [slot.clone() for _, slot in moved], strict=True):
                 ours.copy_(value)  # the next replay expects each slot where this one did
 
-    def _run_row(self, network: Network, slots: list[Tensor]) -> list[Tensor]:
+    def _run_row(self, networks: Sequence[Network], slots: list[Tensor], is_guided: bool) -> list[Tensor]:
         """Runs one row in place. Returns where the new slots are."""
         form, terms = self._form, self._form.terms
         x = slots[0] if self._input is None else self._input
-        f, f_uncond = evaluate(network, x, self._time, *self._conditions)
+        model_kwargs, uncond_kwargs = self._conditions
+        uncond_kwargs = uncond_kwargs if is_guided else None
+        f, f_uncond = evaluate(networks[0], x, self._time, model_kwargs, uncond_kwargs, networks[-1])
+        if f_uncond is not None and form.rescale:
+            f, f_uncond = f.contiguous(), f_uncond.contiguous()
+            ops.rescale_factor(f, f_uncond, 0, counter=self._counter, phi=form.rescale, **self._weights)
+        weights = self._weights if is_guided else {}
+        keys = self._keys if terms.has_noise else None
+        if self._sizes is not None:
+            f, f_uncond = f.contiguous(), None if f_uncond is None else f_uncond.contiguous()
+            given = {"snr": self._snr, "terms": terms, "keys": keys, "f_uncond": f_uncond, "counter": self._counter}
+            ops.langevin_size(slots, f, self._rows, 0, sizes=self._sizes, **given, **weights)
         new = [slots[place] for place in terms.places]
         ops.counted_step(
             slots,
@@ -239,9 +269,10 @@ class Trajectory:
             network_input=self._input if any(terms.n) else None,
             time=self._time,
             status=self._status,
-            keys=self._keys if terms.has_noise else None,
+            keys=keys,
             f_uncond=f_uncond,
-            guidance=form.guidance,
+            **weights,
+            sizes=self._sizes,
             clip=form.clip,
         )
         return new
@@ -258,10 +289,18 @@ class Trajectory:
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
         self._status.copy_(ops.new_status(self._form.device))
-        for ours, given in zip(self._conditions, request.conditions, strict=True):
+        if self._snr is not None:
+            self._snr.copy_(table.snr)
+        if request.guidance is not None:
+            weights = request.guidance
+            for name, now in (("scale", weights.scale), ("rates", weights.rates_on(self._form.device))):
+                ours = self._weights[name]
+                assert ours is not None
+                ours.copy_(now)
+        for own, given in zip(self._conditions, request.conditions, strict=True):
             for name, value in (given or {}).items():
-                if isinstance(value, Tensor) and ours is not None:
-                    ours[name].copy_(value)
+                if isinstance(value, Tensor) and own is not None:
+                    own[name].copy_(value)
 
 
 def _own(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..lowering import Vectors
 from ..models.mlp import is_sequential
-from ..reference import evaluate
+from ..reference import evaluate, guided
 from ..request import Conditions, Request
 from ..solvers import StepTable
 from . import eager
@@ -54,11 +54,8 @@ class Output:
             self._samples = samples
             self._conditions = _rows(given, samples), None if uncond is None else _rows(uncond, samples)
         f, f_uncond = evaluate(self._network, x, t.to(x.dtype), *self._conditions)
-        guidance = self._request.guidance
-        if f_uncond is None or guidance is None:
-            return f.to(x.dtype)
-        f, f_uncond = f.to(x.dtype), f_uncond.to(x.dtype)
-        return f_uncond + guidance * (f - f_uncond)
+        weights = self._request.guidance
+        return guided(f.to(x.dtype), f_uncond, None if weights is None else weights.scale[samples])
 
 
 def _rows(kwargs: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
@@ -95,7 +92,8 @@ class _ByProgram:
         can_run = network.is_optimized and network.compiler is None and network.dtype == torch.float32
         if not (can_run and ops.has_native(network.device) and isinstance(network.model, nn.Module)):
             return None
-        if not request.shape[0]:
+        varies = request.guidance is not None and request.guidance.number is None
+        if varies or not request.shape[0]:
             return None
         size = math.prod(request.shape[1:])
         joint = network.inside(_Joint, request.shape[1:])

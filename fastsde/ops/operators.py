@@ -60,7 +60,9 @@ def launch_solver_step(
     z: Tensor | None,
     keys: Tensor | None,
     f_uncond: Tensor | None,
-    guidance: float | None,
+    scale: Tensor | None,
+    rescale: float,
+    snr: float,
     clip: float | None,
 ) -> list[Tensor]:
     """Runs the kernel of a step; returns the new slots except those that take over an old one. Nothing is checked.
@@ -68,11 +70,23 @@ def launch_solver_step(
     Args:
         table: a `fastsde.ops.device_table`.
         kinds: `StepTable.kinds` of the row.
+        scale: fp32 ``[B]``, the weights of guidance.
+        rescale: phi of guidance that is rescaled.
+        snr: of the row, if it is a Langevin row.
     """
     terms = _step_terms(kinds, slots)
-    f, z, keys, f_uncond, *slots = contiguous(f, z, keys, f_uncond, *slots)
+    f, z, keys, f_uncond, scale, *slots = contiguous(f, z, keys, f_uncond, scale, *slots)
+    weights: dict[str, Tensor | None] = {"scale": scale, "factor": None}
+    sizes = None
+    if f_uncond is not None and rescale:
+        weights["factor"] = slots[0].new_empty(f.shape[0])
+        kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, phi=rescale, **weights)
+    if snr > 0:
+        sizes, snrs = slots[0].new_empty(f.shape[0], 2), slots[0].new_full((row + 1,), snr)
+        given = {"snr": snrs, "terms": terms, "z": z, "keys": keys, "f_uncond": f_uncond, **weights}
+        kernel("langevin_size", f.device).langevin_size(slots, f, table, row, sizes=sizes, **given)
     out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]
-    given = {"z": z, "keys": keys, "f_uncond": f_uncond, "guidance": guidance, "clip": clip}
+    given = {"z": z, "keys": keys, "f_uncond": f_uncond, **weights, "sizes": sizes, "clip": clip}
     kernel("solver_step", f.device).solver_step(slots, f, table, row, terms=terms, out=out, **given)
     return [made for made in out if made is not None]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import noise, reference
 from ..dynamo import guard_identity
+from ..guidance import Weights
 from ..kernels.status import FINITE, STATUS_KINDS
 from ..reference import non_finite
 from ..solvers import StepTable, Terms
@@ -21,8 +23,10 @@ __all__ = [
     "check_status",
     "counted_step",
     "device_table",
+    "langevin_size",
     "new_status",
     "normal",
+    "rescale_factor",
     "sample_keys",
     "solver_step",
     "step_counter",
@@ -43,7 +47,7 @@ class Stepper:
     Args:
         x: a contiguous state that gives the shape and the device.
         keys: int64 ``[B, 2]``.
-        guidance: w, for rows with an unconditional output.
+        guidance: the weights, for rows with an unconditional output.
         threads: how many of the CPU's may work, by default as many as PyTorch would use.
     """
 
@@ -52,17 +56,25 @@ class Stepper:
         table: StepTable,
         x: Tensor,
         keys: Tensor,
-        guidance: float | None = None,
+        guidance: Weights | None = None,
         threads: int | None = None,
     ) -> None:
         keys = keys.contiguous()
-        self._table, self._keys, self._guidance = table, keys, guidance
+        self._table, self._keys = table, keys
+        self._rescale = 0.0 if guidance is None else guidance.rescale
+        self._weights: dict[str, Tensor | None] = {"scale": None, "rates": None, "factor": None}
+        if guidance is not None:
+            self._weights["scale"] = guidance.scale.contiguous()
+            self._weights["rates"] = None if guidance.number is not None else guidance.rates_on(x.device)
+            self._weights["factor"] = x.new_empty(len(x)) if guidance.rescale else None
         self._rows = device_table(table, x.device)
+        self._snr = table.snr.to(x.device, torch.float32) if table.has_langevin else None
+        self._sizes = x.new_empty(len(x), 2) if table.has_langevin else None
         self._status = None if has_native(x.device) else new_status(x.device)
         self._at_once = x.device.type == "cpu"
         module = kernel("solver_step", x.device)
         if self._status is None:
-            options = {"keys": keys, "guidance": guidance, "clip": table.clip, "threads": threads}
+            options = {"keys": keys, "clip": table.clip, "threads": threads, **self._weights}
             self._native = module.Steps(self._rows, table.slots, x.shape, **options)
         else:
             self._launch = module.solver_step
@@ -94,13 +106,30 @@ class Stepper:
         for slot in terms.computed:
             new[slot] = out[slot] = torch.empty_like(slots[0])
         network_input = torch.empty_like(slots[0]) if terms.has_input else None
+        if f_uncond is not None and self._weights["factor"] is not None:
+            f, f_uncond = contiguous(f, f_uncond)
+            rescale_factor(f, f_uncond, row, phi=self._rescale, **self._weights)
+        sizes = self._sized(row, terms, slots, f, f_uncond, z) if self._snr is not None else None
         if self._status is None:
-            found = self._native(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
+            optional = {"z": z, "f_uncond": f_uncond, "sizes": sizes, "network_input": network_input}
+            found = self._native(row, terms, slots, f, out=out, **optional)
             if found < len(STATUS_KINDS):
                 raise non_finite(STATUS_KINDS[found], row, self._table.row(row).time)
         else:
-            self._triton(row, terms, slots, f, f_uncond, z, out, network_input)
+            self._triton(row, terms, slots, f, f_uncond, z, sizes, out, network_input)
         return new, new[0] if network_input is None else network_input
+
+    def _sized(
+        self, row: int, terms: Terms, slots: Sequence[Tensor], f: Tensor, f_uncond: Tensor | None, z: Tensor | None
+    ) -> Tensor | None:
+        """Returns the sizes of the steps of a Langevin row, or None in other rows."""
+        if self._table.row(row).snr == 0:
+            return None
+        f, f_uncond = contiguous(f, f_uncond)
+        given = {"snr": self._snr, "terms": terms, "sizes": self._sizes, "z": z, "f_uncond": f_uncond}
+        given |= self._weights if f_uncond is not None else {}
+        langevin_size(slots, f, self._rows, row, keys=self._keys if z is None else None, **given)
+        return self._sizes
 
     def _triton(
         self,
@@ -110,6 +139,7 @@ class Stepper:
         f: Tensor,
         f_uncond: Tensor | None,
         z: Tensor | None,
+        sizes: Tensor | None,
         out: Sequence[Tensor | None],
         network_input: Tensor | None,
     ) -> None:
@@ -123,7 +153,8 @@ class Stepper:
             z=z if terms.has_noise else None,
             keys=self._keys if terms.has_noise and z is None else None,
             f_uncond=f_uncond,
-            guidance=self._guidance,
+            **(self._weights if f_uncond is not None else {}),
+            sizes=sizes,
             clip=self._table.clip,
             status=self._status,
             out=out,
@@ -136,6 +167,22 @@ class Stepper:
         """Raises `NonFiniteError` for the first row with a value that was not finite; waits for a GPU."""
         if self._status is not None:
             check_status(self._status, self._table)
+
+
+def rescale_factor(f: Tensor, f_uncond: Tensor, row: int, **given: Any) -> None:
+    """Writes the factors of guidance that is rescaled, `fastsde.reference.rescale_factor`, to ``factor``.
+
+    Arguments are those of the kernel ``guidance_rescale``; they are not checked.
+    """
+    kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, **given)
+
+
+def langevin_size(slots: Sequence[Tensor], f: Tensor, rows: Tensor, row: int, **given: Any) -> None:
+    """Writes the sizes of the steps of a Langevin row, `fastsde.reference.langevin_size`, to ``sizes``.
+
+    Arguments are those of the kernel ``langevin_size``; they are not checked.
+    """
+    kernel("langevin_size", f.device).langevin_size(slots, f, rows, row, **given)
 
 
 def counted_step(
@@ -151,7 +198,10 @@ def counted_step(
     status: Tensor,
     keys: Tensor | None,
     f_uncond: Tensor | None,
-    guidance: float | None,
+    scale: Tensor | None = None,
+    rates: Tensor | None = None,
+    factor: Tensor | None = None,
+    sizes: Tensor | None = None,
     clip: float | None,
 ) -> None:
     """Takes the step of the row given by a counter on the device: the same launch for every row of a table.
@@ -164,6 +214,8 @@ def counted_step(
         time: fp32 ``[B]``, set to the time of the next row.
         status: a `new_status`.
         keys: None if no row of the table has noise.
+        scale, rates, factor: as for the kernel, if there is an ``f_uncond``.
+        sizes: as for the kernel, for a table with Langevin rows.
     """
     f, f_uncond = contiguous(f, f_uncond)
     kernel("solver_step", f.device).solver_step(
@@ -174,7 +226,10 @@ def counted_step(
         terms=terms,
         keys=keys,
         f_uncond=f_uncond,
-        guidance=guidance,
+        scale=scale,
+        rates=rates,
+        factor=factor,
+        sizes=sizes,
         clip=clip,
         counter=counter,
         time=time,
@@ -243,7 +298,8 @@ def solver_step(
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
-    guidance: float | None = None,
+    guidance: float | Tensor | None = None,
+    rescale: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Runs `fastsde.reference.solver_step` for fp32 or float64 slots and f of any floating-point dtype.
 
@@ -271,13 +327,18 @@ def solver_step(
         keys = check_keys(keys, len(x), x.device)
     if (f_uncond is None) != (guidance is None):
         raise ValueError("f_uncond and guidance go together: give both or neither")
-    if guidance is not None:
+    if isinstance(guidance, Tensor):
+        guidance = check_tensor("guidance", guidance, shape=(len(x),), device=x.device, floating=True).to(x.dtype)
+    elif guidance is not None:
         check_number("guidance", guidance)
+    check_number("rescale", rescale, "in [0, 1]", lambda phi: 0 <= phi <= 1)
     slots = [slot.to(x.dtype) for slot in slots]
     z, f_uncond = (None if each is None else each.to(x.dtype) for each in (z, f_uncond))
-    if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(*slots, f, z, f_uncond):
-        return _by_kernel(slots, f, table, row, z, keys, f_uncond, guidance)
-    return reference.solver_step(slots, f, table, row, z=z, keys=keys, f_uncond=f_uncond, guidance=guidance)
+    w = guidance if isinstance(guidance, Tensor) else None
+    if x.dtype == torch.float32 and has_kernels(x.device) and not needs_grad(*slots, f, z, f_uncond, w):
+        return _by_kernel(slots, f, table, row, z, keys, f_uncond, guidance, rescale)
+    given = {"f_uncond": f_uncond, "guidance": guidance, "rescale": rescale}
+    return reference.solver_step(slots, f, table, row, z=z, keys=keys, **given)
 
 
 def _by_kernel(
@@ -288,12 +349,14 @@ def _by_kernel(
     z: Tensor | None,
     keys: Tensor | None,
     f_uncond: Tensor | None,
-    guidance: float | None,
+    guidance: float | Tensor | None,
+    rescale: float,
 ) -> tuple[Tensor, ...]:
     rows, kinds = device_table(table, f.device), table.kinds(row)
     drawn = (z, keys if z is None else None) if any(table.row(row).d) else (None, None)
-    given = (slots, f, rows, row, kinds, *drawn, f_uncond, guidance, table.clip)
+    scale = f.new_full((len(f),), guidance, dtype=torch.float32) if isinstance(guidance, (int, float)) else guidance
+    given = (slots, f, rows, row, kinds, *drawn, f_uncond, scale, rescale, table.row(row).snr, table.clip)
     # Bypasses torch.library, whose operations take some ten microseconds, unless a mode or subclass needs to see them.
-    is_direct = is_plain(*slots, f, *drawn, f_uncond)
+    is_direct = is_plain(*slots, f, *drawn, f_uncond, scale)
     made = iter(operators.launch_solver_step(*given) if is_direct else torch.ops.fastsde.solver_step(*given))
     return tuple(next(made) if source is None else slots[source] for source in table.sources(row))

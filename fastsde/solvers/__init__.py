@@ -15,6 +15,7 @@ from .euler_maruyama import euler_maruyama, exponential_euler_maruyama
 from .forms import score_form
 from .heun import heun
 from .named import SOLVERS, build
+from .predictor_corrector import predictor_corrector
 from .registry import REGISTRY, Solver, Variant, solver
 from .repaint import repaint
 from .table import MAX_SLOTS, Row, StepTable, row_width
@@ -48,6 +49,7 @@ __all__ = [
     "euler_maruyama",
     "exponential_euler_maruyama",
     "heun",
+    "predictor_corrector",
     "repaint",
     "row_width",
     "score_form",

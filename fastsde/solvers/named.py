@@ -80,7 +80,7 @@ def build(
     first = sde.t_max if t_start is None else t_start
     _check_ends(sde, first, t_end, denoise)
     options = _options(entry, {"clip": clip, "eta": eta}, solver_options)
-    rows = entry.rows_per_interval
+    rows = entry.rows_of(options)
     whole = (steps - 1) // rows  # the last interval takes what is left, with ``denoise`` only the row to be replaced
     intervals = whole + 1 if not denoise else -(-(steps - 1) // rows) + 1
     final = 1 if denoise else steps - rows * whole
@@ -100,14 +100,15 @@ def build(
         came = f"{len(table)} rows" if isinstance(table, StepTable) else type(table).__name__
         raise TypeError(f"the solver {solver} must return a StepTable of {steps} rows, got {came}")
     table = _denoised(table, sde, prediction, steps - 1) if denoise else table
-    if check_int("resamples", resamples, 1) > 1 and table.slots > 1:
-        raise ValueError(f"resamples needs rows without a history, which {solver} has: pick {', '.join(_one_slot())}")
+    if check_int("resamples", resamples, 1) > 1 and not _may_go_up(table):
+        names = [name for name in REGISTRY if _may_go_up(build(name, VPSDE(), 5, prediction="eps"))]
+        raise ValueError(f"resamples needs rows without history and Langevin steps, not {solver}: {', '.join(names)}")
     return repaint(table, sde, resamples, jump)
 
 
-def _one_slot() -> list[str]:
-    """Returns the names of the solvers that keep nothing besides the state."""
-    return [name for name in REGISTRY if build(name, VPSDE(), 5, prediction="eps").slots == 1]
+def _may_go_up(table: StepTable) -> bool:
+    """Returns whether `repaint` takes a table."""
+    return table.slots == 1 and not table.has_langevin
 
 
 def _check_ends(sde: Process, t_start: float, t_end: float, denoise: bool) -> None:
@@ -168,5 +169,6 @@ def _denoised(table: StepTable, sde: Process, prediction: str, row: int) -> Step
         b=with_last("b", zero if clipped else q * first),
         e=with_last("e", first if clipped else zero),
         d=with_last("d", zero),
+        snr=with_last("snr", torch.zeros_like(time)),
         clip=table.clip,
     )

@@ -27,7 +27,8 @@ class Variant:
     """Some options of a builder, and the expected properties of the table.
 
     Args:
-        order: of convergence, on the probability-flow ODE or, with noise, in the weak sense.
+        order: of convergence, on the probability-flow ODE or, with noise, in the weak sense; 0 for a solver with an
+            error that does not fall with the step.
         noise: whether rows draw noise.
         options: arguments of the builder.
     """
@@ -45,18 +46,21 @@ class Solver:
         corrects_at: for a solver whose last row of an interval is at the new time, such as Heun's correction: returns
             whether that row exists for a process, a time and a prediction.
         needs_alpha: whether the solver cannot start a step where alpha is 0, whatever the network predicts.
-        rows_per_interval: how many rows an interval of times takes. The last interval may take fewer, which the
-            builder is told by ``euler_final`` (of two rows only the first) or by ``final_rows``.
+        rows_per_interval: how many rows an interval of times takes, or a function from the builder's options to that.
+            The last interval may take fewer, which the builder is told by ``euler_final`` (of two rows only the first)
+            or by ``final_rows``.
         weights: for a Runge-Kutta method, the weights of the velocities of an interval's rows, by how many these are:
             with h the interval, x' = x + h sum_i weights_i v_i.
+        is_affine: whether the samples are affine in the network's outputs and the noise: without Langevin rows.
     """
 
     builder: Callable[..., StepTable]
     variants: tuple[Variant, ...]
     corrects_at: Callable[[Process, float, str], bool] | None = None
     needs_alpha: bool = False
-    rows_per_interval: int = 1
+    rows_per_interval: int | Callable[[Mapping[str, Any]], int] = 1
     weights: Mapping[int, tuple[float, ...]] | None = None
+    is_affine: bool = True
 
     @property
     def name(self) -> str:
@@ -71,6 +75,11 @@ class Solver:
     def options(self) -> tuple[str, ...]:
         """The names of the builder's options, such as clip or order."""
         return tuple(name for name in inspect.signature(self.builder).parameters if name not in _PLACES)
+
+    def rows_of(self, options: Mapping[str, Any]) -> int:
+        """Returns how many rows an interval takes with some options of the builder."""
+        rows = self.rows_per_interval
+        return rows(options) if callable(rows) else rows
 
     def ending(self, rows: int) -> dict[str, Any]:
         """Returns the argument that tells the builder how many rows its last interval takes."""
@@ -87,8 +96,9 @@ def solver(
     *variants: Variant,
     corrects_at: Callable[[Process, float, str], bool] | None = None,
     needs_alpha: bool = False,
-    rows_per_interval: int = 1,
+    rows_per_interval: int | Callable[[Mapping[str, Any]], int] = 1,
     weights: Mapping[int, tuple[float, ...]] | None = None,
+    is_affine: bool = True,
 ) -> Callable[[Builder], Builder]:
     """Registers the decorated builder under its own name; the first variant is the one without options."""
 
@@ -99,7 +109,9 @@ def solver(
         known = REGISTRY.get(builder.__name__)
         if known is not None and known.builder.__module__ != builder.__module__:
             raise ValueError(f"a solver {builder.__name__} is already registered, by {known.builder.__module__}")
-        REGISTRY[builder.__name__] = Solver(builder, variants, corrects_at, needs_alpha, rows_per_interval, weights)
+        REGISTRY[builder.__name__] = Solver(
+            builder, variants, corrects_at, needs_alpha, rows_per_interval, weights, is_affine
+        )
         return builder
 
     return register

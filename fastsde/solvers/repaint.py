@@ -29,14 +29,16 @@ def repaint(table: StepTable, sde: Process, resamples: int, jump: int = 10) -> S
         jump: the rows that each way up undoes.
 
     Raises:
-        ValueError: for a table of several slots, whose history does not fit the state after a way up, or for a jump as
-            long as the table.
+        ValueError: for a table of several slots, whose history does not fit the state after a way up; for Langevin
+            rows, whose noise is sized by norms; or for a jump as long as the table.
     """
     check_int("resamples", resamples, 1), check_int("jump", jump, 1)
     if resamples == 1:
         return table
     if table.slots > 1:
         raise ValueError(f"resamples needs a solver whose rows have no history, got a table of {table.slots} slots")
+    if table.has_langevin:
+        raise ValueError("resamples needs rows with noise of a fixed size, got a table with Langevin rows")
     if jump >= len(table):
         raise ValueError(f"jump must be less than the number of rows, {len(table)}, got {jump}")
     row = torch.tensor(_order(len(table), resamples, jump), device="cpu")

@@ -8,6 +8,11 @@ is the result. Row k of a `StepTable` runs the network once and takes one step (
     D  = p.s + q f                      clamped to [-clip, clip] if clip is set
     s' = A s + b f + e D + d z          z: this row's noise
 
+A row whose ``snr`` r is above 0 is a *Langevin row*: D is a score g, and a step along it is as long as its norm and the
+noise's say, for each sample (Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5):
+
+    eps = 2 (r |z| / |g|)^2,   s' = A s + e eps g + d sqrt(2 eps) z,   or s' = A s where g is 0
+
 The prediction kind is folded into the coefficients when a table is built, so nothing downstream depends on it. Terms
 that are zero in the whole table cost nothing, and a slot that takes over another one unchanged (the history of a
 multistep method) is renamed rather than copied. To add a solver, write a function that returns a `StepTable`.
@@ -16,6 +21,7 @@ multistep method) is renamed rather than copied. To add a solver, write a functi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -49,6 +55,7 @@ class Row(NamedTuple):
     e: tuple[float, ...]
     d: tuple[float, ...]
     A: tuple[tuple[float, ...], ...]
+    snr: float = 0.0
 
     @property
     def has_noise(self) -> bool:
@@ -78,12 +85,14 @@ class StepTable:
         A: float64 ``[K, m, m]``, the weight of each old slot in each new one.
         p, b, e, d: float64 ``[K, m]``; by default zero.
         q: float64 ``[K]``; by default zero.
+        snr: float64 ``[K]``, above 0 in Langevin rows, in which b is zero, and e and d of slot 0 are not; by default
+            zero. A table with such rows has no clip.
         clip: bound of D, or None.
 
     Raises:
         TypeError: for a column that is not a float64 tensor.
         ValueError: for columns of different lengths, without rows or with values that are not finite, more than 8
-            slots, a clip that is not positive, or a row in which n is zero.
+            slots, a clip that is not positive, a row in which n is zero, or a Langevin row that is none.
     """
 
     time: Tensor
@@ -94,6 +103,7 @@ class StepTable:
     b: Tensor
     e: Tensor
     d: Tensor
+    snr: Tensor
     clip: float | None = None
 
     def __init__(
@@ -110,6 +120,7 @@ class StepTable:
         *,
         n: Tensor | None = None,
         A: Tensor | None = None,
+        snr: Tensor | None = None,
     ) -> None:
         rows = _check_time(time)
         if A is None:
@@ -134,6 +145,8 @@ class StepTable:
             _check_inputs(columns["n"])
         if clip is not None:
             check_number("clip", clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
+        columns["snr"] = _check("snr", snr, (rows,))
+        _check_langevin(columns, clip)
         for name, value in {"time": time, **columns}.items():
             object.__setattr__(self, name, value.clone())  # later changes to the caller's tensors have no effect
         object.__setattr__(self, "clip", clip)
@@ -152,8 +165,13 @@ class StepTable:
         return self.A.shape[1]
 
     @cached_property
+    def has_langevin(self) -> bool:
+        """Whether any row is a Langevin row."""
+        return bool(self.snr.any())
+
+    @cached_property
     def packed(self) -> Tensor:
-        """All columns as the kernels read them, float64 ``[K, 2 + 5 m + m^2]``: time, q, n, p, b, e, d, A."""
+        """All columns but snr as the kernels read them, float64 ``[K, 2 + 5 m + m^2]``: time, q, n, p, b, e, d, A."""
         return torch.cat(
             (
                 self.time[:, None],
@@ -168,9 +186,9 @@ class StepTable:
     def _rows(self) -> list[Row]:
         slots = self.slots
         rows = []
-        for time, q, *rest in self.packed.tolist():
+        for (time, q, *rest), snr in zip(self.packed.tolist(), self.snr.tolist(), strict=True):
             n, p, b, e, d, *A = (tuple(rest[i : i + slots]) for i in range(0, len(rest), slots))
-            rows.append(Row(time, q, n, p, b, e, d, tuple(A)))
+            rows.append(Row(time, q, n, p, b, e, d, tuple(A), snr))
         return rows
 
     @constant
@@ -220,7 +238,7 @@ class StepTable:
 
     def head(self, rows: int) -> StepTable:
         """Returns the table of the first rows."""
-        names = ("time", "n", "p", "q", "A", "b", "e", "d")
+        names = ("time", "n", "p", "q", "A", "b", "e", "d", "snr")
         return replace(self, **{name: getattr(self, name)[:rows] for name in names})
 
 
@@ -248,6 +266,22 @@ def _check_inputs(n: Tensor) -> None:
     is_zero = (n == 0).all(dim=1)
     if is_zero.any():
         raise ValueError(f"StepTable.n must not be zero in all slots, got zeros in row {int(is_zero.nonzero()[0])}")
+
+
+def _check_langevin(columns: Mapping[str, Tensor], clip: float | None) -> None:
+    snr = columns["snr"]
+    if (snr < 0).any():
+        raise ValueError(f"StepTable.snr must be at least 0, got {float(snr.min()):g}")
+    if not snr.any():
+        return
+    if clip is not None:
+        raise ValueError(f"StepTable.clip must be None in a table with snr above 0, got {clip}")
+    wrong = (snr > 0) & (columns["b"].any(dim=1) | (columns["e"][:, 0] == 0) | (columns["d"][:, 0] == 0))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"StepTable.snr may be above 0 only where b is zero, and e and d of slot 0 are not; see row {row}"
+        )
 
 
 def _check(name: str, column: Tensor | None, shape: tuple[int, ...]) -> Tensor:

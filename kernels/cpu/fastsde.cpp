@@ -2,6 +2,8 @@
 
 #include "coefficients.cpp"
 #include "dsm_loss.cpp"
+#include "guidance_rescale.cpp"
+#include "langevin_size.cpp"
 #include "mlp_sampler.cpp"
 #include "normal.cpp"
 #include "perturb.cpp"

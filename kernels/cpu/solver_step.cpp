@@ -1,4 +1,5 @@
-// One row of a solver's table (table.h), with optional guidance: f = f_uncond + w (f - f_uncond).
+// One row of a solver's table (table.h), with optional guidance: f = c (f_uncond + w (f - f_uncond)), where sample b has
+// w = scale[b] rates[row] and c = factor[b]; in a Langevin row D and z are multiplied by sizes[b].
 //
 // All tensors are contiguous fp32 [n, size].
 
@@ -9,16 +10,17 @@ using namespace fastsde;
 
 // The arguments of a call; _Call in solver_step.py has the same fields. ``slots`` and ``out`` hold m pointers, null for
 // slots that the row does not read and for results that are not needed. The next row's n.s goes to ``input``. Nullable:
-// f_uncond, z (else noise is drawn, if the row has any), keys (if no noise is drawn), input. clip is infinite if unset.
+// f_uncond and with it scale, rates and factor (1 if null), z (else noise is drawn, if the row has any), keys (if no noise
+// is drawn), input, sizes [n, 2]. clip is infinite if unset.
 struct Step {
     const float* slots[MAX_SLOTS];
     float* out[MAX_SLOTS];
-    const float *f, *f_uncond, *z;
+    const float *f, *f_uncond, *z, *sizes;
     float* input;
     const int64_t* keys;
-    const float* table;
+    const float *table, *scale, *rates, *factor;
     int64_t m, row, n, size;
-    float guidance, clip;
+    float clip;
 };
 
 namespace {
@@ -39,10 +41,27 @@ struct Work {
     }
 };
 
-// Steps ``count`` elements from ``start`` on; ``noise`` begins at ``start``. Returns what is not finite: 0 f, 1 x',
-// 2 nothing.
+// The numbers of samples in a part, repeated for each of their elements.
+struct Spread {
+    float values[PART];
+
+    const float* of(const float* numbers, const Part& part, float times = 1.0f, int64_t stride = 1) {
+        if (!numbers) return nullptr;
+        for (int64_t i = 0; i < part.samples; i++)
+            std::fill_n(values + i * part.elements, part.elements, times * numbers[stride * (part.first_sample + i)]);
+        return values;
+    }
+};
+
+// What the elements of a part are multiplied by: w and c of guidance, and the sizes of D and z. Null for 1.
+struct Factors {
+    const float *w, *c, *data, *z;
+};
+
+// Steps ``count`` elements from ``start`` on, where ``noise`` and the factors begin. Returns what is not finite: 0 f,
+// 1 x', 2 nothing.
 template <int M>
-int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, const float* noise) {
+int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, const float* noise, const Factors& by) {
     const Row<M> row = work.row;
     const int m = row.slots();
     Floats f_sum{}, x_sum{};  // 0, or NaN where a value was not finite
@@ -54,11 +73,13 @@ int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, cons
         if (at.f_uncond) {
             const Floats uncond = load(at.f_uncond + i, here);
             f_sum += 0.0f * (f + uncond);
-            f = uncond + at.guidance * (f - uncond);
+            f = uncond + load(by.w + first, here) * (f - uncond);
+            if (by.c) f *= load(by.c + first, here);
         }
         f_sum += 0.0f * f;
-        const Floats z = noise ? load(noise + first, here) : Floats{};
-        const Floats data = work.has_data ? row.data(s, f, at.clip) : Floats{};
+        Floats z = noise ? load(noise + first, here) : Floats{};
+        Floats data = work.has_data ? row.data(s, f, at.clip) : Floats{};
+        if (by.data) data *= load(by.data + first, here), z *= load(by.z + first, here);
         for (int j = 0; j < m; j++) {
             next[j] = work.formed[j] ? row.slot(j, s, f, data, z) : Floats{};
             if (at.out[j]) store(at.out[j] + i, next[j], here);
@@ -84,7 +105,11 @@ extern "C" int fastsde_solver_step(const Step* given, int threads) {
             float drawn[PART];
             const float* noise = !work.has_noise ? nullptr : at.z ? at.z + start : drawn;
             if (noise == drawn) draw_normals(at.keys, draw, part, at.n, drawn);
-            const int kind = step(at, work, start, part.count(), noise);
+            Spread w, c, of_data, of_z;
+            Factors by{};
+            if (at.f_uncond) by.w = w.of(at.scale, part, at.rates ? at.rates[at.row] : 1.0f), by.c = c.of(at.factor, part);
+            if (at.sizes) by.data = of_data.of(at.sizes, part, 1.0f, 2), by.z = of_z.of(at.sizes + 1, part, 1.0f, 2);
+            const int kind = step(at, work, start, part.count(), noise, by);
             if (kind < 2) {
 #pragma omp critical
                 found = std::min(found, kind);

@@ -22,9 +22,10 @@ class _Call(ctypes.Structure):
     _fields_ = [
         ("slots", ctypes.c_void_p * _MAX_SLOTS),
         ("out", ctypes.c_void_p * _MAX_SLOTS),
-        *((name, ctypes.c_void_p) for name in ("f", "f_uncond", "z", "input", "keys", "table")),
+        *((name, ctypes.c_void_p) for name in ("f", "f_uncond", "z", "sizes", "input", "keys")),
+        *((name, ctypes.c_void_p) for name in ("table", "scale", "rates", "factor")),
         *((name, ctypes.c_int64) for name in ("m", "row", "n", "size")),
-        *((name, ctypes.c_float) for name in ("guidance", "clip")),
+        ("clip", ctypes.c_float),
     ]
 
 
@@ -36,7 +37,9 @@ class Steps:
         slots: m.
         shape: of a slot, ``(B, *shape)``.
         keys: contiguous int64 ``[B, 2]``, or None if the noise of every row is given or zero.
-        guidance, clip: numbers, or None.
+        scale, rates, factor: contiguous fp32 ``[B]``, ``[K]`` and ``[B]``, for rows with an ``f_uncond``; without rates
+            or factors these are 1.
+        clip: a number, or None.
         threads: how many may work, by default as many as PyTorch would use.
     """
 
@@ -47,18 +50,21 @@ class Steps:
         shape: Sequence[int],
         *,
         keys: Tensor | None = None,
-        guidance: float | None = None,
+        scale: Tensor | None = None,
+        rates: Tensor | None = None,
+        factor: Tensor | None = None,
         clip: float | None = None,
         threads: int | None = None,
     ) -> None:
-        self._given, self._threads = (table, keys), threads  # the tensors are kept alive
+        self._given, self._threads = (table, keys, scale, rates, factor), threads  # the tensors are kept alive
+        weights = {"scale": scale, "rates": rates, "factor": factor}
         self._call = _Call(
             keys=None if keys is None else address(keys, torch.int64),
             table=address(table, torch.float32),
             m=slots,
             n=shape[0],
             size=math.prod(shape[1:]),
-            guidance=0.0 if guidance is None else guidance,
+            **{name: None if each is None else address(each, torch.float32) for name, each in weights.items()},
             clip=math.inf if clip is None else clip,
         )
         self._slots, self._out = self._call.slots, self._call.out
@@ -76,6 +82,7 @@ class Steps:
         *,
         z: Tensor | None = None,
         f_uncond: Tensor | None = None,
+        sizes: Tensor | None = None,
         out: Sequence[Tensor | None],
         network_input: Tensor | None = None,
     ) -> int:
@@ -99,10 +106,17 @@ class Steps:
             f = f.float().contiguous().resolve_neg()
         call.f = f.data_ptr() or _without_memory(f)
         # Fields are set only if they may differ from the last row's: ctypes takes a tenth of a microsecond for each.
-        if self._has_optional or f_uncond is not None or z is not None or network_input is not None:
+        if (
+            self._has_optional
+            or f_uncond is not None
+            or z is not None
+            or sizes is not None
+            or network_input is not None
+        ):
             self._has_optional = True
             f_uncond, z = _plain(f_uncond), _plain(z)
             call.f_uncond, call.z, call.input = _pointer(f_uncond), _pointer(z), _pointer(network_input)
+            call.sizes = _pointer(sizes)
         call.row = row
         found: int = self._run(self._reference, self._threads or torch.get_num_threads())
         return found
@@ -141,7 +155,10 @@ def solver_step(
     z: Tensor | None = None,
     keys: Tensor | None = None,
     f_uncond: Tensor | None = None,
-    guidance: float | None = None,
+    scale: Tensor | None = None,
+    rates: Tensor | None = None,
+    factor: Tensor | None = None,
+    sizes: Tensor | None = None,
     clip: float | None = None,
     out: Sequence[Tensor | None],
     network_input: Tensor | None = None,
@@ -156,6 +173,8 @@ def solver_step(
         table: fp32 ``[K, 2 + 5 m + m^2]``.
         terms: which coefficients are zero, or one, in that row (`fastsde.solvers.Terms`).
         z: like f.
+        scale, rates, factor: as for `Steps`.
+        sizes: contiguous fp32 ``[B, 2]``, what D and z are multiplied by in a Langevin row.
         keys: int64 ``[B, 2]``, or None if the row has no noise or ``z`` is given.
         network_input: fp32, where the next row's n.s is written.
 
@@ -165,5 +184,6 @@ def solver_step(
     for each in (*slots, *out, network_input):
         if each is not None:
             address(each, torch.float32)
-    steps = Steps(table, len(slots), slots[0].shape, keys=keys, guidance=guidance, clip=clip)
-    return steps(row, terms, slots, f, z=z, f_uncond=f_uncond, out=out, network_input=network_input)
+    weights = {"scale": scale, "rates": rates, "factor": factor}
+    steps = Steps(table, len(slots), slots[0].shape, keys=keys, clip=clip, **weights)
+    return steps(row, terms, slots, f, z=z, f_uncond=f_uncond, sizes=sizes, out=out, network_input=network_input)

@@ -280,7 +280,7 @@ def test_torch_library_knows_step_and_draw() -> None:
     keys, x = noise.sample_keys(0, 3), torch.randn(3, 5)
     table = ops.device_table(TABLE, x.device)
     torch.library.opcheck(torch.ops.fastsde.normal.default, (keys, 3, 0, [5]))
-    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 1.0)
+    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 0.0, 0.0, 1.0)
     torch.library.opcheck(torch.ops.fastsde.solver_step.default, step)
 
 
@@ -474,13 +474,15 @@ from fastsde.sde import VPSDE
 
 objective, table = Objective(prediction="v"), solvers.build("ddpm", VPSDE(), 3, prediction="eps", clip=1.0)
 tables = [random_table(slots, 3, clip=1.0) for slots in (1, 2, 3, 5, 8)]
+langevin = solvers.build("predictor_corrector", VPSDE(), 3)
 for batch, size in ((1, 1), (63, 1), (1000, 3), (3, 63), (1, 1000), (1, 2**16 + 17), (0, 5), (3, 0), (17, 31), (5, 33)):
     keys, x = noise.sample_keys(0, batch), torch.randn(batch, size)
     pixels, index = torch.zeros(7, size, dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64) + 6
     ops.normal(keys, 1, (size,))
     ops.dispatch.kernel("normal", x.device).bits(keys, 1, 0, (size,))
     for row in range(3):
-        ops.solver_step([x], x, table, row, keys=keys, f_uncond=x, guidance=2.0)
+        ops.solver_step([x], x, table, row, keys=keys, f_uncond=x, guidance=2.0, rescale=0.5)
+        ops.solver_step([x], x, langevin, row, keys=keys, f_uncond=x, guidance=x[:, :1].sum(1), rescale=0.5)
         for each in tables:
             ops.solver_step([x.clone() for _ in range(each.slots)], x.half(), each, row, z=x)
     coefficients = ops.coefficients(objective, ops.training_times(objective, keys, 2, 3)[1])

@@ -100,6 +100,8 @@ class Step:
         """Launches the kernel, and returns the status of row 0 for a native one."""
         module, x = ops.dispatch.kernel("solver_step", self.f.device), self.slots[0]
         given = {"terms": self.table.terms(self.row), "clip": self.table.clip, **self.given, **options}
+        if (w := given.pop("guidance", None)) is not None:
+            given["scale"] = x.new_full((len(x),), w)
         row = self.row if row is None else row
         rows = ops.device_table(self.table, x.device)
         found: int = module.solver_step(self.slots, self.f, rows, row, out=out, **given)
@@ -264,7 +266,6 @@ def test_a_counter_walks_the_table(triton_device: torch.device, slots: int, batc
             status=(found := ops.new_status(device)),
             keys=keys if terms.has_noise else None,
             f_uncond=None,
-            guidance=None,
             clip=table.clip,
         )
         buffers = places

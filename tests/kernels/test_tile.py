@@ -81,7 +81,7 @@ def test_a_counter_has_a_slot_for_each_small_tile(triton_device: torch.device, m
     assert len(counter) == 9
     keys, time, status = noise.sample_keys(1, 3, device=triton_device), x.new_zeros(3), ops.new_status(triton_device)
     expected, rows = x, ops.device_table(TABLE, triton_device)
-    given = {"network_input": None, "f_uncond": None, "guidance": None, "clip": TABLE.clip, "terms": TABLE.terms()}
+    given = {"network_input": None, "f_uncond": None, "clip": TABLE.clip, "terms": TABLE.terms()}
     x = x.clone()
     for row in range(2):
         ops.counted_step([x], -x, rows, counter, out=[x], time=time, status=status, keys=keys, **given)

@@ -14,18 +14,21 @@ import pytest
 import torch
 
 BATCHES = (1, 2, 7, 16, 63, 64, 1000, 70_000)
-INTS = "guidance and clip, as floats and as ints"
+INTS = "clip and phi, as floats and as ints"
 STEPS = (0, 1, 2, 15, 16, 2**28 - 1)
 
 
 def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     """Yields names, kernels, and launches that must share one variant, or two."""
     from fastsde import ops, solvers
+    from fastsde.guidance import Weights
     from fastsde.kernels import (
         coefficients,
         convolution,
         dsm_loss,
+        guidance_rescale,
         head_convolution,
+        langevin_size,
         mlp_sampler,
         normal,
         perturb,
@@ -40,6 +43,7 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
 
     multistep = solvers.build("dpm_solver_pp_2m", VPSDE(), 4, clip=1.0)
     width = multistep.packed.shape[1]
+    langevin = solvers.build("predictor_corrector", VPSDE(), 5)
 
     def loss(n: int, shape: tuple[int, ...], step: int, backward: bool) -> None:
         f, keys, k = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(n, 6)
@@ -49,9 +53,20 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     def step_of(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
         x, keys, table = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), torch.empty(row % 999 + 1, width)
         counter = torch.empty(solver_step.counter_slots(n, x[0].numel()), dtype=torch.int64) if counted else None
-        numbers = {"guidance": n / 2, "clip": n / 7, "f_uncond": x}
+        numbers = {"scale": torch.empty(n), "rates": torch.empty(len(table)), "clip": n / 7, "f_uncond": x}
         given = {"keys": keys, "counter": counter, "terms": multistep.terms(), "out": [x, x], **numbers}
         solver_step.solver_step([x, x], x, table, row, **given)
+
+    def rescaling(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
+        f, scale, counter = torch.empty(n, *shape), torch.empty(n), torch.empty(1, dtype=torch.int64)
+        given = {"rates": torch.empty(row % 999 + 1), "counter": counter if counted else None, "phi": 0.5}
+        guidance_rescale.rescale_factor(f, f, row, scale=scale, factor=scale, **given)
+
+    def sizing(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
+        x, keys, k = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), langevin.packed.float()
+        counter = torch.empty(1, dtype=torch.int64) if counted else None
+        given = {"snr": torch.empty(row % 999 + 1), "terms": langevin.terms(), "keys": keys, "counter": counter}
+        langevin_size.langevin_size([x], x, k, row, sizes=torch.empty(n, 2), **given)
 
     def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
         normal.normal(torch.empty(n, 2, dtype=torch.int64), step, 0, torch.empty(n, *shape))
@@ -69,16 +84,21 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
         rows = torch.empty(segments % 1000 + 1, 4, 8)
         coefficients.coefficients(torch.empty(n), rows, segments, 17, torch.empty(n, 6))
 
-    def guided(guidance: float, clip: float) -> None:
+    def guided(phi: float, clip: float) -> None:
         table = solvers.build("ddim", VPSDE(), 4, clip=clip)
         x, keys = torch.empty(3, 5), torch.empty(3, 2, dtype=torch.int64)
-        ops.Stepper(table, x, keys, guidance)(0, [x], x, f_uncond=x)
+        weights = Weights(x[:, 0], (1.0,) * 4, (True,) * 4, phi)
+        ops.Stepper(table, x, keys, weights)(0, [x], x, f_uncond=x)
 
     for shape in ((5,), (3, 28, 28)):
         sizes = list(zip(BATCHES, STEPS + STEPS, strict=False))
         for counted in (False, True):
             launches = [partial(step_of, n, shape, step, counted) for n, step in sizes]
             yield f"solver_step {shape} counted={counted}", solver_step.solver_step_kernel, launches
+            launches = [partial(rescaling, n, shape, step, counted) for n, step in sizes]
+            yield f"rescale {shape[0]} counted={counted}", guidance_rescale.rescale_kernel, launches
+            launches = [partial(sizing, n, shape, step, counted) for n, step in sizes]
+            yield f"langevin_size {shape[0]} counted={counted}", langevin_size.langevin_size_kernel, launches
         launches = [partial(drawing, n, shape, step) for n, step in sizes]
         yield f"normal {shape}", normal.normal_kernel, launches
         launches = [partial(noising, n, shape, step, float(i)) for i, (n, step) in enumerate(sizes)]
@@ -91,8 +111,9 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     yield "uniform", uniform.uniform_kernel, [partial(timing, *each) for each in sizes]
     launches = [partial(interpolating, n, step + 1) for n, step in sizes]
     yield "coefficients", coefficients.coefficients_kernel, launches
-    launches = [partial(guided, guidance, clip) for guidance in (2.5, 1, 2, 16) for clip in (1.5, 1, 2)]
-    yield INTS, solver_step.solver_step_kernel, launches
+    launches = [partial(guided, phi, clip) for phi in (0.5, 1) for clip in (1.5, 1, 2)]
+    yield f"{INTS}: step", solver_step.solver_step_kernel, launches
+    yield f"{INTS}: rescale", guidance_rescale.rescale_kernel, launches
     lowered = lower(MLP(2, (16,), "SiLU"), (2,), torch.ones(1))
     numbers = lowered.vectors(torch.ones(1), 1, ())
     packed = mlp_sampler.Packed(lowered.program, torch.device("cpu"), torch.float32)
@@ -196,15 +217,15 @@ def counts(compiler_environment: dict[str, str]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_run_compiles_each_kernel_once_or_twice(counts: dict[str, int]) -> None:
-    runs = {name: variants for name, variants in counts.items() if name != INTS}
-    assert len(runs) == 22
+    runs = {name: variants for name, variants in counts.items() if INTS not in name}
+    assert len(runs) == 30
     # Two for tiles: small ones for few samples, large ones for many (fastsde.kernels.tile, and the convolutions).
     assert runs == {name: 2 if "(" in name else 1 for name in runs}
 
 
 @pytest.mark.slow
 def test_ints_in_the_place_of_floats_make_no_variant(counts: dict[str, int]) -> None:
-    assert counts[INTS] == 1
+    assert [variants for name, variants in counts.items() if INTS in name] == [1, 1]
 
 
 if __name__ == "__main__":
