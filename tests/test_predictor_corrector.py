@@ -196,7 +196,7 @@ def test_only_the_persistent_engine_does_without() -> None:
 def test_graphs_run_it(graphs: Any) -> None:
     device = torch.get_default_device()
     for seed, snr in ((0, 0.16), (1, 0.3)):
-        options: dict[str, Any] = {"solver": "predictor_corrector", "steps": 5, "solver_options": {"snr": snr}}
+        options: dict[str, Any] = {"solver": "predictor_corrector", "steps": 3, "solver_options": {"snr": snr}}
         ours, theirs = (
             fastsde.sample(tanh_score_module, (5, 3), backend=backend, seed=seed, device=device, **options)
             for backend in ("graph", "reference")
