@@ -144,7 +144,7 @@ def _sum_cases() -> Iterator[Case]:
 
     constants, _ = tile.whole_samples(1000, 3072)
     num_warps, elements = constants.pop("num_warps"), constants["S"] * constants["P"] * 4
-    names = ("f_ptr", "f_uncond_ptr", "scale_ptr", "rates_ptr", "factor_ptr", "table_ptr", "snr_ptr", "sizes_ptr")
+    names = ("f_ptr", "f_uncond_ptr", "scale_ptr", "rates_ptr", "factor_ptr", "table_ptr", "langevin_ptr", "sizes_ptr")
     shared = {**dict.fromkeys(names, "*fp32"), "keys_ptr": "*i64", "counter_ptr": "*i64", "z_ptr": None, "phi": "fp32"}
     shared |= {**dict.fromkeys(("batch", "size", "row"), "i64"), **constants}
     terms = solvers.build("predictor_corrector", VPSDE(), 5).terms()

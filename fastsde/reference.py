@@ -7,6 +7,7 @@ check their arguments; `fastsde.ops` and `fastsde.sample` do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def solver_step(
     if any(k.d):
         z_row = noise.normal(_given(keys), row + 1, f.shape[1:]).to(f) if z is None else z
     if k.snr > 0:
-        data, z_row = langevin_terms(data, z_row, k.snr)
+        data, z_row = langevin_terms(data, z_row, k.snr, k.eps_max)
     terms = (*slots, f, data, z_row)
     return tuple(
         _sum((*k.A[slot], k.b[slot], k.e[slot], k.d[slot]), terms) if source is None else slots[source]
@@ -150,18 +151,18 @@ def rescale_factor(f: Tensor, combined: Tensor, phi: float) -> Tensor:
     return torch.where(other > 0, phi * (whole / other) + (1 - phi), 1.0)
 
 
-def langevin_size(g: Tensor, z: Tensor, snr: float) -> Tensor:
-    """Returns eps = 2 (snr |z| / |g|)^2 for each sample, ``[B]``, or 0 where g is 0.
+def langevin_size(g: Tensor, z: Tensor, snr: float, largest: float = math.inf) -> Tensor:
+    """Returns eps = min(2 (snr |z| / |g|)^2, largest) for each sample, ``[B]``, or 0 where g is 0.
 
     (Song et al. 2021, arXiv:2011.13456, algorithm 4.) The norms are over all elements of a sample.
     """
     of_g, of_z = (torch.linalg.vector_norm(each[:, None].flatten(1), dim=1) for each in (g, z))
-    return torch.where(of_g > 0, 2 * (snr * of_z / of_g) ** 2, 0.0)
+    return torch.where(of_g > 0, (2 * (snr * of_z / of_g) ** 2).clamp(max=largest), 0.0)
 
 
-def langevin_terms(g: Tensor, z: Tensor, snr: float) -> tuple[Tensor, Tensor]:
+def langevin_terms(g: Tensor, z: Tensor, snr: float, largest: float) -> tuple[Tensor, Tensor]:
     """Returns eps g and sqrt(2 eps) z, with the eps of each sample."""
-    size = match_dims(langevin_size(g, z, snr), g)
+    size = match_dims(langevin_size(g, z, snr, largest), g)
     return size * g, (2 * size).sqrt() * z
 
 

@@ -1,6 +1,6 @@
 """The sizes of the steps of a Langevin row (the twin of ``fastsde.reference.langevin_size``), for each sample:
 
-    eps = 2 (snr |z| / |g|)^2,    g = D = p.s + q f with guidance,    or 0 where g is 0
+    eps = min(2 (snr |z| / |g|)^2, eps_max),    g = D = p.s + q f with guidance,    or 0 where g is 0
 
 `solver_step` multiplies D by eps and z by sqrt(2 eps), written to ``sizes``; in a row that is none, both are 1. The
 noise is drawn again there instead of stored. A program goes through its samples' elements once, tile by tile, in an
@@ -29,7 +29,7 @@ def langevin_size_kernel(
     z_ptr,
     keys_ptr,
     table_ptr,
-    snr_ptr,
+    langevin_ptr,
     counter_ptr,
     scale_ptr,
     rates_ptr,
@@ -47,7 +47,8 @@ def langevin_size_kernel(
 ):
     if counter_ptr is not None:
         row += tl.load(counter_ptr)
-    row_ptr, snr = table_ptr + row * (2 + 5 * M + M * M), tl.load(snr_ptr + row)
+    row_ptr = table_ptr + row * (2 + 5 * M + M * M)
+    snr, largest = tl.load(langevin_ptr + 2 * row), tl.load(langevin_ptr + 2 * row + 1)
     sample = tl.program_id(0).to(tl.int64) * S + tl.arange(0, S)
     exists = sample < batch
     size = aligned_size(size, ALIGNED)
@@ -76,7 +77,8 @@ def langevin_size_kernel(
         of_g += tl.sum(g * g, 1)
         of_z += tl.sum(z * z, 1)
         first += 4 * P
-    eps = tl.where(of_g > 0.0, 2.0 * snr * snr * (of_z / tl.where(of_g > 0.0, of_g, 1.0)), of_g)
+    eps = 2.0 * snr * snr * (of_z / tl.where(of_g > 0.0, of_g, 1.0))
+    eps = tl.where(of_g > 0.0, tl.minimum(eps, largest), of_g)
     is_langevin = snr > 0.0
     tl.store(sizes_ptr + 2 * sample, tl.where(is_langevin, eps, 1.0), mask=exists)
     tl.store(sizes_ptr + 2 * sample + 1, tl.where(is_langevin, tl.sqrt(2.0 * eps), 1.0), mask=exists)
@@ -88,7 +90,7 @@ def langevin_size(
     table: Tensor,
     row: int,
     *,
-    snr: Tensor,
+    langevin: Tensor,
     terms: Any,
     z: Tensor | None = None,
     keys: Tensor | None = None,
@@ -102,7 +104,7 @@ def langevin_size(
     """Writes eps and sqrt(2 eps) of a batch to ``sizes``, fp32 ``[B, 2]``.
 
     Args:
-        snr: fp32 ``[K]``.
+        langevin: fp32 ``[K, 2]``: snr, 0 in rows that are no Langevin rows, and eps_max.
         slots, f, table, row, terms, z, keys, f_uncond, scale, rates, factor: as for `solver_step`.
         counter: as there, except that it is only read.
     """
@@ -118,7 +120,7 @@ def langevin_size(
             z,
             keys if z is None else None,
             table,
-            snr,
+            langevin,
             counter,
             scale,
             rates,

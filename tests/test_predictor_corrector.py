@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastsde
-from fastsde import EDM, VESDE, VPSDE, RectifiedFlow, Sampler, StepTable, SubVPSDE, noise, ops, reference, solvers
+from fastsde import VESDE, VPSDE, RectifiedFlow, Sampler, StepTable, noise, ops, reference, solvers
 from fastsde.sde import Process, match_dims
 
 FLOAT64 = torch.float64
@@ -61,7 +61,7 @@ def test_samples_are_those_of_algorithm_1(sde: Process, end: float, corrector_st
             norms = [math.sqrt(float(zi.square().sum() / gi.square().sum())) for zi, gi in zip(z, g, strict=True)]
             eps = torch.tensor([2 * float(alpha_i) * (r * norm) ** 2 for norm in norms]).double().reshape(n, 1, 1)
             x = x + eps * g + (2 * eps).sqrt() * z
-    table = solvers.predictor_corrector(sde, times, corrector_steps=corrector_steps, snr=r)
+    table = solvers.predictor_corrector(sde, times, corrector_steps=corrector_steps, snr=r, max_size=None)
     assert len(table) == row
     given: dict[str, Any] = {"sde": sde, "solver": table, "seed": 3}
     ours = fastsde.sample(tanh_score, (n, 2, 3), dtype=torch.float64, **given)
@@ -77,6 +77,23 @@ def test_alpha_i_is_that_of_ddpm() -> None:
     alpha_i = 1 - sde.beta(times[1:-1]) / 1001
     torch.testing.assert_close(snr[1:-1:2].square(), alpha_i, rtol=0, atol=(20 / 1000) ** 2)
     assert (solvers.predictor_corrector(VESDE(), linspace(9), snr=0.3).snr[1::2] == 0.3).all()
+
+
+def test_no_step_is_longer_than_tweedies() -> None:
+    """Single elements of two points, between which the score is 0 and the paper's step has no bound."""
+    sde = VPSDE()
+
+    def score(x: Tensor, t: Tensor) -> Tensor:  # of the points 1 and -1
+        alpha, sigma = (match_dims(each, x) for each in (sde.alpha(t), sde.sigma(t)))
+        return (alpha * torch.tanh(alpha * x / sigma**2) - x) / sigma**2
+
+    bounded, unbounded = (
+        solvers.build("predictor_corrector", sde, 101, solver_options={"max_size": size}) for size in (0.5, None)
+    )
+    langevin = bounded.snr > 0
+    torch.testing.assert_close(bounded.eps_max[langevin], 0.5 * sde.sigma(bounded.time[langevin]) ** 2)
+    kept, thrown = (fastsde.sample(score, (1000, 1), solver=table).abs().max() for table in (bounded, unbounded))
+    assert kept < 2 < thrown
 
 
 def test_rows_and_their_times() -> None:
@@ -95,7 +112,7 @@ def test_rows_and_their_times() -> None:
 
 
 @pytest.mark.parametrize("predictor", ["ddim", "exponential_euler_maruyama", "euler_ancestral", "ddpm"])
-@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), EDM(), RectifiedFlow()], ids=str)
+@pytest.mark.parametrize("sde", [VPSDE(), RectifiedFlow()], ids=str)
 def test_any_step_without_history_predicts(sde: Process, predictor: str) -> None:
     options: dict[str, Any] = {"t_start": 0.9 * sde.t_max, "prediction": "v"}
     table = solvers.build("predictor_corrector", sde, 9, solver_options={"predictor": predictor}, **options)
@@ -126,6 +143,7 @@ def deviation(table: StepTable, n: int = 400, dim: int = 64, **options: Any) -> 
     return float(x.double().std())
 
 
+@pytest.mark.slow
 def test_langevin_steps_leave_a_gaussian_as_it_is_but_for_their_size() -> None:
     """In many dimensions |g|^2 is dim v / s^4 for the variance v where s^2 is right, and v settles at (1 + r^2) s^2."""
     sde, t, rows, dim = VPSDE(), 0.3, 300, 64
@@ -178,7 +196,7 @@ def test_only_the_persistent_engine_does_without() -> None:
 def test_graphs_run_it(graphs: Any) -> None:
     device = torch.get_default_device()
     for seed, snr in ((0, 0.16), (1, 0.3)):
-        options: dict[str, Any] = {"solver": "predictor_corrector", "steps": 5, "solver_options": {"snr": snr}}
+        options: dict[str, Any] = {"solver": "predictor_corrector", "steps": 3, "solver_options": {"snr": snr}}
         ours, theirs = (
             fastsde.sample(tanh_score_module, (5, 3), backend=backend, seed=seed, device=device, **options)
             for backend in ("graph", "reference")
@@ -241,6 +259,7 @@ def table(**changes: Any) -> StepTable:
         (lambda: table(snr=-torch.ones(3, dtype=FLOAT64)), ValueError, "StepTable.snr must be at least 0, got -1"),
         (lambda: table(snr=torch.ones(3)), TypeError, "StepTable.snr must be a float64 tensor, got torch.float32"),
         (lambda: table(snr=torch.ones(2, dtype=FLOAT64)), ValueError, r"StepTable.snr must have shape \[3\]"),
+        (lambda: table(eps_max=torch.zeros(3, dtype=FLOAT64)), ValueError, "StepTable.eps_max must be positive, got 0"),
         (lambda: table(clip=1.0), ValueError, "StepTable.clip must be None in a table with snr above 0, got 1.0"),
         (lambda: table(b=torch.ones(3, dtype=FLOAT64)), ValueError, "snr may be above 0 only where b is zero.* row 0"),
         (lambda: table(e=torch.tensor([1.0, 0, 1], dtype=FLOAT64)), ValueError, "e and d of slot 0 are not; see row 1"),
@@ -255,6 +274,7 @@ def table(**changes: Any) -> StepTable:
             for options, *rest in (
                 ({"snr": 0}, ValueError, "snr must be positive and finite, got 0"),
                 ({"snr": "low"}, TypeError, "snr must be a number, got str"),
+                ({"max_size": 0.0}, ValueError, "max_size must be positive and finite, or None, got 0.0"),
                 ({"corrector_steps": -1}, ValueError, "corrector_steps must be at least 0, got -1"),
                 ({"corrector_steps": 1.5}, TypeError, "corrector_steps must be an int, got float"),
                 ({"predictor": "heun"}, ValueError, "predictor must be the name .* one row an interval, got 'heun'"),

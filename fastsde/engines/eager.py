@@ -112,7 +112,7 @@ def _step(slots: Sequence[Tensor], f: Tensor, z: Tensor | None, table: StepTable
     if k.snr > 0:
         assert data is not None
         assert z is not None
-        data, z = reference.langevin_terms(data, z, k.snr)
+        data, z = reference.langevin_terms(data, z, k.snr, k.eps_max)
     new = list(slots)
     for slot, source in terms.moved:
         new[slot] = slots[source]

@@ -164,7 +164,7 @@ class Trajectory:
         self._time = torch.zeros(batch, **fp32)
         self._counter = ops.step_counter(batch, size, form.device)
         self._status = ops.new_status(form.device)
-        self._snr = torch.zeros(form.rows, **fp32) if form.has_langevin else None
+        self._langevin = torch.zeros((form.rows, 2), **fp32) if form.has_langevin else None
         self._sizes = torch.zeros((batch, 2), **fp32) if form.has_langevin else None
         self._weights: dict[str, Tensor | None] = {"scale": None, "rates": None, "factor": None}
         if form.rescale is not None:
@@ -256,7 +256,13 @@ class Trajectory:
         keys = self._keys if terms.has_noise else None
         if self._sizes is not None:
             f, f_uncond = f.contiguous(), None if f_uncond is None else f_uncond.contiguous()
-            given = {"snr": self._snr, "terms": terms, "keys": keys, "f_uncond": f_uncond, "counter": self._counter}
+            given = {
+                "langevin": self._langevin,
+                "terms": terms,
+                "keys": keys,
+                "f_uncond": f_uncond,
+                "counter": self._counter,
+            }
             ops.langevin_size(slots, f, self._rows, 0, sizes=self._sizes, **given, **weights)
         new = [slots[place] for place in terms.places]
         ops.counted_step(
@@ -289,8 +295,8 @@ class Trajectory:
         self._time.fill_(float(table.time[0]))
         self._counter.zero_()
         self._status.copy_(ops.new_status(self._form.device))
-        if self._snr is not None:
-            self._snr.copy_(table.snr)
+        if self._langevin is not None:
+            self._langevin.copy_(table.langevin)
         if request.guidance is not None:
             weights = request.guidance
             for name, now in (("scale", weights.scale), ("rates", weights.rates_on(self._form.device))):

@@ -63,6 +63,7 @@ def launch_solver_step(
     scale: Tensor | None,
     rescale: float,
     snr: float,
+    eps_max: float,
     clip: float | None,
 ) -> list[Tensor]:
     """Runs the kernel of a step; returns the new slots except those that take over an old one. Nothing is checked.
@@ -72,7 +73,7 @@ def launch_solver_step(
         kinds: `StepTable.kinds` of the row.
         scale: fp32 ``[B]``, the weights of guidance.
         rescale: phi of guidance that is rescaled.
-        snr: of the row, if it is a Langevin row.
+        snr, eps_max: of the row.
     """
     terms = _step_terms(kinds, slots)
     f, z, keys, f_uncond, scale, *slots = contiguous(f, z, keys, f_uncond, scale, *slots)
@@ -82,8 +83,9 @@ def launch_solver_step(
         weights["factor"] = slots[0].new_empty(f.shape[0])
         kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, phi=rescale, **weights)
     if snr > 0:
-        sizes, snrs = slots[0].new_empty(f.shape[0], 2), slots[0].new_full((row + 1,), snr)
-        given = {"snr": snrs, "terms": terms, "z": z, "keys": keys, "f_uncond": f_uncond, **weights}
+        sizes = slots[0].new_empty(f.shape[0], 2)
+        langevin = slots[0].new_tensor([[snr, eps_max]]).expand(row + 1, 2).contiguous()
+        given = {"langevin": langevin, "terms": terms, "z": z, "keys": keys, "f_uncond": f_uncond, **weights}
         kernel("langevin_size", f.device).langevin_size(slots, f, table, row, sizes=sizes, **given)
     out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]
     given = {"z": z, "keys": keys, "f_uncond": f_uncond, **weights, "sizes": sizes, "clip": clip}

@@ -68,7 +68,7 @@ class Stepper:
             self._weights["rates"] = None if guidance.number is not None else guidance.rates_on(x.device)
             self._weights["factor"] = x.new_empty(len(x)) if guidance.rescale else None
         self._rows = device_table(table, x.device)
-        self._snr = table.snr.to(x.device, torch.float32) if table.has_langevin else None
+        self._langevin = table.langevin.to(x.device, torch.float32) if table.has_langevin else None
         self._sizes = x.new_empty(len(x), 2) if table.has_langevin else None
         self._status = None if has_native(x.device) else new_status(x.device)
         self._at_once = x.device.type == "cpu"
@@ -109,7 +109,7 @@ class Stepper:
         if f_uncond is not None and self._weights["factor"] is not None:
             f, f_uncond = contiguous(f, f_uncond)
             rescale_factor(f, f_uncond, row, phi=self._rescale, **self._weights)
-        sizes = self._sized(row, terms, slots, f, f_uncond, z) if self._snr is not None else None
+        sizes = self._sized(row, terms, slots, f, f_uncond, z) if self._langevin is not None else None
         if self._status is None:
             optional = {"z": z, "f_uncond": f_uncond, "sizes": sizes, "network_input": network_input}
             found = self._native(row, terms, slots, f, out=out, **optional)
@@ -126,7 +126,7 @@ class Stepper:
         if self._table.row(row).snr == 0:
             return None
         f, f_uncond = contiguous(f, f_uncond)
-        given = {"snr": self._snr, "terms": terms, "sizes": self._sizes, "z": z, "f_uncond": f_uncond}
+        given = {"langevin": self._langevin, "terms": terms, "sizes": self._sizes, "z": z, "f_uncond": f_uncond}
         given |= self._weights if f_uncond is not None else {}
         langevin_size(slots, f, self._rows, row, keys=self._keys if z is None else None, **given)
         return self._sizes
@@ -355,7 +355,8 @@ def _by_kernel(
     rows, kinds = device_table(table, f.device), table.kinds(row)
     drawn = (z, keys if z is None else None) if any(table.row(row).d) else (None, None)
     scale = f.new_full((len(f),), guidance, dtype=torch.float32) if isinstance(guidance, (int, float)) else guidance
-    given = (slots, f, rows, row, kinds, *drawn, f_uncond, scale, rescale, table.row(row).snr, table.clip)
+    k = table.row(row)
+    given = (slots, f, rows, row, kinds, *drawn, f_uncond, scale, rescale, k.snr, k.eps_max, table.clip)
     # Bypasses torch.library, whose operations take some ten microseconds, unless a mode or subclass needs to see them.
     is_direct = is_plain(*slots, f, *drawn, f_uncond, scale)
     made = iter(operators.launch_solver_step(*given) if is_direct else torch.ops.fastsde.solver_step(*given))

@@ -170,5 +170,6 @@ def _denoised(table: StepTable, sde: Process, prediction: str, row: int) -> Step
         e=with_last("e", first if clipped else zero),
         d=with_last("d", zero),
         snr=with_last("snr", torch.zeros_like(time)),
+        eps_max=with_last("eps_max", table.eps_max[row : row + 1]),
         clip=table.clip,
     )

@@ -31,6 +31,7 @@ def predictor_corrector(
     predictor: str = "euler_maruyama",
     corrector_steps: int = 1,
     snr: float = 0.16,
+    max_size: float | None = 1.0,
     final_rows: int | None = None,
 ) -> StepTable:
     """Predictor-corrector sampling with annealed Langevin steps (Song et al. 2021, arXiv:2011.13456, algorithm 1).
@@ -45,6 +46,11 @@ def predictor_corrector(
     where sigma is 0. The size of these steps does not fall with the number of intervals, and neither does their error:
     of Gaussian data in many dimensions, many rows at one time settle at 1 + a snr^2 times the right variance.
 
+    The norms of few elements vary: next to a point where the score is 0 the paper's eps has no bound, and samples of
+    two elements would be thrown far away. So eps is at most ``max_size`` sigma(t)^2, by default that of a step all the
+    way to the mean of the data given x (Tweedie's formula); beyond it a Langevin step overshoots. For images, whose
+    scores are about sqrt(N) / sigma(t) long, eps is some 0.05 sigma(t)^2, far below.
+
     score_sde, the paper's code, differs: its norms are averaged over the batch, so that a sample depends on the others;
     its corrector comes before the predictor, at the same time; its alpha_i are those of 1,000 steps, whatever the
     number of steps; and its last step returns the mean, without noise (``denoise=True`` of `fastsde.sample` is near).
@@ -57,6 +63,7 @@ def predictor_corrector(
             "euler_ancestral".
         corrector_steps: Langevin rows an interval.
         snr: r of the paper, its signal-to-noise ratio of a step: 0.16 for images of 32 x 32 on the VE-SDE.
+        max_size: the largest eps, in units of sigma(t)^2; None for the paper's step, without a bound.
         final_rows: how many rows the last interval has, from 1, the predictor alone, to 1 + ``corrector_steps``. By
             default all, or 1 if sigma is 0 at the last time.
 
@@ -66,6 +73,8 @@ def predictor_corrector(
     times = continuous_times(sde, times, prediction)
     check_int("corrector_steps", corrector_steps, 0)
     check_number("snr", snr, "positive and finite", lambda snr: 0 < snr < math.inf)
+    if max_size is not None:
+        check_number("max_size", max_size, "positive and finite, or None", lambda size: 0 < size < math.inf)
     has_corrector = float(sde.sigma(times[-1])) > 0
     if final_rows is None:
         final_rows = 1 + corrector_steps if has_corrector else 1
@@ -78,7 +87,7 @@ def predictor_corrector(
     base = _predictor(predictor, sde, times, prediction)
     counts = torch.full((len(base),), corrector_steps, dtype=torch.int64, device="cpu")
     counts[-1] = final_rows - 1
-    return _joined(base, _corrector(sde, times, prediction, snr), counts)
+    return _joined(base, _corrector(sde, times, prediction, snr, max_size), counts)
 
 
 def _predictor(name: str, sde: Process, times: Tensor, prediction: str) -> StepTable:
@@ -94,7 +103,7 @@ def _predictor(name: str, sde: Process, times: Tensor, prediction: str) -> StepT
     return table
 
 
-def _corrector(sde: Process, times: Tensor, prediction: str, snr: float) -> StepTable:
+def _corrector(sde: Process, times: Tensor, prediction: str, snr: float, max_size: float | None) -> StepTable:
     """Returns one Langevin row at each time but the first; that of the last is not used where sigma is 0."""
     time = times[1:]
     ratio = sde.alpha(time) / sde.alpha(torch.cat((times[2:], torch.zeros_like(time[:1]))))
@@ -102,7 +111,8 @@ def _corrector(sde: Process, times: Tensor, prediction: str, snr: float) -> Step
     r, s = torch.zeros_like(time), torch.ones_like(time)
     r[exists], s[exists] = score_form(sde, time[exists], prediction)
     one = torch.ones_like(time)
-    return StepTable(time, one, d=one, e=one, p=r, q=s, snr=snr * ratio)
+    largest = None if max_size is None else torch.where(exists, max_size * sde.sigma(time) ** 2, one)
+    return StepTable(time, one, d=one, e=one, p=r, q=s, snr=snr * ratio, eps_max=largest)
 
 
 def _joined(base: StepTable, corrector: StepTable, counts: Tensor) -> StepTable:
@@ -114,5 +124,5 @@ def _joined(base: StepTable, corrector: StepTable, counts: Tensor) -> StepTable:
         first, second = getattr(base, name)[rows], getattr(corrector, name)[rows]
         return torch.where(is_first.reshape(-1, *[1] * (first.ndim - 1)), first, second)
 
-    names = ("time", "n", "p", "q", "A", "b", "e", "d", "snr")
+    names = ("time", "n", "p", "q", "A", "b", "e", "d", "snr", "eps_max")
     return StepTable(**{name: column(name) for name in names})

@@ -11,7 +11,7 @@ is the result. Row k of a `StepTable` runs the network once and takes one step (
 A row whose ``snr`` r is above 0 is a *Langevin row*: D is a score g, and a step along it is as long as its norm and the
 noise's say, for each sample (Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5):
 
-    eps = 2 (r |z| / |g|)^2,   s' = A s + e eps g + d sqrt(2 eps) z,   or s' = A s where g is 0
+    eps = min(2 (r |z| / |g|)^2, eps_max),   s' = A s + e eps g + d sqrt(2 eps) z,   or s' = A s where g is 0
 
 The prediction kind is folded into the coefficients when a table is built, so nothing downstream depends on it. Terms
 that are zero in the whole table cost nothing, and a slot that takes over another one unchanged (the history of a
@@ -37,6 +37,7 @@ from .terms import Terms, kinds_of, live_terms, named_terms, terms_of, trajector
 __all__ = ["MAX_SLOTS", "Row", "StepTable", "row_width"]
 
 MAX_SLOTS = 8
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def row_width(slots: int) -> int:
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     d: tuple[float, ...]
     A: tuple[tuple[float, ...], ...]
     snr: float = 0.0
+    eps_max: float = _LARGEST
 
     @property
     def has_noise(self) -> bool:
@@ -87,6 +89,7 @@ class StepTable:
         q: float64 ``[K]``; by default zero.
         snr: float64 ``[K]``, above 0 in Langevin rows, in which b is zero, and e and d of slot 0 are not; by default
             zero. A table with such rows has no clip.
+        eps_max: float64 ``[K]``, the largest size of a step in Langevin rows; by default the largest number of fp32.
         clip: bound of D, or None.
 
     Raises:
@@ -104,6 +107,7 @@ class StepTable:
     e: Tensor
     d: Tensor
     snr: Tensor
+    eps_max: Tensor
     clip: float | None = None
 
     def __init__(
@@ -121,6 +125,7 @@ class StepTable:
         n: Tensor | None = None,
         A: Tensor | None = None,
         snr: Tensor | None = None,
+        eps_max: Tensor | None = None,
     ) -> None:
         rows = _check_time(time)
         if A is None:
@@ -145,7 +150,9 @@ class StepTable:
             _check_inputs(columns["n"])
         if clip is not None:
             check_number("clip", clip, "a positive number or None", lambda clip: 0 < clip < math.inf)
+        largest = torch.full((rows,), _LARGEST, dtype=torch.float64, device="cpu")
         columns["snr"] = _check("snr", snr, (rows,))
+        columns["eps_max"] = largest if eps_max is None else _check("eps_max", eps_max, (rows,))
         _check_langevin(columns, clip)
         for name, value in {"time": time, **columns}.items():
             object.__setattr__(self, name, value.clone())  # later changes to the caller's tensors have no effect
@@ -170,8 +177,16 @@ class StepTable:
         return bool(self.snr.any())
 
     @cached_property
+    def langevin(self) -> Tensor:
+        """snr and eps_max as the kernels read them, float64 ``[K, 2]``."""
+        return torch.stack((self.snr, self.eps_max), dim=1)
+
+    @cached_property
     def packed(self) -> Tensor:
-        """All columns but snr as the kernels read them, float64 ``[K, 2 + 5 m + m^2]``: time, q, n, p, b, e, d, A."""
+        """All columns but `langevin` as the kernels read them, float64 ``[K, 2 + 5 m + m^2]``.
+
+        They are time, q, n, p, b, e, d and A.
+        """
         return torch.cat(
             (
                 self.time[:, None],
@@ -186,9 +201,9 @@ class StepTable:
     def _rows(self) -> list[Row]:
         slots = self.slots
         rows = []
-        for (time, q, *rest), snr in zip(self.packed.tolist(), self.snr.tolist(), strict=True):
+        for (time, q, *rest), langevin in zip(self.packed.tolist(), self.langevin.tolist(), strict=True):
             n, p, b, e, d, *A = (tuple(rest[i : i + slots]) for i in range(0, len(rest), slots))
-            rows.append(Row(time, q, n, p, b, e, d, tuple(A), snr))
+            rows.append(Row(time, q, n, p, b, e, d, tuple(A), *langevin))
         return rows
 
     @constant
@@ -238,7 +253,7 @@ class StepTable:
 
     def head(self, rows: int) -> StepTable:
         """Returns the table of the first rows."""
-        names = ("time", "n", "p", "q", "A", "b", "e", "d", "snr")
+        names = ("time", "n", "p", "q", "A", "b", "e", "d", "snr", "eps_max")
         return replace(self, **{name: getattr(self, name)[:rows] for name in names})
 
 
@@ -272,6 +287,8 @@ def _check_langevin(columns: Mapping[str, Tensor], clip: float | None) -> None:
     snr = columns["snr"]
     if (snr < 0).any():
         raise ValueError(f"StepTable.snr must be at least 0, got {float(snr.min()):g}")
+    if not (columns["eps_max"] > 0).all():
+        raise ValueError(f"StepTable.eps_max must be positive, got {float(columns['eps_max'].min()):g}")
     if not snr.any():
         return
     if clip is not None:

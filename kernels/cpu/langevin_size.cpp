@@ -1,6 +1,6 @@
 // The sizes of the steps of a Langevin row (the twin of fastsde.reference.langevin_size), for each sample:
 //
-//     eps = 2 (snr |z| / |g|)^2,   g = D = p.s + q f with guidance (solver_step.cpp),   or 0 where g is 0
+//     eps = min(2 (snr |z| / |g|)^2, eps_max),   g = D = p.s + q f with guidance (solver_step.cpp),   or 0 where g is 0
 //
 // A sample is summed in pieces, in an order that depends only on its size.
 
@@ -13,8 +13,8 @@ using namespace fastsde;
 // f_uncond and with it scale [n], rates [K] and factor [n] (1 if null), z, keys if z is given.
 extern "C" void fastsde_langevin_size(const float* const* slots, const float* f, const float* f_uncond, const float* z,
                                       const int64_t* keys, const float* table, const float* scale, const float* rates,
-                                      const float* factor, int64_t m, int64_t row, float snr, int64_t n, int64_t size,
-                                      float* sizes, int threads) {
+                                      const float* factor, int64_t m, int64_t row, float snr, float largest,
+                                      int64_t n, int64_t size, float* sizes, int threads) {
     const Row<> k{table + row * row_width(m), (int)m};
     const Parts parts(n, size);
     const int64_t groups = parts.count() / parts.parts_each;  // of samples
@@ -51,7 +51,8 @@ extern "C" void fastsde_langevin_size(const float* const* slots, const float* f,
             }
             const Part part = parts[group * parts.parts_each];
             for (int64_t i = 0; i < part.samples; i++) {
-                const double eps = of_g[i] == 0 ? 0.0 : 2.0 * snr * snr * of_z[i] / of_g[i];
+                const double full = of_g[i] == 0 ? 0.0 : 2.0 * snr * snr * of_z[i] / of_g[i];
+                const double eps = full > largest ? largest : full;
                 float* to = sizes + 2 * (part.first_sample + i);
                 to[0] = (float)eps, to[1] = (float)std::sqrt(2.0 * eps);
             }

@@ -16,7 +16,7 @@ def langevin_size(
     table: Tensor,
     row: int,
     *,
-    snr: Tensor,
+    langevin: Tensor,
     terms: Any,
     z: Tensor | None = None,
     keys: Tensor | None = None,
@@ -29,13 +29,13 @@ def langevin_size(
     """Writes eps and sqrt(2 eps) of a batch to ``sizes``, fp32 ``[B, 2]``.
 
     Args:
-        snr: fp32 ``[K]``.
+        langevin: fp32 ``[K, 2]``: snr and eps_max.
         slots, f, table, row, terms, z, keys, f_uncond, scale, rates, factor: as for `solver_step`, contiguous.
     """
     if not f.numel():
         return
     f, f_uncond, z = (None if each is None else each.float() for each in (f, f_uncond, z))
     read = pointers([slot if kind else None for slot, kind in zip(slots, terms.p, strict=True)])
-    m, n, r = len(slots), f.shape[0], float(snr[row])
+    m, n, (snr, largest) = len(slots), f.shape[0], langevin[row].tolist()
     outputs = (f, f_uncond, z, None if z is not None else keys)
-    call("langevin_size", read, *outputs, table, scale, rates, factor, m, row, r, n, f.numel() // n, sizes)
+    call("langevin_size", read, *outputs, table, scale, rates, factor, m, row, snr, largest, n, f.numel() // n, sizes)

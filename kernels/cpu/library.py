@@ -35,7 +35,7 @@ _SIGNATURES = {
     "uniform": "- L l l l l F",
     "sample_keys": "- l l l L",
     "solver_step": "i p",
-    "langevin_size": "- p F F F L F F F F l l f l l F",
+    "langevin_size": "- p F F F L F F F F l l f f l l F",
     "rescale_factor": "- F F F F l f l l F",
     "perturb": "- p i L l L F F l f f l l F F F",
     "dsm_loss": "s F p i L l F L F l f f l l F F F",

@@ -41,21 +41,36 @@ struct Work {
     }
 };
 
-// The numbers of samples in a part, repeated for each of their elements.
-struct Spread {
-    float values[PART];
-
-    const float* of(const float* numbers, const Part& part, float times = 1.0f, int64_t stride = 1) {
-        if (!numbers) return nullptr;
-        for (int64_t i = 0; i < part.samples; i++)
-            std::fill_n(values + i * part.elements, part.elements, times * numbers[stride * (part.first_sample + i)]);
-        return values;
+// A number for each sample of a part, by element: repeated for each, or once for all if the samples agree.
+class Spread {
+  public:
+    // Takes numbers[stride * sample] * times.
+    void set(const float* numbers, const Part& part, float times = 1.0f, int64_t stride = 1) {
+        const float* own = numbers + stride * part.first_sample;
+        each_ = false;
+        for (int64_t i = 1; i < part.samples; i++) each_ |= own[stride * i] != own[0];
+        all_ = all(times * own[0]);
+        for (int64_t i = 0; each_ && i < part.samples; i++)
+            std::fill_n(values_ + i * part.elements, part.elements, times * own[stride * i]);
     }
+
+    Floats at(int64_t first, int64_t here) const { return each_ ? load(values_ + first, here) : all_; }
+
+  private:
+    bool each_;
+    Floats all_;
+    float values_[PART];
 };
 
-// What the elements of a part are multiplied by: w and c of guidance, and the sizes of D and z. Null for 1.
+// What the elements of a part are multiplied by: w and c of guidance, and the sizes of D and z.
 struct Factors {
-    const float *w, *c, *data, *z;
+    Spread w, c, data, z;
+
+    Factors(const Step& at, const Part& part) {
+        if (at.f_uncond) w.set(at.scale, part, at.rates ? at.rates[at.row] : 1.0f);
+        if (at.f_uncond && at.factor) c.set(at.factor, part);
+        if (at.sizes) data.set(at.sizes, part, 1.0f, 2), z.set(at.sizes + 1, part, 1.0f, 2);
+    }
 };
 
 // Steps ``count`` elements from ``start`` on, where ``noise`` and the factors begin. Returns what is not finite: 0 f,
@@ -73,13 +88,13 @@ int step(const Step& at, const Work<M>& work, int64_t start, int64_t count, cons
         if (at.f_uncond) {
             const Floats uncond = load(at.f_uncond + i, here);
             f_sum += 0.0f * (f + uncond);
-            f = uncond + load(by.w + first, here) * (f - uncond);
-            if (by.c) f *= load(by.c + first, here);
+            f = uncond + by.w.at(first, here) * (f - uncond);
+            if (at.factor) f *= by.c.at(first, here);
         }
         f_sum += 0.0f * f;
         Floats z = noise ? load(noise + first, here) : Floats{};
         Floats data = work.has_data ? row.data(s, f, at.clip) : Floats{};
-        if (by.data) data *= load(by.data + first, here), z *= load(by.z + first, here);
+        if (at.sizes) data *= by.data.at(first, here), z *= by.z.at(first, here);
         for (int j = 0; j < m; j++) {
             next[j] = work.formed[j] ? row.slot(j, s, f, data, z) : Floats{};
             if (at.out[j]) store(at.out[j] + i, next[j], here);
@@ -105,11 +120,7 @@ extern "C" int fastsde_solver_step(const Step* given, int threads) {
             float drawn[PART];
             const float* noise = !work.has_noise ? nullptr : at.z ? at.z + start : drawn;
             if (noise == drawn) draw_normals(at.keys, draw, part, at.n, drawn);
-            Spread w, c, of_data, of_z;
-            Factors by{};
-            if (at.f_uncond) by.w = w.of(at.scale, part, at.rates ? at.rates[at.row] : 1.0f), by.c = c.of(at.factor, part);
-            if (at.sizes) by.data = of_data.of(at.sizes, part, 1.0f, 2), by.z = of_z.of(at.sizes + 1, part, 1.0f, 2);
-            const int kind = step(at, work, start, part.count(), noise, by);
+            const int kind = step(at, work, start, part.count(), noise, Factors(at, part));
             if (kind < 2) {
 #pragma omp critical
                 found = std::min(found, kind);

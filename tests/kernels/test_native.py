@@ -280,7 +280,7 @@ def test_torch_library_knows_step_and_draw() -> None:
     keys, x = noise.sample_keys(0, 3), torch.randn(3, 5)
     table = ops.device_table(TABLE, x.device)
     torch.library.opcheck(torch.ops.fastsde.normal.default, (keys, 3, 0, [5]))
-    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 0.0, 0.0, 1.0)
+    step = ([x], x.bfloat16(), table, 2, TABLE.kinds(2), None, keys, None, None, 0.0, 0.0, 1.0, 1.0)
     torch.library.opcheck(torch.ops.fastsde.solver_step.default, step)
 
 

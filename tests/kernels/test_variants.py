@@ -65,7 +65,7 @@ def _runs() -> Iterator[tuple[str, Any, list[Callable[[], Any]]]]:
     def sizing(n: int, shape: tuple[int, ...], row: int, counted: bool) -> None:
         x, keys, k = torch.empty(n, *shape), torch.empty(n, 2, dtype=torch.int64), langevin.packed.float()
         counter = torch.empty(1, dtype=torch.int64) if counted else None
-        given = {"snr": torch.empty(row % 999 + 1), "terms": langevin.terms(), "keys": keys, "counter": counter}
+        given = {"langevin": torch.empty(row % 999 + 1, 2), "terms": langevin.terms(), "keys": keys, "counter": counter}
         langevin_size.langevin_size([x], x, k, row, sizes=torch.empty(n, 2), **given)
 
     def drawing(n: int, shape: tuple[int, ...], step: int) -> None:
