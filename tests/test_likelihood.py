@@ -84,11 +84,17 @@ CASES = [
 
 @pytest.mark.parametrize(("sde", "prediction"), CASES)
 def test_gaussian_densities_are_the_closed_form(sde: Process, prediction: str) -> None:
-    x, t = points(), 30 * sde.t_min
-    network = exact(sde, prediction)
-    got = log_prob(network, x, **options(sde, prediction, steps=800, t_start=t))
+    x, t = points(), 0.3 * sde.t_max
+    got = log_prob(exact(sde, prediction), x, **options(sde, prediction, steps=520, t_start=t))
     assert got.dtype == FLOAT64
     torch.testing.assert_close(got, closed_form(sde, x, t), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sde", [VPSDE(), EDM()], ids=str)
+def test_densities_at_the_default_time(sde: Process) -> None:
+    got = log_prob(exact(sde, "eps"), points(), **options(sde, steps=1200))
+    torch.testing.assert_close(got, closed_form(sde, points(), sde.t_min), rtol=0, atol=1e-6)
 
 
 def test_the_density_of_standard_normal_data_is_their_own() -> None:
@@ -104,13 +110,14 @@ def test_order_of_convergence(solver: str, order: int) -> None:
     sde, x = VPSDE(), points()
     expected = closed_form(sde, x, 0.01)
     errors = []
-    for steps in (48, 96, 192):
+    for steps in (32, 64, 128):
         got = log_prob(exact(sde, "v"), x, **options(sde, "v", solver=solver, steps=steps, t_start=0.01))
         errors.append(float((got - expected).abs().max()))
     slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert all(order - 0.3 < slope < order + 0.5 for slope in slopes), slopes
 
 
+@pytest.mark.slow
 def test_a_last_interval_of_fewer_rows_keeps_the_integral() -> None:
     sde, x = VPSDE(), points()
     for solver, steps in (("heun", 101), ("rk4", 101), ("rk4", 102), ("rk4", 103)):
@@ -265,6 +272,7 @@ def test_an_empty_batch() -> None:
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conditions_are_given_or_none() -> None:
     x = fastsde.sample("mnist", (2, 1, 28, 28), solver="ddim", steps=5, model_kwargs={"label": torch.tensor([3, 4])})
     likelihoods = {
