@@ -312,7 +312,7 @@ class Sampler:
         """Runs all parts, smaller ones if memory runs out, and with another backend if one fails."""
         n, rows, first = request.shape[0], len(self.table), 0
         x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
-        calls = torch.full((n,), rows, device=self.device)
+        self._calls = calls = torch.full((n,), rows, dtype=torch.int64, device=self.device)
         unit = "row" if self._problem is None else "batch"
         with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit=unit) as bar:
             while first < n or x is None:
@@ -332,7 +332,7 @@ class Sampler:
                         raise
                     plan, bar.n = plan.halved(n - first), done
                 else:
-                    self._ran, self._calls = plan.backend, calls
+                    self._ran = plan.backend
                     if len(drawn) == n:
                         return drawn
                     x = drawn.new_empty(request.shape) if x is None else x

@@ -120,7 +120,6 @@ SAMPLE = [
     ({"t_end": -0.1}, ValueError, "t_end must be in [0, 1)", "-0.1"),
     ({"t_end": NAN}, ValueError, "t_end must be", "nan"),
     ({"t_end": "0"}, TypeError, "t_end must be a number", "str"),
-    ({"t_end": None}, TypeError, "t_end must be a number", "NoneType"),
     ({"t_end": False}, TypeError, "t_end must be a number", "bool"),
     ({"t_end": torch.tensor([0.1, 0.2])}, TypeError, "t_end must be a number", "Tensor"),
     # prediction

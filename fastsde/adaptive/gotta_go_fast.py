@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..sde import match_dims
 from ..solvers.adaptive import GottaGoFast
-from .errors import non_finite, out_of_steps
+from .errors import check_steps, out_of_steps
+from .path import BrownianPath
 
 __all__ = ["Drift", "Normal", "simulate"]
 
@@ -43,34 +44,36 @@ def simulate(
     x_end, calls = x.clone(), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     samples = torch.arange(len(x), device=x.device)
     t = torch.full((len(x),), t_start, dtype=torch.float64, device=x.device)
-    h, previous = torch.full_like(t, min(solver.h_init, t_start - t_end)), x
+    h, previous = torch.full_like(t, solver.h_init), x
+    path = BrownianPath(x, solver.keeps_noise)
 
-    def increment(x: Tensor, t: Tensor, h: Tensor, z: Tensor) -> Tensor:
+    def change(x: Tensor, t: Tensor, h: Tensor, dw: Tensor) -> Tensor:
         slope, g = drift(x, t, samples)
-        return _column(h.sqrt() * g, x) * z - _column(h, x) * slope
+        return (_column(g, x) * dw).addcmul_(_column(h, x), slope, value=-1)
 
     for attempt in range(solver.max_steps):
         if not len(samples):
             return x_end, calls
-        is_last = h >= t - t_end
-        after = torch.where(is_last, t_end, t - h)
+        after = path.end_of_step((t - h).clamp_(min=t_end))
         h = t - after
-        z = normal(samples, attempt)
-        first = increment(x, t, h, z)
+        dw = path.increment(t, after, normal(samples, attempt))
+        first = change(x, t, h, dw)
         euler = x + first
-        change = (increment(euler, after, h, z) - first).mul_(0.5)
-        error = _norm(change / _allowed(euler, previous, solver), solver.norm)
-        _check_steps(error, t == after, samples, t, solver)
+        correction = (change(euler, after, h, dw) - first).mul_(0.5)
+        error = _norm(correction / _allowed(euler, previous, solver), solver.norm)
+        check_steps(~torch.isfinite(error), t == after, samples, t, solver.rtol, solver.atol)
         accepted = error <= 1
-        keeps = match_dims(accepted, x)
-        x = torch.where(keeps, euler + change if solver.extrapolate else euler, x)
-        previous, t = torch.where(keeps, euler, previous), torch.where(accepted, after, t)
+        path.advance(t, after, dw, accepted)
+        is_new = match_dims(accepted, x)
+        x = torch.where(is_new, euler + correction if solver.extrapolate else euler, x)
+        previous, t = torch.where(is_new, euler, previous), torch.where(accepted, after, t)
         h = solver.safety * h * error**-solver.exponent
-        has_finished = accepted & is_last
+        has_finished = accepted & (after == t_end)
         if has_finished.any():
             done, rest = samples[has_finished], (~has_finished).nonzero()[:, 0]
             x_end[done], calls[done] = x[has_finished], 2 * (attempt + 1)
             samples, x, previous, t, h = samples[rest], x[rest], previous[rest], t[rest], h[rest]
+            path.keep(rest)
     if not len(samples):
         return x_end, calls
     raise out_of_steps(f"{solver.max_steps} steps (max_steps) were not enough", samples, t, solver.rtol, solver.atol)
@@ -92,13 +95,3 @@ def _norm(scaled: Tensor, norm: str) -> Tensor:
         return flat.abs().amax(1).double()
     length: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return length.double() / math.sqrt(max(flat.shape[1], 1))
-
-
-def _check_steps(error: Tensor, is_stuck: Tensor, samples: Tensor, t: Tensor, solver: GottaGoFast) -> None:
-    """Raises if an error is not finite, or a step so short that the time does not change."""
-    failed = ~torch.isfinite(error)
-    if failed.any():
-        raise non_finite(samples[failed], t[failed])
-    if is_stuck.any():
-        reason = "the steps became too short"
-        raise out_of_steps(reason, samples[is_stuck], t[is_stuck], solver.rtol, solver.atol)

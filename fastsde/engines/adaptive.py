@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import adaptive, noise, ops
 from ..adaptive import AdaptiveProblem
-from ..reference import NonFiniteError, evaluate
-from ..request import Conditions, Request
+from ..reference import NonFiniteError
+from ..request import Request
 from ..sde import match_dims
 from ..solvers import AdaptiveODE
 from .network import Network
+from .own_times import Output
 
 __all__ = ["run"]
 
@@ -24,7 +22,7 @@ def run(network: Network, request: Request) -> Tensor:
     problem = request.adaptive
     assert problem is not None
     normal = noise.normal if request.dtype == torch.float64 else ops.normal
-    x, output = request.start(normal).contiguous(), _Output(network, request)
+    x, output = request.start(normal).contiguous(), Output(network, request)
     if isinstance(problem.solver, AdaptiveODE):
         x, calls = _flow(output, x, problem)
     else:
@@ -45,7 +43,7 @@ def run(network: Network, request: Request) -> Tensor:
     return x
 
 
-def _flow(output: _Output, x: Tensor, problem: AdaptiveProblem) -> tuple[Tensor, Tensor]:
+def _flow(output: Output, x: Tensor, problem: AdaptiveProblem) -> tuple[Tensor, Tensor]:
     """Solves the probability flow, whose state `fastsde.adaptive.integrate` takes as ``[B, D]``."""
     assert isinstance(problem.solver, AdaptiveODE)
     shape = x.shape[1:]
@@ -62,7 +60,7 @@ def _flow(output: _Output, x: Tensor, problem: AdaptiveProblem) -> tuple[Tensor,
     return y.reshape(x.shape), calls
 
 
-def _denoised(output: _Output, x: Tensor, problem: AdaptiveProblem) -> Tensor:
+def _denoised(output: Output, x: Tensor, problem: AdaptiveProblem) -> Tensor:
     t = torch.full((len(x),), problem.t_end, dtype=torch.float64, device=x.device)
     x = _affine((pq := problem.data(t))[0], x, pq[1], output(x, t, torch.arange(len(x), device=x.device)))
     if not torch.isfinite(x).all():
@@ -74,28 +72,3 @@ def _affine(r: Tensor, x: Tensor, s: Tensor, f: Tensor) -> Tensor:
     """Returns r x + s f for r and s float64 ``[b]``, in new memory."""
     r, s = (match_dims(value.to(x.dtype), x) for value in (r, s))
     return (s * f).addcmul_(r, x)
-
-
-class _Output:
-    """The network's output with guidance, ``output(x, t, samples)``, for some samples of a request."""
-
-    def __init__(self, network: Network, request: Request) -> None:
-        self._network, self._request = network, request
-        self._samples: Tensor | None = None
-        self._conditions: Conditions = request.conditions
-
-    def __call__(self, x: Tensor, t: Tensor, samples: Tensor) -> Tensor:
-        if samples is not self._samples:
-            given, uncond = self._request.conditions
-            self._samples = samples
-            self._conditions = _rows(given, samples), None if uncond is None else _rows(uncond, samples)
-        f, f_uncond = evaluate(self._network, x, t.to(x.dtype), *self._conditions)
-        guidance = self._request.guidance
-        if f_uncond is None or guidance is None:
-            return f.to(x.dtype)
-        f, f_uncond = f.to(x.dtype), f_uncond.to(x.dtype)
-        return f_uncond + guidance * (f - f_uncond)
-
-
-def _rows(kwargs: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
-    return {name: value[samples] if isinstance(value, Tensor) else value for name, value in kwargs.items()}

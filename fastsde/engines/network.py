@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -131,6 +131,7 @@ class Network:
         self._run: Model | None = None
         self._compiled: Model | None = None
         self._fp32: Network | None = None
+        self._outer: dict[Any, Network] = {}
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,6 +154,20 @@ class Network:
         else:
             self._fp32.refresh()
         return self._fp32
+
+    def inside(self, wrapper: Callable[..., nn.Module], *args: Any) -> Network:
+        """Returns the network ``wrapper(model, *args)``, made once, at the present weights."""
+        key = (wrapper, *args)
+        if key in self._outer:
+            self._outer[key].refresh()
+        else:
+            self._outer[key] = Network(wrapper(self.model, *args), **self._arguments)
+        return self._outer[key]
+
+    @property
+    def is_optimized(self) -> bool:
+        """Whether faster forms than PyTorch's own operations may run the network."""
+        return bool(self._arguments["optimize"])
 
     @property
     def is_native(self) -> bool:
