@@ -45,7 +45,7 @@ def encode(
     x: Tensor,
     *,
     solver: str = "dpm_solver_pp_2m",
-    steps: int = 80,
+    steps: int = 100,
     t_start: float | None = None,
     spacing: str | None = "log_snr",
     model_kwargs: Mapping[str, Any] | None = None,
@@ -55,7 +55,10 @@ def encode(
 
     (Song et al. 2021, arXiv:2011.13456, section 4.3, "manipulating latent representations"; with ddim the inversion of
     Song, Meng & Ermon 2021, arXiv:2010.02502, section 4.3.) `decode` with the same solver, steps, spacing, conditions
-    and time takes them back, up to the errors of the two trajectories.
+    and time takes them back, up to the errors of the two trajectories. Measured with the defaults on the shipped
+    models: the swiss roll within 3e-3; test digits given their labels within a root mean square of 1e-2 for each of 100
+    digits, and 95 of these within 1e-2 in every pixel; samples of the model within 1e-2 in every pixel. Images unlike
+    the data, and wrong or missing labels, take many more steps.
 
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)``, or whatever else `fastsde.sample` takes.
@@ -71,7 +74,9 @@ def encode(
             backend, compile, max_batch, progress.
 
     Returns:
-        The latents ``[B, *shape]``, distributed as the process's prior if x is as the network's data.
+        The latents ``[B, *shape]``, distributed as the process's prior if x is as the flow's own samples at
+        ``t_start``. Data without the little noise of that time, such as the flat background of digits, have smaller
+        ones.
 
     Raises:
         ValueError, TypeError, NonFiniteError: as for `fastsde.sample`, and for a solver that draws noise.
@@ -98,7 +103,7 @@ def decode(
     z: Tensor,
     *,
     solver: str = "dpm_solver_pp_2m",
-    steps: int = 80,
+    steps: int = 100,
     t_end: float | None = None,
     spacing: str | None = "log_snr",
     model_kwargs: Mapping[str, Any] | None = None,

@@ -390,7 +390,7 @@ class Sampler:
         """Runs all parts, smaller ones if memory runs out, and with another backend if one fails."""
         n, rows, first = request.shape[0], len(self.table), 0
         x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
-        self._calls = calls = torch.full((n,), rows, device=self.device)
+        self._calls = calls = torch.full((n,), rows, dtype=torch.int64, device=self.device)
         unit = "row" if self._adaptive is None else "batch"
         with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit=unit) as bar:
             while first < n or x is None:

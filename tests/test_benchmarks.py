@@ -726,7 +726,7 @@ def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:
             assert len(set(names)) == len(names)
             needed = [each.name for each in case.providers if case.needs(each)]
             assert any(map(table.is_ours, needed))
-            without = ("noise", "startup", "loops")
+            without = ("noise", "startup", "loops", "adaptive")
             assert case.subject in without or any(name.startswith(cases.LEAN) for name in needed)
             assert not any("reference" in name for name in needed)
 

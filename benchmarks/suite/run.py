@@ -37,6 +37,7 @@ SUBJECTS = (  # in the order of the tables
     "architectures",
     "fresh_weights",
     "few_steps",
+    "adaptive",
     "train_swiss_roll",
     "train_mnist",
     "network_size",

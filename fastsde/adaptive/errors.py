@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference import NonFiniteError
 
-__all__ = ["StepSizeError", "non_finite", "out_of_steps"]
+__all__ = ["StepSizeError", "check_steps", "out_of_steps"]
 
 
 class StepSizeError(RuntimeError):
@@ -28,9 +28,17 @@ def out_of_steps(reason: str, samples: Tensor, t: Tensor, rtol: float, atol: flo
     )
 
 
-def non_finite(samples: Tensor, t: Tensor) -> NonFiniteError:
-    """Returns the error for samples whose network output or state is not finite, in a step from the times ``t``."""
-    return NonFiniteError(
-        f"the network's output or the state became NaN or infinite in {len(samples)} samples (the first is sample "
-        f"{int(samples[0])}), in a step from time {float(t[0]):g}"
-    )
+def check_steps(is_broken: Tensor, is_stuck: Tensor, samples: Tensor, t: Tensor, rtol: float, atol: float) -> None:
+    """Raises if a step is not finite, or so short that the time does not change.
+
+    Args:
+        is_broken, is_stuck: bool ``[b]``, for steps from the times ``t`` of some samples.
+    """
+    if is_broken.any():
+        which = samples[is_broken]
+        raise NonFiniteError(
+            f"the network's output or the state became NaN or infinite in {len(which)} samples (the first is sample "
+            f"{int(which[0])}), in a step from time {float(t[is_broken][0]):g}"
+        )
+    if is_stuck.any():
+        raise out_of_steps("the steps became too short", samples[is_stuck], t[is_stuck], rtol, atol)

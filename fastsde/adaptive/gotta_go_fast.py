@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sde import match_dims
 from ..solvers.adaptive import GottaGoFast
-from .errors import non_finite, out_of_steps
+from .errors import check_steps, out_of_steps
 from .path import BrownianPath
 
 __all__ = ["Drift", "Normal", "simulate"]
@@ -61,7 +61,7 @@ def simulate(
         euler = x + first
         correction = (change(euler, after, h, dw) - first).mul_(0.5)
         error = _norm(correction / _allowed(euler, previous, solver), solver.norm)
-        _check_steps(error, t == after, samples, t, solver)
+        check_steps(~torch.isfinite(error), t == after, samples, t, solver.rtol, solver.atol)
         accepted = error <= 1
         path.advance(t, after, dw, accepted)
         is_new = match_dims(accepted, x)
@@ -95,13 +95,3 @@ def _norm(scaled: Tensor, norm: str) -> Tensor:
         return flat.abs().amax(1).double()
     length: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return length.double() / math.sqrt(max(flat.shape[1], 1))
-
-
-def _check_steps(error: Tensor, is_stuck: Tensor, samples: Tensor, t: Tensor, solver: GottaGoFast) -> None:
-    """Raises if an error is not finite, or a step so short that the time does not change."""
-    failed = ~torch.isfinite(error)
-    if failed.any():
-        raise non_finite(samples[failed], t[failed])
-    if is_stuck.any():
-        reason = "the steps became too short"
-        raise out_of_steps(reason, samples[is_stuck], t[is_stuck], solver.rtol, solver.atol)

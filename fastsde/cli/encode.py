@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @takes_data
 @takes_factory
 @click.option("--solver", type=click.Choice(SOLVERS), default="dpm_solver_pp_2m", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=80, show_default=True, help="Number of network calls.")
+@click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Number of network calls.")
 @click.option("--spacing", type=click.Choice(SPACINGS), default="log_snr", show_default=True)
 @click.option("--t-start", type=float, help="Time that the data are taken to be at.  [default: the process's t_min]")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")

@@ -15,7 +15,6 @@ from .network import Network
 __all__ = ["CaptureError", "Network", "get", "release"]
 
 _ENGINES: dict[str, Callable[[Network, Request], Tensor]] = {
-    "adaptive": adaptive.run,
     "reference": plain.run,
     "eager": eager.run,
     "graph": graph.run,
@@ -24,5 +23,5 @@ _ENGINES: dict[str, Callable[[Network, Request], Tensor]] = {
 
 
 def get(backend: str) -> Callable[[Network, Request], Tensor]:
-    """Returns the engine of a backend."""
-    return _ENGINES[backend]
+    """Returns the engine of a backend, or of adaptive solvers, which have one of their own."""
+    return adaptive.run if backend == "adaptive" else _ENGINES[backend]

@@ -151,13 +151,13 @@ def velocity_form(sde: Process, time: Tensor, prediction: str) -> tuple[Tensor, 
     Each prediction has its own formula, which is finite wherever the velocity is: for v and flow, which determine both
     x_0 and eps, also where the drift of the SDE is infinite. Elsewhere it is infinite or NaN.
     """
-    alpha, sigma = sde.alpha(time), sde.sigma(time)
-    alpha_dot, sigma_dot = sde.alpha_dot(time), sde.sigma_dot(time)
     if prediction == "score":
         return sde.drift_coefficient(time), -sde.squared_diffusion(time) / 2
+    sigma, sigma_dot = sde.sigma(time), sde.sigma_dot(time)
     if prediction == "eps":
         rate = sde.drift_coefficient(time)
         return rate, sigma_dot - rate * sigma
+    alpha, alpha_dot = sde.alpha(time), sde.alpha_dot(time)
     if prediction == "x0":
         rate = sigma_dot / sigma
         return rate, alpha_dot - rate * alpha
