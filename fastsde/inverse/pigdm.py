@@ -23,8 +23,8 @@ _MOST = 10.0
 
 @dataclass(frozen=True, eq=False)
 class PiGDM(Measurement):
-    """Pseudoinverse-guided diffusion models (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models for Inverse
-    Problems", ICLR, eq. 7 and 8).
+    """Pseudoinverse-guided diffusion (Song et al. 2023, "Pseudoinverse-Guided Diffusion Models for Inverse Problems",
+    ICLR), as a term of the score.
 
     Given x_t, the data are taken to be N(D, r^2 I) around the data prediction D, so that the score gains
 

@@ -47,6 +47,7 @@ def test_pigdm_is_the_posterior_for_gaussian_data(prediction: str, noise_std: fl
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_pigdm_draws_from_the_posterior_to_the_discretisation() -> None:
     law = isotropic(1.0)
     posterior = law.given(H, Y, 0.3)
