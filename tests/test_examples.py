@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-ARGUMENTS = {"own_network": ["30"]}  # fewer steps
+ARGUMENTS = {"own_network": ["30"], "inpaint_digit": ["20"]}  # fewer steps
 LIBRARIES = {"azula", "denoising_diffusion_pytorch", "diffusers", "k_diffusion", "sbi"}
 
 

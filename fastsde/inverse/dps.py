@@ -24,9 +24,11 @@ class DPS(Measurement):
 
     The norm is Euclidean, of each sample. The paper writes the step as zeta_i grad |.|^2 with zeta_i = zeta' / |.|,
     which is this with scale = 2 zeta'; its authors' code has this form. Its steps are those of the variance-preserving
-    process: on another one, x / sqrt(alpha^2 + sigma^2) takes that step. The step is one a row, whatever the row's
-    length, so fewer rows need a larger scale. It is an approximation whose samples are not those of the posterior, even
-    for Gaussian data.
+    process: on another one, x / sqrt(alpha^2 + sigma^2) takes that step. The steps have about the length ``scale``
+    however long the row and however small the misfit is: fewer rows need a larger scale, which meets y less closely,
+    and it must be small beside the norm of a sample, or the trajectory diverges. 1 suits digits of 784 pixels and some
+    hundred rows; 0.02 points in the plane and a thousand. Even for Gaussian data, samples are not those of the
+    posterior: what is not measured follows y too far.
 
     Args:
         operator, y: as for `Measurement`; the operator need not be linear.

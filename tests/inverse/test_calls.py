@@ -38,7 +38,7 @@ def assert_near(x: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(x / scale, expected / scale, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["kernels", "plain PyTorch"])
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kernels", "plain PyTorch"])
 def test_backends_agree(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
     if plain:
         monkeypatch.setattr(ops, "has_kernels", lambda device: False)
@@ -65,6 +65,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     assert_near(automatic(7, **call), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1,), (63,), (1000,), (1, 3, 5), ()])
 def test_shapes(shape: tuple[int, ...]) -> None:
     for kind in (DPS, PiGDM):
@@ -73,6 +74,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
             assert x.shape == (n, *shape)
 
 
+@pytest.mark.slow
 def test_images_of_the_native_network_have_gradients() -> None:
     """A U-Net's inference form has none, so its own modules run."""
     torch.manual_seed(0)

@@ -34,7 +34,7 @@ def written_loop(
     return slots[0]
 
 
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS: list[Any] = [
     {"solver": "euler_maruyama"},
     {"solver": "ddpm", "t_end": 0.05},
     {"solver": "ddim", "resamples": 3, "jump": 2},

@@ -149,6 +149,7 @@ def test_bad_resampling_is_named(arguments: dict[str, object], message: str) -> 
         Sampler(lambda x, t: -x, (2,), **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_solvers_named_for_resampling_are_those_that_work() -> None:
     for solver in solvers.SOLVERS:
         if solver in ONE_SLOT:
