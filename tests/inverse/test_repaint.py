@@ -136,7 +136,7 @@ def test_clipped_rows_and_a_final_denoising_stay() -> None:
     [
         (
             {"solver": "heun", "steps": 5, "resamples": 2, "jump": 2},
-            r"rows without a history, which heun has: pick .*ddpm",
+            r"rows without history and Langevin steps, not heun: .*ddpm",
         ),
         ({"resamples": 2, "steps": 10}, "jump must be less than the number of rows, 10, got 10"),
         ({"resamples": 0}, "resamples must be at least 1, got 0"),
