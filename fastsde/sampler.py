@@ -305,9 +305,11 @@ class Sampler:
                 plan = self._planner.plan(request, self.max_batch, _tell_of_compiling if progress else _tell_nothing)
                 x = self._run(request, plan, saved, trajectory or 1, progress)
         except TypeError:
-            for name, conditions in (("model_kwargs", request.model_kwargs), ("uncond_kwargs", request.uncond_kwargs)):
+            names = ("model_kwargs", "uncond_kwargs")
+            networks = request.networks(self._network)
+            for name, conditions, network in zip(names, request.conditions, (networks[0], networks[-1]), strict=True):
                 if conditions is not None:
-                    check_call(self._network.model, name, conditions)  # names the argument, if that is the cause
+                    check_call(network.model, name, conditions)  # names the argument, if that is the cause
             raise
         return x if saved is None else (x, saved)
 

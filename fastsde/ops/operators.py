@@ -84,7 +84,8 @@ def launch_solver_step(
         kernel("guidance_rescale", f.device).rescale_factor(f, f_uncond, row, phi=rescale, **weights)
     if snr > 0:
         sizes = slots[0].new_empty(f.shape[0], 2)
-        langevin = slots[0].new_tensor([[snr, eps_max]]).expand(row + 1, 2).contiguous()
+        langevin = slots[0].new_full((row + 1, 2), snr)
+        langevin[:, 1] = eps_max
         given = {"langevin": langevin, "terms": terms, "z": z, "keys": keys, "f_uncond": f_uncond, **weights}
         kernel("langevin_size", f.device).langevin_size(slots, f, table, row, sizes=sizes, **given)
     out = [torch.empty_like(slots[0]) if source is None else None for source in terms.sources]

@@ -13,7 +13,7 @@ from program_cases import ROUNDING, Maker, check
 from torch import nn
 
 import fastsde
-from fastsde import Sampler
+from fastsde import Guidance, Sampler
 from fastsde.lowering import Instruction, Part
 
 pytestmark = [
@@ -254,6 +254,21 @@ def test_conditions_and_guidance(triton_device: torch.device, kind: str, guidanc
         zeros = {name: torch.zeros_like(each) for name, each in CONDITIONED[kind].items()}
         options |= {"guidance": guidance, "uncond_kwargs": zeros}
     _assert_as_reference(tame(Film().eval()), (3,), N, triton_device, **options)
+
+
+@pytest.mark.slow
+def test_guidance_by_sample_and_row(triton_device: torch.device) -> None:
+    torch.manual_seed(0)
+    conditions = {name: each.to(triton_device) for name, each in next(iter(CONDITIONED.values())).items()}
+    given: dict[str, Any] = {"model_kwargs": conditions, "steps": 5, "seed": 1}
+    given["uncond_kwargs"] = {name: 0 * each for name, each in conditions.items()}
+    network, scale = tame(Film().eval()).to(triton_device), torch.linspace(-1, 3, N, device=triton_device)
+    guidance = Guidance(scale, schedule=lambda t: 1 + t, interval=(0.3, 0.9))
+    ours, theirs = (
+        fastsde.sample(network, (N, 3), backend=backend, guidance=guidance, **given)
+        for backend in ("persistent", "reference")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5 * max(1.0, float(theirs.abs().max())))
 
 
 def test_weights_may_change_between_calls(triton_device: torch.device) -> None:
