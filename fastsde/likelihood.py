@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,9 +17,10 @@ from .checkpoints import Checkpoint
 from .divergence import DEQUANTISATION_STEP, Divergence, probes_of
 from .dynamo import untraced
 from .engines import Network
-from .engines.inspection import device_of, dtype_of
+from .engines.inspection import device_of, dtype_of, random_layers
 from .models import unwrap
 from .models.mlp import check_sample_shape
+from .notices import warn_once
 from .probability_flow import make_flow
 from .reference import Model
 from .request import make_keys
@@ -134,6 +136,12 @@ def log_prob(
     on_device = subject.make_device(device, run)
     network = _network(run, dtype, on_device, compile)
     check_sample_shape(network.model, shape)
+    if layers := random_layers(network.model):
+        warn_once(
+            f"the network has {', '.join(layers)} in training mode, so that densities depend on chance or on the "
+            f"batch; call model.eval() first",
+            network.kept.told,
+        )
     state = torch.float64 if network.dtype == torch.float64 else torch.float32
     check_tensor("x", x, shape=(len(x), *shape), device=on_device)
     flow = make_flow(sde, prediction, solver, steps, t_start, spacing, rho)
@@ -145,7 +153,11 @@ def log_prob(
     given = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, len(x), on_device)
     batch = max(len(x) if max_batch is None else max_batch, 1)
     found = torch.empty(len(x), dtype=torch.float64, device=on_device)
-    with torch.no_grad(), tqdm(total=-(-len(x) // batch) * flow.calls, disable=not progress, unit="row") as bar:
+    with (
+        _reusable_graphs(compile),
+        torch.no_grad(),
+        tqdm(total=-(-len(x) // batch) * flow.calls, disable=not progress, unit="row") as bar,
+    ):
         for first in range(0, len(x), batch):
             part = slice(first, first + batch)
             divergence = Divergence(network, keys[part], shape, count)
@@ -212,6 +224,11 @@ def _levels(images: Tensor, low: float, high: float) -> Tensor:
             f"{float(images.max()):g}"
         )
     return ((images.double() - low) / (high - low) * (_LEVELS - 1)).round()
+
+
+def _reusable_graphs(compile: bool) -> AbstractContextManager[Any]:
+    """Lets a compiled backward pass run several times, rather than overwrite what the forward pass has kept."""
+    return torch._functorch.config.patch(donated_buffer=False) if compile else nullcontext()
 
 
 def _network(model: Model, dtype: torch.dtype | None, device: torch.device, compile: bool) -> Network:

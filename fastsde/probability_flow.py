@@ -81,7 +81,8 @@ class AdaptiveFlow:
             v = match_dims(r.to(x.dtype), x) * x + match_dims(s.to(x.dtype), x) * f
             return torch.cat((v.flatten(1), (r * divergence.elements + s * trace)[:, None].to(x.dtype)), dim=1)
 
-        start, end = (torch.full((len(x),), t, device=x.device).double() for t in (problem.t_start, problem.t_end))
+        ends = (problem.t_start, problem.t_end)
+        start, end = (torch.full((len(x),), t, dtype=torch.float64, device=x.device) for t in ends)
         y = torch.cat((x.flatten(1), x.new_zeros(len(x), 1)), dim=1)
         y, _ = adaptive.integrate(velocity, y, start, end, problem.solver)
         bar.update()

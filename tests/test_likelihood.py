@@ -264,6 +264,12 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     assert torch.equal(*precise)
 
 
+def test_layers_in_training_mode_are_told() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    with pytest.warns(RuntimeWarning, match=r"the network has BatchNorm1d in training mode.*call model\.eval"):
+        log_prob(model, torch.ones(4, 2), prediction="eps", steps=4)
+
+
 def test_an_empty_batch() -> None:
     assert log_prob(exact(VPSDE(), "eps"), points(0), **options(VPSDE(), steps=4)).shape == (0,)
     assert log_prob("swiss-roll", torch.empty(0, 2), steps=4).shape == (0,)
@@ -304,7 +310,7 @@ def test_the_density_of_the_swiss_roll_integrates_to_one() -> None:
 @pytest.mark.slow
 def test_compiled_networks_have_the_same_densities() -> None:
     model, x = Linear(matrix(2).float()), torch.ones(5, 2)
-    how: dict[str, Any] = {"prediction": "eps", "steps": 4}
+    how: dict[str, Any] = {"prediction": "eps", "steps": 4, "trace": "hutchinson", "probes": 3}
     torch.testing.assert_close(log_prob(model, x, compile=True, **how), log_prob(model, x, **how), rtol=1e-4, atol=1e-4)
 
 
