@@ -2,7 +2,8 @@
 
 Two adaptive solvers take different steps, so that their results differ by what the tolerance allows. So each is
 compared with SciPy's solution at a hundredth of the tolerance in float64: fastsde's must be as close to it as that of
-score_sde's way, up to a factor.
+score_sde's way, up to a factor. With one step for the whole batch most samples are more accurate than they were asked
+to be; where that matters, for likelihoods of points, fastsde's tolerance is a fifth of score_sde's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..suite.case import check
 from ..suite.measure import Figures, Run
 
 SEED = 1
-_FACTOR = 2.0
+_FACTOR = 3.0
 _CLOSER = 0.01  # the tolerance of the solution that is taken to be exact, relative to the task's
 
 

@@ -16,11 +16,11 @@ __all__ = ["Velocity", "integrate"]
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # The next step is 0.9 E^(-gain / 5) times as long as one with the scaled error E. Near data the flow of a diffusion
-# changes on the scale of t, so that steps of equal error are proportional to t: after an accepted step to t', the next
-# is scaled by t' / t too, within these bounds. Without that, every other step towards t = 0 is rejected: the flow of
-# the shipped U-Net takes 116 calls instead of 212 at a tolerance of 1e-5.
+# changes on the scale of t, so that steps of equal error are proportional to t: after an accepted step down to t', the
+# next is shortened by t' / t too, at most to a fifth. Without that, every other step towards t = 0 is rejected: the
+# flow of the shipped U-Net takes 116 calls instead of 212 at a tolerance of 1e-5.
 _GAIN = 0.7
-_GROWTH = (0.2, 5.0)
+_LEAST = 0.2
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def integrate(
         accepted, dt_next, errors, status = control.adapt_step_size(t, dt, y, result, errors, {})
         t_next = torch.where(is_last, end, t + dt)
         check_steps(status != 0, t_next == t, samples, t, method.rtol, method.atol)
-        dt = torch.where(accepted, dt_next * (t_next / t).clamp(*_GROWTH), dt_next)
+        dt = torch.where(accepted, dt_next * (t_next / t).clamp(_LEAST, 1), dt_next)
         y, t = torch.where(accepted[:, None], result.y, y), torch.where(accepted, t_next, t)
         state = stepper.merge_states(accepted, after, state)
         has_finished = accepted & is_last
