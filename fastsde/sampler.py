@@ -206,7 +206,7 @@ class Sampler:
         self._planner.backend(self._options)  # raises if none can run
 
         self._ran: str | None = None
-        self._calls: Tensor | None = None
+        self._calls: Tensor | int | None = None  # an int is the number of samples, for which all rows ran
         self._seed: int | None = None
 
     @property
@@ -225,6 +225,8 @@ class Sampler:
 
         The two outputs of classifier-free guidance count as one.
         """
+        if isinstance(self._calls, int):
+            return torch.full((self._calls,), len(self.table), dtype=torch.int64, device=self.device)
         return self._calls
 
     @property
@@ -324,7 +326,7 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None,
         uncond_kwargs: Mapping[str, Any] | None,
         callback: RowHook | None,
-        problem: Problem | None,
+        problem: Problem | None = None,
     ) -> Request:
         """Checks the arguments of a call and returns its request."""
         for name, function in (("noise", noise), ("callback", callback)):
@@ -392,14 +394,16 @@ class Sampler:
         """Runs all parts, smaller ones if memory runs out, and with another backend if one fails."""
         n, rows, first = request.shape[0], len(self.table), 0
         x: Tensor | None = None if n else torch.empty(request.shape, dtype=request.dtype, device=self.device)
-        self._calls = calls = torch.full((n,), rows, dtype=torch.int64, device=self.device)
+        calls = None if self._adaptive is None else torch.zeros(n, dtype=torch.int64, device=self.device)
+        self._calls = n if calls is None else calls
         unit = "row" if self._adaptive is None else "batch"
         with tqdm(total=rows * -(-n // plan.batch), disable=not progress, unit=unit) as bar:
             while first < n or x is None:
                 part, done = slice(first, min(first + plan.batch, n)), bar.n
                 bar.total = done + rows * -(-(n - first) // plan.batch)
                 states = None if saved is None else saved[:, part]
-                recorder = Recorder(bar, states, every, request.callback, calls[part])
+                counts = None if calls is None else calls[part]
+                recorder = Recorder(bar, states, every, request.callback, counts)
                 try:
                     drawn = engines.get(plan.backend)(plan.network, request.part(part, recorder=recorder))
                 except CaptureError as error:
