@@ -23,7 +23,7 @@ from torch import Tensor
 import fastsde
 from fastsde import checkpoints, data, noise
 from fastsde.checkpoints import Checkpoint
-from fastsde.divergence import DEQUANTISATION_STEP
+from fastsde.likelihood.divergence import DEQUANTISATION_STEP
 
 from .quality import report
 

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from . import verify as verify
     from .guidance import Guidance
     from .inverse import DPS, ClassifierGuidance, PiGDM
-    from .inversion import decode, encode
+    from .latents import decode, encode
     from .likelihood import bits_per_dim, log_prob
     from .reference import NonFiniteError
     from .sampler import Sampler, sample
@@ -88,7 +88,7 @@ else:
         **dict.fromkeys(("DPS", "ClassifierGuidance", "PiGDM"), "inverse"),
         "Guidance": "guidance",
         "NonFiniteError": "reference",
-        **dict.fromkeys(("decode", "encode"), "inversion"),
+        **dict.fromkeys(("decode", "encode"), "latents"),
         **dict.fromkeys(("bits_per_dim", "log_prob"), "likelihood"),
         "Sampler": "sampler",
         "StepTable": "solvers",

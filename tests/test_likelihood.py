@@ -25,8 +25,8 @@ from fastsde import (
     log_prob,
     noise,
 )
-from fastsde.divergence import DEQUANTISATION_STEP, PROBE_STEP, Divergence
 from fastsde.engines import Network
+from fastsde.likelihood.divergence import DEQUANTISATION_STEP, PROBE_STEP, Divergence
 from fastsde.sde import Process, match_dims
 from fastsde.solvers import PREDICTIONS, AdaptiveODE
 

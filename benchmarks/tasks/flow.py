@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import fastsde
-from fastsde import divergence, noise
+from fastsde import noise
 from fastsde.checkpoints import Checkpoint
+from fastsde.likelihood import divergence
 
 from ..suite.case import check
 from ..suite.measure import Figures, Run

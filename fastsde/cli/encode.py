@@ -54,7 +54,7 @@ def encode(
 
     Prints the file's path, and on stderr the command that takes the latents back.
     """
-    from .. import distributed, inversion
+    from .. import distributed, latents
     from ..files import check_writable
     from . import output
 
@@ -65,7 +65,7 @@ def encode(
     given = conditions_of(model, checkpoint, dataset, label, on_device)
     x = dataset.x.to(on_device).float() * (dataset.scale or 1.0) + (dataset.shift or 0.0)
     low = checkpoint.sde.t_min if t_start is None else t_start
-    z = inversion.encode(checkpoint, x, t_start=low, model_kwargs=given, progress=not quiet, **options)
+    z = latents.encode(checkpoint, x, t_start=low, model_kwargs=given, progress=not quiet, **options)
     output.save_arrays(save, {"latents": z, **given})
     click.echo(save)
     back = f"--solver {options['solver']} --steps {options['steps']} --spacing {options['spacing']} --t-end {low:g}"

@@ -1,4 +1,4 @@
-"""`encode` runs the probability flow upwards, from samples to their latents; `decode` runs it down again."""
+"""Latents: `encode` runs the probability flow upwards, from samples to their latents; `decode` runs it down again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .validation import check_instance, check_number, check_tensor
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["InversionOptions", "decode", "encode"]
+__all__ = ["LatentOptions", "decode", "encode"]
 
 
-class InversionOptions(TypedDict, total=False):
+class LatentOptions(TypedDict, total=False):
     """Further options of `encode` and `decode`, for type checkers only; as for `fastsde.sample`."""
 
     sde: Process | None
@@ -49,7 +49,7 @@ def encode(
     t_start: float | None = None,
     spacing: str | None = "log_snr",
     model_kwargs: Mapping[str, Any] | None = None,
-    **options: Unpack[InversionOptions],
+    **options: Unpack[LatentOptions],
 ) -> Tensor:
     """Returns the latents of samples: where the probability flow takes them at ``t_max``, the time of the prior.
 
@@ -107,7 +107,7 @@ def decode(
     t_end: float | None = None,
     spacing: str | None = "log_snr",
     model_kwargs: Mapping[str, Any] | None = None,
-    **options: Unpack[InversionOptions],
+    **options: Unpack[LatentOptions],
 ) -> Tensor:
     """Returns the samples of latents ``z`` ``[B, *shape]`` at ``t_max``: `fastsde.sample` from there, without noise.
 
@@ -139,7 +139,7 @@ def _prepared(
     solver: str,
     steps: int,
     spacing: str | None,
-    options: InversionOptions,
+    options: LatentOptions,
 ) -> tuple[ModelLike, Process, float]:
     """Returns the network, its process and the time of the data, which came as the argument ``name``.
 

@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoints, conditions, noise, subject
-from .checkpoints import Checkpoint
+from .. import checkpoints, conditions, noise, subject
+from ..checkpoints import Checkpoint
+from ..dynamo import untraced
+from ..engines import Network
+from ..engines.inspection import device_of, dtype_of, random_layers
+from ..models import unwrap
+from ..models.mlp import check_sample_shape
+from ..notices import warn_once
+from ..randomness import Seed, seed_of
+from ..reference import Model
+from ..request import make_keys
+from ..sde import Process
+from ..solvers import AdaptiveODE
+from ..subject import ModelLike
+from ..validation import check_bool, check_int, check_kwargs, check_range, check_tensor
 from .divergence import DEQUANTISATION_STEP, Divergence, probes_of
-from .dynamo import untraced
-from .engines import Network
-from .engines.inspection import device_of, dtype_of, random_layers
-from .models import unwrap
-from .models.mlp import check_sample_shape
-from .notices import warn_once
-from .probability_flow import make_flow
-from .reference import Model
-from .request import make_keys
-from .sde import Process
-from .solvers import AdaptiveODE
-from .subject import ModelLike
-from .validation import check_bool, check_int, check_kwargs, check_range, check_tensor
+from .flow import make_flow
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +50,7 @@ class LikelihoodOptions(TypedDict, total=False):
     rho: float | None
     trace: str
     probes: int
-    seed: int
+    seed: Seed
     first_sample: int
     keys: Tensor | Sequence[int] | None
     model_kwargs: Mapping[str, Any] | None
@@ -74,7 +75,7 @@ def log_prob(
     rho: float | None = None,
     trace: str = "auto",
     probes: int = 1,
-    seed: int = 0,
+    seed: Seed = 0,
     first_sample: int = 0,
     keys: Tensor | Sequence[int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -199,10 +200,10 @@ def bits_per_dim(
         model = checkpoints.load(model, options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     known = model.value_range if isinstance(model, Checkpoint) else None
     low, high = check_range("value_range", (known or (-1.0, 1.0)) if value_range is None else value_range)
-    levels = _levels(images, low, high)
-    keys = make_keys(
-        options.get("keys"), len(levels), options.get("seed", 0), options.get("first_sample", 0), levels.device, False
-    )
+    levels, seed = _levels(images, low, high), options.get("seed", 0)
+    if options.get("keys") is None:
+        options["seed"] = seed = seed_of(seed)  # of the dequantisation and the probes
+    keys = make_keys(options.get("keys"), len(levels), seed, options.get("first_sample", 0), levels.device, False)
     u = noise.uniform(keys, DEQUANTISATION_STEP, levels.shape[1:], noise.STREAM_OTHER)
     y = low + (high - low) * (levels + u.double()) / _LEVELS
     found = log_prob(model, y.to(options.get("dtype") or torch.float32), **options)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import noise
-from .engines import Network
-from .validation import check_int
-from .vocabulary import TRACES
+from .. import noise
+from ..engines import Network
+from ..validation import check_int
+from ..vocabulary import TRACES
 
 __all__ = ["DEQUANTISATION_STEP", "EXACT_ELEMENTS", "PROBE_STEP", "Divergence", "probes_of"]
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import adaptive, reference, solvers
-from .adaptive import AdaptiveProblem
+from .. import adaptive, reference, solvers
+from ..adaptive import AdaptiveProblem
+from ..engines.eager import FiniteCheck
+from ..sde import Process, match_dims
+from ..solvers import AdaptiveODE, StepTable
+from ..solvers.forms import check_prediction, velocity_form
+from ..validation import check_number
 from .divergence import Divergence
-from .engines.eager import FiniteCheck
-from .sde import Process, match_dims
-from .solvers import AdaptiveODE, StepTable
-from .solvers.forms import check_prediction, velocity_form
-from .validation import check_number
 
 __all__ = ["AdaptiveFlow", "TableFlow", "make_flow"]
 
