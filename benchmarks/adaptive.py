@@ -22,7 +22,6 @@ from .tasks.networks import mlp_work, unet_work
 
 SCORE_SDE = "score_sde's way"
 _CALLS = 100  # of the network, at least, for the limit
-_ROWS = 100  # of the classical Runge-Kutta method, the default
 _BACKWARD = 2  # what a backward pass with respect to x costs beside the forward pass, with that itself
 
 
@@ -64,15 +63,15 @@ def cases(plan: Plan) -> Iterator[Case]:
         }
         yield _case(task, proof, f"adaptive-{name}", "samples", ways, work)
     observed = (
-        ("swiss-roll", Flow(roll, 100 if plan.quick else 1000, plan.device), mlp_work(), 0.2),
-        ("mnist", Flow(digits, 1 if plan.quick else 4, plan.device, **quick), unet_work(), 1.0),
+        ("swiss-roll", Flow(roll, 100 if plan.quick else 1000, plan.device), mlp_work(), 0.2, 100),
+        ("mnist", Flow(digits, 1 if plan.quick else 4, plan.device, **quick), unet_work(), 0.3, 160),
     )
-    for name, task, work, share in observed:
+    for name, task, work, share, rows in observed:
         proof = FlowProof(task, lambda task: score_sde.Likelihood(task)(), 1000 if name == "swiss-roll" else 1)
         tolerance = share * task.tolerance
         ways = {
             SCORE_SDE: partial(score_sde.Likelihood, task),
-            f"fastsde.log_prob, rk4 x {_ROWS}": partial(our_likelihood, task, solver="rk4", steps=_ROWS),
+            f"fastsde.log_prob, rk4 x {rows}": partial(our_likelihood, task, solver="rk4", steps=rows),
             f"fastsde.log_prob, adaptive, {tolerance:g}": partial(
                 our_likelihood, task, solver=AdaptiveODE(tolerance, tolerance)
             ),
