@@ -6,6 +6,7 @@ global accesses by width, and what should not occur: spills and local memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -51,8 +52,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of compiling one variant for one capability."""
+    """The result of compiling one variant for one capability. ``key`` is a digest of everything that it depends on
+    besides Triton.
+    """
 
+    key: str
     name: str
     capability: int
     instructions: int
@@ -356,6 +360,13 @@ def _mlp_cases(capability: int) -> Iterator[Case]:
             yield _case(name, mlp_sampler.mlp_sampler_kernel, arguments | known, height, warps)
 
 
+def _key(case: Case, capability: int) -> str:
+    """Returns a digest of a case: the source of its kernel and of what that calls, and how it is compiled."""
+    options = capability, case.num_warps, case.num_stages, case.elements
+    known = case.kernel.cache_key, sorted(map(repr, _specialization(case).items())), options
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
 def compile_case(case: Case, capability: int) -> Report:
     """Compiles and disassembles one variant. Needs neither a GPU nor a driver."""
     import triton
@@ -376,6 +387,7 @@ def compile_case(case: Case, capability: int) -> Report:
 
     registers, stack = _resources(compiled.asm["cubin"])
     return Report(
+        key=_key(case, capability),
         name=case.name,
         capability=capability,
         instructions=counted,
@@ -446,21 +458,38 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1])
 
 
-def survey() -> dict[str, Any]:
-    """Compiles every case for every capability."""
+def survey(kept: Path | None = None) -> dict[str, Any]:
+    """Compiles every case for every capability.
+
+    Args:
+        kept: the folder of earlier results. What this Triton has compiled before, of the same sources, is taken from
+            there, except the first case of each kernel for sm_90.
+    """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: it replaces the compiler")
-    reports = [compile_case(case, capability) for capability in CAPABILITIES for case in _cases(capability)]
-    return {"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in () if kept is None else kept.glob("sass-triton-*.json"):
+        result = json.loads(path.read_text())
+        if result["triton"] == triton.__version__:
+            known |= {(report["name"], report["key"]): report for report in result["kernels"]}
+    reports, seen = list[dict[str, Any]](), set[Any]()
+    for capability in CAPABILITIES:
+        for case in _cases(capability):
+            is_first = capability == 90 and case.kernel not in seen
+            seen |= {case.kernel} if capability == 90 else set()
+            report = None if is_first else known.get((case.name, _key(case, capability)))
+            reports.append(asdict(compile_case(case, capability)) if report is None else report)
+    return {"triton": triton.__version__, "kernels": reports}
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Where to keep the counts as JSON.")
-def main(out: Path | None) -> None:
+@click.option("--kept", type=click.Path(path_type=Path), help="Folder of kept counts: compile only changes.")
+def main(out: Path | None, kept: Path | None) -> None:
     """Compile the kernels for sm_80, sm_90 and sm_100 and print instruction counts, registers and memory accesses."""
-    result = survey()
+    result = survey(kept)
     print(f"Triton {result['triton']}")
     print(
         f"{'kernel':50} {'sm':>4} {'instr':>6} {'/elem':>6} {'regs':>5} {'shared':>7} {'stack':>5} {'local':>5}  access"
