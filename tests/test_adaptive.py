@@ -294,6 +294,7 @@ def test_denoising_gives_the_predicted_data() -> None:
 def test_few_samples_and_plain_numbers(solver: Any, n: int) -> None:
     draw = sampler(solver, sample_shape=(), denoise=True)
     assert draw(n).shape == draw.network_calls.shape == (n,)
+    assert sampler(solver, sample_shape=(0,))(n).shape == (n, 0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -310,6 +311,8 @@ def test_conditions_stay_with_their_samples_and_are_guided(solver: Any) -> None:
     torch.testing.assert_close(of_each, plain, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=f"guidance.interval needs rows, which {type(solver).__name__} does not have"):
         sampler(solver, guidance=fastsde.Guidance(2.0, interval=(0.2, 0.8)))
+    with pytest.raises(ValueError, match=r"guidance\.schedule needs rows"):
+        sampler(solver, guidance=fastsde.Guidance(2.0, schedule=[1.0, 2.0]))
     alone = sampler(solver)(1, first_sample=8, model_kwargs={"shift": shift[8:]})
     torch.testing.assert_close(alone[0], plain[8], rtol=1e-9, atol=1e-9)
 
