@@ -23,7 +23,7 @@ from .plan import Plan, Planner, compiler_of
 from .randomness import Seed, seed_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
-from .request import Request, make_keys
+from .request import Request, make_keys, options_of
 from .sde import Process
 from .solvers import StepTable
 from .subject import CallOptions, ModelLike, SampleOptions, TableOptions
@@ -231,15 +231,9 @@ class Sampler:
         return self._calls
 
     @property
-    def _options(self) -> tuple[str, ...]:
-        used = {
-            "guidance": self.guidance is not None,
-            "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
-            "Langevin rows": self.table.has_langevin,
-            "differentiable": self.differentiable,
-        }
-        corrections = () if self._classifier is None else (self._classifier.name,)
-        return (*(name for name, is_used in used.items() if is_used), *corrections)
+    def _options(self) -> list[str]:
+        corrections = [] if self._classifier is None else [self._classifier.name]
+        return options_of(self.table, self.guidance, self.differentiable) + corrections
 
     @property
     def backend(self) -> str:
