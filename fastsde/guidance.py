@@ -86,6 +86,10 @@ class Guidance:
         check_tensor("guidance.schedule", rates, shape=(len(table),), finite=True)
         return replace(self, schedule=tuple(rates.tolist()))
 
+    def head(self, rows: int) -> Guidance:
+        """Returns the guidance, `along` a table, of the table's first rows."""
+        return self if self.schedule is None else replace(self, schedule=self.schedule[:rows])  # type: ignore[index]
+
     def part(self, n: int, part: slice) -> Guidance:
         """Returns the guidance of some of ``n`` samples."""
         if not isinstance(self.scale, Tensor):

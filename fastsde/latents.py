@@ -11,6 +11,7 @@ from torch import Tensor
 from . import solvers, subject
 from .dynamo import untraced
 from .engines.inspection import device_of
+from .guidance import Guidance
 from .sampler import sample
 from .sde import Process
 from .subject import ModelLike
@@ -31,7 +32,7 @@ class LatentOptions(TypedDict, total=False):
     solver_options: Mapping[str, Any] | None
     dtype: torch.dtype | None
     device: torch.device | str | None
-    guidance: float | None
+    guidance: float | Tensor | Guidance | None
     uncond_kwargs: Mapping[str, Any] | None
     backend: str
     compile: bool | str
@@ -81,7 +82,7 @@ def encode(
     Raises:
         ValueError, TypeError, NonFiniteError: as for `fastsde.sample`, and for a solver that draws noise.
     """
-    check_tensor("x", x, floating=True)
+    check_tensor("x", x, floating=True, finite=True)
     network, process, low = _prepared("t_start", model, x, t_start, solver, steps, spacing, options)
     return sample(
         network,
@@ -115,7 +116,7 @@ def decode(
         t_end: the time that the samples are at; by default ``sde.t_min``, as in `encode`.
         model, solver, steps, spacing, model_kwargs, options: as for `encode`.
     """
-    check_tensor("z", z, floating=True)
+    check_tensor("z", z, floating=True, finite=True)
     network, process, low = _prepared("t_end", model, z, t_end, solver, steps, spacing, options)
     return sample(
         network,

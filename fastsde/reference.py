@@ -148,7 +148,8 @@ def rescale_factor(f: Tensor, combined: Tensor, phi: float) -> Tensor:
         return norm  # N - 1 cancels in the ratio
 
     whole, other = deviation(f[:, None]), deviation(combined[:, None])
-    return torch.where(other > 0, phi * (whole / other) + (1 - phi), 1.0)
+    exists = other > 0
+    return torch.where(exists, phi * (whole / torch.where(exists, other, 1.0)) + (1 - phi), 1.0)
 
 
 def langevin_size(g: Tensor, z: Tensor, snr: float, largest: float = math.inf) -> Tensor:
@@ -157,13 +158,15 @@ def langevin_size(g: Tensor, z: Tensor, snr: float, largest: float = math.inf) -
     (Song et al. 2021, arXiv:2011.13456, algorithm 4.) The norms are over all elements of a sample.
     """
     of_g, of_z = (torch.linalg.vector_norm(each[:, None].flatten(1), dim=1) for each in (g, z))
-    return torch.where(of_g > 0, (2 * (snr * of_z / of_g) ** 2).clamp(max=largest), 0.0)
+    exists = of_g > 0  # elsewhere a gradient through the division would be NaN
+    return torch.where(exists, (2 * (snr * of_z / torch.where(exists, of_g, 1.0)) ** 2).clamp(max=largest), 0.0)
 
 
 def langevin_terms(g: Tensor, z: Tensor, snr: float, largest: float) -> tuple[Tensor, Tensor]:
     """Returns eps g and sqrt(2 eps) z, with the eps of each sample."""
     size = match_dims(langevin_size(g, z, snr, largest), g)
-    return size * g, (2 * size).sqrt() * z
+    root = torch.where(size > 0, 2 * size, 1.0).sqrt()  # whose gradient at 0 is infinite
+    return size * g, torch.where(size > 0, root, 0.0) * z
 
 
 def network_input(slots: Sequence[Tensor], table: StepTable, row: int) -> Tensor:

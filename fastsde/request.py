@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .adaptive import AdaptiveProblem
-from .guidance import Weights
+from .guidance import Guidance, Weights
 from .inverse import Problem
 from .randomness import Seed, seed_of
 from .recorder import Recorder
@@ -20,7 +20,7 @@ from .reference import NoiseFunction, RowHook
 from .solvers import StepTable
 from .validation import check_keys
 
-__all__ = ["Conditions", "Request", "make_keys"]
+__all__ = ["Conditions", "Request", "make_keys", "options_of"]
 
 Conditions = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 
@@ -94,14 +94,12 @@ class Request:
             "noise": self.noise is not None,
             "callback": self.callback is not None,
             "model_kwargs": bool(self.model_kwargs),
-            "guidance": self.guidance is not None,
-            "differentiable": self.differentiable,
-            "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
-            "Langevin rows": self.table.has_langevin,
         }
-        return [name for name, is_used in used.items() if is_used] + (
-            [] if self.problem is None else self.problem.options
-        )
+        return [
+            *(name for name, is_used in used.items() if is_used),
+            *options_of(self.table, self.guidance, self.differentiable),
+            *([] if self.problem is None else self.problem.options),
+        ]
 
     @property
     def needs_gradients(self) -> bool:
@@ -141,6 +139,17 @@ class Request:
             problem=None if self.problem is None else self.problem.part(part),
             **changes,
         )
+
+
+def options_of(table: StepTable, guidance: Guidance | Weights | None, differentiable: bool) -> list[str]:
+    """Returns the names of a sampler's own options in use that not every backend supports."""
+    used = {
+        "guidance": guidance is not None,
+        "rescaled guidance": guidance is not None and guidance.rescale != 0,
+        "Langevin rows": table.has_langevin,
+        "differentiable": differentiable,
+    }
+    return [name for name, is_used in used.items() if is_used]
 
 
 def _in_turn(hooks: Sequence[RowHook]) -> RowHook:

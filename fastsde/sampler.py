@@ -23,7 +23,7 @@ from .plan import Plan, Planner, compiler_of
 from .randomness import Seed, seed_of
 from .recorder import Recorder
 from .reference import NoiseFunction, RowHook
-from .request import Request, make_keys
+from .request import Request, make_keys, options_of
 from .sde import Process
 from .solvers import StepTable
 from .subject import CallOptions, ModelLike, SampleOptions, TableOptions
@@ -169,9 +169,10 @@ class Sampler:
         self._classifier = guidance if isinstance(guidance, ClassifierGuidance) else None
         self.guidance: Guidance | None = None
         if guidance is not None and not isinstance(guidance, ClassifierGuidance):
-            self.guidance = Guidance.of(guidance).along(self.table)
+            self.guidance = Guidance.of(guidance)
             if self._adaptive is not None:
                 self._adaptive.check_guidance(self.guidance)
+            self.guidance = self.guidance.along(self.table)
         if isinstance(max_batch, str) and max_batch != "auto":
             raise ValueError(f"max_batch must be an int, 'auto' or None, got {max_batch!r}")
         self.max_batch = max_batch if max_batch in (None, "auto") else check_int("max_batch", max_batch, 1)
@@ -189,7 +190,7 @@ class Sampler:
         optimize = not differentiable and backend != "reference" and self.state_dtype == torch.float32
         integer_times = self._adaptive is None and bool((self.table.time == self.table.time.round()).all())
         self._network = Network(model, dtype, compiler_of(compile), optimize, self.device, integer_times)
-        self._other = None  # the network of the unconditional output, if it is another one
+        self._other: Network | None = None  # the network of the unconditional output, if it is another one
         if self.guidance is not None and self.guidance.model is not None:
             other = subject.resolve(self.guidance.model, self.sample_shape, sde, known, self.device).model
             subject.make_device(self.device, other)
@@ -230,15 +231,9 @@ class Sampler:
         return self._calls
 
     @property
-    def _options(self) -> tuple[str, ...]:
-        used = {
-            "guidance": self.guidance is not None,
-            "rescaled guidance": self.guidance is not None and self.guidance.rescale != 0,
-            "Langevin rows": self.table.has_langevin,
-            "differentiable": self.differentiable,
-        }
-        corrections = () if self._classifier is None else (self._classifier.name,)
-        return (*(name for name, is_used in used.items() if is_used), *corrections)
+    def _options(self) -> list[str]:
+        corrections = [] if self._classifier is None else [self._classifier.name]
+        return options_of(self.table, self.guidance, self.differentiable) + corrections
 
     @property
     def backend(self) -> str:
@@ -344,6 +339,8 @@ class Sampler:
                 conditions.check_labels(name, given, known)
         if self.guidance is not None and self.guidance.model is not None and uncond_kwargs is None:
             uncond_kwargs = {} if model_kwargs is None else model_kwargs
+        if self._classifier is not None and uncond_kwargs is not None:
+            raise ValueError("uncond_kwargs are for classifier-free guidance: leave them out with ClassifierGuidance")
         if (self.guidance is None) != (uncond_kwargs is None):
             raise ValueError("guidance and uncond_kwargs go together: give both or neither")
         shape = (n, *self.sample_shape)
@@ -381,9 +378,9 @@ class Sampler:
         return inverse.problem_of(self._schedule, shape, self.device, self.state_dtype, *given)
 
     def _warn_of_randomness(self) -> None:
-        network = self._network
-        layers = random_layers(network.model)
-        if layers:
+        for network in (self._network, self._other):
+            if network is None or not (layers := random_layers(network.model)):
+                continue
             warn_once(
                 f"the network has {', '.join(layers)} in training mode: the same seed gives different samples in each "
                 f"call, or in another batch; call model.eval() first",

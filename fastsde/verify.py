@@ -37,9 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__, engines, subject
+from .adaptive import AdaptiveSolver
 from .checkpoints import Checkpoint
 from .files import atomic_path
 from .guidance import Guidance
+from .inverse import ClassifierGuidance
 from .networks import NETWORKS
 from .notices import first_line
 from .reference import Model, NonFiniteError
@@ -108,7 +110,7 @@ class _Case:
     device: torch.device
     sde: Process
     table: StepTable
-    guidance: float | Tensor | Guidance | None
+    guidance: Guidance | None
     call: dict[str, Any]
     n: int
     progress: bool
@@ -133,7 +135,8 @@ class _Case:
 
     def _sampler(self, model: Model, rows: int, **options: Any) -> Sampler:
         """Returns a sampler for the first rows of the table."""
-        given: dict[str, Any] = {"sde": self.sde, "guidance": self.guidance, "device": self.device}
+        guidance = None if self.guidance is None else self.guidance.head(rows)
+        given: dict[str, Any] = {"sde": self.sde, "guidance": guidance, "device": self.device}
         return Sampler(model, self.shape, solver=self.table.head(rows), **given, **options)
 
     def draw(
@@ -212,6 +215,10 @@ def verify(
     if isinstance(model, str) and model in NETWORKS:
         model, n, model_kwargs = _named(model, n, model_kwargs, device)
     model, shape, sde, prediction, _ = subject.resolve(model, sample_shape, sde, prediction, device)
+    if isinstance(solver, AdaptiveSolver):
+        raise TypeError(f"solver must be a name or a StepTable, whose rows are compared, got {type(solver).__name__}")
+    if isinstance(guidance, ClassifierGuidance):
+        raise TypeError("guidance must be a weight or a Guidance, got ClassifierGuidance")
     # This also checks the arguments: after it, a ValueError of a sampler means that its backend cannot run.
     table: dict[str, Any] = {"sde": sde, "prediction": prediction, "solver": solver, "steps": steps}
     if isinstance(solver, StepTable):
@@ -226,7 +233,7 @@ def verify(
     check_bool("compile", compile)
     dtypes = _checked_dtypes(dtypes, sampler.device)
     call = {"seed": seed, **conditions}
-    case = _Case(model, shape, sampler.device, sde, sampler.table, guidance, call, n, progress)
+    case = _Case(model, shape, sampler.device, sde, sampler.table, sampler.guidance, call, n, progress)
     truth = case.truth()
     results = [Result(_REFERENCE, "float64", False, "truth", Difference(0.0, 0.0), Difference(0.0, 0.0))]
     for dtype in dtypes:

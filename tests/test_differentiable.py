@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,3 +148,31 @@ def test_bad_options() -> None:
         Sampler(Net(), (3,), guidance=guided, differentiable=True)
     with pytest.raises(ValueError, match="compile=True and differentiable=True exclude each other"):
         Sampler(Net(dtype=torch.float32), (3,), compile=True, differentiable=True)
+
+
+class Zero(nn.Module):
+    """A network that starts at 0, as the last layer of many does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 3)
+        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({"solver": "predictor_corrector"}, {}),
+        ({"guidance": fastsde.Guidance(2.0, rescale=0.5)}, {"uncond_kwargs": {}}),
+    ],
+    ids=["Langevin rows", "rescaled guidance"],
+)
+def test_an_output_of_zeros_has_a_gradient(options: dict[str, Any], call: dict[str, Any]) -> None:
+    model = Zero()
+    x = Sampler(model, (3,), steps=4, t_end=0.1, differentiable=True, **options)(2, **call)
+    gradients = torch.autograd.grad(x.sum(), list(model.parameters()))
+    assert all(torch.isfinite(each).all() for each in gradients)
+    assert gradients[1].any()

@@ -314,3 +314,15 @@ def test_the_factor_is_one_where_nothing_varies() -> None:
     factor = reference.rescale_factor(f, g, 0.75)
     torch.testing.assert_close(factor, torch.tensor([1, 1, 0.75 / 3 + 0.25, 1]))
     assert reference.rescale_factor(f[:, :1], 2 * f[:, :1], 1.0).tolist() == [1.0] * 4  # single elements
+
+
+def test_a_second_network_in_training_mode_is_told() -> None:
+    other = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    with pytest.warns(RuntimeWarning, match="the network has Dropout in training mode"):
+        Sampler(nn.Sequential(nn.Linear(4, 3)), (3,), steps=2, guidance=Guidance(2.0, model=other))(2)
+
+
+def test_classifier_guidance_has_no_unconditional_arguments() -> None:
+    sampler = Sampler(Net(), (3,), steps=2, guidance=fastsde.ClassifierGuidance(lambda x, t: -x.square().sum(1)))
+    with pytest.raises(ValueError, match="uncond_kwargs are for classifier-free guidance"):
+        sampler(N, **call())

@@ -86,7 +86,7 @@ def test_encoding_is_the_upward_table_and_decoding_is_sampling() -> None:
         ({"t_start": "0"}, TypeError, "t_start must be a number"),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, TypeError, "x must be floating-point, got torch.uint8"),
-        ({"x": torch.full((2, 3), math.nan)}, ValueError, "x_init must be finite"),
+        ({"x": torch.full((2, 3), math.nan)}, ValueError, "x must be finite"),
         ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
         ({"model": "swiss-roll"}, ValueError, r"sample_shape of the checkpoint is \(2,\), got \(3,\)"),
     ],

@@ -395,3 +395,35 @@ def test_what_is_not_finite_is_reported_with_its_row() -> None:
     pytest.importorskip("torchode", exc_type=ImportError)
     with pytest.raises(NonFiniteError, match=re.escape("NaN or infin")):
         log_prob(network, torch.ones(2, 3), solver=AdaptiveODE())
+
+
+@pytest.mark.parametrize("shape", [(), (0,)])
+@pytest.mark.parametrize("solver", ["rk4", AdaptiveODE(1e-8, 1e-8)])
+def test_samples_of_one_number_or_none(shape: tuple[int, ...], solver: Any) -> None:
+    x = torch.tensor([0.3, -1.0], dtype=FLOAT64).reshape(2, *[1] * len(shape)).expand(2, *shape)
+    found = log_prob(lambda x, t: -x, x, solver=solver, dtype=FLOAT64)  # standard normal data, at all times
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x)[:, None].flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_conditions_made_in_inference_mode() -> None:
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return -x * y[:, None]
+
+    y, x = torch.tensor([0.5, 1.0]), torch.ones(2, 3)
+    expected = log_prob(network, x, steps=4, model_kwargs={"y": y})
+    with torch.inference_mode():
+        assert torch.equal(log_prob(network, x, steps=4, model_kwargs={"y": y.clone()}), expected)
+
+
+def test_a_wrong_condition_is_named() -> None:
+    with pytest.raises(TypeError, match=r"model must be callable as model\(x, t, \*\*model_kwargs\).* 'y'"):
+        log_prob(lambda x, t: -x, torch.zeros(2, 3), model_kwargs={"y": torch.zeros(2)})
+
+
+def test_dequantised_images_are_not_rounded_to_the_networks_dtype() -> None:
+    images = torch.arange(12, dtype=torch.uint8).reshape(2, 6)
+    zero = nn.Module()
+    zero.forward = lambda x, t: 0 * x
+    full, low = (bits_per_dim(zero, images, steps=4, dtype=dtype) for dtype in (None, torch.bfloat16))
+    torch.testing.assert_close(low, full, rtol=0, atol=1e-6)

@@ -159,6 +159,18 @@ def test_langevin_steps_leave_a_gaussian_as_it_is_but_for_their_size() -> None:
         assert float(x.mean()) == pytest.approx(float(sde.alpha(t)) * MEAN, abs=0.04)
 
 
+@pytest.mark.slow
+def test_langevin_steps_in_few_dimensions_settle_at_a_known_variance() -> None:
+    dim, r, n = 4, 0.05, 3_000
+    one = torch.ones(1_600, dtype=FLOAT64)  # the distance to the mean falls by exp(-2 r^2) a row, over all by e^8
+    table = StepTable(0.3 * one, one, d=one, e=one, q=one, snr=r * one)
+    x = fastsde.sample(lambda x, t: -x, (n, dim), solver=table).double()
+    # Four standard errors: |x|^2 is (1 + 2 / dim) times a chi-squared variable of dim + 2 degrees of freedom. And steps
+    # of r^2 that are not short next to the mean.
+    error = 4 * math.sqrt(2 / (dim + 2) / n)
+    assert float(x.square().mean()) == pytest.approx((1 + 2 / dim) ** 2, rel=error + 8 * r**2)
+
+
 def test_the_corrector_mends_a_coarse_predictor() -> None:
     sde, end = VPSDE(), 0.05
     right = float((sde.alpha(end) * STD).square() + sde.sigma(end).square()) ** 0.5

@@ -14,11 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsde import NonFiniteError, Sampler, checkpoints, cli, engines, noise, vocabulary
+from fastsde import (
+    ClassifierGuidance,
+    Guidance,
+    NonFiniteError,
+    Sampler,
+    checkpoints,
+    cli,
+    engines,
+    noise,
+    vocabulary,
+)
 from fastsde.checkpoints import Checkpoint
 from fastsde.engines import CaptureError
 from fastsde.models import MLP, UNet
 from fastsde.request import Request
+from fastsde.solvers import AdaptiveODE
 from fastsde.training import Trainer, default_config
 from fastsde.verify import Result, table, verify
 
@@ -291,3 +302,25 @@ def test_mistakes_of_the_command(
     ended, out, err = _command(capsys, *arguments)
     assert (ended, out) == (code, "")
     assert message in err
+
+
+def test_guidance_by_the_numbers_of_rows() -> None:
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return y[:, None] - x
+
+    y = torch.ones(3)
+    given = {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": 0 * y}, "steps": 4, "dtypes": FP32}
+    results = verify(network, (2,), guidance=Guidance(2.0, schedule=[1.0, 2.0, 0.0, 3.0]), **given)
+    assert _of(results, "eager").verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": AdaptiveODE()}, "solver must be a name or a StepTable, whose rows are compared, got AdaptiveODE"),
+        ({"guidance": ClassifierGuidance(lambda x, t: x.sum(1))}, "guidance must be a weight or a Guidance"),
+    ],
+)
+def test_what_has_no_rows_to_compare_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        verify(lambda x, t: -x, (2,), **options)

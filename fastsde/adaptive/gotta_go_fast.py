@@ -13,8 +13,9 @@ from ..solvers.adaptive import GottaGoFast
 from .errors import check_steps, out_of_steps
 from .path import BrownianPath
 
-__all__ = ["Drift", "Normal", "simulate"]
+__all__ = ["Drift", "Normal", "simulate", "three_bits"]
 
+_LONGEST = 2.0**100  # where the error is 0
 Drift = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Normal = Callable[[Tensor, int], Tensor]
 
@@ -26,7 +27,8 @@ def simulate(
     """Simulates dx = drift dt + g dw backwards in time from ``t_start`` down to ``t_end``.
 
     All samples that have not finished take an attempt in each round, so that the number of the round is the number of
-    each sample's own attempts, and the key and step of its noise do not depend on the batch.
+    each sample's own attempts, and the key and step of its noise do not depend on the batch. Step sizes have three
+    significant bits, so that nor do they depend on its rounding errors, except next to a limit.
 
     Args:
         drift: called as ``drift(x, t, samples)`` with x ``[b, *shape]``, t float64 ``[b]`` and the indices int64
@@ -67,7 +69,7 @@ def simulate(
         is_new = match_dims(accepted, x)
         x = torch.where(is_new, euler + correction if solver.extrapolate else euler, x)
         previous, t = torch.where(is_new, euler, previous), torch.where(accepted, after, t)
-        h = solver.safety * h * error**-solver.exponent
+        h = three_bits(solver.safety * h * error**-solver.exponent)
         has_finished = accepted & (after == t_end)
         if has_finished.any():
             done, rest = samples[has_finished], (~has_finished).nonzero()[:, 0]
@@ -77,6 +79,17 @@ def simulate(
     if not len(samples):
         return x_end, calls
     raise out_of_steps(f"{solver.max_steps} steps (max_steps) were not enough", samples, t, solver.rtol, solver.atol)
+
+
+def three_bits(h: Tensor) -> Tensor:
+    """Returns positive step sizes, float64, rounded down to three significant bits.
+
+    The noise of a step depends on its length. Were the lengths to follow the rounding errors of the network, these
+    would grow along the trajectory until they change the sample.
+    """
+    h = h.clamp(max=_LONGEST)
+    mantissa = torch.frexp(h).mantissa  # at least 1/2
+    return h / mantissa * (8 * mantissa).floor() / 8
 
 
 def _column(value: Tensor, x: Tensor) -> Tensor:

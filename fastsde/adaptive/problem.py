@@ -71,7 +71,8 @@ class AdaptiveProblem:
     def check_guidance(self, guidance: Guidance) -> None:
         """Raises for guidance that varies along rows, or needs more than its scale."""
         for name, default in (("schedule", None), ("interval", None), ("rescale", 0.0), ("model", None)):
-            if getattr(guidance, name) != default:
+            given = getattr(guidance, name)
+            if given is not default and not (name == "rescale" and given == default):
                 raise ValueError(f"guidance.{name} needs rows, which {type(self.solver).__name__} does not have")
 
     def one_call(self) -> StepTable:

@@ -49,7 +49,7 @@ def _flow(output: Output, x: Tensor, problem: AdaptiveProblem) -> tuple[Tensor, 
     shape = x.shape[1:]
 
     def velocity(t: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-        x = y.reshape(-1, *shape)
+        x = y.reshape(len(y), *shape)
         r, s = problem.velocity(t)
         return _affine(r, x, s, output(x, t, samples)).reshape(y.shape)
 

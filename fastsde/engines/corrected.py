@@ -13,6 +13,7 @@ from .. import ops
 from ..inverse import Point, Problem
 from ..reference import check_finite, evaluate, guided
 from ..request import Request
+from .inspection import for_gradients
 from .network import Network
 
 __all__ = ["Corrected", "corrected"]
@@ -35,6 +36,12 @@ def corrected(
     hooks = []
     run: Network | Corrected = network
     if problem.corrections:
+        uncond = request.uncond_kwargs
+        request = replace(
+            request,
+            model_kwargs=for_gradients(request.model_kwargs),
+            uncond_kwargs=None if uncond is None else for_gradients(uncond),
+        )
         run = Corrected(network, request, problem)
         hooks.append(run.after_row)
         request = replace(request, guidance=None, uncond_kwargs=None)

@@ -18,6 +18,7 @@ __all__ = [
     "check_output",
     "device_of",
     "dtype_of",
+    "for_gradients",
     "prefers_channels_last",
     "random_layers",
     "tensors_of",
@@ -47,6 +48,15 @@ def device_of(model: object) -> torch.device | None:
 def dtype_of(model: Model) -> torch.dtype:
     """Returns the dtype of a network's first floating-point parameter or buffer; fp32 if it has none."""
     return next((tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()), torch.float32)
+
+
+def for_gradients(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a network's arguments with copies of those made in inference mode, which autograd refuses."""
+    with torch.inference_mode(False):
+        return {
+            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in kwargs.items()
+        }
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:

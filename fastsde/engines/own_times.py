@@ -73,9 +73,9 @@ class _Joint(nn.Module):
         self.model, self.shape = model, tuple(shape)
 
     def forward(self, y: Tensor, _: Tensor, **kwargs: Any) -> Tensor:
-        x, t = y[:, :-1].reshape(-1, *self.shape), y[:, -1]
+        x, t = y[:, :-1].reshape(len(y), *self.shape), y[:, -1]
         f = self.model(torch.cat((x, t[:, None]), -1)) if is_sequential(self.model) else self.model(x, t, **kwargs)
-        return torch.cat((f.reshape(-1, math.prod(self.shape)), y[:, -1:]), 1)
+        return torch.cat((f.reshape(len(y), math.prod(self.shape)), y[:, -1:]), 1)
 
 
 class _ByProgram:

@@ -16,7 +16,7 @@ from .. import checkpoints, conditions, noise, subject
 from ..checkpoints import Checkpoint
 from ..dynamo import untraced
 from ..engines import Network
-from ..engines.inspection import device_of, dtype_of, random_layers
+from ..engines.inspection import check_call, device_of, dtype_of, for_gradients, random_layers
 from ..models import unwrap
 from ..models.mlp import check_sample_shape
 from ..notices import warn_once
@@ -111,7 +111,7 @@ def log_prob(
         model_kwargs: further arguments of the network, with the batch first, such as labels: the density is then
             conditional. What is not given of a checkpoint's conditions is "no condition".
         dtype: the dtype that the network runs in, by default that of its weights. The state is float64 if that is, else
-            fp32; log p is summed in float64.
+            fp32; log p is summed in float64, except as a part of the state of an `AdaptiveODE`.
         device: by default the network's, or x's for a function.
         max_batch: the most samples that run at once.
         compile: run the network and its backward pass through ``torch.compile``.
@@ -152,6 +152,8 @@ def log_prob(
         model_kwargs = conditions.completed(checkpoint.conditions, model_kwargs or {}, keys, checkpoint.has_null)
         conditions.check_labels("model_kwargs", model_kwargs, checkpoint.conditions)
     given = check_kwargs("model_kwargs", {} if model_kwargs is None else model_kwargs, len(x), on_device)
+    check_call(network.model, "model_kwargs", given)
+    given = for_gradients(given)
     batch = max(len(x) if max_batch is None else max_batch, 1)
     found = torch.empty(len(x), dtype=torch.float64, device=on_device)
     with (
@@ -206,7 +208,8 @@ def bits_per_dim(
     keys = make_keys(options.get("keys"), len(levels), seed, options.get("first_sample", 0), levels.device, False)
     u = noise.uniform(keys, DEQUANTISATION_STEP, levels.shape[1:], noise.STREAM_OTHER)
     y = low + (high - low) * (levels + u.double()) / _LEVELS
-    found = log_prob(model, y.to(options.get("dtype") or torch.float32), **options)
+    # As exact as the state that they become, whatever the network runs in.
+    found = log_prob(model, y if options.get("dtype") == torch.float64 else y.float(), **options)
     return -found / math.log(2) / math.prod(y.shape[1:]) + math.log2(_LEVELS) - math.log2(high - low)
 
 

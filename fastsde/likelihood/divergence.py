@@ -88,7 +88,7 @@ class Divergence:
             for batch in batches if f.numel() else ():
                 vectors = self._vectors(batch, f, samples)
                 products = self._products(f, x, vectors, batch is not batches[-1])
-                total += (products * vectors).flatten(2).sum(2, dtype=torch.float64).sum(0)
+                total += (products * vectors)[:, :, None].flatten(2).sum(2, dtype=torch.float64).sum(0)
         return f.detach().to(x.dtype), total / max(self._probes, 1)
 
     @property

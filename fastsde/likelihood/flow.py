@@ -75,18 +75,23 @@ class AdaptiveFlow:
         assert isinstance(problem.solver, AdaptiveODE)
 
         def velocity(t: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-            x, (r, s) = y[:, :-1].reshape(-1, *shape), problem.velocity(t)
+            x, (r, s) = y[:, :-1].reshape(len(y), *shape), problem.velocity(t)
             part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
             f, trace = divergence(x, t.to(x.dtype), part, samples)
             v = match_dims(r.to(x.dtype), x) * x + match_dims(s.to(x.dtype), x) * f
-            return torch.cat((v.flatten(1), (r * divergence.elements + s * trace)[:, None].to(x.dtype)), dim=1)
+            return torch.cat((_flat(v), (r * divergence.elements + s * trace)[:, None].to(x.dtype)), dim=1)
 
         ends = (problem.t_start, problem.t_end)
         start, end = (torch.full((len(x),), t, dtype=torch.float64, device=x.device) for t in ends)
-        y = torch.cat((x.flatten(1), x.new_zeros(len(x), 1)), dim=1)
+        y = torch.cat((_flat(x), x.new_zeros(len(x), 1)), dim=1)
         y, _ = adaptive.integrate(velocity, y, start, end, problem.solver)
         bar.update()
         return problem.sde.prior_logp(y[:, :-1].double()) + y[:, -1].double()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Returns ``[B, D]`` for ``[B, *shape]``."""
+    return x[:, None].flatten(1)
 
 
 def make_flow(

@@ -62,6 +62,9 @@ class GottaGoFast:
     If E <= 1, x" is accepted. The next step, or the next attempt at the same one, is min(t - t_end, safety h
     E^-exponent) long. Each sample has steps of its own, and calls the network twice an attempt.
 
+    Beyond the paper, safety h E^-exponent is rounded down to three significant bits, that is by at most a fifth. As the
+    noise depends on the lengths of steps, the network's rounding errors would otherwise change the whole sample.
+
     The paper draws new noise after a rejected attempt, so that small increments are accepted more often. For images
     that hardly matters, since E is a mean over many elements; but with a few elements the samples are wrong, at any
     tolerance: those of N(0.8, 0.5^2) in one dimension have a standard deviation of 0.7. By default the noise of a
@@ -74,7 +77,7 @@ class GottaGoFast:
         h_init: the length of the first step.
         safety, exponent: of the step size control, the paper's theta and r.
         extrapolate: whether x" is accepted, rather than x'.
-        keeps_noise: whether the noise of rejected attempts is kept; False is the paper's algorithm to the letter.
+        keeps_noise: whether the noise of rejected attempts is kept; in the paper it is not.
         norm: of the scaled error over the elements of a sample: "l2", the root mean square, or "linf", the maximum.
         max_steps: the most attempts of a sample, below 2^28.
 

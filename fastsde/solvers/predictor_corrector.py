@@ -44,7 +44,10 @@ def predictor_corrector(
     with norms over all elements of a sample, and a = (alpha(t_{k+1}) / alpha(t_{k+2}))^2: the alpha_i of algorithm 5,
     and 1 on the VE-SDE; below the last time comes clean data. Where g is 0, x stays as it is. There is no corrector
     where sigma is 0. The size of these steps does not fall with the number of intervals, and neither does their error:
-    of Gaussian data in many dimensions, many rows at one time settle at 1 + a snr^2 times the right variance.
+    of Gaussian data in many dimensions, many rows at one time settle at 1 + a snr^2 times the right variance. In few
+    dimensions N there is more, since eps is larger where the score is small and where z is long. Without a bound of
+    eps, short steps settle at a density proportional to |score|^2 p^(N / (N + 2)), where the stationary flux E[eps] g
+    q - div(E[eps z z^T] q) of a density q is 0: of Gaussian data at (1 + 2 / N)^2 times the variance.
 
     The norms of few elements vary: next to a point where the score is 0 the paper's eps has no bound, and samples of
     two elements would be thrown far away. So eps is at most ``max_size`` sigma(t)^2, by default that of a step all the

@@ -97,6 +97,10 @@ def test_calls_in_inference_mode() -> None:
     x = sampler(2, **call)
     with torch.inference_mode():
         assert torch.equal(sampler(2, **call), x)
+    labelled = Sampler(Labelled(), (3,), steps=3)
+    x = labelled(2, model_kwargs={"label": torch.tensor([1, 2])}, **call)
+    with torch.inference_mode():  # labels that autograd would refuse to keep
+        assert torch.equal(labelled(2, model_kwargs={"label": torch.tensor([1, 2])}, **call), x)
 
 
 class Labelled(nn.Module):
