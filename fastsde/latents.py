@@ -63,7 +63,8 @@ def encode(
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)``, or whatever else `fastsde.sample` takes.
         x: the samples ``[B, *shape]``, floating-point, scaled as the network sees them.
-        solver: one of `fastsde.solvers.SOLVERS` that draws no noise, such as "heun", "rk4", "ddim" or "unipc".
+        solver: one of `fastsde.solvers.SOLVERS` that draws no noise, such as "heun", "rk4", "ddim" or "unipc"; one of
+            the first two if alpha is 0 at ``t_max``, as for rectified flow.
         steps: the calls of the network.
         t_start: the time that x is taken to be at; by default ``sde.t_min``, since networks are not trained below, and
             most solvers have no step from t = 0, where there is no noise.
@@ -81,7 +82,7 @@ def encode(
     Raises:
         ValueError, TypeError, NonFiniteError: as for `fastsde.sample`, and for a solver that draws noise.
     """
-    check_tensor("x", x, floating=True)
+    check_tensor("x", x, floating=True, finite=True)
     network, process, low = _prepared("t_start", model, x, t_start, solver, steps, spacing, options)
     return sample(
         network,
@@ -115,7 +116,7 @@ def decode(
         t_end: the time that the samples are at; by default ``sde.t_min``, as in `encode`.
         model, solver, steps, spacing, model_kwargs, options: as for `encode`.
     """
-    check_tensor("z", z, floating=True)
+    check_tensor("z", z, floating=True, finite=True)
     network, process, low = _prepared("t_end", model, z, t_end, solver, steps, spacing, options)
     return sample(
         network,
