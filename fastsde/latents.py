@@ -64,7 +64,8 @@ def encode(
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)``, or whatever else `fastsde.sample` takes.
         x: the samples ``[B, *shape]``, floating-point, scaled as the network sees them.
-        solver: one of `fastsde.solvers.SOLVERS` that draws no noise, such as "heun", "rk4", "ddim" or "unipc".
+        solver: one of `fastsde.solvers.SOLVERS` that draws no noise, such as "heun", "rk4", "ddim" or "unipc"; one of
+            the first two if alpha is 0 at ``t_max``, as for rectified flow.
         steps: the calls of the network.
         t_start: the time that x is taken to be at; by default ``sde.t_min``, since networks are not trained below, and
             most solvers have no step from t = 0, where there is no noise.

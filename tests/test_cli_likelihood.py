@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ def test_latents_keep_their_labels(tmp_path: Path) -> None:
         (["likelihood", "swiss-roll", "--data", "no.npy"], 1, "no.npy"),
         (["likelihood", "swiss-roll", "--trace", "exact", "--probes", "2"], 1, "probes are of trace='hutchinson'"),
         (["likelihood", "swiss-roll", "--tolerance", "0.1"], 2, "--tolerance is for --solver adaptive"),
+        (
+            ["likelihood", "swiss-roll", "--solver", "adaptive", "--steps", "9"],
+            2,
+            "--steps is not for --solver adaptive",
+        ),
         (["likelihood", "swiss-roll", "--steps", "0"], 2, "0 is not in the range x>=1"),
         (["likelihood", "swiss-roll", "--save", "x.json"], 2, "must end in .safetensors or .npz"),
         (["likelihood", "mnist", "--data-root", "."], 1, "MNIST is not in"),
@@ -134,9 +140,42 @@ def test_latents_of_another_model_or_number_are_named(tmp_path: Path, capsys: py
     for arrays, more, message in (
         ({"latents": np.zeros((4, 3), np.float32)}, [], "must hold latents of shape [n, 2], got [4, 3]"),
         ({"samples": np.zeros((4, 2), np.float32)}, [], "must hold latents of shape [n, 2], got none"),
+        (
+            {"latents": np.zeros((4, 2), np.int64)},
+            [],
+            "must hold floating-point latents, at least one, got 4 of torch.int",
+        ),
+        ({"latents": np.zeros((0, 2), np.float32)}, [], "must hold floating-point latents, at least one, got 0 of"),
         ({"latents": np.zeros((4, 2), np.float32)}, ["-n", "3"], "holds 4 latents: leave -n out, got 3"),
     ):
         np.savez(path, **arrays)  # type: ignore[arg-type]
         with pytest.raises(SystemExit, match="1"):
             cli.main(["sample", "swiss-roll", "--latents", str(path), *more, "--quiet", "--save", f"{tmp_path}/x.npz"])
         assert message in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["sample", "swiss-roll", "--latents", str(path), "--quiet", "--save", f"{tmp_path}/x.npz"])
+    assert f"{path} cannot be read" in capsys.readouterr().err
+
+
+def test_latents_are_taken_back_by_the_flow_unless_a_solver_is_given(tmp_path: Path) -> None:
+    path, back = tmp_path / "z.npz", tmp_path / "back.npz"
+    z = torch.randn(4, 2)
+    np.savez(path, latents=z)
+    command = ["sample", "swiss-roll", "--latents", str(path), "--quiet", "--save", str(back)]
+    for more, options in (([], {}), (["--solver", "heun", "--steps", "8"], {"solver": "heun", "steps": 8})):
+        cli.main([*command, *more], standalone_mode=False)
+        torch.testing.assert_close(
+            torch.from_numpy(np.load(back)["samples"]), fastsde.decode("swiss-roll", z, **options)
+        )
+
+
+def test_a_missing_optional_library_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchode", None)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["likelihood", "swiss-roll", "--solver", "adaptive", "-n", "2", "--quiet"])
+    error = capsys.readouterr().err
+    assert "pip install 'fastsde[ode]'" in error
+    assert "Traceback" not in error

@@ -83,6 +83,7 @@ def test_encoding_is_the_upward_table_and_decoding_is_sampling() -> None:
             ValueError,
             "cannot run from data to noise: sigma must be positive",
         ),
+        ({"sde": fastsde.RectifiedFlow()}, ValueError, "alpha must be positive.*heun or rk4"),
         ({"t_start": "0"}, TypeError, "t_start must be a number"),
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, TypeError, "x must be floating-point, got torch.uint8"),

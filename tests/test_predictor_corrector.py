@@ -279,7 +279,7 @@ def table(**changes: Any) -> StepTable:
         (
             lambda: solvers.build("predictor_corrector", VPSDE(), 4),
             ValueError,
-            "no score at t = 0, where sigma is 0: take a number of steps that is 1 more than a multiple of 2",
+            "no score at t = 0, where sigma is 0: steps must be 1 more than a multiple of 2, .* such as 3 or 5, got 4",
         ),
         *(
             (lambda options=options: solvers.build("predictor_corrector", VPSDE(), 5, solver_options=options), *rest)

@@ -39,7 +39,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError, IndexError) as error:
+        except (ValueError, OSError, RuntimeError, IndexError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except TypeError as error:
             if not kwargs.get("solver_options"):  # the only values whose type the command line does not check

@@ -69,6 +69,9 @@ def likelihood(
         check_writable(save)
     if tolerance is not None and solver != "adaptive":
         raise click.UsageError("--tolerance is for --solver adaptive: leave it out, or give more --steps")
+    for name in ("steps", "spacing"):
+        if options[name] is not None and solver == "adaptive":
+            raise click.UsageError(f"--{name} is not for --solver adaptive: leave it out, or give --tolerance")
     on_device = distributed.device(device)
     checkpoint = load_checkpoint(model, on_device, factory)
     dataset = load_data(checkpoint, data, data_root, n)

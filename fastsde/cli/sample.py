@@ -12,7 +12,7 @@ import click
 from ..vocabulary import BACKENDS, DTYPES
 from . import inpaint as inpainting
 from .common import PATH, job, load_checkpoint, reports_errors, suffix, takes_factory, takes_solver
-from .encode import read_latents
+from .encode import decoding, read_latents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,12 @@ class Files:
     help="Class of the samples: a number or name, several by commas, which take turns, all, or none for no label.  "
     "[default: drawn, as frequent as in the data]",
 )
-@click.option("--latents", type=PATH, help="Start from the latents that 'fastsde encode' wrote, with their labels.")
+@click.option(
+    "--latents",
+    type=PATH,
+    help="Take back what 'fastsde encode' wrote, with its labels and the defaults of its --solver, --steps, --spacing "
+    "and time.",
+)
 @click.option("--guidance", type=float, help="Weight of classifier-free guidance towards the label; 1 is none.")
 @click.option(
     "--guidance-interval",
@@ -131,6 +136,8 @@ def sample(
     files, written = Files(out, save, animate), list[Path]()
     if (options["inpaint"] is None) != (options["mask"] is None):
         raise click.UsageError("--inpaint IMAGE and --mask PART go together: give both or neither")
+    if options["inpaint"] is None and options["resamples"] > 1:
+        raise click.UsageError("--resamples is for --inpaint: leave it out, or give an image")
     if n == 0 and files.draws:
         raise click.UsageError("there is no picture of 0 samples: use only --save, or draw more with -n")
     try:
@@ -177,6 +184,8 @@ def _sample(
     given = None
     if inpaint is not None and mask is not None:
         given = inpainting.known_image(model, checkpoint, inpaint, mask)
+    if latents is not None:
+        options |= decoding(click.get_current_context(), checkpoint)
     sampler = Sampler(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), **options)
     if latents is not None and ranks is not None:
         raise ValueError("--latents is for one process: start it without torchrun")

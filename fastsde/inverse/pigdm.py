@@ -43,7 +43,7 @@ class PiGDM(Measurement):
         operator, y: as for `Measurement`; an operator that is not linear is linearised in each row, and must be twice
             differentiable by PyTorch.
         noise_std: the standard deviation of the noise in y. Without noise, H H^T should be regular, or y be a value
-            that the operator can take.
+            that the operator can take: for a blur, give more than 0.
         data_std: s, the standard deviation of the data. The paper's is 1.
         iterations: the most steps of conjugate gradients a row.
 
@@ -69,6 +69,8 @@ class PiGDM(Measurement):
         # H^T w is linear in w, so its derivative with respect to w, transposed, is H.
         w = torch.zeros_like(measured, requires_grad=True)
         (back,) = torch.autograd.grad(measured, data, w, create_graph=True)
+        if not back.requires_grad:
+            raise ValueError("operator must be twice differentiable for PiGDM, but its gradient is a constant, as of 0")
 
         def covariance(u: Tensor) -> Tensor:
             (transposed,) = torch.autograd.grad(measured, data, u, retain_graph=True)

@@ -119,7 +119,7 @@ def log_prob(
         sde, prediction: as for `fastsde.Sampler`.
 
     Returns:
-        log p(x), float64 ``[B]``.
+        log p(x), float64 ``[B]``, without a gradient.
 
     Raises:
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.

@@ -85,7 +85,8 @@ def schedule(
             f"alpha and sigma must have one point more than time, got {len(alpha)}, {len(sigma)} and {len(time)}"
         )
     if not (alpha[1:] > 0).all() or alpha[0] < 0:
-        raise ValueError(f"alpha must be positive, or zero at the first point, got {alpha.min().item():g}")
+        up = "; upwards to where it is zero, take heun or rk4" if alpha[-1] == 0 else ""
+        raise ValueError(f"alpha must be positive, or zero at the first point, got {alpha.min().item():g}{up}")
     if prediction in ("score", "eps") and not has_signal(alpha[:-1], sigma[:-1]).all():
         raise ValueError(
             f"prediction={prediction!r} does not determine x_0 where alpha is {alpha[:-1].min().item():g}: for zero "

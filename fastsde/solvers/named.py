@@ -33,7 +33,9 @@ def find(solver: str) -> Solver:
         ValueError: for an unknown name.
     """
     if solver not in REGISTRY:
-        raise ValueError(f"solver must be one of {', '.join(REGISTRY)}, or a StepTable, got {solver!r}")
+        raise ValueError(
+            f"solver must be one of {', '.join(REGISTRY)}, a StepTable, or an adaptive solver, got {solver!r}"
+        )
     return REGISTRY[solver]
 
 

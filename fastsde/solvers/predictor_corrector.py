@@ -82,12 +82,14 @@ def predictor_corrector(
     if final_rows is None:
         final_rows = 1 + corrector_steps if has_corrector else 1
     check_int("final_rows", final_rows, 1, corrector_steps + 2)
+    base, rows = _predictor(predictor, sde, times, prediction), 1 + corrector_steps
     if final_rows > 1 and not has_corrector:
+        steps = rows * (len(times) - 2)
         raise ValueError(
-            f"the corrector has no score at t = {float(times[-1]):g}, where sigma is 0: take a number of steps that is "
-            f"1 more than a multiple of {1 + corrector_steps}, so that the last row is the predictor's, or a later end"
+            f"the corrector has no score at t = {float(times[-1]):g}, where sigma is 0: steps must be 1 more than a "
+            f"multiple of {rows}, so that the last row is the predictor's, such as {steps + 1} or {steps + 1 + rows}, "
+            f"got {steps + final_rows}; or give a later t_end"
         )
-    base = _predictor(predictor, sde, times, prediction)
     counts = torch.full((len(base),), corrector_steps, dtype=torch.int64, device="cpu")
     counts[-1] = final_rows - 1
     return _joined(base, _corrector(sde, times, prediction, snr, max_size), counts)

@@ -169,6 +169,7 @@ def without_gradient(x: Tensor, t: Tensor) -> Tensor:
         (bad({"measurement": DPS(pairs, Y.to("meta"))}), ValueError, "y .*must be on cpu, got meta"),
         (bad({"measurement": DPS(lambda x: 1, Y)}), TypeError, "the result of operator must be a tensor, got int"),
         (bad({"measurement": DPS(lambda x: pairs(x).detach(), Y)}), ValueError, "operator must be differentiable"),
+        (bad({"measurement": PiGDM(lambda x: pairs(x).round(), Y)}), ValueError, "must be twice differentiable"),
         (bad({"measurement": DPS(lambda x: x.sum(), Y)}), ValueError, r"operator must return the batch first, .* \[\]"),
         (bad({"measurement": DPS(pairs, Y)}, model=without_gradient), ValueError, "needs the network's gradient"),
         (bad({"measurement": DPS(pairs, Y)}, backend="persistent", model=MLP(3)), ValueError, "not support meas"),

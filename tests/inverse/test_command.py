@@ -78,7 +78,11 @@ def test_masks(folder: Path) -> None:
         ),
         (["--inpaint", "image.png", "--mask", "black.png"], "--mask black.png must leave some pixels known and some"),
         (["--inpaint", "small.safetensors", "--mask", "left"], "small.safetensors cannot be read as an image"),
-        (["--resamples", "2", "--jump", "4"], "jump must be less than the number of rows, 4, got 4"),
+        (["--resamples", "2"], "--resamples is for --inpaint: leave it out, or give an image"),
+        (
+            ["--inpaint", "image.png", "--mask", "left", "--resamples", "2", "--jump", "4"],
+            "jump must be less than the number of rows, 4, got 4",
+        ),
     ],
 )
 def test_mistakes(folder: Path, arguments: list[str], message: str) -> None:
