@@ -204,9 +204,7 @@ def _made(
                 stack.enter_context(each.unchanged())
             for _ in range(2):  # the first call may fill caches
                 before = _state(networks)
-                lowered = lower(
-                    call, sample_shape, times, conditions, sizes=sizes, time_is_input=time_is_input
-                )
+                lowered = lower(call, sample_shape, times, conditions, sizes=sizes, time_is_input=time_is_input)
                 if before.is_run_as(_state(networks)):
                     break
             else:

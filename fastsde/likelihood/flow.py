@@ -51,8 +51,8 @@ class TableFlow:
         found = native.integrate(divergence, table, rates, x, kwargs, bar.update)
         if found is not None:
             end, change = found
-            known = sum(weight * each for weight, each in zip(self.weights, r, strict=True))
-            return self.sde.prior_logp(end.double()) + change + known * divergence.elements
+            change += divergence.elements * sum(weight * each for weight, each in zip(self.weights, r, strict=True))
+            return self.sde.prior_logp(end.double()) + change
         finite = FiniteCheck(table.time.tolist(), x.device)
         change = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]

@@ -45,8 +45,8 @@ def integrate(
         progress: called with the number of rows done since the last time.
 
     Returns:
-        The state at the end ``[B, *shape]`` and the integral of s div f, float64 ``[B]``; or None if the network does not
-        run natively, or something is not finite: the usual way then gives the row and the time.
+        The state at the end ``[B, *shape]`` and the integral of s div f, float64 ``[B]``; or None if the network does
+        not run natively, or something is not finite: the usual way then gives the row and the time.
     """
     r, s = rates
     if not bool((s != 0).all()):
@@ -127,6 +127,8 @@ def _numbers(
 
 
 def _of_velocities(table: StepTable, r: Tensor, s: Tensor) -> StepTable:
-    """Returns a table of a network's output f as one of the velocity v = r n.s + s f: b f is (b / s) (v - r n.s)."""
-    b = table.b / s[:, None]
-    return StepTable(table.time, A=table.A - (r[:, None] * b)[:, :, None] * table.n[:, None, :], b=b, n=table.n)
+    """Returns a table of a network's output f as one of the velocity v = r n.s + s f, by f = (v - r n.s) / s."""
+    b, q = table.b / s[:, None], table.q / s
+    A = table.A - (r[:, None] * b)[:, :, None] * table.n[:, None, :]
+    p = table.p - (r * q)[:, None] * table.n
+    return StepTable(table.time, A=A, b=b, n=table.n, p=p, q=q, e=table.e)

@@ -45,8 +45,9 @@ class Writer:
             operand = b if a is None else a
             width = operand.width if width is None and operand is not None else width or 0
             out = Part(self.new(width), 0, width)
+        numbers = tuple(map(float, parameters))
         self.instructions.append(
-            Instruction(kind, out.value, out.width, a, b, out.first, parameters=tuple(map(float, parameters)), **options)
+            Instruction(kind, out.value, out.width, a, b, out.first, parameters=numbers, **options)
         )
         return out
 
