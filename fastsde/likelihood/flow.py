@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import adaptive, reference, solvers
 from ..adaptive import AdaptiveProblem
 from ..engines.eager import FiniteCheck
-from ..sde import Process, match_dims
+from ..sde import Process
 from ..solvers import AdaptiveODE, StepTable
 from ..solvers.forms import check_prediction, velocity_form
 from ..validation import check_number
@@ -83,11 +83,11 @@ class AdaptiveFlow:
         output = native.NativeDivergence.find(divergence, x, kwargs, ends) or divergence
 
         def velocity(t: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-            x, (r, s) = y[:, :-1].reshape(-1, *shape), problem.velocity(t)
+            x, (r, s) = y[:, :-1].reshape(-1, *shape), (each.to(y.dtype)[:, None] for each in problem.velocity(t))
             part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
             f, trace = output(x, t.to(x.dtype), part, samples)
-            v = match_dims(r.to(x.dtype), x) * x + match_dims(s.to(x.dtype), x) * f
-            return torch.cat((v.flatten(1), (r * divergence.elements + s * trace)[:, None].to(x.dtype)), dim=1)
+            linear = torch.cat((y[:, :-1], y.new_full((len(y), 1), divergence.elements)), dim=1)
+            return torch.cat((f.flatten(1), trace[:, None].to(y.dtype)), dim=1).mul_(s).addcmul_(r, linear)
 
         start, end = (torch.full((len(x),), t, dtype=torch.float64, device=x.device) for t in ends)
         y = torch.cat((x.flatten(1), x.new_zeros(len(x), 1)), dim=1)

@@ -112,7 +112,8 @@ def _numbers(
         return None
     if not isinstance(network.model, nn.Module) or isinstance(network.model, torch.jit.ScriptModule) or not len(x):
         return None
-    if not dim or (probes or dim) > _DIRECTIONS or dim >= ops.mlp_limits(network.device)[0]:
+    largest, most = ops.mlp_limits(network.device)
+    if not dim or (probes or dim) > _DIRECTIONS or dim >= largest:
         return None
     if is_hooked(network.model) or has_gradient_hooks(network.model):
         return None
@@ -123,7 +124,8 @@ def _numbers(
     except Exception:  # there is no program, or the network raises, as it then does in the usual way
         return None
     counts = len(vectors.constants), len(vectors.matrices)
-    return with_divergence(packed.program, dim, probes, not time_is_input, *counts), vectors
+    joint = with_divergence(packed.program, dim, probes, not time_is_input, *counts)
+    return (joint, vectors) if max(joint.program.widths) <= most else None
 
 
 def _of_velocities(table: StepTable, r: Tensor, s: Tensor) -> StepTable:
