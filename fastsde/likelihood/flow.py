@@ -80,14 +80,21 @@ class AdaptiveFlow:
         problem, shape = self.problem, x.shape[1:]
         assert isinstance(problem.solver, AdaptiveODE)
         ends = (problem.t_start, problem.t_end)
-        output = native.NativeDivergence.find(divergence, x, kwargs, ends) or divergence
+        by_program = native.NativeDivergence.find(divergence, x, kwargs, ends)
+
+        def by_autograd(x: Tensor, t: Tensor, samples: Tensor) -> Tensor:
+            part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
+            f, trace = divergence(x.reshape(-1, *shape), t, part, samples)
+            return torch.cat((f.flatten(1), trace[:, None].to(f.dtype)), dim=1)
+
+        output = by_program or by_autograd
 
         def velocity(t: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-            x, (r, s) = y[:, :-1].reshape(-1, *shape), (each.to(y.dtype)[:, None] for each in problem.velocity(t))
-            part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
-            f, trace = output(x, t.to(x.dtype), part, samples)
-            linear = torch.cat((y[:, :-1], y.new_full((len(y), 1), divergence.elements)), dim=1)
-            return torch.cat((f.flatten(1), trace[:, None].to(y.dtype)), dim=1).mul_(s).addcmul_(r, linear)
+            r, s = (each.to(y.dtype)[:, None] for each in problem.velocity(t))
+            v = output(y[:, :-1], t.to(y.dtype), samples).mul_(s)
+            v[:, :-1].addcmul_(r, y[:, :-1])
+            v[:, -1:].add_(r, alpha=divergence.elements)
+            return v
 
         start, end = (torch.full((len(x),), t, dtype=torch.float64, device=x.device) for t in ends)
         y = torch.cat((x.flatten(1), x.new_zeros(len(x), 1)), dim=1)

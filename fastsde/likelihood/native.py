@@ -66,10 +66,10 @@ def integrate(
 
 
 class NativeDivergence:
-    """A network's output with its divergence at a time of each sample, as `Divergence` is called."""
+    """A network's output with its divergence, at a time of each sample."""
 
     def __init__(self, divergence: Divergence, joint: WithDivergence, vectors: Vectors) -> None:
-        self.elements, self._keys = divergence.elements, divergence.keys
+        self._keys = divergence.keys
         self._packed = ops.pack_program(joint.program, divergence.keys.device)
         self._vectors = joint.vectors(vectors, divergence.signs)
         one = torch.ones(1, dtype=torch.float64, device="cpu")
@@ -90,17 +90,19 @@ class NativeDivergence:
         found = _numbers(divergence, StepTable(times, a=0 * times, b=0 * times + 1), x, kwargs, True)
         return None if found is None else cls(divergence, *found)
 
-    def __call__(
-        self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], samples: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As for `Divergence`, with the conditions that it was found with."""
+    def __call__(self, x: Tensor, t: Tensor, samples: Tensor) -> Tensor:
+        """Returns f and its divergence side by side, ``[b, d + 1]``, with the conditions that it was found with.
+
+        Args:
+            x, t: fp32 ``[b, d]``, with flattened samples, and ``[b]``.
+            samples: the indices int64 ``[b]`` of the samples.
+        """
         if samples is not self._samples:
-            given = self._vectors.given if samples is None else self._vectors.given[samples]
-            self._samples, self._now = samples, replace(self._vectors, given=given)
-        y = torch.cat((x.flatten(1), t.to(x.dtype)[:, None]), 1)
+            self._samples, self._now = samples, replace(self._vectors, given=self._vectors.given[samples])
+        y = x.new_empty(len(x), x.shape[1] + 1)
+        y[:, :-1], y[:, -1] = x, t
         keys = self._keys[: len(x)]  # nothing is drawn
-        out = ops.launch_mlp_sampler(self._packed, self._table, keys, vectors=self._now, x_init=y)
-        return out[:, :-1].reshape(x.shape), out[:, -1].double()
+        return ops.launch_mlp_sampler(self._packed, self._table, keys, vectors=self._now, x_init=y)
 
 
 def _numbers(
