@@ -40,7 +40,12 @@ CALL_FAILS = "a call of it fails"  # how that reason starts
 
 @untraced
 def program_of(
-    network: Network, sample_shape: Sequence[int], times: Tensor, request: Request | None, trusts: Collection[type]
+    network: Network,
+    sample_shape: Sequence[int],
+    times: Tensor,
+    request: Request | None,
+    trusts: Collection[type],
+    time_is_input: bool = False,
 ) -> tuple[Lowered, Any] | str:
     """Returns a network as a program, and the program as the kernel reads it; or why there is none.
 
@@ -49,12 +54,13 @@ def program_of(
         request: whose conditions and guidance the program is to have; without one it has none.
         trusts: which kinds of earlier results are taken without a look at whether the network has changed since:
             ``str`` for reasons, ``tuple`` for programs.
+        time_is_input: as for `fastsde.lowering.lower`.
     """
     if request is not None and request.guidance is not None and not _depends_on_time(request.guidance, request.table):
         return "its guidance has different weights in rows of one time"
     dtype, networks = network.dtype, _networks(network, request)
     conditions = _conditions(request)
-    key = (dtype, *_key(networks, sample_shape, request, conditions))
+    key = (dtype, time_is_input, *_key(networks, sample_shape, request, conditions))
     kept = networks[0].kept.programs
     if key in kept:
         state, found = kept[key]
@@ -62,7 +68,7 @@ def program_of(
         if is_sure and (type(found) in trusts or state.is_run_as(_state(networks))):
             kept.move_to_end(key)
             return found  # type: ignore[no-any-return]
-    made = _made(networks, dtype, sample_shape, times, request, conditions)
+    made = _made(networks, dtype, sample_shape, times, request, conditions, time_is_input)
     if isinstance(made, str) and made.startswith(CALL_FAILS):
         return made
     kept[key] = (_state(networks), made)
@@ -71,15 +77,18 @@ def program_of(
     return made
 
 
-def numbers_of(network: Network, request: Request) -> tuple[Any, Vectors]:
+def numbers_of(network: Network, request: Request, time_is_input: bool = False) -> tuple[Any, Vectors]:
     """Returns the program of a request as the kernel reads it, and its numbers at the present weights.
+
+    Args:
+        time_is_input: as for `fastsde.lowering.lower`.
 
     Raises:
         CaptureError: if the network is no program any more.
     """
     times = request.table.time.to(torch.float32).to(request.keys.device)
     for _ in range(2):  # once more if numbers that Python code reads have changed
-        found = program_of(network, request.shape[1:], times, request, trusts=())
+        found = program_of(network, request.shape[1:], times, request, (), time_is_input)
         if isinstance(found, str):
             break
         lowered, packed = found
@@ -167,6 +176,7 @@ def _made(
     times: Tensor,
     request: Request | None,
     conditions: Any,
+    time_is_input: bool,
 ) -> tuple[Lowered, Any] | str:
     """Returns a program of a network in fp32, packed for products in a dtype, or why there is none."""
     network = networks[0]
@@ -194,7 +204,7 @@ def _made(
                 stack.enter_context(each.unchanged())
             for _ in range(2):  # the first call may fill caches
                 before = _state(networks)
-                lowered = lower(call, sample_shape, times, conditions, sizes=sizes)
+                lowered = lower(call, sample_shape, times, conditions, sizes=sizes, time_is_input=time_is_input)
                 if before.is_run_as(_state(networks)):
                     break
             else:

@@ -163,7 +163,7 @@ def log_prob(
     ):
         for first in range(0, len(x), batch):
             part = slice(first, first + batch)
-            divergence = Divergence(network, keys[part], shape, count)
+            divergence = Divergence(network, keys[part], shape, count, may_be_native=not compile)
             kwargs = {name: each[part] if isinstance(each, Tensor) else each for name, each in given.items()}
             found[part] = flow.log_prob(x[part].detach().to(state, copy=True), divergence, kwargs, bar)
     return found

@@ -54,13 +54,19 @@ class Divergence:
         keys: the keys of the samples, int64 ``[B, 2]``.
         shape: the shape of one sample.
         probes: how many probes to average over; 0 for the exact trace.
+        may_be_native: whether a native kernel may take its place (`fastsde.likelihood.native`).
+
+    Attributes:
+        signs: the probes, fp32 ``[probes, B, *shape]``, or None.
     """
 
-    def __init__(self, network: Network, keys: Tensor, shape: Sequence[int], probes: int) -> None:
-        self._network, self._shape = network, tuple(shape)
-        self.elements, self._probes = math.prod(shape), probes
+    def __init__(
+        self, network: Network, keys: Tensor, shape: Sequence[int], probes: int, may_be_native: bool = False
+    ) -> None:
+        self.network, self.keys, self._shape = network, keys, tuple(shape)
+        self.elements, self.probes, self.may_be_native = math.prod(shape), probes, may_be_native
         steps = torch.arange(PROBE_STEP, PROBE_STEP + probes, device=keys.device)
-        self._signs = noise.signs(keys, steps, shape, noise.STREAM_OTHER) if probes else None
+        self.signs = noise.signs(keys, steps, shape, noise.STREAM_OTHER) if probes else None
         self._vectorises = True
 
     def __call__(
@@ -77,7 +83,7 @@ class Divergence:
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            f = self._network(x, t, **kwargs)
+            f = self.network(x, t, **kwargs)
             if not f.requires_grad and f.numel():
                 raise ValueError(
                     "model must be differentiable with respect to x for a likelihood, got an output without a "
@@ -89,18 +95,18 @@ class Divergence:
                 vectors = self._vectors(batch, f, samples)
                 products = self._products(f, x, vectors, batch is not batches[-1])
                 total += (products * vectors)[:, :, None].flatten(2).sum(2, dtype=torch.float64).sum(0)
-        return f.detach().to(x.dtype), total / max(self._probes, 1)
+        return f.detach().to(x.dtype), total / max(self.probes, 1)
 
     @property
     def _count(self) -> int:
-        return self._probes or self.elements
+        return self.probes or self.elements
 
     def _vectors(self, batch: range, f: Tensor, samples: Tensor | None) -> Tensor:
         """Returns some of the unit vectors or probes, ``[P, b, *shape]``, like f."""
-        if self._signs is None:
+        if self.signs is None:
             unit = torch.eye(self.elements, dtype=f.dtype, device=f.device)[batch.start : batch.stop]
             return unit.reshape(len(batch), 1, *self._shape).expand(len(batch), *f.shape)
-        signs = self._signs[batch.start : batch.stop].to(f.dtype)
+        signs = self.signs[batch.start : batch.stop].to(f.dtype)
         return signs if samples is None else signs[:, samples]
 
     def _products(self, f: Tensor, x: Tensor, vectors: Tensor, keep: bool) -> Tensor:

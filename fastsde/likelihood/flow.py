@@ -14,10 +14,11 @@ from tqdm import tqdm
 from .. import adaptive, reference, solvers
 from ..adaptive import AdaptiveProblem
 from ..engines.eager import FiniteCheck
-from ..sde import Process, match_dims
+from ..sde import Process
 from ..solvers import AdaptiveODE, StepTable
 from ..solvers.forms import check_prediction, velocity_form
 from ..validation import check_number
+from . import native
 from .divergence import Divergence
 
 __all__ = ["AdaptiveFlow", "TableFlow", "make_flow"]
@@ -45,8 +46,13 @@ class TableFlow:
 
     def log_prob(self, x: Tensor, divergence: Divergence, kwargs: Mapping[str, Any], bar: tqdm[Any]) -> Tensor:
         """Returns the log density float64 ``[B]`` of samples ``[B, *shape]``."""
-        table = self.table
-        r, s = (each.tolist() for each in velocity_form(self.sde, table.time, self.prediction))
+        table, rates = self.table, velocity_form(self.sde, self.table.time, self.prediction)
+        r, s = (each.tolist() for each in rates)
+        found = native.integrate(divergence, table, rates, x, kwargs, bar.update)
+        if found is not None:
+            end, change = found
+            change += divergence.elements * sum(weight * each for weight, each in zip(self.weights, r, strict=True))
+            return self.sde.prior_logp(end.double()) + change
         finite = FiniteCheck(table.time.tolist(), x.device)
         change = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         slots = [x, *(torch.zeros_like(x) for _ in range(1, table.slots))]
@@ -73,15 +79,23 @@ class AdaptiveFlow:
         """As for `TableFlow`."""
         problem, shape = self.problem, x.shape[1:]
         assert isinstance(problem.solver, AdaptiveODE)
+        ends = (problem.t_start, problem.t_end)
+        by_program = native.NativeDivergence.find(divergence, x, kwargs, ends)
+
+        def by_autograd(x: Tensor, t: Tensor, samples: Tensor) -> Tensor:
+            part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
+            f, trace = divergence(x.reshape(len(x), *shape), t, part, samples)
+            return torch.cat((_flat(f), trace[:, None].to(f.dtype)), dim=1)
+
+        output = by_program or by_autograd
 
         def velocity(t: Tensor, y: Tensor, samples: Tensor) -> Tensor:
-            x, (r, s) = y[:, :-1].reshape(len(y), *shape), problem.velocity(t)
-            part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
-            f, trace = divergence(x, t.to(x.dtype), part, samples)
-            v = match_dims(r.to(x.dtype), x) * x + match_dims(s.to(x.dtype), x) * f
-            return torch.cat((_flat(v), (r * divergence.elements + s * trace)[:, None].to(x.dtype)), dim=1)
+            r, s = (each.to(y.dtype)[:, None] for each in problem.velocity(t))
+            v = output(y[:, :-1], t.to(y.dtype), samples).mul_(s)
+            v[:, :-1].addcmul_(r, y[:, :-1])
+            v[:, -1:].add_(r, alpha=divergence.elements)
+            return v
 
-        ends = (problem.t_start, problem.t_end)
         start, end = (torch.full((len(x),), t, dtype=torch.float64, device=x.device) for t in ends)
         y = torch.cat((_flat(x), x.new_zeros(len(x), 1)), dim=1)
         y, _ = adaptive.integrate(velocity, y, start, end, problem.solver)

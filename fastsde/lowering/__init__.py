@@ -1,5 +1,6 @@
 """Networks become programs that whole-trajectory kernels run."""
 
+from .divergence import WithDivergence, with_divergence
 from .lowered import Lowered, described, is_shared, lower
 from .program import Instruction, Part, Program, Vector, Vectors, evaluate
 from .recording import NotLowered
@@ -14,8 +15,10 @@ __all__ = [
     "Source",
     "Vector",
     "Vectors",
+    "WithDivergence",
     "described",
     "evaluate",
     "is_shared",
     "lower",
+    "with_divergence",
 ]
