@@ -94,7 +94,8 @@ class Network:
         optimize: whether to use the inference form of a U-Net.
         device: where the network runs, for a function, which has no weights.
         integer_times: whether all times that it is called with are integers.
-        gradients: whether its output is differentiated; it is then compiled by ``torch.compile`` with its weights as
+        gradients: whether its output is differentiated with respect to x, by a native kernel where one does
+            (`fastsde.engines.unet_gradients`); it is otherwise compiled by ``torch.compile`` with its weights as
             arguments, and ``optimize`` must be False.
 
     Raises:
@@ -208,7 +209,8 @@ class Network:
     def refresh(self) -> None:
         """Updates the module that is run instead of the model: its weights, or all of it if more has changed."""
         self.layers = linear_layers(self.model)
-        self._form = form_of(self.model, self._arguments["dtype"], self._arguments["optimize"], self.device)
+        dtype, optimize, gradients = (self._arguments[name] for name in ("dtype", "optimize", "gradients"))
+        self._form = form_of(self.model, dtype, optimize, self.device, gradients and self.compiler is None)
         run = self._given if self._form == "itself" and _is_compiled(self._given) else self.model
         if isinstance(run, nn.Module) and self._form != "itself":
             run = derived(run, self._form, self.dtype, self.device, self.kept.derived)

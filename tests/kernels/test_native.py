@@ -464,7 +464,7 @@ from networks import Film, Images, Residual
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 from fastsde.models.activations import ACTIVATIONS
-from fastsde.training.native_unet import NativeUNet
+from fastsde.engines.unet_gradients import NativeUNet
 from tables import random_table
 from trajectories import trajectory
 

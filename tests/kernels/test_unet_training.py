@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import checkpoints, noise, reference
+from fastsde.engines.unet_gradients import NativeUNet, has_native_gradients
 from fastsde.models import UNet
 from fastsde.training import Trainer, default_config
-from fastsde.training.native_unet import NativeUNet, can_train
 from fastsde.training.steps import EagerSteps
 
 TUTORIAL = (1, 28, (32, 64, 128, 256, 256))
@@ -233,10 +233,10 @@ def test_networks_that_it_does_not_take() -> None:
     class Other(UNet):
         pass
 
-    assert can_train(_unet(1, 4, (16, 32)))
+    assert has_native_gradients(_unet(1, 4, (16, 32)))
     for model in (_unet(1, 4, (16, 24)), Other(1, 4, (16, 16)), _unet(1, 4, (16, 16)).double(), nn.Linear(2, 2)):
-        assert not can_train(model)
-    assert not can_train(_unet(1, 4, (16, 32)).to(memory_format=torch.channels_last))
+        assert not has_native_gradients(model)
+    assert not has_native_gradients(_unet(1, 4, (16, 32)).to(memory_format=torch.channels_last))
 
 
 def test_bad_input_is_named() -> None:
