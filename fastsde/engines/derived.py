@@ -42,19 +42,21 @@ def form_of(
     """Returns "itself", or the form run instead: "copy", or "channels_last", a copy in that layout.
 
     Args:
-        optimize: a U-Net may also be "optimized" for inference.
-        gradients: it may also be "fixed", with gradients with respect to x alone.
+        optimize: a U-Net may also be "optimized" for inference or, with ``gradients``, "fixed", with those of x alone.
     """
     if not isinstance(model, nn.Module):
         return "itself"
-    if optimize and supports(model):
+    if optimize and not gradients and supports(model):
         return "optimized"
-    is_fp32 = dtype in (None, torch.float32)
-    if gradients and is_fp32 and has_native_gradients(model) and not has_gradient_hooks(model):
+    if optimize and gradients and _has_fixed_form(model, dtype):
         return "fixed"
     if dtype is None or not _has_other_dtype(model, dtype):
         return "itself"
     return "channels_last" if prefers_channels_last(model, device) else "copy"
+
+
+def _has_fixed_form(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    return dtype in (None, torch.float32) and has_native_gradients(model) and not has_gradient_hooks(model)
 
 
 def derived(

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import ops
 from ..models.labels import check_conditions
-from ..models.unet import UNet
+from ..models.unet import Modulation, UNet
 from ..validation import check_tensor
 from .unet_inference import supports
 
@@ -77,7 +78,7 @@ class NativeUNet(nn.Module):
             return cast(Tensor, unet(x, t) if label is None else unet(x, t, label))
         check_conditions(unet, label=(label, unet.modulation if unet.classes else None))
         check_tensor("x", x, shape=(len(t), *unet.shape))
-        films = None if unet.modulation is None else torch.cat(unet.modulation(t, label), dim=1).float()
+        films = None if unet.modulation is None else self._films(unet.modulation, t, label)
         layers = cast("list[nn.Conv2d]", [*unet.encoder, *unet.decoder, *unet.head])
         parameters = [*(layer.weight for layer in layers), *(cast(Tensor, layer.bias) for layer in layers)]
         network = ops.kernel("unet_training", x.device).Network(unet.channels, dtype)
@@ -89,11 +90,20 @@ class NativeUNet(nn.Module):
             return False
         if torch.is_grad_enabled() and t.requires_grad:
             return False
+        return self._takes(dtype)
+
+    def _takes(self, dtype: torch.dtype) -> bool:
         return has_native_gradients(self.unet, dtype)
+
+    def _films(self, modulation: Modulation, t: Tensor, label: Tensor | None) -> Tensor:
+        """Returns the scales - 1 and the shifts of each layer ``[B, widths]``, fp32."""
+        return torch.cat(modulation(t, label), dim=1).float()
 
 
 class FixedUNet(NativeUNet):
-    """A copy of a `UNet`, for gradients of x alone: its weights, which only `refresh` changes, are packed once.
+    """A copy of a `UNet`, for gradients of x alone, whose weights only `refresh` changes.
+
+    So the kernel packs them once, and the scales and shifts of all layers are one product.
 
     Args:
         unet: the network, for which `has_native_gradients` holds.
@@ -104,6 +114,7 @@ class FixedUNet(NativeUNet):
     def __init__(self, unet: UNet) -> None:
         super().__init__(copy.deepcopy(unet).requires_grad_(False))
         self.config = unet.config
+        self._derive()
 
     @torch.no_grad()
     def refresh(self, unet: UNet) -> None:
@@ -112,7 +123,20 @@ class FixedUNet(NativeUNet):
         if all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             return
         torch._foreach_copy_(ours, theirs)
+        self._derive()
+
+    def _derive(self) -> None:
         self._free = []  # a new list, so that passes with the old weights do not return their memory to it
+        if self.unet.modulation is not None:
+            levels = cast("list[nn.Linear]", list(self.unet.modulation.levels))
+            self._film_weight = torch.cat([level.weight for level in levels])
+            self._film_bias = torch.cat([level.bias for level in levels])
+
+    def _takes(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32
+
+    def _films(self, modulation: Modulation, t: Tensor, label: Tensor | None) -> Tensor:
+        return F.linear(modulation.embed(t, label), self._film_weight, self._film_bias)
 
 
 @dataclass
@@ -164,8 +188,6 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        if not ops.is_plain(d_out):
-            raise RuntimeError("the native U-Net takes the gradients of its output one by one, not batched by vmap")
         if torch.is_grad_enabled():
             raise RuntimeError("the native U-Net has no second derivatives: leave out create_graph=True")
         films, *weights = ctx.saved_tensors  # raises if the graph was not retained for a second pass
