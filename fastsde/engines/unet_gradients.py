@@ -63,9 +63,6 @@ class NativeUNet(nn.Module):
         self.unet = unet
         self._free: list[Tensor] = []  # memory of earlier passes, kept, since new memory costs a tenth of a step
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_free": []}
-
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """As `UNet.forward`.
 
@@ -182,7 +179,7 @@ class _Pass(torch.autograd.Function):
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         is_packed = is_fixed and memory.is_used
         kernel.forward(network, weights, biases, x, t, films, memory.tensor, out, ctx.trains, is_packed)
-        ctx.save_for_backward(films, *weights)
+        ctx.save_for_backward(films, *(weights if ctx.trains else ()))  # the memory has what the rest needs
         ctx.network, ctx.memory = network, memory
         return out
 
@@ -192,8 +189,9 @@ class _Pass(torch.autograd.Function):
             raise RuntimeError("the native U-Net has no second derivatives: leave out create_graph=True")
         films, *weights = ctx.saved_tensors  # raises if the graph was not retained for a second pass
         needs = ctx.needs_input_grad
-        kernel, given = ops.kernel("unet_training", d_out.device), weights if ctx.trains else None
-        found = kernel.backward(ctx.network, films, d_out.contiguous(), ctx.memory.tensor, given, needs[3])
+        kernel = ops.kernel("unet_training", d_out.device)
+        given = films, d_out.contiguous(), ctx.memory.tensor, weights if ctx.trains else None
+        found = kernel.backward(ctx.network, *given, needs[3])
         if not ctx.trains:
             return None, None, None, found.x, *(None for _ in needs[4:])
         gradients = (None, None, None, found.x, None, found.films, *found.weights, *found.biases)
