@@ -11,10 +11,10 @@ from torch import Tensor
 
 import fastsde
 from fastsde.distributed import Ranks
+from fastsde.engines.unet_gradients import has_native_gradients
 from fastsde.plan import unavailable_reason
 from fastsde.training.captured import CapturedSteps, can_capture
 from fastsde.training.native_mlp import NativeSteps, can_run_natively
-from fastsde.training.native_unet import can_train
 from fastsde.training.steps import EagerSteps, Work
 
 from ..suite.case import Provider, Rank, UnavailableError
@@ -82,7 +82,7 @@ def native(work: Work) -> NativeSteps | EagerSteps:
     """Returns native steps of a small network, or steps of a U-Net that native kernels compute."""
     if can_run_natively(work, Ranks()):
         return NativeSteps(work)
-    if not can_train(work.model, work.autocast or torch.float32):
+    if not has_native_gradients(work.model, work.autocast or torch.float32):
         raise UnavailableError(
             "native steps need a U-Net or, in fp32, a small network on the CPU, and a compiler, got a "
             f"{type(work.model).__name__} in {work.config.precision} on {work.device}"

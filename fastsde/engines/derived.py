@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.hooks import has_gradient_hooks
 from ..models.unet import UNet
 from ..reference import Model
 from .fingerprint import Fingerprint, fingerprint
 from .inspection import prefers_channels_last, tensors_of
+from .unet_gradients import FixedUNet, has_native_gradients
 from .unet_inference import UNetInference, supports
 
 __all__ = ["Derived", "derived", "form_of"]
 
 _LOCK = threading.RLock()  # guards the derived modules
+_UNETS = "optimized", "fixed"  # forms of a U-Net
 
 
 def _has_other_dtype(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -33,15 +36,27 @@ class Derived:
     model: Fingerprint | None = None
 
 
-def form_of(model: Model, dtype: torch.dtype | None, optimize: bool, device: torch.device) -> str:
-    """Returns "itself", or the form run instead: "optimized", "copy" or "channels_last", a copy in that layout."""
+def form_of(
+    model: Model, dtype: torch.dtype | None, optimize: bool, device: torch.device, gradients: bool = False
+) -> str:
+    """Returns "itself", or the form run instead: "copy", or "channels_last", a copy in that layout.
+
+    Args:
+        optimize: a U-Net may also be "optimized" for inference or, with ``gradients``, "fixed", with those of x alone.
+    """
     if not isinstance(model, nn.Module):
         return "itself"
-    if optimize and supports(model):
+    if optimize and not gradients and supports(model):
         return "optimized"
+    if optimize and gradients and _has_fixed_form(model, dtype):
+        return "fixed"
     if dtype is None or not _has_other_dtype(model, dtype):
         return "itself"
     return "channels_last" if prefers_channels_last(model, device) else "copy"
+
+
+def _has_fixed_form(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    return dtype in (None, torch.float32) and has_native_gradients(model) and not has_gradient_hooks(model)
 
 
 def derived(
@@ -55,12 +70,14 @@ def derived(
     key = (form, dtype, device)
     with _LOCK, torch.inference_mode(False), torch.no_grad():  # its weights are written to in other modes too
         known = kept.get(key)
-        if form == "optimized" and isinstance(model, UNet):  # `supports` has checked all but config and weights
-            if known is not None and isinstance(known.module, UNetInference) and known.module.config == model.config:
-                known.module.refresh(model)
+        if form in _UNETS and isinstance(model, UNet):  # `form_of` has checked all but config and weights
+            unet = None if known is None else known.module
+            if isinstance(unet, (UNetInference, FixedUNet)) and unet.config == model.config:
+                unet.refresh(model)
             else:
-                known = kept[key] = Derived(UNetInference(model, dtype))
-            return known.module
+                unet = FixedUNet(model) if form == "fixed" else UNetInference(model, dtype)
+                kept[key] = Derived(unet)
+            return unet
         found = fingerprint(model)
         if known is None or known.model is None or not found.is_copied_as(known.model):
             known = kept[key] = Derived(_copy(model, form, dtype), found)

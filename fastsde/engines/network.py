@@ -91,11 +91,11 @@ class Network:
 
     Args:
         compiler: run it through "torch.compile" or "openvino". If that fails, it runs uncompiled, with a warning.
-        optimize: whether to use the inference form of a U-Net.
+        optimize: whether to use the inference form of a U-Net or, with ``gradients``, the form with native gradients.
         device: where the network runs, for a function, which has no weights.
         integer_times: whether all times that it is called with are integers.
-        gradients: whether its output is differentiated; it is then compiled by ``torch.compile`` with its weights as
-            arguments, and ``optimize`` must be False.
+        gradients: whether its output is differentiated, with respect to x alone; it is then compiled by
+            ``torch.compile`` with its weights as arguments.
 
     Raises:
         TypeError: if the model does not return a floating-point tensor.
@@ -155,7 +155,7 @@ class Network:
         if self._arguments["gradients"]:
             return self
         if self._differentiable is None:
-            arguments = self._arguments | {"optimize": False, "gradients": True}
+            arguments = self._arguments | {"gradients": True}
             self._differentiable = Network(self._given, compiler=self.compiler, **arguments)
         else:
             self._differentiable.refresh()
@@ -208,7 +208,9 @@ class Network:
     def refresh(self) -> None:
         """Updates the module that is run instead of the model: its weights, or all of it if more has changed."""
         self.layers = linear_layers(self.model)
-        self._form = form_of(self.model, self._arguments["dtype"], self._arguments["optimize"], self.device)
+        dtype, optimize, gradients = (self._arguments[name] for name in ("dtype", "optimize", "gradients"))
+        optimize = optimize and not (gradients and self.compiler)  # which fuses the model's own operations
+        self._form = form_of(self.model, dtype, optimize, self.device, gradients)
         run = self._given if self._form == "itself" and _is_compiled(self._given) else self.model
         if isinstance(run, nn.Module) and self._form != "itself":
             run = derived(run, self._form, self.dtype, self.device, self.kept.derived)

@@ -237,9 +237,8 @@ def _reusable_graphs(compile: bool) -> AbstractContextManager[Any]:
 
 def _network(model: Model, dtype: torch.dtype | None, device: torch.device, compile: bool) -> Network:
     """Returns the network in a form that has gradients: inference forms have none."""
-    network = Network(model, dtype, device=device)
     if not compile:
-        return network
+        return Network(model, dtype, device=device, optimize=True, gradients=True)
     if dtype not in (None, dtype_of(model)):
         raise ValueError(f"compile=True runs the network in its own dtype: move it with model.to({dtype}) first")
     return Network(torch.compile(unwrap(model) if isinstance(model, nn.Module) else model), device=device)

@@ -17,6 +17,7 @@ from ..data import Dataset
 from ..data.streamed import StreamedDataset
 from ..distributed import Ranks
 from ..engines.inspection import check_output
+from ..engines.unet_gradients import NativeUNet, has_native_gradients
 from ..models import UNet
 from ..randomness import generator_of, seeded
 from ..reference import (
@@ -35,7 +36,6 @@ from ..reference import (
 from .batches import Batch, batches_of
 from .config import TrainConfig
 from .importance import ImportanceTimes
-from .native_unet import NativeUNet, can_train
 
 __all__ = ["EagerSteps", "Steps", "Work", "checked", "pieces", "rates_of"]
 
@@ -61,7 +61,7 @@ class Work:
         """Returns the model, or a module that computes the same from the same weights, as a step calls it."""
         if self.config.compile:
             return torch.compile(model)
-        return NativeUNet(cast(UNet, model)) if self.native and can_train(model) else model
+        return NativeUNet(cast(UNet, model)) if self.native and has_native_gradients(model) else model
 
     def seeded(self, step: int, rank: int = 0) -> AbstractContextManager[None]:
         """Seeds PyTorch's generator for a step, which a network of the user's may draw from, as dropout does."""
@@ -107,7 +107,7 @@ class Steps(Protocol):
 class EagerSteps:
     """Takes the steps of `fastsde.reference.train_step` one by one, on this rank's part of each batch.
 
-    On the CPU native kernels compute a `UNet` and its gradients (`fastsde.training.native_unet.NativeUNet`). With
+    On the CPU native kernels compute a `UNet` and its gradients (`fastsde.engines.unet_gradients.NativeUNet`). With
     ``accumulation``, the part is cut further, and the gradients of its pieces are added.
     """
 

@@ -74,7 +74,7 @@ class Trainer:
 
     On one GPU the steps are captured as CUDA graphs (`fastsde.training.captured.CapturedSteps`); on the CPU those of a
     small network are taken by a native kernel (`NativeSteps`), and native kernels compute a `UNet` and its gradients
-    (`fastsde.training.native_unet.NativeUNet`). In a process group (`fastsde.distributed.process_group`) each rank
+    (`fastsde.engines.unet_gradients.NativeUNet`). In a process group (`fastsde.distributed.process_group`) each rank
     takes its part of every batch, and the first one writes the folder. On a GPU the weights of a network with
     convolutions are in channels_last; those of a checkpoint are contiguous.
 

@@ -16,7 +16,7 @@ using namespace fastsde;
 
 namespace {
 
-// Null is what a pass does not need.
+// Null is what a pass does not need: x's gradient, or those of all others together.
 struct Arguments {
     const float* const* weights;
     const float* const* biases;
@@ -24,6 +24,7 @@ struct Arguments {
     float* const* d_weights;
     float* const* d_biases;
     float* d_films;
+    float* d_x;
 };
 
 // A panel of sums [images, 16] of a pixel.
@@ -38,17 +39,19 @@ template <class T>
 class Training {
   public:
     Training(const Shapes& shapes, const Arguments& arguments, float* memory, int threads)
-        : net_(shapes, memory), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
+        : net_(shapes, memory), trains_(shapes.trains), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
         prefer_huge_pages(memory, net_.floats);
     }
 
-    // Must be called by all threads of a team, as `backward`.
-    void forward(const float* x, const float* t, float* out) {
+    // Must be called by all threads of a team, as `backward`. With ``is_packed`` the memory has the weights already.
+    void forward(const float* x, const float* t, bool is_packed, float* out) {
         load_images(x, t);
-        for (const Layer<T>& layer : net_.layers) pack(layer, by_.weights[layer.number]);
+        if (!is_packed)
+            for (const Layer<T>& layer : net_.layers) pack(layer, by_.weights[layer.number]);
         barrier_.wait();
         for (const Layer<T>& layer : net_.layers) {
-            if (layer.is_last) return last(layer, out);
+            if (layer.is_last)
+                return to_images(layer.in, layer.inputs, layer.forward, layer.outputs, by_.biases[layer.number], out);
             if (layer.pools) {
                 pool(layer);
                 barrier_.wait();
@@ -64,9 +67,12 @@ class Training {
         for (int64_t number = (int64_t)net_.layers.size() - 1; number >= 0; number--) {
             const Layer<T>& layer = net_.layers[number];
             if (number) backward_signal(layer);
-            backward_weights(net_.blocks, layer);
+            if (trains_) backward_weights(net_.blocks, layer);
             barrier_.wait();
         }
+        const Layer<T>& first = net_.layers[0];
+        if (by_.d_x) to_images(first.d_out, first.outputs, first.backward, first.inputs - 1, nullptr, by_.d_x);
+        if (!trains_) return;
         for (const Layer<T>& layer : net_.layers) {
             unpack_weights(layer, by_.d_weights[layer.number]);
             layer.is_last ? sum_last_bias(layer, d_out) : unpack_totals(layer);
@@ -135,19 +141,19 @@ class Training {
     }
 
     void forward(const Layer<T>& layer) {
-        const bool modulates = by_.films != nullptr;
+        const bool modulates = by_.films != nullptr, keeps = layer.sums.data != nullptr;
         const auto fetch = [&](int64_t block, int64_t pixel, int64_t panel) {
             layer.out.prefetch(block, pixel, panel);
-            if (modulates) layer.sums.prefetch(block, pixel, panel);
+            if (keeps) layer.sums.prefetch(block, pixel, panel);
         };
         const auto finish = [&](const Panel& of) {
             const float* bias = by_.biases[layer.number] + of.panel * PANEL;
-            float* kept = modulates ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
+            float* kept = keeps ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
             layer.out.write(of.block, of.pixel, of.panel, of.images, [&](int64_t image, int64_t c) {
                 Floats sum = load(of.sums + image * PANEL + c) + load(bias + c), value, slope;
                 if (modulates) {
                     const float* film = film_of(layer, of, image);
-                    store(kept + image * PANEL + c, sum);
+                    if (keeps) store(kept + image * PANEL + c, sum);
                     sum = sum * (1.0f + load(film + c)) + load(film + layer.outputs + c);
                 }
                 activate<LOG_SIGMOID>(sum, 1.0f, value, slope);
@@ -184,14 +190,15 @@ class Training {
         }
     }
 
-    // The last convolution, to few channels, without an activation: weights [outputs, 9, inputs].
-    void last(const Layer<T>& layer, float* out) {
-        const Signal<T>& in = layer.in;
+    // A convolution of ``inputs`` channels to the few of images, with weights [channels, 9, inputs]: the last one, and
+    // the first one transposed, without a bias.
+    void to_images(const Signal<T>& in, int64_t inputs, const float* packed, int64_t channels, const float* bias,
+                   float* out) {
         const int64_t pixels = in.pixels();
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < net_.blocks.count * pixels; i++) {
             const int64_t block = i / pixels, pixel = i % pixels, y = pixel / in.width, x = pixel % in.width;
-            for (int64_t channel = 0; channel < layer.outputs; channel++)
+            for (int64_t channel = 0; channel < channels; channel++)
                 for (int64_t image = 0; image < net_.blocks.images(block); image += 4) {
                     const int64_t here = std::min<int64_t>(4, net_.blocks.images(block) - image);
                     Floats sums[4]{};
@@ -199,13 +206,12 @@ class Training {
                         const int64_t from_y = y + tap / 3 - 1, from_x = x + tap % 3 - 1;
                         if (from_y < 0 || from_y >= in.height || from_x < 0 || from_x >= in.width) continue;
                         const T* from = in.at(block, from_y * in.width + from_x, 0) + image * PANEL;
-                        const float* weights = layer.forward + (channel * 9 + tap) * layer.inputs;
-                        dots(from, weights, layer.inputs, in.each * PANEL, here, sums);
+                        dots(from, packed + (channel * 9 + tap) * inputs, inputs, in.each * PANEL, here, sums);
                     }
                     const int64_t of_batch = block * net_.blocks.each + image;
                     for (int64_t k = 0; k < here; k++)
-                        out[((of_batch + k) * layer.outputs + channel) * pixels + pixel] =
-                            sum_of(sums[k]) + by_.biases[layer.number][channel];
+                        out[((of_batch + k) * channels + channel) * pixels + pixel] =
+                            sum_of(sums[k]) + (bias ? bias[channel] : 0.0f);
                 }
         }
     }
@@ -285,16 +291,17 @@ class Training {
     // Writes the gradient of a layer's sums from g, a function of the place in a panel, and adds to the totals.
     template <class Gradient>
     void complete(const Layer<T>& layer, const Panel& of, Gradient gradient) {
-        float* shifts = net_.totals(layer, of.line, of.block, of.panel);
-        float* scales = shifts + net_.blocks.each * PANEL;
-        const float* sums = by_.films ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
+        const bool modulates = by_.films != nullptr, trains = trains_;
+        float* shifts = trains ? net_.totals(layer, of.line, of.block, of.panel) : nullptr;
+        float* scales = trains ? shifts + net_.blocks.each * PANEL : nullptr;
+        const float* sums = modulates && trains ? layer.sums.at(of.block, of.pixel, of.panel) : nullptr;
         const auto add = [&](float* total, Floats term) { store(total, of.is_first ? term : load(total) + term); };
         layer.d_out.write(of.block, of.pixel, of.panel, of.images, [&](int64_t image, int64_t c) {
             const int64_t at = image * PANEL + c;
             const Floats g = gradient(at);
-            add(shifts + at, g);
-            if (!sums) return g;
-            add(scales + at, g * load(sums + at));
+            if (trains) add(shifts + at, g);
+            if (!modulates) return g;
+            if (trains) add(scales + at, g * load(sums + at));
             return g * (1.0f + load(film_of(layer, of, image) + c));
         });
     }
@@ -367,6 +374,7 @@ class Training {
     }
 
     const Network<T> net_;
+    const bool trains_;
     const Arguments by_;
     PerThread<Buffer> scratch_;
     Barrier barrier_;
@@ -395,36 +403,42 @@ extern "C" int fastsde_unet_training_has_bf16(int) {
 
 // The floats of memory that forward and backward share.
 extern "C" int64_t fastsde_unet_training_floats(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
-                                                int64_t levels, const int64_t* channels, int bf16, int modulates, int) {
-    const Shapes shapes{batch, image_channels, height, width, levels, channels, modulates != 0};
+                                                int64_t levels, const int64_t* channels, int bf16, int modulates,
+                                                int trains, int) {
+    const Shapes shapes{batch, image_channels, height, width, levels, channels, modulates != 0, trains != 0};
     return with_elements(bf16, [&](auto element) { return Network<decltype(element)>(shapes, nullptr).floats; });
 }
 
 // x and out [batch, image_channels, height, width], t [batch], films [batch, widths], for each layer but the last 2 *
 // out values, or null. weights and biases hold one array per layer (encoder, decoder, head), as PyTorch has them, all
-// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; the last layer's weights are not.
+// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; the last layer's weights are not. ``trains`` tells
+// whether the backward pass will write their gradients, and ``is_packed`` that the memory, of an earlier pass of as many
+// images, has these weights.
 extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
-                                             int64_t levels, const int64_t* channels, int bf16,
-                                             const float* const* weights, const float* const* biases, const float* x,
-                                             const float* t, const float* films, float* memory, float* out,
+                                             int64_t levels, const int64_t* channels, int bf16, int trains,
+                                             int is_packed, const float* const* weights, const float* const* biases,
+                                             const float* x, const float* t, const float* films, float* memory, float* out,
                                              int threads) {
-    const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr};
-    const Arguments arguments{weights, biases, films, nullptr, nullptr, nullptr};
+    const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr, trains != 0};
+    const Arguments arguments{weights, biases, films, nullptr, nullptr, nullptr, nullptr};
     return with_status([&] {
         with_elements(bf16, [&](auto element) {
             Training<decltype(element)> training(shapes, arguments, memory, threads);
-            run_team(threads, [&] { training.forward(x, t, out); });
+            run_team(threads, [&] { training.forward(x, t, is_packed != 0, out); });
         });
     });
 }
 
-// Writes the gradients, after a forward in the same memory. d_out as out, d_films as films, or both null.
+// Writes the gradients, after a forward in the same memory, once or more often. d_out and d_x as out, d_films as films.
+// d_x may be null; d_weights, d_biases and d_films are null together, after a forward that does not train.
 extern "C" int fastsde_unet_training_backward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
                                               int64_t levels, const int64_t* channels, int bf16, const float* films,
                                               const float* d_out, float* memory, float* const* d_weights,
-                                              float* const* d_biases, float* d_films, int threads) {
-    const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr};
-    const Arguments arguments{nullptr, nullptr, films, d_weights, d_biases, d_films};
+                                              float* const* d_biases, float* d_films, float* d_x,
+                                              int threads) {
+    const bool trains = d_weights != nullptr;
+    const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr, trains};
+    const Arguments arguments{nullptr, nullptr, films, d_weights, d_biases, d_films, d_x};
     return with_status([&] {
         with_elements(bf16, [&](auto element) {
             Training<decltype(element)> training(shapes, arguments, memory, threads);

@@ -69,7 +69,7 @@ static inline Floats slope_at(Floats v) {
 struct Shapes {
     int64_t batch, image_channels, height, width, levels;
     const int64_t* channels;
-    bool modulates;
+    bool modulates, trains;  // trains: with gradients of weights, biases, scales and shifts
 };
 
 // PyTorch's weights [.., .., 3, 3] as the [9, rows, columns] of a product.
@@ -135,7 +135,7 @@ struct Network {
             layer.pools = l > 0, layer.behind = l - 1;
             // The gradient of the lowest level's output is complete after the decoder's, of others after the pool's.
             const int64_t last = std::min(l + 1, levels - 1);
-            add(layer, SAME, shapes.modulates, Lines(wide[last].height, wide[last].width).count);
+            add(layer, SAME, shapes, Lines(wide[last].height, wide[last].width).count);
         }
         for (int64_t l = levels - 1; l >= 0; l--) {  // with l = 0, the first layer of the head
             Layer<T> layer{};
@@ -144,14 +144,14 @@ struct Network {
             layer.behind = (int64_t)layers.size() - 1;
             layer.out = l ? wide[l - 1] : signal<T>(shapes.height, shapes.width, channels[0] / PANEL);
             layer.d_out = l ? d_wide[l - 1] : signal<T>(shapes.height, shapes.width, channels[0] / PANEL);
-            add(layer, l ? UP : SAME, shapes.modulates, Lines(layer.out.height, layer.out.width).count);
+            add(layer, l ? UP : SAME, shapes, Lines(layer.out.height, layer.out.width).count);
         }
         Layer<T> last{};
         last.inputs = channels[0], last.outputs = shapes.image_channels, last.own = channels[0] / PANEL;
         last.in = layers.back().out, last.d_in = layers.back().d_out, last.is_last = true;
         last.behind = (int64_t)layers.size() - 1;
         last.d_out = signal<T>(shapes.height, shapes.width, ceil_div(last.outputs, PANEL));
-        add(last, SAME, false, 0);
+        add(last, SAME, shapes, 0);
     }
 
     // Sums over the pixels of some lines of each image of a block, of gradients [images, 16] and, after them, of their
@@ -162,11 +162,12 @@ struct Network {
     }
 
   private:
-    void add(Layer<T>& layer, Map map, bool modulates, int64_t lines) {
+    void add(Layer<T>& layer, Map map, const Shapes& shapes, int64_t lines) {
         const int64_t in = layer.inputs, out = layer.outputs, panels = ceil_div(out, PANEL);
         layer.number = (int64_t)layers.size(), layer.map = map;
         layer.film = widths, widths += layer.is_last ? 0 : 2 * out;
-        if (modulates) layer.sums = signal<float>(layer.out.height, layer.out.width, panels);
+        if (shapes.modulates && shapes.trains && !layer.is_last)
+            layer.sums = signal<float>(layer.out.height, layer.out.width, panels);
         // PyTorch's weights are [out, in, 3, 3], or [in, out, 3, 3] of a transposed convolution.
         const int64_t of_in = map == UP ? 9 * out : 9, of_out = map == UP ? 9 : 9 * in;
         layer.forward_form = Form{in, out, of_in, of_out};
@@ -180,8 +181,9 @@ struct Network {
         layer.slots = std::min(most, ceil_div(WEIGHT_PARTS, parts));
         layer.weights_size = 9 * in * out;
         layer.forward = take(9 * (in + 1) * out), layer.backward = take(9 * (out + 1) * in);
-        layer.gradient = take(layer.slots * layer.weights_size);
-        layer.totals_lines = lines, layer.totals = take(lines * blocks.count * panels * 2 * blocks.each * PANEL);
+        layer.gradient = take(shapes.trains ? layer.slots * layer.weights_size : 0);
+        const int64_t totals = lines * blocks.count * panels * 2 * blocks.each * PANEL;
+        layer.totals_lines = lines, layer.totals = take(shapes.trains ? totals : 0);
         layers.push_back(layer);
     }
 

@@ -44,17 +44,27 @@ static void pack(const Form& form, const float* weights, float* to) {
     });
 }
 
+// Packs weights to few channels as [channels, 9, rows].
+static void pack_images(const Form& form, int64_t channels, bool reverses, const float* weights, float* to) {
+#pragma omp for schedule(static) nowait
+    for (int64_t channel = 0; channel < channels; channel++)
+        for (int64_t row = 0; row < form.rows; row++)
+            for (int64_t tap = 0; tap < 9; tap++)
+                to[(channel * 9 + (reverses ? 8 - tap : tap)) * form.rows + row] =
+                    weights[channel * form.column_stride + row * form.row_stride + tap];
+}
+
 // Packs the weights of a layer in the forms of its products.
 template <class T>
 static void pack(const Layer<T>& layer, const float* weights) {
-    if (layer.number) pack<T>(layer.backward_form, weights, layer.backward);
-    if (!layer.is_last) return pack<T>(layer.forward_form, weights, layer.forward);
-#pragma omp for schedule(static) nowait
-    for (int64_t channel = 0; channel < layer.outputs; channel++)
-        for (int64_t c = 0; c < layer.inputs; c++)
-            for (int64_t tap = 0; tap < 9; tap++)
-                layer.forward[(channel * 9 + tap) * layer.inputs + c] =
-                    weights[(channel * layer.inputs + c) * 9 + tap];
+    if (layer.is_last)
+        pack_images(layer.forward_form, layer.outputs, false, weights, layer.forward);
+    else
+        pack<T>(layer.forward_form, weights, layer.forward);
+    if (layer.number)
+        pack<T>(layer.backward_form, weights, layer.backward);
+    else
+        pack_images(layer.backward_form, layer.inputs - 1, true, weights, layer.backward);
 }
 
 // Adds the slots of a gradient and writes it as PyTorch has it.

@@ -464,7 +464,7 @@ from networks import Film, Images, Residual
 from fastsde.engines.unet_inference import UNetInference
 from fastsde.models import MLP, UNet
 from fastsde.models.activations import ACTIVATIONS
-from fastsde.training.native_unet import NativeUNet
+from fastsde.engines.unet_gradients import FixedUNet, NativeUNet
 from tables import random_table
 from trajectories import trajectory
 
@@ -512,8 +512,10 @@ for options, batch in (((1, 28, (32, 64, 128)), 3), ((3, (9, 14), (16, 80)), 13)
     model = UNet(*options)
     for dtype in (torch.float32, torch.bfloat16):
         UNetInference(model, dtype)(torch.randn(batch, *model.shape).to(dtype), torch.rand(batch).to(dtype))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            NativeUNet(model)(torch.randn(batch, *model.shape), torch.rand(batch)).sum().backward()
+        for needs_x, fast in ((False, NativeUNet(model)), (True, NativeUNet(model)), (True, FixedUNet(model))):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                x = torch.randn(batch, *model.shape).requires_grad_(needs_x)
+                fast(x, torch.rand(batch)).sum().backward()
 print("all ran")
 """
 

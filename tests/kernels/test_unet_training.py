@@ -6,26 +6,18 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from unet_cases import ARCHITECTURES, TUTORIAL, inputs_of, unet
 
 from fastsde import checkpoints, noise, reference
+from fastsde.engines.unet_gradients import NativeUNet, has_native_gradients
 from fastsde.models import UNet
 from fastsde.training import Trainer, default_config
-from fastsde.training.native_unet import NativeUNet, can_train
 from fastsde.training.steps import EagerSteps
 
-TUTORIAL = (1, 28, (32, 64, 128, 256, 256))
-ARCHITECTURES: dict[str, tuple[Any, ...]] = {
-    "odd, three channels": (3, (9, 14), (16, 32, 48)),
-    "one pixel": (1, 1, (16, 16)),
-    "wide, with labels": (2, (5, 32), (32, 96, 80), 8, 3),
-    "narrow": (1, (17, 1), (16, 16, 32)),
-    "many image channels, with films": (17, (3, 6), (32, 16), 4),
-}
 CONFIG = replace(
     default_config("digits"),
     model={"architecture": "UNet", "image_size": [28, 28], "channels": [16, 32], "embedding": 8, "classes": 10},
@@ -56,22 +48,6 @@ def _skip_without_bf16() -> None:
         pytest.skip("this build does not multiply bf16")
 
 
-def _unet(*architecture: Any) -> UNet:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = UNet(*architecture)
-        for parameter in [] if model.modulation is None else model.modulation.parameters():
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def _inputs(model: UNet, batch: int) -> tuple[Tensor, ...]:
-    with torch.random.fork_rng():
-        torch.manual_seed(batch)
-        labels = (torch.randint(0, model.classes + 1, (batch,)),) if model.classes else ()
-        return torch.randn(batch, *model.shape), torch.rand(batch), *labels
-
-
 def _gradients(network: Callable[..., Tensor], model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Returns the network's output and, by name, the gradients of a function of it, all as float64."""
     model.zero_grad()
@@ -97,8 +73,8 @@ def _assert_near(ours: dict[str, Tensor], exact: dict[str, Tensor], tolerance: f
 @pytest.mark.parametrize("batch", [1, 3, 33, 64])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_those_of_autograd(calls: list[torch.dtype], name: str, batch: int) -> None:
-    model = _unet(*ARCHITECTURES[name])
-    inputs, fast = _inputs(model, batch), NativeUNet(model)
+    model = unet(*ARCHITECTURES[name])
+    inputs, fast = inputs_of(model, batch), NativeUNet(model)
     ours = _gradients(fast, model, inputs)
     _assert_near(ours, _exact(model, inputs), 1e-5)
     fast._free[0].fill_(torch.nan)  # memory that is used again may hold anything
@@ -109,8 +85,8 @@ def test_gradients_are_those_of_autograd(calls: list[torch.dtype], name: str, ba
 
 @pytest.mark.parametrize("films", [(), (16, 10)])
 def test_so_they_are_of_the_tutorials_network(films: tuple[int, ...]) -> None:
-    model = _unet(*TUTORIAL, *films)
-    inputs = _inputs(model, 20)
+    model = unet(*TUTORIAL, *films)
+    inputs = inputs_of(model, 20)
     # In one of many windows two pixels may be so close that rounding decides which one the pool takes.
     _assert_near(_gradients(NativeUNet(model), model, inputs), _exact(model, inputs), 1e-4)
 
@@ -118,9 +94,9 @@ def test_so_they_are_of_the_tutorials_network(films: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_in_bf16_they_are_as_near_as_pytorchs(calls: list[torch.dtype], name: str) -> None:
     _skip_without_bf16()
-    model = _unet(*ARCHITECTURES[name])
+    model = unet(*ARCHITECTURES[name])
     for batch in (1, 7, 34):
-        inputs = _inputs(model, batch)
+        inputs = inputs_of(model, batch)
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = (_gradients(each, model, inputs) for each in (NativeUNet(model), model))
         for key, exact in _exact(model, inputs).items():
@@ -136,8 +112,8 @@ def test_in_bf16_they_are_as_near_as_pytorchs(calls: list[torch.dtype], name: st
 def test_threads_do_not_matter(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         _skip_without_bf16()
-    model = _unet(1, (13, 12), (32, 48, 64), 8, 3)
-    inputs, results = _inputs(model, 41), []
+    model = unet(1, (13, 12), (32, 48, 64), 8, 3)
+    inputs, results = inputs_of(model, 41), []
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -147,16 +123,16 @@ def test_threads_do_not_matter(dtype: torch.dtype) -> None:
 
 
 def test_the_first_of_equal_pixels_is_the_largest() -> None:
-    model = _unet(1, (7, 8), (16, 16))
+    model = unet(1, (7, 8), (16, 16))
     with torch.no_grad():
         model.encoder[0].weight.zero_()  # so that all pixels are equal
-    inputs = _inputs(model, 3)
+    inputs = inputs_of(model, 3)
     _assert_near(_gradients(NativeUNet(model), model, inputs), _exact(model, inputs), 1e-5)
 
 
 def test_what_is_not_finite_shows() -> None:
-    model = _unet(*ARCHITECTURES["odd, three channels"])
-    x, t = _inputs(model, 3)
+    model = unet(*ARCHITECTURES["odd, three channels"])
+    x, t = inputs_of(model, 3)
     x[1, 0, 4, 4] = torch.nan
     out = NativeUNet(model)(x, t)
     assert out.isfinite().flatten(1).all(1).tolist() == [True, False, True]
@@ -166,35 +142,31 @@ def test_what_is_not_finite_shows() -> None:
 
 
 def test_small_derivatives_are_as_exact_as_others() -> None:
-    model = _unet(1, 4, (16, 16))
+    model = unet(1, 4, (16, 16))
     with torch.no_grad():
         model.encoder[0].bias.fill_(60.0)  # log sigmoid of it is -8.8e-27, and its derivative as small
-    inputs = _inputs(model, 3)
+    inputs = inputs_of(model, 3)
     ours, exact = _gradients(NativeUNet(model), model, inputs), _exact(model, inputs)
     assert 0 < float(exact["encoder.0.weight"].abs().max()) < 1e-20
     _assert_near(ours, exact, 1e-5)
 
 
-def test_some_gradients_only_and_no_second_backward() -> None:
-    model = _unet(*ARCHITECTURES["wide, with labels"])
-    inputs = _inputs(model, 2)
+def test_some_gradients_only() -> None:
+    model = unet(*ARCHITECTURES["wide, with labels"])
+    inputs = inputs_of(model, 2)
     whole = _gradients(NativeUNet(model), model, inputs)
     model.head.requires_grad_(False)
     model.decoder[0].weight.requires_grad_(False)
     part = _gradients(NativeUNet(model), model, inputs)
     assert len(part) == len(whole) - 5
     _assert_near(part, {name: whole[name] for name in part}, 0)
-    loss = NativeUNet(model)(*inputs).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="has run before"):
-        loss.backward()
     with torch.no_grad():
         assert torch.equal(NativeUNet(model)(*inputs).double(), whole["out"])
 
 
 def test_forward_passes_of_several_batches_do_not_share_memory() -> None:
-    model = _unet(*ARCHITECTURES["odd, three channels"])
-    fast, batches = NativeUNet(model), [_inputs(model, count) for count in (4, 4, 2)]
+    model = unet(*ARCHITECTURES["odd, three channels"])
+    fast, batches = NativeUNet(model), [inputs_of(model, count) for count in (4, 4, 2)]
     alone = [_gradients(fast, model, each) for each in batches]
     model.zero_grad()
     outs = [fast(*each) for each in batches]
@@ -208,16 +180,16 @@ def test_forward_passes_of_several_batches_do_not_share_memory() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 def test_what_the_kernel_does_not_compute_the_network_does(calls: list[torch.dtype]) -> None:
-    model = _unet(*ARCHITECTURES["narrow"])
-    fast, (x, t) = NativeUNet(model), _inputs(model, 3)
+    model = unet(*ARCHITECTURES["narrow"])
+    fast, (x, t) = NativeUNet(model), inputs_of(model, 3)
     expected = model(x, t)
-    x.requires_grad_()
+    t.requires_grad_()
     torch.testing.assert_close(fast(x, t), expected)
-    assert torch.autograd.grad(fast(x, t).sum(), x)[0].shape == x.shape
+    assert torch.autograd.grad(fast(x, t).sum(), t)[0].shape == t.shape
     with torch.no_grad():
         tangent = torch.func.jvp(lambda x: fast(x, t), (x,), (torch.ones_like(x),))[1]
     assert tangent.shape == x.shape
-    x = x.detach()
+    t = t.detach()
     assert fast(x[:0], t[:0]).shape == (0, *model.shape)
     with torch.autocast("cpu", torch.float16):
         assert fast(x, t).dtype == torch.float16
@@ -233,21 +205,21 @@ def test_networks_that_it_does_not_take() -> None:
     class Other(UNet):
         pass
 
-    assert can_train(_unet(1, 4, (16, 32)))
-    for model in (_unet(1, 4, (16, 24)), Other(1, 4, (16, 16)), _unet(1, 4, (16, 16)).double(), nn.Linear(2, 2)):
-        assert not can_train(model)
-    assert not can_train(_unet(1, 4, (16, 32)).to(memory_format=torch.channels_last))
+    assert has_native_gradients(unet(1, 4, (16, 32)))
+    for model in (unet(1, 4, (16, 24)), Other(1, 4, (16, 16)), unet(1, 4, (16, 16)).double(), nn.Linear(2, 2)):
+        assert not has_native_gradients(model)
+    assert not has_native_gradients(unet(1, 4, (16, 32)).to(memory_format=torch.channels_last))
 
 
 def test_bad_input_is_named() -> None:
-    fast = NativeUNet(_unet(*ARCHITECTURES["wide, with labels"]))
-    x, t, label = _inputs(fast.unet, 3)
+    fast = NativeUNet(unet(*ARCHITECTURES["wide, with labels"]))
+    x, t, label = inputs_of(fast.unet, 3)
     for wrong in (x[:2], x[:, :1], x[..., 1:]):
         with pytest.raises(ValueError, match="x must"):
             fast(wrong, t, label)
-    without = NativeUNet(_unet(*ARCHITECTURES["narrow"]))
+    without = NativeUNet(unet(*ARCHITECTURES["narrow"]))
     with pytest.raises(TypeError, match="label"):
-        without(*_inputs(without.unet, 3), label)
+        without(*inputs_of(without.unet, 3), label)
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
