@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..notices import warn_once
 from ..sde import match_dims
 from ..validation import check_int, check_number
 from .correction import Change, Point
@@ -45,7 +46,8 @@ class PiGDM(Measurement):
         noise_std: the standard deviation of the noise in y. Without noise, H H^T should be regular, or y be a value
             that the operator can take: for a blur, give more than 0.
         data_std: s, the standard deviation of the data. The paper's is 1.
-        iterations: the most steps of conjugate gradients a row.
+        iterations: the most steps of conjugate gradients a row; a warning tells if they do not suffice.
+        tolerance: how far they are to reduce the residual. Each step costs a derivative of the operator.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -54,12 +56,14 @@ class PiGDM(Measurement):
     noise_std: float = 0.0
     data_std: float = 1.0
     iterations: int = 50
+    tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("noise_std", self.noise_std, "at least 0 and finite", lambda std: 0 <= std < math.inf)
         check_number("data_std", self.data_std, "positive and finite", lambda std: 0 < std < math.inf)
         check_int("iterations", self.iterations, 1)
+        check_number("tolerance", self.tolerance, "in [0, 1)", lambda tolerance: 0 <= tolerance < 1)
 
     def __call__(self, point: Point) -> Change:
         alpha, sigma = point.level.alpha, point.level.sigma
@@ -78,7 +82,12 @@ class PiGDM(Measurement):
             return variance * both + self.noise_std**2 * u
 
         residual = residual.detach()
-        weights = conjugate_gradient(covariance, residual, self.iterations)
+        weights, is_solved = conjugate_gradient(covariance, residual, self.iterations, self.tolerance)
+        if not is_solved:
+            warn_once(
+                f"PiGDM did not solve its linear system to {self.tolerance:g} in {self.iterations} iterations, and its "
+                f"samples may not meet y: give noise_std above 0 (got {self.noise_std:g}), or more iterations"
+            )
         (towards,) = torch.autograd.grad(measured, data, weights, retain_graph=True)
         (score,) = torch.autograd.grad(point.data, point.x, towards)
         (reach,) = torch.autograd.grad(back, w, point.level.data_per_score * score)
@@ -92,16 +101,22 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).reshape(len(a), -1).sum(dim=1)
 
 
-def conjugate_gradient(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+def conjugate_gradient(
+    matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, bool]:
     """Solves matrix(u) = b for each sample ``[B, ...]``, for symmetric positive semidefinite matrices.
 
-    (Hestenes & Stiefel 1952.) A sample is done when its residual is 32 roundings of b, after ``iterations``, or where a
-    direction has no curvature left; it then no longer changes, so that it does not depend on the others.
+    (Hestenes & Stiefel 1952.) A sample is done when its residual is ``tolerance`` times as long as b (or 32 roundings),
+    after ``iterations``, or where a direction has no curvature left; it then no longer changes, so that it does not
+    depend on the others.
+
+    Returns:
+        u, and whether all samples were done before ``iterations``.
     """
 
     u, rest, direction = 0 * b, b.clone(), b.clone()  # NaN where b is
     square = dot(rest, rest)
-    least = square * (32 * torch.finfo(b.dtype).eps) ** 2
+    least = square * max(tolerance, 32 * torch.finfo(b.dtype).eps) ** 2
     is_active = square > least
     for _ in range(iterations):
         if not is_active.any():
@@ -114,4 +129,4 @@ def conjugate_gradient(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations
         reached = torch.where(is_active, dot(rest, rest), square)
         direction = rest + match_dims(reached / torch.where(is_active, square, 1), b) * direction
         square, is_active = reached, is_active & (reached > least)
-    return u
+    return u, not bool(is_active.any())

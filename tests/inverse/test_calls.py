@@ -68,10 +68,17 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1,), (63,), (1000,), (1, 3, 5), ()])
 def test_shapes(shape: tuple[int, ...]) -> None:
-    for kind in (DPS, PiGDM):
+    y = torch.zeros(shape)
+    for measurement in (DPS(torch.tanh, y), PiGDM(torch.tanh, y, noise_std=0.5)):
         for n in (0, 1, 3):
-            x = Sampler(lambda x, t: -x, shape, steps=2)(n, measurement=kind(torch.tanh, torch.zeros(shape)))
+            x = Sampler(lambda x, t: -x, shape, steps=2)(n, measurement=measurement)
             assert x.shape == (n, *shape)
+
+
+def test_a_system_without_a_solution_is_told() -> None:
+    tight = PiGDM(lambda x: x * torch.logspace(0, -3, 63), torch.ones(63), iterations=3)
+    with pytest.warns(RuntimeWarning, match="did not solve its linear system to 0.0001 in 3 iterations"):
+        Sampler(lambda x, t: -x, (63,), steps=2)(1, measurement=tight)
 
 
 @pytest.mark.slow
