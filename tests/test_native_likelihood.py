@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from networks import CONDITIONED, LOWERED, tame
 from torch import Tensor, nn
 
 import fastsde
@@ -160,6 +161,22 @@ def test_others_run_as_usual(make: Callable[[], nn.Module]) -> None:
 def test_a_network_raises_its_own_error() -> None:
     with pytest.raises(TypeError, match="label must be None"):
         log_prob(network(), points(), prediction="eps", model_kwargs={"label": torch.zeros(5, dtype=torch.int64)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (make, _) in LOWERED.items() if isinstance(make, type)])
+def test_networks_as_people_write_them(name: str) -> None:
+    make, shape = LOWERED[name]
+    torch.manual_seed(0)
+    model = tame(make().eval().requires_grad_(False))
+    x = noise.normal(noise.sample_keys(1, 7), 0, shape)
+    how: dict[str, Any] = {"prediction": "eps", "steps": 12, "trace": "hutchinson"}
+    if name == "film":
+        how["model_kwargs"] = CONDITIONED["both"]
+    with counted() as rows:
+        found = log_prob(model, x, **how)
+    assert rows == [12]
+    torch.testing.assert_close(found, usual(model, x, **how), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -92,6 +92,8 @@ def log_prob(
 
     (Song et al. 2021, arXiv:2011.13456, section 4.3 and appendix D.2.) It is the density that the deterministic
     samplers draw from when they stop at ``t_start``. A sample's result does not depend on its batch beyond rounding.
+    A small network in fp32 on the CPU runs natively, as in `fastsde.Sampler`, if it has no hooks; its derivatives are
+    then part of its program.
 
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)`` and differentiable in x; or a

@@ -2,7 +2,8 @@
 
 Derivatives in forward mode are instructions like the others: the tangent of a linear layer is the layer without its
 bias, that of an elementwise function is a product with its derivative. They are written once for each direction e, and
-e^T (df/dx) e is summed up: over the unit vectors, or averaged over probes (Hutchinson 1990).
+e^T (df/dx) e is summed up: over the unit vectors, or averaged over probes (Hutchinson 1990). They are derivatives of
+what the program computes: ``detach`` in a network does not stop them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class WithDivergence:
     """A program of d + 1 units in and out: x and one more in, an output and its divergence out.
 
     Args:
-        program: without rates it returns f and div f; with rates r f's x + s f and s div f.
+        program: it returns f and div f; or, with rates r and s that follow the row, r x + s f and s div f.
         dim: d.
         probes: how many; 0 for the exact trace.
         has_rates: whether r and s are among the numbers of a row.

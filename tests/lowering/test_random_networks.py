@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastsde
-from fastsde import ops
+from fastsde import noise, ops
+from fastsde.engines import Network
+from fastsde.likelihood.divergence import Divergence
+from fastsde.likelihood.native import NativeDivergence
 
 ACTIVATIONS = (
     *(functional.silu, functional.relu, functional.gelu, functional.mish, functional.softplus, functional.logsigmoid),
@@ -142,3 +145,25 @@ def test_random_networks_sample_as_the_reference(count: int) -> None:
         )
         scale = max(1.0, float(theirs.abs().max()))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * scale, msg=lambda m, s=seed: f"seed {s}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.has_native(torch.device("cpu")), reason="no native kernels")
+def test_random_networks_have_the_divergence_of_autograd() -> None:
+    n, t = 7, torch.linspace(0.1, 0.9, 7)
+    for _ in range(40):
+        seed = random.SystemRandom().randrange(2**32)
+        torch.manual_seed(seed)
+        model = Random(random.Random(seed)).eval().requires_grad_(False)
+        kwargs = {} if model.condition is None else {"c": torch.randn(n, 4)}
+        keys = noise.sample_keys(seed, n)
+        x = noise.normal(keys, 0, (model.dim,))
+        for probes in (0, 2):
+            usual = Divergence(Network(model), keys, (model.dim,), probes, may_be_native=True)
+            found = NativeDivergence.find(usual, x, kwargs, (0.1, 0.9))
+            assert found is not None, seed
+            f, trace = usual(x, t, kwargs)
+            expected = torch.cat((f, trace[:, None].float()), 1)
+            scale = max(1.0, float(expected.abs().max()))
+            got = found(x, t, torch.arange(n))
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale, msg=lambda m, s=seed: f"seed {s}: {m}")
