@@ -417,8 +417,8 @@ extern "C" int64_t fastsde_unet_training_floats(int64_t batch, int64_t image_cha
 extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
                                              int64_t levels, const int64_t* channels, int bf16, int trains,
                                              int is_packed, const float* const* weights, const float* const* biases,
-                                             const float* x, const float* t, const float* films, float* memory, float* out,
-                                             int threads) {
+                                             const float* x, const float* t, const float* films, float* memory,
+                                             float* out, int threads) {
     const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr, trains != 0};
     const Arguments arguments{weights, biases, films, nullptr, nullptr, nullptr, nullptr};
     return with_status([&] {
@@ -434,8 +434,7 @@ extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channe
 extern "C" int fastsde_unet_training_backward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
                                               int64_t levels, const int64_t* channels, int bf16, const float* films,
                                               const float* d_out, float* memory, float* const* d_weights,
-                                              float* const* d_biases, float* d_films, float* d_x,
-                                              int threads) {
+                                              float* const* d_biases, float* d_films, float* d_x, int threads) {
     const bool trains = d_weights != nullptr;
     const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr, trains};
     const Arguments arguments{nullptr, nullptr, films, d_weights, d_biases, d_films, d_x};
