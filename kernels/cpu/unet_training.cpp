@@ -43,7 +43,7 @@ class Training {
         prefer_huge_pages(memory, net_.floats);
     }
 
-    // Must be called by all threads of a team, as `backward`. With ``is_packed`` the memory has the weights already.
+    // Must be called by all threads of a team, as `backward`. With ``is_packed`` the memory has the weights.
     void forward(const float* x, const float* t, bool is_packed, float* out) {
         load_images(x, t);
         if (!is_packed)
@@ -411,9 +411,9 @@ extern "C" int64_t fastsde_unet_training_floats(int64_t batch, int64_t image_cha
 
 // x and out [batch, image_channels, height, width], t [batch], films [batch, widths], for each layer but the last 2 *
 // out values, or null. weights and biases hold one array per layer (encoder, decoder, head), as PyTorch has them, all
-// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; the last layer's weights are not. ``trains`` tells
-// whether the backward pass will write their gradients, and ``is_packed`` that the memory, of an earlier pass of as many
-// images, has these weights.
+// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; those of the last layer, and of the first one
+// for the gradient of x, are not. ``trains`` tells whether the backward pass will write the gradients of weights, and
+// ``is_packed`` that the memory, of an earlier pass of as many images, has these weights.
 extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
                                              int64_t levels, const int64_t* channels, int bf16, int trains,
                                              int is_packed, const float* const* weights, const float* const* biases,
