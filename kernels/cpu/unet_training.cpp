@@ -39,7 +39,8 @@ template <class T>
 class Training {
   public:
     Training(const Shapes& shapes, const Arguments& arguments, float* memory, int threads)
-        : net_(shapes, memory), trains_(shapes.trains), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
+        : net_(shapes, memory), trains_(shapes.trains), by_(arguments),
+          scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
         prefer_huge_pages(memory, net_.floats);
     }
 
