@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +21,7 @@ from .unet_inference import supports
 
 __all__ = ["FixedUNet", "NativeUNet", "has_native_gradients"]
 
-_MOST_KEPT = 1 << 26  # floats of memory: that of some hundred images of 28 x 28 pixels
+_MOST_KEPT = 1 << 26  # floats of memory beside a network that may live on: enough for 150 images of 28 x 28 pixels
 
 
 def has_native_gradients(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
@@ -56,7 +57,7 @@ class NativeUNet(nn.Module):
         unet: the network, for which `has_native_gradients` holds.
     """
 
-    is_fixed = False  # whether the weights are those of all earlier passes whose memory is kept
+    is_fixed = False  # whether the memory that is kept holds the present weights
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -143,19 +144,20 @@ class _Memory:
     tensor: Tensor
     is_used: bool  # in an earlier pass
     free: list[Tensor]
+    most: float  # floats that are kept
 
     @classmethod
-    def taken(cls, free: list[Tensor], count: int) -> Self:
+    def taken(cls, free: list[Tensor], count: int, most: float) -> Self:
         """Takes memory of ``count`` floats from a list, in which none of another size remains, or makes it."""
         with suppress(IndexError):  # the list is empty; another thread may have taken its last one
             while True:
                 tensor = free.pop()
                 if len(tensor) == count:
-                    return cls(tensor, True, free)
-        return cls(torch.empty(count, device="cpu", dtype=torch.float32), False, free)
+                    return cls(tensor, True, free, most)
+        return cls(torch.empty(count, device="cpu", dtype=torch.float32), False, free, most)
 
     def __del__(self) -> None:
-        if len(self.tensor) <= _MOST_KEPT:
+        if len(self.tensor) <= self.most:
             self.free.append(self.tensor)
 
 
@@ -175,7 +177,8 @@ class _Pass(torch.autograd.Function):
     ) -> Tensor:
         kernel, out = ops.kernel("unet_training", x.device), torch.empty_like(x)
         ctx.trains = any(ctx.needs_input_grad[5:])
-        memory = _Memory.taken(free, kernel.floats(network, x, films is not None, ctx.trains))
+        count = kernel.floats(network, x, films is not None, ctx.trains)
+        memory = _Memory.taken(free, count, _MOST_KEPT if is_fixed else math.inf)
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         is_packed = is_fixed and memory.is_used
         kernel.forward(network, weights, biases, x, t, films, memory.tensor, out, ctx.trains, is_packed)

@@ -39,11 +39,12 @@ template <class T>
 class Training {
   public:
     Training(const Shapes& shapes, const Arguments& arguments, float* memory, int threads)
-        : net_(shapes, memory), trains_(shapes.trains), by_(arguments), scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
+        : net_(shapes, memory), trains_(shapes.trains), by_(arguments),
+          scratch_(threads, PANELS * PANEL * BLOCK_IMAGES) {
         prefer_huge_pages(memory, net_.floats);
     }
 
-    // Must be called by all threads of a team, as `backward`. With ``is_packed`` the memory has the weights already.
+    // Must be called by all threads of a team, as `backward`. With ``is_packed`` the memory has the weights.
     void forward(const float* x, const float* t, bool is_packed, float* out) {
         load_images(x, t);
         if (!is_packed)
@@ -411,14 +412,14 @@ extern "C" int64_t fastsde_unet_training_floats(int64_t batch, int64_t image_cha
 
 // x and out [batch, image_channels, height, width], t [batch], films [batch, widths], for each layer but the last 2 *
 // out values, or null. weights and biases hold one array per layer (encoder, decoder, head), as PyTorch has them, all
-// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; the last layer's weights are not. ``trains`` tells
-// whether the backward pass will write their gradients, and ``is_packed`` that the memory, of an earlier pass of as many
-// images, has these weights.
+// fp32. With ``bf16``, signals are bf16 and weights are rounded to it; those of the last layer, and of the first one
+// for the gradient of x, are not. ``trains`` tells whether the backward pass will write the gradients of weights, and
+// ``is_packed`` that the memory, of an earlier pass of as many images, has these weights.
 extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
                                              int64_t levels, const int64_t* channels, int bf16, int trains,
                                              int is_packed, const float* const* weights, const float* const* biases,
-                                             const float* x, const float* t, const float* films, float* memory, float* out,
-                                             int threads) {
+                                             const float* x, const float* t, const float* films, float* memory,
+                                             float* out, int threads) {
     const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr, trains != 0};
     const Arguments arguments{weights, biases, films, nullptr, nullptr, nullptr, nullptr};
     return with_status([&] {
@@ -434,8 +435,7 @@ extern "C" int fastsde_unet_training_forward(int64_t batch, int64_t image_channe
 extern "C" int fastsde_unet_training_backward(int64_t batch, int64_t image_channels, int64_t height, int64_t width,
                                               int64_t levels, const int64_t* channels, int bf16, const float* films,
                                               const float* d_out, float* memory, float* const* d_weights,
-                                              float* const* d_biases, float* d_films, float* d_x,
-                                              int threads) {
+                                              float* const* d_biases, float* d_films, float* d_x, int threads) {
     const bool trains = d_weights != nullptr;
     const Shapes shapes{batch, image_channels, height, width, levels, channels, films != nullptr, trains};
     const Arguments arguments{nullptr, nullptr, films, d_weights, d_biases, d_films, d_x};
