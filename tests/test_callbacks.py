@@ -58,6 +58,7 @@ def test_the_state_goes_on_as_the_callback_leaves_it(
         torch.testing.assert_close(states, torch.stack(expected), rtol=0, atol=150 * 16 * 2**-24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True], ids=["kernels", "plain PyTorch"])
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize("callback", [in_place, returned])

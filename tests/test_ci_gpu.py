@@ -95,6 +95,7 @@ def test_kernels_come_before_engines_and_engines_before_benchmarks(gpu: Gpu) -> 
     assert done.stdout.endswith(verdicts)
 
 
+@pytest.mark.slow
 def test_a_step_that_overruns_is_interrupted_and_the_next_runs_but_the_whole_is_not_green(gpu: Gpu) -> None:
     done = gpu(HANGS="tests/kernels tests/models", LIMIT_S="4")
     assert done.returncode == 1

@@ -305,6 +305,7 @@ def test_without_openvino_an_error_says_what_to_install(monkeypatch: pytest.Monk
         Sampler(MLP(), (2,), compile="openvino")
 
 
+@pytest.mark.slow
 def test_openvino_gives_the_same_samples_in_any_batch_and_follows_changes() -> None:
     needs_openvino()
     model = Convolutions()
@@ -461,6 +462,7 @@ class Recorded:
         return self._function(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Linear, Caching, IgnoringX])
 def test_a_network_that_fills_a_cache_or_ignores_an_argument_is_exported(kind: type[nn.Module]) -> None:
     needs_openvino()

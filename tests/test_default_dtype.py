@@ -119,6 +119,7 @@ def test_no_public_function_depends_on_it(expected: dict[str, list[Tensor]], dty
     assert not different
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 def test_captured_rows_do_not_depend_on_it(graphs: Any, dtype: torch.dtype) -> None:
     network = MLP(2, (8,))

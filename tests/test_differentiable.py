@@ -35,6 +35,7 @@ def start(n: int = 2, dim: int = 3, dtype: torch.dtype = torch.float64) -> Tenso
     return noise.normal(noise.sample_keys(1, n), 0, (dim,)).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddim", "dpm_solver_pp_2m"])
 def test_gradients_are_those_of_finite_differences(solver: str) -> None:
     model = Net()

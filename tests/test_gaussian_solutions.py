@@ -104,6 +104,7 @@ def check_convergence(
     check_order([abs(result[0] - mean) for result in results], order, math.sqrt(variance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", AFFINE)
 @pytest.mark.parametrize("sde", CASES, ids=str)
 def test_moments_converge_to_the_marginals(sde: Process, solver: str) -> None:
@@ -130,6 +131,7 @@ def test_the_reverse_sde_converges_from_where_it_exists(sde: Process, solver: st
     check_convergence(sde, first, end, 1, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", AFFINE)
 @pytest.mark.parametrize("sde", CASES, ids=str)
 def test_predictions_of_one_network_give_the_same_samples(sde: Process, solver: str) -> None:
@@ -145,6 +147,7 @@ def test_predictions_of_one_network_give_the_same_samples(sde: Process, solver: 
         assert all(result == pytest.approx(expected, rel=1e-9) for result in results.values()), results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", AFFINE)
 @pytest.mark.parametrize("sde", CASES, ids=str)
 def test_the_reference_draws_what_the_recursion_says(sde: Process, solver: str) -> None:

@@ -284,6 +284,7 @@ def test_a_copy_in_another_dtype_sees_weights_that_change() -> None:
     assert torch.equal(after, Sampler(model, (3,), steps=5, backend="graph", dtype=torch.bfloat16)(4))
 
 
+@pytest.mark.slow
 def test_what_a_capture_holds_fast_makes_another(graphs: Any) -> None:
     model, options = Net(), {"solver": "ddim", "prediction": "eps"}
     changes: list[dict[str, Any]] = [{}, {"steps": 6}, {"clip": 1.0}, {"clip": 2.0}, {"dtype": torch.bfloat16}]

@@ -197,6 +197,7 @@ def kernels(request: pytest.FixtureRequest) -> None:
         pytest.skip("no native kernels")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
 def test_tables_of_every_number_of_slots(slots: int) -> None:

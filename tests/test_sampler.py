@@ -267,6 +267,7 @@ def test_a_table_of_the_users_own_is_the_named_solvers(steps):
 # The same samples, however they are drawn ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_samples_do_not_depend_on_the_split_bit_for_bit(solver):
     sampler = Sampler(elementwise, (3,), solver=solver, steps=9, backend="reference")

@@ -89,6 +89,7 @@ def test_the_schedule_is_the_papers() -> None:
     assert (ours[0], sigma[0], time[0], time[-1]) == (0, 1, 999, 99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["v", *(pytest.param(each, marks=pytest.mark.slow) for each in ("x0", "flow"))])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_exact_predictions_give_the_data_to_first_order(name: str, prediction: str) -> None:
@@ -176,6 +177,7 @@ def test_a_schedule_next_to_nothing_names_what_it_needs() -> None:
     assert table.time.tolist() == [3, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_points_that_differ_by_a_rounding_make_finite_rows(name: str) -> None:
     step = 2.0**-53

@@ -180,6 +180,7 @@ def _expected(
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("name", "dtype"), NETWORKS)
 def test_each_layer_is_the_unets(path: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +412,7 @@ def test_autocast_is_that_of_pytorch(path: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
 def test_times_may_have_another_dtype(path: str, dtype: torch.dtype) -> None:
     unet = build("of three channels")

@@ -163,6 +163,7 @@ def test_loss_has_no_gradient_to_the_data(mlp, roll):
 # generate_samples ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "seed"), [(1, 0), (64, 1)])
 def test_samples_are_the_swiss_roll_notebooks(mlp, n, seed):
     torch.manual_seed(seed)

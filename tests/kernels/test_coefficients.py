@@ -24,6 +24,7 @@ def test_times_are_those_of_the_contract_to_the_bit(device: torch.device, batch:
     assert torch.equal(counted, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("objective", [*OBJECTIVES, Objective(times="lognormal")], ids=["v", "edm", "lognormal"])
 def test_those_of_a_step_are_those_of_its_times(device: torch.device, objective: Objective, steps: int) -> None:

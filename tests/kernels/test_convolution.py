@@ -70,6 +70,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_convolution_bias_and_activation_and_touches_nothing_else(
     device: torch.device, case: Case, tile: str

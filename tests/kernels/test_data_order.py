@@ -12,6 +12,7 @@ from fastsde import noise, ops, reference
 SIZES = [1, 3, 60_000, 2**24, 2**24 + 1, 2**29 - 1, 2**29 + 1, 2**40 + 12345, 2**53 + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (5, 7), (2, 128), (3, 129)])
 def test_rows_are_those_of_the_reference(triton_device: torch.device, steps: int, batch: int, n: int) -> None:

@@ -139,6 +139,7 @@ def test_every_pattern_of_coefficients(kernels: torch.device, pattern: str) -> N
         _assert_within(_inputs(case, 5, (3, 7), kernels), grad_output=float(torch.randn(())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "batch", "shape"), list(_every_shape_of_every_case()))
 def test_every_shape(kernels: torch.device, case: Case, batch: int, shape: tuple[int, ...]) -> None:
     _assert_within(_inputs(case, batch, shape, kernels))

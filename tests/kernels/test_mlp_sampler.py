@@ -55,6 +55,7 @@ def _expected(model: nn.Module, n: int, table: StepTable = TABLE, **options: Any
         return reference.sample(model, (n, *shape), table, noise.sample_keys(3, n), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "activation",
     [
@@ -103,6 +104,7 @@ def test_an_instruction_that_it_does_not_have_is_no_identity(
     assert "not one of FUNCTIONS" in messages[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "hidden"),
     [
@@ -117,12 +119,14 @@ def test_every_kind_of_width_depth_and_dimension(device: torch.device, dim: int,
     _assert_close(_run(model, 5, device), _expected(model, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "hidden"), [(2, (64, 64, 64)), (16, (65,)), (17, (16,)), (2, (8,) * 7)])
 def test_many_samples_of_every_kind_of_layer(device: torch.device, dim: int, hidden: tuple[int, ...]) -> None:
     model, n = _tame(MLP(dim, hidden, "LogSigmoid")), _sizes(device)[1]
     _assert_close(_run(model, n, device), _expected(model, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 65, 130])
 def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int) -> None:
     model, kernel = _tame(MLP(2, (16,))), ops.dispatch.kernel("mlp_sampler", device)
@@ -136,6 +140,7 @@ def test_every_number_of_samples_and_nothing_beyond(device: torch.device, n: int
     _assert_close(guarded[1 : n + 1].cpu(), _expected(model, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", [pytest.param("eps", marks=pytest.mark.slow), "v"])
 @pytest.mark.parametrize("solver", [name for name, kind in solvers.REGISTRY.items() if kind.is_affine])
 def test_every_solver(device: torch.device, solver: str, prediction: str) -> None:
@@ -166,6 +171,7 @@ def _assert_as_exact(ours: list[Tensor], model: MLP, n: int, table: StepTable, e
         torch.testing.assert_close(mine.double(), right, rtol=0, atol=allowed + 2 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (2, 5, 8))])
 def test_tables_of_every_kind_of_coefficient(device: torch.device, slots: int) -> None:
     """Coefficients of ``slots``, noise, D and the network's input are zero, one, moved, or anything."""

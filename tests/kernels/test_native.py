@@ -97,6 +97,7 @@ def test_results_do_not_depend_on_the_number_of_threads(batch: int, size: int) -
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("native", "threads")
 @pytest.mark.parametrize("hidden", [(512, 512, 512), (701, 700), (300, 7, 1000)])
 def test_few_samples_of_wide_layers_do_not_depend_on_how_many_threads_share_them(hidden: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ from fastsde import noise, ops
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [0, 1, 15])
 @pytest.mark.parametrize(
     ("batch", "shape"), [(1, ()), (300, (1,)), (3, (2,)), (300, (63,)), (2, (2048,)), (3, (1000,)), (1, (2**16 + 17,))]

@@ -91,6 +91,7 @@ def _launch(inputs: dict[str, Any], **outputs: Tensor) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiles_as_on_a_gpu")
 @pytest.mark.parametrize(("batch", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -55,6 +55,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_convolution_bias_activation_and_pool_and_touches_nothing_else(
     device: torch.device, case: Case, tile: str

@@ -37,6 +37,7 @@ def _away_from_zero(make: Maker, a: Part) -> Part:
     return make.whole(make.add("exp", make.whole(make.add("Tanh", a))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", [*UNARY, *POSITIVE])
 def test_functions(triton_device: torch.device, kind: str, width: int) -> None:
@@ -50,6 +51,7 @@ def test_functions(triton_device: torch.device, kind: str, width: int) -> None:
     check(make.finished(value, 5), 5, triton_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("second", ["value", "constant", "row", "given", "repeated", "repeated input"])
 @pytest.mark.parametrize("kind", BINARY)
@@ -68,6 +70,7 @@ def test_combinations(triton_device: torch.device, kind: str, second: str, width
     check(make.finished(make.add(kind, make.whole(first), b), 5), 5, triton_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "groups"), [(1, 1), (17, 1), (33, 3), (65, 1), (65, 5), (64, 8)])
 @pytest.mark.parametrize("kind", ["mean", "layer_norm", "rms_norm"])
 def test_groups(triton_device: torch.device, kind: str, width: int, groups: int) -> None:
@@ -85,6 +88,7 @@ def _norm(kind: str, groups: int) -> dict[str, Any]:
     return {"groups": groups, "parameters": () if kind == "mean" else (1e-3,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("n", [1, 63, 130])
 @pytest.mark.parametrize("width", WIDTHS)
@@ -153,6 +157,7 @@ PARTS: dict[str, Callable[[Maker], int]] = {
 } | {"_padding_that_is_infinite": _padding_that_is_infinite}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("n", [5, 65])
 @pytest.mark.parametrize("name", PARTS)
@@ -232,6 +237,7 @@ def _assert_as_reference(network: Any, shape: tuple[int, ...], n: int, device: t
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5 * max(1.0, float(theirs.abs().max())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (63, 130))])
 @pytest.mark.parametrize("name", LOWERED)
 def test_networks_sample_as_the_reference(triton_device: torch.device, name: str, n: int) -> None:

@@ -28,6 +28,7 @@ def test_keys_are_those_of_the_contract(device: torch.device, n: int) -> None:
         assert found.device == device
 
 
+@pytest.mark.slow
 def test_seeds_and_samples_of_all_sizes(device: torch.device) -> None:
     for seed in EDGES:
         for first in EDGES:

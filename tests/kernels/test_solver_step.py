@@ -146,6 +146,7 @@ def test_a_step_is_the_row_and_touches_nothing_else(
         assert all(torch.equal(places[slot], before[source]) for slot, source in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, ALL], ids=["plain", "all"])
 def test_a_sample_of_more_than_2_16_elements(device: torch.device, options: Options) -> None:
     step = Step.of(random_table(2, seed=1), 0, (1, 2**16 + 17), device, options)

@@ -72,6 +72,7 @@ def _truth(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return modulated(v, error, inputs.get("film"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "fp32"), [*((dtype, "tf32x3") for dtype in ROUNDING), (torch.float32, "tf32")], ids=str
 )

@@ -58,6 +58,7 @@ def _results(device: torch.device, batch: int, size: int) -> Iterator[Tensor]:
     yield torch.autograd.grad(loss, f)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "size"),
     [(1, 1), (70, 2), (5, 61), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 131), (3, 520)))],

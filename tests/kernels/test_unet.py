@@ -72,6 +72,7 @@ def _errors(model: UNet, batch: int, dtype: torch.dtype) -> tuple[float, float, 
     return *errors, float(exact.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 13, 20])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_it_is_as_near_to_float64_as_pytorch(native_kernel: list[int], name: str, batch: int) -> None:

@@ -70,6 +70,7 @@ def _assert_near(ours: dict[str, Tensor], exact: dict[str, Tensor], tolerance: f
         assert error <= tolerance * largest, (name, error / largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 33, 64])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_those_of_autograd(calls: list[torch.dtype], name: str, batch: int) -> None:
@@ -83,6 +84,7 @@ def test_gradients_are_those_of_autograd(calls: list[torch.dtype], name: str, ba
     assert len(fast._free) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("films", [(), (16, 10)])
 def test_so_they_are_of_the_tutorials_network(films: tuple[int, ...]) -> None:
     model = unet(*TUTORIAL, *films)
@@ -91,6 +93,7 @@ def test_so_they_are_of_the_tutorials_network(films: tuple[int, ...]) -> None:
     _assert_near(_gradients(NativeUNet(model), model, inputs), _exact(model, inputs), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_in_bf16_they_are_as_near_as_pytorchs(calls: list[torch.dtype], name: str) -> None:
     _skip_without_bf16()

@@ -185,6 +185,7 @@ def test_any_number_of_steps_is_made_of_few_lengths(graphs: Any, tmp_path: Path,
     assert len(lengths) <= _WARM_UPS + count // 50 + 9
 
 
+@pytest.mark.slow
 def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
     work = trainer.work()
@@ -202,6 +203,7 @@ def test_recording_takes_no_step(graphs: Any, tmp_path: Path) -> None:
     assert not any(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_graphs_that_a_caller_holds_are_not_in_the_way(graphs: Any, tmp_path: Path) -> None:
     """On a GPU, a recording with a node made on another stream fails."""
     trainer = Trainer(POINTS, tmp_path / "run", device=torch.get_default_device())
@@ -225,6 +227,7 @@ def test_graphs_that_a_caller_holds_are_not_in_the_way(graphs: Any, tmp_path: Pa
         assert torch.equal(parameter.grad, torch.ones_like(parameter))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_step_of_another_thread_warms_it_up(graphs: Any, tmp_path: Path) -> None:
     config = replace(POINTS, steps=6)
     trainer = Trainer(config, tmp_path / "run", device=torch.get_default_device())

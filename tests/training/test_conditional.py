@@ -112,6 +112,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "streams"),
     [
@@ -197,6 +198,7 @@ def test_conditions_are_dropped_together_and_by_their_own_nulls() -> None:
     assert reference.drop_conditions(conditions, {}, u, 0.0) == conditions
 
 
+@pytest.mark.slow
 def test_bf16_in_captured_steps_is_autocast(graphs: Any, tmp_path: Path) -> None:
     config = replace(CONFIG, precision="bf16", steps=5)
     losses, expected = taken(config, POINTS, eager, tmp_path / "eager")
