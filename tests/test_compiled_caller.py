@@ -54,6 +54,7 @@ def both(function: Callable[..., Any], *arguments: tuple[Any, ...], backend: str
 SAMPLERS = {"mlp": Sampler(MLP(), (2,), steps=5), "convolution": Sampler(Convolution(), (1, 4, 4), steps=5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_is_called_as_it_is(name: str) -> None:
     sampler = SAMPLERS[name]

@@ -108,6 +108,7 @@ def expected() -> dict[str, list[Tensor]]:
     return {name: [each.clone() for each in tensors(call())] for name, call in CALLS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 def test_no_public_function_depends_on_it(expected: dict[str, list[Tensor]], dtype: torch.dtype) -> None:
     different = []

@@ -174,6 +174,7 @@ def test_weights_that_change_are_seen(change: str) -> None:
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("n", [0, 1, 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_batch_may_be_split(n: int) -> None:
