@@ -54,7 +54,7 @@ def about(result: Figures) -> str:
     threads = f"{result['threads']} threads"
     if "threads_wait" in result:
         threads += f", which wait: {result['threads_wait']}"
-    rate = max(result["ceilings"]["flop"].values()) / 1e12
+    rate = _products(result["ceilings"])
     parts = [
         threads if result["kind"] == "cpu" else f"Triton {result['triton']}",
         f"PyTorch {result['torch']}",
@@ -72,9 +72,9 @@ def markdown(result: Figures) -> str:
     earlier: dict[str, list[str]] = {}
     for record in result["cases"]:
         if "commit" in record:
-            earlier.setdefault(record["commit"], []).append(record["what"])
-    for commit, names in earlier.items():
-        lines += ["", f"Measured at commit {commit}: {'; '.join(names)}."]
+            earlier.setdefault(_when(record, result), []).append(record["what"])
+    for when, names in earlier.items():
+        lines += ["", f"Measured at {when}: {'; '.join(names)}."]
     reasons = [(record["what"], reason) for record in result["cases"] for reason in without_time(record)]
     spent = sum(SPENT in reason for _, reason in reasons)
     left = [f"{what}: {reason}" for what, reason in reasons if SPENT not in reason]
@@ -84,6 +84,18 @@ def markdown(result: Figures) -> str:
         measured = sum(len(timed(record)) for record in result["cases"])
         lines += ["", f"The run was limited in time: {spent} of {spent + measured} providers were not measured."]
     return "\n".join(lines)
+
+
+def _when(record: Figures, result: Figures) -> str:
+    """Returns the commit of a case that was kept in a merge, and how fast the machine was, if that differs."""
+    rate, usual = (_products(each) for each in (record.get("ceilings", result["ceilings"]), result["ceilings"]))
+    where = "" if 0.8 < rate / usual < 1.25 else f", where products reached {rate:.3g} TFLOP/s"
+    return f"commit {record['commit']}{where}"
+
+
+def _products(ceilings: Figures) -> float:
+    """Returns the rate of the fastest products, in TFLOP/s."""
+    return max(ceilings["flop"].values()) / 1e12
 
 
 def _of_the_host(records: Sequence[Figures]) -> list[str]:
@@ -182,7 +194,8 @@ def _doubt(record: Figures, name: str) -> float:
 
 
 def merge(before: Figures, after: Figures) -> Figures:
-    """Returns the newer result plus the cases that only the older one has, with the commit of their measurement.
+    """Returns the newer result plus the cases that only the older one has, with the commit of their measurement, and
+    the ceilings of the machine then: machines of one name may differ.
 
     Raises:
         ValueError: for results of different machines, PyTorch versions or settings.
@@ -191,7 +204,8 @@ def merge(before: Figures, after: Figures) -> Figures:
     if other:
         raise ValueError(f"results must have the same {', '.join(_SETTINGS)} to be merged, {', '.join(other)} differ")
     new = {record["name"] for record in after["cases"]}
-    kept = [{"commit": before["commit"], **record} for record in before["cases"] if record["name"] not in new]
+    own = {"commit": before["commit"], "ceilings": before["ceilings"]}
+    kept = [{**own, **record} for record in before["cases"] if record["name"] not in new]
     cases = sorted([*kept, *after["cases"]], key=lambda record: SUBJECTS.index(record["subject"]))
     return {**after, "cases": cases}
 
