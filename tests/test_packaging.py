@@ -154,10 +154,11 @@ def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
         "assert (StepTable, sample, noise) == (fastsde.solvers.StepTable, fastsde.sampler.sample, fastsde.noise)\n"
         "print(*names)"
     )
-    modules = "checkpoints compat data distributed models noise ops plotting reference sde solvers tracing "
+    modules = "checkpoints compat data distributed inverse models noise ops plotting reference sde solvers tracing "
     modules += "training verify"
     names = ["NonFiniteError", "Sampler", "StepTable", "__version__", "sample", *modules.split()]
     names += ["MismatchError", "TraceError", "accelerate", "trace"]
+    names += ["ClassifierGuidance", "DPS", "Guidance", "PiGDM", "bits_per_dim", "decode", "encode", "log_prob"]
     names += ["CosineVPSDE", "EDM", "RectifiedFlow", "SubVPSDE", "VESDE", "VPSDE"]
     assert python(code, tmp_path).split() == sorted(names)
     assert set(fastsde.__all__) <= set(names)

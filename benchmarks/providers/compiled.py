@@ -126,7 +126,9 @@ class Step:
         """Returns slot 0 after row k in float64, with the coefficients rounded as the compiled row reads them."""
         names = ("time", "n", "p", "q", "A", "b", "e", "d")
         row = {name: getattr(self._table, name)[k : k + 1].float().double() for name in names}
-        return reference.solver_step(slots, f, replace(self._table, **row), 0, z=torch.zeros_like(f))[0]
+        return reference.solver_step(
+            slots, f, replace(self._table, snr=None, eps_max=None, **row), 0, z=torch.zeros_like(f)
+        )[0]
 
 
 def _sum(coefficients: Sequence[Tensor], values: Sequence[Tensor], kinds: Sequence[int] | None = None) -> Tensor:
