@@ -223,15 +223,18 @@ def test_a_killed_run_leaves_no_workers_and_resumes_to_the_bit(tmp_path: Path) -
     deadline, workers = time.monotonic() + 200, list[int]()
     for sent in (signal.SIGKILL, signal.SIGINT):  # the second run starts while the workers of the first are there
         process = subprocess.Popen(command("cut", 10**6), stderr=subprocess.PIPE)
-        before = saved()
-        while saved() < before + 10:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-        found = children(process.pid)
-        assert len(found) >= 2
-        workers += found
-        process.send_signal(sent)
-        error = process.communicate(timeout=60)[1].decode()
+        try:
+            before = saved()
+            while saved() < before + 10:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+            found = children(process.pid)
+            assert len(found) >= 2
+            workers += found
+            process.send_signal(sent)
+            error = process.communicate(timeout=60)[1].decode()
+        finally:
+            process.kill()  # or a run that goes on would slow all other tests
         assert process.returncode == -sent if sent == signal.SIGKILL else "KeyboardInterrupt" in error
     while any(Path(f"/proc/{pid}").exists() for pid in workers):  # they look for their parent every 5 s
         assert time.monotonic() < deadline, f"a worker goes on: {workers}"
