@@ -20,6 +20,7 @@ __all__ = [
     "describe",
     "from_dicts",
     "null_values",
+    "rows_of",
     "to_dicts",
     "unconditional",
 ]
@@ -180,6 +181,11 @@ def unconditional(
 def null_values(known: Mapping[str, Condition], n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Returns "no condition" for n samples, by name."""
     return {name: condition.nulls(n, device) for name, condition in known.items()}
+
+
+def rows_of(kwargs: Mapping[str, Any], rows: slice | Tensor) -> dict[str, Any]:
+    """Returns the arguments of some samples: the rows of tensors, and all other values as they are."""
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 def to_dicts(conditions: Mapping[str, Condition]) -> dict[str, Any]:

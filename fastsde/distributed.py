@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conditions import rows_of
 from .inverse import known_values
 from .randomness import Seed, seed_of
 from .reference import NonFiniteError
@@ -95,7 +96,7 @@ def sample(
     bounds = [min(n, size * _first(-(-n // size), rank, here.world)) for rank in range(here.world + 1)]
     mine = slice(bounds[here.rank], bounds[here.rank + 1])
     conditions = {
-        name: _rows(check_kwargs(name, given, n, sampler.device), mine)
+        name: rows_of(check_kwargs(name, given, n, sampler.device), mine)
         for name, given in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs))
         if given is not None
     }
@@ -124,10 +125,6 @@ def sample(
 def _first(items: int, rank: int, world: int) -> int:
     """Returns the index of a rank's first item; the ranks get consecutive runs whose lengths differ by at most one."""
     return -(-items * rank // world)
-
-
-def _rows(kwargs: dict[str, Any], rows: slice) -> dict[str, Any]:
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import noise, ops
 from .adaptive import AdaptiveProblem
+from .conditions import rows_of
 from .guidance import Guidance, Weights
 from .inverse import Problem
 from .randomness import Seed, seed_of
@@ -133,9 +134,9 @@ class Request:
             keys=self.keys[part],
             # A copy: a network that works in place must not write to the caller's tensor.
             x_init=None if self.x_init is None else self.x_init[part].to(self.dtype, copy=True),
-            model_kwargs=_part(self.model_kwargs, part),
+            model_kwargs=rows_of(self.model_kwargs, part),
             guidance=None if self.guidance is None else self.guidance.part(part),
-            uncond_kwargs=None if uncond is None else _part(uncond, part),
+            uncond_kwargs=None if uncond is None else rows_of(uncond, part),
             problem=None if self.problem is None else self.problem.part(part),
             **changes,
         )
@@ -162,10 +163,6 @@ def _in_turn(hooks: Sequence[RowHook]) -> RowHook:
         return x
 
     return run
-
-
-def _part(kwargs: Mapping[str, Any], part: slice) -> dict[str, Any]:
-    return {name: value[part] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 def make_keys(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..conditions import rows_of
 from ..lowering import Vectors
 from ..models.mlp import is_sequential
 from ..reference import evaluate, guided
@@ -52,14 +52,10 @@ class Output:
         if samples is not self._samples:
             given, uncond = self._request.conditions
             self._samples = samples
-            self._conditions = _rows(given, samples), None if uncond is None else _rows(uncond, samples)
+            self._conditions = rows_of(given, samples), None if uncond is None else rows_of(uncond, samples)
         f, f_uncond = evaluate(self._network, x, t.to(x.dtype), *self._conditions)
         weights = self._request.guidance
         return guided(f.to(x.dtype), f_uncond, None if weights is None else weights.scale[samples])
-
-
-def _rows(kwargs: Mapping[str, Any], samples: Tensor) -> dict[str, Any]:
-    return {name: value[samples] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 class _Joint(nn.Module):

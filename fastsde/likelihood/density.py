@@ -166,8 +166,8 @@ def log_prob(
         for first in range(0, len(x), batch):
             part = slice(first, first + batch)
             divergence = Divergence(network, keys[part], shape, count, may_be_native=not compile)
-            kwargs = {name: each[part] if isinstance(each, Tensor) else each for name, each in given.items()}
-            found[part] = flow.log_prob(x[part].detach().to(state, copy=True), divergence, kwargs, bar)
+            kwargs, own = conditions.rows_of(given, part), x[part].detach().to(state, copy=True)
+            found[part] = flow.log_prob(own, divergence, kwargs, bar)
     return found
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .. import adaptive, reference, solvers
 from ..adaptive import AdaptiveProblem
+from ..conditions import rows_of
 from ..engines.eager import FiniteCheck
 from ..sde import Process
 from ..solvers import AdaptiveODE, StepTable
@@ -83,8 +84,7 @@ class AdaptiveFlow:
         by_program = native.NativeDivergence.find(divergence, x, kwargs, ends)
 
         def by_autograd(x: Tensor, t: Tensor, samples: Tensor) -> Tensor:
-            part = {name: each[samples] if isinstance(each, Tensor) else each for name, each in kwargs.items()}
-            f, trace = divergence(x.reshape(len(x), *shape), t, part, samples)
+            f, trace = divergence(x.reshape(len(x), *shape), t, rows_of(kwargs, samples), samples)
             return torch.cat((_flat(f), trace[:, None].to(f.dtype)), dim=1)
 
         output = by_program or by_autograd
