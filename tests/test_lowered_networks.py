@@ -1,4 +1,4 @@
-"""The tables of docs/lowering.md: what is lowered, why something is not, and what could not be imported."""
+"""The tables of docs/benchmarks/networks.md: what is lowered, why something is not, and what could not be imported."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Other samplers, each traced and compared with itself: ``python -m benchmarks.clients --out docs/tracing.md``."""
+"""Other samplers, each traced and compared with itself: ``python -m benchmarks.clients --out docs/benchmarks/loops.md``."""

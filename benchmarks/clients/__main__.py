@@ -2,7 +2,7 @@
 
 python -m benchmarks.clients                              the tables of all clients that are installed
 python -m benchmarks.clients --client diffusers           those of one client
-python -m benchmarks.clients --out docs/tracing.md        between the marks of a document, or as a new one
+python -m benchmarks.clients --out docs/benchmarks/loops.md        between the marks of a document, or as a new one
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/tracing.md: a client each, and a line of Markdown for each of its samplers."""
+"""The tables of docs/benchmarks/loops.md: a client each, and a line of Markdown for each of its samplers."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.networks                              the tables of all libraries that are installed
 python -m benchmarks.networks --library sbi                those of one library
-python -m benchmarks.networks --out docs/lowering.md       between the marks of a document, or as a new one
+python -m benchmarks.networks --out docs/benchmarks/networks.md       between the marks of a document, or as a new one
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/lowering.md: a library each, and a line of Markdown for each of its networks."""
+"""The tables of docs/benchmarks/networks.md: a library each, and a line of Markdown for each of its networks."""
 
 from __future__ import annotations
 
