@@ -1,4 +1,4 @@
-"""A sampler of k-diffusion, as it is and as a table. Needs k-diffusion (pip install k-diffusion)."""
+"""Samplers of k-diffusion, as they are and as tables. Needs k-diffusion (pip install k-diffusion)."""
 
 import time
 
@@ -10,13 +10,13 @@ from fastsde.compat.k_diffusion import accelerate
 
 
 class Denoiser(nn.Module):
-    """The exact denoiser of data on four points, as a network stands in its place: model(x, sigma)."""
+    """Of data on four points, exactly; your network, model(x, sigma), in its place."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.register_buffer("points", torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]))
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, x, sigma):
         distances = (x[:, None] - self.points).square().sum(-1)
         return torch.softmax(-distances / (2 * sigma[:, None] ** 2), -1) @ self.points
 
