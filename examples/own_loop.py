@@ -25,7 +25,7 @@ torch.manual_seed(0)
 data = fastsde.data.swiss_roll(4000).x
 score_network = nn.Sequential(nn.Linear(3, 64), nn.LogSigmoid(), nn.Linear(64, 64), nn.LogSigmoid(), nn.Linear(64, 2))
 optimizer = torch.optim.Adam(score_network.parameters(), lr=3e-3)
-for _ in range(1000):  # the tutorial trains longer
+for _ in range(400):  # the tutorial trains longer
     optimizer.zero_grad()
     calc_loss(score_network, data[torch.randint(len(data), (256,))]).backward()
     optimizer.step()

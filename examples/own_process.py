@@ -30,7 +30,7 @@ torch.manual_seed(0)
 data, network = fastsde.data.swiss_roll(10_000).x, fastsde.models.MLP()  # or any network(x, t) of your own
 objective = Objective(Trigonometric(), prediction="v", weighting="target")
 optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-for _ in range(2000):
+for _ in range(1000):
     x, z = data[torch.randint(len(data), (512,))], torch.randn(512, 2)
     tau, u_x, u_z, w_f, w_x, w_z = objective.table(objective.draw(torch.rand(512))).T[:, :, None]
     (w_f * network(u_x * x + u_z * z, tau[:, 0]) + w_x * x + w_z * z).square().mean().backward()

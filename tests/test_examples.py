@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 ARGUMENTS = {  # small sizes
-    "inpaint_digit": ["10"],
+    "inpaint_digit": ["12"],
     "own_network": ["20"],
     "probability_flow": ["8"],
     "sbi_posterior": ["2"],
