@@ -21,7 +21,12 @@ COLAB = "https://colab.research.google.com"
 BADGE = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/fastsde/fastsde/blob/main/notebooks/NAME)"
 LIBRARIES = {"diffusers", "sbi"}
 # What a notebook runs with here instead of its own sizes.
-PARAMETERS: dict[str, dict[str, Any]] = {}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "inpainting": {"steps": 11, "n": 2},
+    "likelihood_and_inversion": {"resolution": 16, "n": 50, "calls": 4},
+    "mnist": {"steps": 3, "training_steps": 30, "interrupt_after": 60.0},
+    "swiss_roll": {"training_steps": 200, "n": 50, "n_distance": 100, "most_calls": 20},
+}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
