@@ -25,6 +25,7 @@ from . import models
 from .conditions import Condition, from_dicts, to_dicts
 from .factories import Factory, in_words, make
 from .files import atomic_path
+from .models.mlp import with_time
 from .sde import VPSDE, Process, from_dict, to_dict
 from .solvers import PREDICTIONS
 from .validation import check_device, check_instance, check_ints, check_range
@@ -300,7 +301,7 @@ def _network(path: str | Path, metadata: dict[str, Any], given: Factory | None) 
                 f"{path} holds the weights of a network of your own, {described['class']}: give the function that "
                 f"makes it, as --model {name} or model={name!r} in Python"
             )
-        return models.unwrap(make(given)).eval()
+        return with_time(models.unwrap(make(given))).eval()
     if given is not None:
         raise ValueError(f"model must be None for {path}, which knows its architecture, got {in_words(given)}")
     try:

@@ -125,6 +125,11 @@ def is_sequential(model: object) -> bool:
     )
 
 
+def with_time(model: nn.Module) -> nn.Module:
+    """Returns a bare ``nn.Sequential`` as a `ConcatTime` of it, and any other network as it is."""
+    return ConcatTime(model) if is_sequential(model) else model
+
+
 def check_sample_shape(model: object, shape: Sequence[int]) -> None:
     """Raises ValueError for samples that a network of ``cat((x, t), -1)`` cannot take.
 

@@ -25,6 +25,7 @@ from ..engines.capture import CaptureError
 from ..engines.fetch import Fetch
 from ..engines.inspection import prefers_channels_last
 from ..models import Preconditioned, shape_of, unwrap
+from ..models.mlp import with_time
 from ..notices import warn
 from ..pictures import has_picture
 from ..reference import NonFiniteError
@@ -133,7 +134,7 @@ class Trainer:
         resuming = resume and checkpoint.exists()
         if model is not None:
             check_instance("model", model, nn.Module)
-        self.model = unwrap(initial_model(config) if model is None else model)
+        self.model = with_time(unwrap(initial_model(config) if model is None else model))
         start = start_from(self.model, config) if config.init and not resuming else None
         self.model.to(self.device)
         check_trainable(self.model)
