@@ -39,10 +39,15 @@ __all__ = [
 ]
 
 STREAM_SAMPLING = 0
+"""Sampling: step 0 is the draw from the prior, step k + 1 the noise of row k."""
 STREAM_TRAINING_NOISE = 1
+"""The noise of training; the step is the iteration."""
 STREAM_TRAINING_TIME = 2
+"""The times of training."""
 STREAM_DATA_ORDER = 3
+"""The positions in the data."""
 STREAM_OTHER = 4
+"""Anything else, such as dropped conditions, known values and drawn labels."""
 
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10

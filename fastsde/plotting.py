@@ -48,6 +48,8 @@ def image_grid(
     """Draws a grid of images ``[n, C, H, W]``, C 1 or 3, with values clamped to ``value_range``.
 
     Args:
+        images: floating-point or uint8 ``[n, C, H, W]``.
+        value_range: the values of black and white.
         columns: images per row; by default as many as make the grid about square.
         scale: pixels of the picture per pixel of an image.
 
@@ -75,6 +77,7 @@ def animate_points(states: Tensor, times: Sequence[float], score: ScoreFunction 
     """Draws frames of points ``[frames, n, 2]`` on their way from noise to data, with the score field behind them.
 
     Args:
+        states: the points of each frame, as ``trajectory`` of a sampler gives them.
         times: the time of each frame.
         score: ``(x [B, 2], t) -> score [B, 2]``, drawn as arrows in its direction, longer where it is larger.
     """

@@ -72,7 +72,9 @@ def flow_config(data: str) -> TrainConfig:
 
 
 def config_for(dataset: Dataset | StreamedDataset, data: str, model: str | None = None) -> TrainConfig:
-    """Returns a recipe for data of your own: a `UNet` for images, and an `MLP` for anything else, with its conditions.
+    """Returns a recipe for data of your own, with their conditions.
+
+    The network is a `fastsde.models.UNet` for images, and a `fastsde.models.MLP` for anything else.
 
     Images may be stored as ``[C, H, W]`` or ``[H, W, C]``, of 1, 3 or 4 channels, and in uint8 as ``[H, W]``.
 
