@@ -121,7 +121,13 @@ class Checkpoint:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON metadata atomically to one safetensors file."""
+    """Writes tensors and JSON metadata atomically to one safetensors file.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: what JSON holds.
+    """
     contiguous, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()

@@ -47,6 +47,10 @@ _NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Sampler:
     """Samples from a score network, any number of times.
 
+    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults. It
+    does not tell how far its rows are from the data, so that known values, measurements and classifier guidance need a
+    named solver.
+
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``; an
             ``nn.Sequential`` is called with ``cat((x, t), -1)`` instead. It stays in its training or evaluation mode.
@@ -100,9 +104,14 @@ class Sampler:
             backward pass (Chen et al. 2016, arXiv:1604.06174), so that memory holds the states of all rows but the
             activations of one.
 
-    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults. It
-    does not tell how far its rows are from the data, so that known values, measurements and classifier guidance need a
-    named solver.
+    Attributes:
+        table: the solver's rows, a `StepTable`; of an adaptive solver one call of the network.
+        sample_shape: the shape of one sample.
+        device: where it runs.
+        state_dtype: the dtype of the state and the samples, fp32 or float64.
+        guidance: the `fastsde.Guidance`, or None.
+        max_batch: as given.
+        differentiable: as given.
 
     Raises:
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
@@ -276,7 +285,7 @@ class Sampler:
         callback: RowHook | None = None,
         progress: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Draws ``n`` samples.
+        """Draws ``n`` samples. `fastsde.sample` says more about each argument, and what is raised.
 
         Args:
             n: the number of samples.
@@ -293,8 +302,6 @@ class Sampler:
             trajectory: m, to return the states after 0, m, 2m, ... rows too.
             callback: called as ``callback(row, time, x)`` after each row. A tensor that it returns replaces the state.
             progress: show a progress bar on stderr.
-
-        More about each, and what is raised: `fastsde.sample`.
 
         Returns:
             The samples ``[n, *shape]``; with ``trajectory`` a pair of the samples and the states

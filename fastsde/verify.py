@@ -368,7 +368,11 @@ def _label(backend: str, dtype: str, compile: bool) -> str:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Returns the lines of a table of what ran, and below it why something failed or cannot run here."""
+    """Returns the lines of a table of what ran, and below it why something failed or cannot run here.
+
+    Args:
+        results: those of `verify`.
+    """
     compiles = any(result.compile for result in results)
     width = max(len(result.backend) for result in results) + 2
 
@@ -428,7 +432,13 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def write_json(path: str | Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
-    """Writes ``about`` and the results atomically."""
+    """Writes results as JSON, atomically.
+
+    Args:
+        path: the file.
+        results: those of `verify`.
+        about: what else the file says, such as `machine`.
+    """
     document = {**about, "results": [asdict(result) for result in results]}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -144,7 +144,7 @@ class Process(ABC):
     def prior_sampling(
         self, shape: Sequence[int], *, seed: int = 0, keys: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Draws from the prior at ``t_max`` by the noise contract: exactly the x that ``sample`` starts from.
+        """Draws from the prior at ``t_max`` by the noise contract: exactly the x that `fastsde.sample` starts from.
 
         Args:
             shape: ``(B, *shape)``.

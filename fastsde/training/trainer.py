@@ -97,6 +97,16 @@ class Trainer:
         resume: go on from the folder's checkpoint, or start if there is none. Otherwise a folder that has a checkpoint
             is refused, unless that is from before the first step: then the run starts again.
 
+    Attributes:
+        model: the network that is trained.
+        ema: the moving average of its weights, or None.
+        optimizer: Adam or AdamW.
+        dataset: the training data.
+        conditions: what the network is called with besides x and t, by name.
+        step: the number of steps taken.
+        loss: that of the last log line, or None before the first.
+        earlier_steps: of the run that ``config.init`` is from.
+
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
         TypeError: for an argument of the wrong type.
@@ -213,6 +223,9 @@ class Trainer:
         """Trains up to ``config.steps`` and returns the result, which the folder's checkpoint then also holds.
 
         On Ctrl-C it finishes the step, saves a checkpoint, and raises KeyboardInterrupt.
+
+        Args:
+            progress: show a progress bar on stderr.
 
         Raises:
             NonFiniteError: if the loss or the weights become NaN or infinite; the last checkpoint is kept.
