@@ -27,7 +27,8 @@ class MLP(nn.Module):
     Args:
         shape: the shape of one sample (``()`` for a plain number), or its length.
         hidden: the widths of the hidden layers.
-        activation: a name in `fastsde.models.activations.ACTIVATIONS`, such as LogSigmoid or SiLU.
+        activation: "LogSigmoid", "SiLU", "ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", "GELU", "GELU_tanh",
+            "Softplus", "Mish", "Sin" or "Identity" (``fastsde.models.activations.ACTIVATIONS``).
         classes: the number of classes, for a network that also takes a ``label``; 0 for none.
         condition: the length of a vector that the network also takes, as ``condition``; 0 for none.
 

@@ -42,6 +42,9 @@ def saved_config(checkpoint: str | Path) -> TrainConfig:
     A `Trainer` that is given no network imports the function that ``config.model`` names, if it is a string: check that
     of a file that you do not trust.
 
+    Args:
+        checkpoint: the checkpoint of a run's folder.
+
     Raises:
         ValueError: for a checkpoint that no run can resume from.
     """
