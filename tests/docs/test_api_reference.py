@@ -68,7 +68,7 @@ def test_the_overview_and_the_navigation_name_each_page() -> None:
 
 
 def test_the_page_of_the_command_line_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs" / ".tools")
+    monkeypatch.syspath_prepend(ROOT / "tools")
     command_line = importlib.import_module("command_line")
     monkeypatch.delitem(sys.modules, "command_line")
-    assert command_line.PAGE.read_text() == command_line.page(), "run python docs/.tools/command_line.py"
+    assert command_line.PAGE.read_text() == command_line.page(), "run python tools/command_line.py"

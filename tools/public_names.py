@@ -8,7 +8,7 @@ from typing import Any
 
 from griffe import Alias, AliasResolutionError, CyclicAliasError, Extension, Module, NameResolutionError, Object
 
-_PAGES = Path(__file__).parents[1] / "reference"
+_PAGES = Path(__file__).parents[1] / "docs" / "reference"
 _PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 _NAME = re.compile(r"(?<![`\[])`([A-Za-z_][\w.]*)`(?![`\]])")
 

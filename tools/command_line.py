@@ -1,6 +1,6 @@
 """Writes docs/reference/cli.md: the help of the command and of its subcommands, as click knows it.
 
-python docs/.tools/command_line.py
+python tools/command_line.py
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import click
 
 from fastsde.cli import main
 
-PAGE = Path(__file__).parents[1] / "reference" / "cli.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 _START = """# Command line
 
 `fastsde COMMAND`, or `python -m fastsde COMMAND` under torchrun. Results go to stdout, everything else to stderr. The
 exit code is 0, 1 after an error, 2 for wrong usage and 130 after Ctrl-C. `-h` and `--help` show these texts.
 
-<!-- Written by docs/.tools/command_line.py: change fastsde/cli, and run it. -->
+<!-- Written by tools/command_line.py: change fastsde/cli, and run it. -->
 """
 
 
