@@ -25,7 +25,14 @@ _DATA_COLOUR, _SAMPLE_COLOUR, _FIELD_COLOUR = "#8a8f98", "#2458c5", "#d2691e"
 
 
 def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
-    """Draws samples ``[n, 2]``, next to data ``[m, 2]`` with the same axis limits if given.
+    """Draws samples in the plane, next to data with the same axis limits if given.
+
+    Args:
+        samples: ``[n, 2]``.
+        data: ``[m, 2]``, or None.
+
+    Returns:
+        The picture, a PIL image.
 
     Raises:
         ValueError: for other shapes.
@@ -48,6 +55,8 @@ def image_grid(
     """Draws a grid of images ``[n, C, H, W]``, C 1 or 3, with values clamped to ``value_range``.
 
     Args:
+        images: ``[n, C, H, W]``.
+        value_range: the values of black and white.
         columns: images per row; by default as many as make the grid about square.
         scale: pixels of the picture per pixel of an image.
 
@@ -75,6 +84,7 @@ def animate_points(states: Tensor, times: Sequence[float], score: ScoreFunction 
     """Draws frames of points ``[frames, n, 2]`` on their way from noise to data, with the score field behind them.
 
     Args:
+        states: the points of each frame, as ``trajectory`` of a sampler gives them.
         times: the time of each frame.
         score: ``(x [B, 2], t) -> score [B, 2]``, drawn as arrows in its direction, longer where it is larger.
     """
@@ -90,6 +100,11 @@ def animate_images(
     """Draws frames of image grids ``[frames, n, C, H, W]`` on their way from noise to data.
 
     Each frame is scaled by the wider of its own spread and ``value_range``, so that noise shows as noise.
+
+    Args:
+        states: the images of each frame, as ``trajectory`` of a sampler gives them.
+        value_range: the values of black and white.
+        columns: images per row, as for `image_grid`.
     """
     low, high = value_range
     centre, half = (low + high) / 2, (high - low) / 2
@@ -107,7 +122,16 @@ def save_image(picture: Image.Image, path: str | Path) -> None:
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0) -> None:
-    """Writes frames as an animated GIF that plays for ``seconds``, pauses a second on the last frame, and repeats."""
+    """Writes frames as an animated GIF that plays for ``seconds``, pauses a second on the last frame, and repeats.
+
+    Args:
+        frames: the pictures.
+        path: the file, which should end in .gif.
+        seconds: how long the frames are shown.
+
+    Raises:
+        ValueError: if there are no frames.
+    """
     if not frames:
         raise ValueError("frames must have at least one picture, got none")
     each = max(20, round(1000 * seconds / len(frames)))
@@ -117,19 +141,19 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4
         palette[0].save(temporary, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
 
 
-def _points(name: str, points: Tensor) -> np.ndarray:
+def _points(name: str, points: Tensor) -> np.ndarray[Any, Any]:
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"{name} must have shape [n, 2], got {list(points.shape)}")
     return points.detach().float().cpu().numpy()
 
 
-def _limits(points: np.ndarray) -> tuple[float, float]:
+def _limits(points: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Returns equal limits for both axes, with a margin; one coordinate in a thousand may lie outside."""
     bound = 1.15 * float(np.quantile(np.abs(points), 0.999)) if points.size else 1.0
     return -max(bound, 1e-3), max(bound, 1e-3)
 
 
-def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[float, float]) -> None:
+def _draw_points(axes: Axes, points: np.ndarray[Any, Any], colour: str, limits: tuple[float, float]) -> None:
     axes.scatter(
         points[:, 0], points[:, 1], s=max(1.5, min(9.0, 6000 / max(1, len(points)))), c=colour, lw=0, alpha=0.7
     )

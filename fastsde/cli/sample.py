@@ -105,11 +105,11 @@ class Files:
     help="How often --inpaint does each part of the way (RePaint).",
 )
 @click.option("--jump", type=click.IntRange(1), default=10, help="The rows that --resamples goes back up.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the samples.")
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype that the network runs in.  [default: float32]")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="How the rows are run.")
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option(
     "--max-batch", callback=_max_batch, help="The most samples that run at once, or auto for the fastest number."

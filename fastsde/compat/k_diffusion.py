@@ -60,8 +60,13 @@ def sample(
         function: as for `accelerate`.
         model: the denoiser, called as ``model(x, sigma, **extra_args)``.
         x: the initial state, already of the first sigma's size.
-        arguments, named: the sampler's own, such as sigmas, extra_args, disable, eta or s_churn.
-        noise, seed, backend, compile, check: as for `fastsde.accelerate`.
+        arguments: the sampler's own, such as sigmas.
+        noise: "contract" for this package's noise, a function of ``seed``; "torch" for PyTorch's generators.
+        seed: of the noise contract, in [0, 2^64).
+        backend: as for `fastsde.sample`.
+        compile: as for `fastsde.sample`.
+        check: whether the first call is compared with the sampler itself, as for `fastsde.accelerate`.
+        named: more arguments of the sampler, such as extra_args, disable, eta or s_churn.
 
     Returns:
         What the sampler returns.

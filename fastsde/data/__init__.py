@@ -44,7 +44,13 @@ DEFAULT_ROOT = Path("data")
 
 
 def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
-    """Draws the tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)`` over 10. fp32 ``[n, 2]``."""
+    """Draws the tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)`` over 10. fp32 ``[n, 2]``.
+
+    Args:
+        n: how many points.
+        noise: the standard deviation of the noise, before the division by 10.
+        seed: of the points, in [0, 2^64).
+    """
     check_int("n", n, 1), check_number("noise", noise, "at least 0 and finite", lambda std: 0 <= std < math.inf)
     seed = check_int("seed", seed, 0, 2**64)
     from sklearn.datasets import make_swiss_roll
@@ -59,6 +65,9 @@ def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
     """Loads scikit-learn's 1,797 handwritten 8x8 digits as 28x28 images. uint8 ``[1797, 1, 28, 28]``.
 
     They are scaled bilinearly to 20x20 and padded by 4 pixels, as in MNIST. Their condition "label" is the digit.
+
+    Args:
+        pixel_range: the values that black and white are mapped to.
     """
     from sklearn.datasets import load_digits
 
@@ -80,6 +89,11 @@ def mnist(
     """Loads MNIST through torchvision, downloading it to ``root`` if it is missing. uint8 ``[N, 1, 28, 28]``.
 
     Its condition "label" is the digit.
+
+    Args:
+        root: the folder that holds it, or gets it.
+        train: the 60,000 training digits, or the 10,000 test digits.
+        pixel_range: the values that black and white are mapped to.
 
     Raises:
         FileNotFoundError: if the files are missing and cannot be downloaded; the message names the folder.
@@ -124,6 +138,7 @@ def load(
     """Loads a training set by name, "swiss-roll", "digits" or "mnist", or from a file or folder (`arrays`, `images`).
 
     Args:
+        name: "swiss-roll", "digits" or "mnist"; an .npy, .npz or .safetensors file; or a folder of images.
         size: how many points of the swiss roll (by default 1000), or how many samples from the start of the set.
         root: the folder that holds MNIST.
         pixel_range: the values that black and white are mapped to.

@@ -76,10 +76,11 @@ def images(folder: str | Path, size: int | None = None) -> Dataset | StreamedDat
     """Loads the images of a folder: uint8 ``[N, C, H, W]``, grey if all of them are, else in colour.
 
     With subfolders, each is a class, in the order of their names, and the condition "label" is its number
-    (as in `torchvision.datasets.ImageFolder`). Images are turned as their EXIF data say, and what is transparent
+    (as in ``torchvision.datasets.ImageFolder``). Images are turned as their EXIF data say, and what is transparent
     becomes white. Hidden files and folders are left out. Images of more than 1 GiB are loaded step by step instead.
 
     Args:
+        folder: the folder.
         size: height and width: the largest square in the middle of each image is cut out and scaled to it, bicubically
             and with antialiasing. By default images are taken as they are, and must all have one size.
 
