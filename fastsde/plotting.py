@@ -131,19 +131,19 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4
         palette[0].save(temporary, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
 
 
-def _points(name: str, points: Tensor) -> np.ndarray:
+def _points(name: str, points: Tensor) -> np.ndarray[Any, Any]:
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"{name} must have shape [n, 2], got {list(points.shape)}")
     return points.detach().float().cpu().numpy()
 
 
-def _limits(points: np.ndarray) -> tuple[float, float]:
+def _limits(points: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Returns equal limits for both axes, with a margin; one coordinate in a thousand may lie outside."""
     bound = 1.15 * float(np.quantile(np.abs(points), 0.999)) if points.size else 1.0
     return -max(bound, 1e-3), max(bound, 1e-3)
 
 
-def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[float, float]) -> None:
+def _draw_points(axes: Axes, points: np.ndarray[Any, Any], colour: str, limits: tuple[float, float]) -> None:
     axes.scatter(
         points[:, 0], points[:, 1], s=max(1.5, min(9.0, 6000 / max(1, len(points)))), c=colour, lw=0, alpha=0.7
     )
