@@ -1,4 +1,4 @@
-"""A sampler of azula, as it is and as a table. Needs azula (pip install azula)."""
+"""A sampler of azula, as it is and as a table. Needs azula (pip install "fastsde[azula]")."""
 
 import time
 

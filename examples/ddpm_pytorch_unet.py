@@ -1,6 +1,6 @@
 """A diffusion of denoising-diffusion-pytorch, as it is and as a table.
 
-Needs denoising-diffusion-pytorch (pip install denoising-diffusion-pytorch). The U-Net is untrained.
+Needs denoising-diffusion-pytorch (pip install "fastsde[denoising-diffusion-pytorch]"). The U-Net is untrained.
 """
 
 import time

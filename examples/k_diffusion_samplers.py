@@ -1,4 +1,4 @@
-"""A sampler of k-diffusion, as it is and as a table. Needs k-diffusion (pip install k-diffusion)."""
+"""A sampler of k-diffusion, as it is and as a table. Needs k-diffusion (pip install "fastsde[k-diffusion]")."""
 
 import time
 

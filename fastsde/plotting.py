@@ -5,23 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
+from .extras import require
 from .files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 __all__ = ["animate_images", "animate_points", "image_grid", "save_gif", "save_image", "scatter"]
 
 ScoreFunction = Callable[[Tensor, float], Tensor]
 
 _DATA_COLOUR, _SAMPLE_COLOUR, _FIELD_COLOUR = "#8a8f98", "#2458c5", "#d2691e"
+_NEEDED = {"extra": "plot", "what": "pictures"}
+
+
+def pillow() -> Any:
+    """Returns ``PIL.Image``."""
+    return require("PIL.Image", **_NEEDED)
+
+
+def figures() -> Any:
+    """Returns ``matplotlib.figure``."""
+    return require("matplotlib.figure", **_NEEDED)
 
 
 def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
@@ -41,7 +54,7 @@ def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
     if data is not None:
         panels.insert(0, ("data", _points("data", data), _DATA_COLOUR))
     limits = _limits(np.concatenate([points for _, points, _ in panels]))
-    figure = Figure(figsize=(4.5 * len(panels), 4.8), dpi=120)
+    figure = figures().Figure(figsize=(4.5 * len(panels), 4.8), dpi=120)
     figure.subplots_adjust(left=0.08, right=0.97, top=0.93, bottom=0.06, wspace=0.12)
     for axes, (title, points, colour) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_points(axes, points, colour, limits)
@@ -76,8 +89,9 @@ def image_grid(
         top = margin + i // columns * (height + margin)
         left = margin + i % columns * (width + margin)
         canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    library = pillow()
+    picture: Image.Image = library.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), library.Resampling.NEAREST)
 
 
 def animate_points(states: Tensor, times: Sequence[float], score: ScoreFunction | None = None) -> list[Image.Image]:
@@ -136,7 +150,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4
         raise ValueError("frames must have at least one picture, got none")
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + 1000]
-    palette = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for frame in frames]
+    palette = [frame.convert("P", palette=pillow().Palette.ADAPTIVE, colors=64) for frame in frames]
     with atomic_path(path) as temporary:
         palette[0].save(temporary, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
 
@@ -162,7 +176,7 @@ def _draw_points(axes: Axes, points: np.ndarray[Any, Any], colour: str, limits: 
 
 
 def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score: ScoreFunction | None) -> Image.Image:
-    figure = Figure(figsize=(4.5, 4.8), dpi=72)
+    figure = figures().Figure(figsize=(4.5, 4.8), dpi=72)
     figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.06)
     axes = figure.subplots()
     if score is not None:
@@ -180,6 +194,7 @@ def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score:
 
 
 def _render(figure: Figure) -> Image.Image:
-    canvas: Any = FigureCanvasAgg(figure)
+    canvas: Any = require("matplotlib.backends.backend_agg", **_NEEDED).FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy()).convert("RGB")
+    picture: Image.Image = pillow().fromarray(np.asarray(canvas.buffer_rgba()).copy())
+    return picture.convert("RGB")

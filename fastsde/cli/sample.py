@@ -242,11 +242,13 @@ def _guidance(scale: float | None, interval: tuple[float, float] | None, rescale
 
 def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:
     """Refuses files that could not be written after the work, and reports a run that is not finished."""
+    from .. import pictures
     from ..files import check_writable
-    from ..pictures import has_picture
 
-    if files.draws and not has_picture(checkpoint.shape):
-        raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+    if files.draws:
+        if not pictures.has_picture(checkpoint.shape):
+            raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+        pictures.check_installed(checkpoint.shape)
     if not leads:
         return
     for path in files.all:

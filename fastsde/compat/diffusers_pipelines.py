@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import require
 from ..tracing import Accelerated, Traced, TraceError
 from ..tracing import accelerate as accelerate_loop
 
@@ -135,9 +136,7 @@ class AcceleratedPipeline:
 
 
 def _image_output() -> Any:
-    from diffusers import ImagePipelineOutput
-
-    return ImagePipelineOutput
+    return require("diffusers", extra="diffusers", what="the output of pipelines").ImagePipelineOutput
 
 
 class _Latents(Exception):  # noqa: N818 (the end of the traced part)

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..extras import require
 from ..tracing import Accelerated
 from ..tracing import accelerate as accelerate_loop
 
@@ -84,10 +85,7 @@ def sample(
 def _function(function: str | Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, str):
         return function
-    try:
-        from k_diffusion import sampling  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ImportError("the samplers' names need k-diffusion: pip install k-diffusion") from error
+    sampling = require("k_diffusion.sampling", extra="k-diffusion", what="samplers by name")
     names = [name.removeprefix("sample_") for name in vars(sampling) if name.startswith("sample_")]
     name = function.removeprefix("sample_")
     if name not in names:

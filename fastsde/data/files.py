@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import require
 from ..validation import check_int
 from .dataset import Dataset
 from .streamed import StreamedDataset, in_memory
@@ -176,12 +177,11 @@ def _header(path: str) -> tuple[int, int, bool]:
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """Opens an image, with errors of any kind that name it."""
-    from PIL import Image
-
+    pillow = require("PIL.Image", extra="data", what="images in files")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata
-            with Image.open(path) as image:
+            with pillow.open(path) as image:
                 yield image
     except Exception as error:  # each format has errors of its own
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -24,6 +24,7 @@ from ..distributed import Ranks
 from ..engines.capture import CaptureError
 from ..engines.fetch import Fetch
 from ..engines.inspection import prefers_channels_last
+from ..extras import require
 from ..models import Preconditioned, shape_of, unwrap
 from ..models.mlp import with_time
 from ..notices import warn
@@ -110,6 +111,7 @@ class Trainer:
 
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
+        ImportError: if what ``tensorboard`` or ``config.sample_every`` asks for is not installed.
         TypeError: for an argument of the wrong type.
         ValueError: for a checkpoint of another config, or an incomplete one, a device that cannot be used, or data
             whose shape is not the model's.
@@ -170,6 +172,8 @@ class Trainer:
         self._tensorboard: TensorBoard | None = None
         tensorboard = tensorboard or (resuming and (self.directory / EVENTS).exists())
         self._logs_events = tensorboard and self._here.rank == 0
+        if self._logs_events:
+            require("tensorboard", extra="tensorboard", what="logs for TensorBoard")
         self._samples: Samples | None = None
         if config.sample_every:
             if not has_picture(self.dataset.shape):
