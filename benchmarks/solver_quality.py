@@ -1,0 +1,184 @@
+"""How good samples are over the number of network calls: ``python -m fastsde.benchmarks.solver_quality``.
+
+The shipped swiss-roll model is judged by the mean sliced 1-Wasserstein distance of samples to fresh data, the shipped
+MNIST model by the Frechet distance of a CNN's features of 500 digits, with labels, to those of the test digits, and by
+the share that the CNN reads as asked (`quality.py`). All runs of a model have the same seeds, so that they differ by
+the solver, the spacing of the times and the number of calls alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastsde.openmp import wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before torch is loaded
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+
+import fastsde
+from fastsde import checkpoints, data
+from fastsde.files import atomic_path
+from fastsde.solvers.named import find
+
+from .quality import frechet_distance, judge_digits, sliced_wasserstein, train_classifier
+from .suite.machine import settings
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # by their names in the figure
+    "euler_maruyama": ("euler_maruyama", {}),
+    "ddpm": ("ddpm", {}),
+    "ddim": ("ddim", {}),
+    "heun": ("heun", {}),
+    "dpm_solver_pp_2m": ("dpm_solver_pp_2m", {}),
+    "unipc": ("unipc", {}),
+    "deis": ("deis", {}),
+    "predictor_corrector": ("predictor_corrector", {}),
+    "rk4": ("rk4", {}),
+    "dpm_solver_pp_2m, stochastic": ("dpm_solver_pp_2m", {"stochastic": True}),
+    "edm_stochastic, s_churn 8": ("edm_stochastic", {"s_churn": 8.0}),
+}
+CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200, 500, 999)
+POINTS, SEEDS = 10_000, (0, 1, 2)
+DIGITS, JUDGE_EPOCHS = 500, 10
+SPACINGS = {"swiss-roll": ("uniform", "quadratic", "log_snr", "karras"), "mnist": ("uniform", "quadratic", "log_snr")}
+# Digits take a quarter of a millisecond a call and an image, so that not every solver, spacing and count is measured.
+DIGIT_CASES = tuple(CASES)[:8]
+DIGIT_CALLS = {"uniform": CALLS[:8], "quadratic": CALLS[:7], "log_snr": CALLS[:7]}
+TO_THE_END = ("euler_maruyama", "ddpm")  # with 999 calls on digits, too, evenly spaced
+
+Judge = Callable[..., dict[str, float]]  # of a solver and its options
+Run = tuple[str, str, int]  # a case, a spacing, a number of calls
+
+
+def calls_of(case: str, calls: int) -> int:
+    """Returns ``calls``, or one less for a solver whose last interval must be a shorter one."""
+    solver, options = CASES[case]
+    rows = find(solver).rows_of(options)
+    return calls - 1 if rows > 1 and calls % rows == 0 else calls
+
+
+def judge_points() -> tuple[Judge, dict[str, Any]]:
+    """Returns what measures the swiss roll, and the distance of two sets of fresh data."""
+    checkpoint = checkpoints.load("swiss-roll")
+    fresh = [data.swiss_roll(POINTS, seed=1_000_001 + 2 * seed).x for seed in SEEDS]
+    other = data.swiss_roll(POINTS, seed=1_000_000).x
+
+    def judge(**options: Any) -> dict[str, float]:
+        samples = [fastsde.sample(checkpoint, (POINTS, 2), seed=seed, **options) for seed in SEEDS]
+        found = [sliced_wasserstein(x, real) for x, real in zip(samples, fresh, strict=True)]
+        return {"distance": sum(found) / len(found)}
+
+    floor = [sliced_wasserstein(other, real) for real in fresh]
+    return judge, {"n": POINTS, "seeds": SEEDS, "data_to_data": sum(floor) / len(floor)}
+
+
+def judge_of_digits(root: str) -> tuple[Judge, dict[str, Any]]:
+    """Returns what measures digits, and the figures of 500 test digits in place of samples."""
+    checkpoint = checkpoints.load("mnist")
+    classifier, accuracy, test = train_classifier(root, JUDGE_EPOCHS)
+    labels = torch.arange(DIGITS) % 10
+
+    def judge(**options: Any) -> dict[str, float]:
+        sampler = fastsde.Sampler(checkpoint, max_batch=100, **options)
+        rated = judge_digits(classifier, test, sampler(DIGITS, model_kwargs={"label": labels}).clamp(-1, 1), labels)
+        return {"frechet_distance": rated["frechet_distance"], "read_as_asked": rated["read_as_asked"]}
+
+    with torch.no_grad():
+        features = classifier.body(test)
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:DIGITS]
+    floor = frechet_distance(features[chosen], features)
+    return judge, {"n": DIGITS, "seeds": (0,), "accuracy": accuracy, "frechet_distance_of_test_digits": floor}
+
+
+def planned(subject: str) -> Iterator[Run]:
+    """Yields the runs of a subject."""
+    for spacing in SPACINGS[subject]:
+        for case in CASES if subject == "swiss-roll" else DIGIT_CASES:
+            for calls in CALLS if subject == "swiss-roll" else DIGIT_CALLS[spacing]:
+                yield case, spacing, calls_of(case, calls)
+    if subject == "mnist":
+        yield from ((case, "uniform", 999) for case in TO_THE_END)
+
+
+def measure(subject: str, root: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Adds to ``result`` every run of a subject that it does not have, and keeps it after each."""
+    judge, about = judge_points() if subject == "swiss-roll" else judge_of_digits(root)
+    figures: dict[str, Any] = result.setdefault(subject, {})
+    figures |= about
+    for case, spacing, calls in planned(subject):
+        done = figures.setdefault("runs", {}).setdefault(case, {}).setdefault(spacing, {})
+        if any(str(calls) in each for each in done.values()):
+            continue
+        solver, options = CASES[case]
+        found = judge(solver=solver, solver_options=options, spacing=spacing, steps=calls)
+        for name, value in found.items():
+            done.setdefault(name, {})[str(calls)] = round(value, 4)
+        click.echo(f"{subject:11}{case:30}{spacing:10}{calls:4}  {found}")
+        keep()
+
+
+# The figure ---------------------------------------------------------------------------------------------------------
+
+SHOWN = tuple(CASES)[:7]
+PANELS = {
+    "swiss-roll": ("distance", "data_to_data", "quadratic", "swiss roll: distance to the data"),
+    "mnist": ("frechet_distance", "frechet_distance_of_test_digits", "uniform", "MNIST: Fréchet distance"),
+}
+
+
+def points(result: dict[str, Any], subject: str, case: str, spacing: str, name: str) -> list[tuple[int, float]]:
+    """Returns (calls, figure) of a case, in order of the calls."""
+    return sorted((int(calls), value) for calls, value in result[subject]["runs"][case][spacing][name].items())
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Draws the figure of each solver over its calls, a panel for each model."""
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        for axes, (subject, (name, floor, spacing, title)) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
+            for index, case in enumerate(SHOWN):
+                x, y = zip(*points(result, subject, case, spacing, name), strict=True)
+                axes.plot(x, y, marker="osD^vPX"[index], ms=3.5, lw=1.2, color=f"C{index}", label=case)
+            axes.axhline(result[subject][floor], color="black", lw=0.8, ls=":", label="data to data")
+            axes.set(xscale="log", yscale="log", xlabel="network calls a sample", title=f"{title} ({spacing} spacing)")
+            ticks = [5, 10, 20, 50, 100, 200, 500, 999]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+            axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+@click.command()
+@click.option("--subject", "subjects", type=click.Choice(tuple(SPACINGS)), multiple=True, help="[default: both]")
+@click.option("--data", "root", help="The folder of MNIST.  [default: data]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The figures, as JSON; a run goes on here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the figures into this PNG.")
+@click.option("--plot-only", is_flag=True, help="Measure nothing.")
+def main(subjects: tuple[str, ...], root: str | None, out: Path, plot: Path | None, plot_only: bool) -> None:
+    """Judge solvers over the number of network calls."""
+    result: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+
+    def keep() -> None:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+    if not plot_only:
+        result["machine"] = settings(torch.device("cpu"))
+        for subject in subjects or SPACINGS:
+            measure(subject, root or data.DEFAULT_ROOT, result, keep)
+    if plot is not None:
+        with atomic_path(plot) as temporary:
+            draw(result).savefig(temporary, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
