@@ -2,7 +2,7 @@
 
 The shipped swiss-roll model is judged by the mean sliced 1-Wasserstein distance of samples to fresh data, the shipped
 MNIST model by the Frechet distance of a CNN's features of 500 digits, with labels, to those of the test digits, and by
-the share that the CNN reads as asked (`quality.py`). All runs of a model have the same seeds, so that they differ by
+the share that the CNN reads as asked (`quality.py`). All runs of a model have the same seed, so that they differ by
 the solver, the spacing of the times and the number of calls alone.
 """
 
@@ -45,14 +45,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # by their names in the figure
     "dpm_solver_pp_2m, stochastic": ("dpm_solver_pp_2m", {"stochastic": True}),
     "edm_stochastic, s_churn 8": ("edm_stochastic", {"s_churn": 8.0}),
 }
-CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200, 500, 999)
-POINTS, SEEDS = 10_000, (0, 1, 2)
-DIGITS, JUDGE_EPOCHS = 500, 10
-SPACINGS = {"swiss-roll": ("uniform", "quadratic", "log_snr", "karras"), "mnist": ("uniform", "quadratic", "log_snr")}
-# Digits take a quarter of a millisecond a call and an image, so that not every solver, spacing and count is measured.
-DIGIT_CASES = tuple(CASES)[:8]
-DIGIT_CALLS = {"uniform": CALLS[:8], "quadratic": CALLS[:7], "log_snr": CALLS[:7]}
-TO_THE_END = ("euler_maruyama", "ddpm")  # with 999 calls on digits, too, evenly spaced
+SHOWN = tuple(CASES)[:7]
+FLOW = SHOWN[2:]  # those without noise
+POINTS, DIGITS, JUDGE_EPOCHS = 10_000, 500, 10
+CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200)
+PLANS: dict[str, tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]] = {  # spacing, cases, calls
+    "swiss-roll": (
+        ("uniform", tuple(CASES), CALLS),
+        ("quadratic", tuple(CASES), CALLS),
+        ("log_snr", tuple(CASES), CALLS),
+        ("karras", FLOW, CALLS),
+        ("uniform", ("euler_maruyama", "ddpm", "ddim"), (500, 999)),
+    ),
+    "mnist": (
+        ("uniform", SHOWN, CALLS[:7]),
+        ("log_snr", FLOW, CALLS[:6]),
+        ("quadratic", FLOW, CALLS[:6]),
+        ("uniform", SHOWN, (100,)),
+        ("uniform", ("predictor_corrector",), (10, 20, 50, 100)),
+    ),
+}
 
 Judge = Callable[..., dict[str, float]]  # of a solver and its options
 Run = tuple[str, str, int]  # a case, a spacing, a number of calls
@@ -68,16 +80,12 @@ def calls_of(case: str, calls: int) -> int:
 def judge_points() -> tuple[Judge, dict[str, Any]]:
     """Returns what measures the swiss roll, and the distance of two sets of fresh data."""
     checkpoint = checkpoints.load("swiss-roll")
-    fresh = [data.swiss_roll(POINTS, seed=1_000_001 + 2 * seed).x for seed in SEEDS]
-    other = data.swiss_roll(POINTS, seed=1_000_000).x
+    fresh, other = (data.swiss_roll(POINTS, seed=1_000_001 + i).x for i in range(2))  # those of quality.py
 
     def judge(**options: Any) -> dict[str, float]:
-        samples = [fastsde.sample(checkpoint, (POINTS, 2), seed=seed, **options) for seed in SEEDS]
-        found = [sliced_wasserstein(x, real) for x, real in zip(samples, fresh, strict=True)]
-        return {"distance": sum(found) / len(found)}
+        return {"distance": sliced_wasserstein(fastsde.sample(checkpoint, (POINTS, 2), **options), fresh)}
 
-    floor = [sliced_wasserstein(other, real) for real in fresh]
-    return judge, {"n": POINTS, "seeds": SEEDS, "data_to_data": sum(floor) / len(floor)}
+    return judge, {"n": POINTS, "data_to_data": sliced_wasserstein(fresh, other)}
 
 
 def judge_of_digits(root: str) -> tuple[Judge, dict[str, Any]]:
@@ -95,17 +103,13 @@ def judge_of_digits(root: str) -> tuple[Judge, dict[str, Any]]:
         features = classifier.body(test)
     chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:DIGITS]
     floor = frechet_distance(features[chosen], features)
-    return judge, {"n": DIGITS, "seeds": (0,), "accuracy": accuracy, "frechet_distance_of_test_digits": floor}
+    return judge, {"n": DIGITS, "accuracy": accuracy, "frechet_distance_of_test_digits": floor}
 
 
 def planned(subject: str) -> Iterator[Run]:
     """Yields the runs of a subject."""
-    for spacing in SPACINGS[subject]:
-        for case in CASES if subject == "swiss-roll" else DIGIT_CASES:
-            for calls in CALLS if subject == "swiss-roll" else DIGIT_CALLS[spacing]:
-                yield case, spacing, calls_of(case, calls)
-    if subject == "mnist":
-        yield from ((case, "uniform", 999) for case in TO_THE_END)
+    for spacing, cases, counts in PLANS[subject]:
+        yield from ((case, spacing, calls_of(case, calls)) for case in cases for calls in counts)
 
 
 def measure(subject: str, root: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
@@ -127,7 +131,6 @@ def measure(subject: str, root: str, result: dict[str, Any], keep: Callable[[], 
 
 # The figure ---------------------------------------------------------------------------------------------------------
 
-SHOWN = tuple(CASES)[:7]
 PANELS = {
     "swiss-roll": ("distance", "data_to_data", "quadratic", "swiss roll: distance to the data"),
     "mnist": ("frechet_distance", "frechet_distance_of_test_digits", "uniform", "MNIST: Fréchet distance"),
@@ -158,7 +161,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 @click.command()
-@click.option("--subject", "subjects", type=click.Choice(tuple(SPACINGS)), multiple=True, help="[default: both]")
+@click.option("--subject", "subjects", type=click.Choice(tuple(PLANS)), multiple=True, help="[default: both]")
 @click.option("--data", "root", help="The folder of MNIST.  [default: data]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The figures, as JSON; a run goes on here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the figures into this PNG.")
@@ -173,7 +176,7 @@ def main(subjects: tuple[str, ...], root: str | None, out: Path, plot: Path | No
 
     if not plot_only:
         result["machine"] = settings(torch.device("cpu"))
-        for subject in subjects or SPACINGS:
+        for subject in subjects or PLANS:
             measure(subject, root or data.DEFAULT_ROOT, result, keep)
     if plot is not None:
         with atomic_path(plot) as temporary:
