@@ -148,10 +148,10 @@ SNIPPETS: dict[str, Callable[[], object]] = {
     "ValueError: ... holds the weights": lambda: _trained(resume=True) and checkpoints.load("run"),
     "ValueError: ... has weights": lambda: _trained(resume=True) and checkpoints.load("run", model=Labelled),
     "FileNotFoundError: there is no": lambda: sample("roll"),
-    "ImportError: adaptive": lambda: _without(
+    "MissingExtraError: torchode": lambda: _without(
         "torchode", lambda: fastsde.sample("swiss-roll", (4, 2), solver=fastsde.solvers.AdaptiveODE())
     ),
-    "ValueError: compile='openvino'": lambda: _without("openvino", lambda: sample(Network(), compile="openvino")),
+    "ValueError: openvino": lambda: _without("openvino", lambda: sample(Network(), compile="openvino")),
 }
 
 
