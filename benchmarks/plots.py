@@ -1,8 +1,8 @@
-"""The report's plots: a roofline, and the speed over the batch size."""
+"""The report's plots: the README's figures, a roofline, and the speed over the batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,67 @@ from matplotlib.figure import Figure
 
 from fastsde.files import atomic_path
 
+from . import summary
 from .suite.machine import SPECIAL_FLOP
 from .suite.measure import Figures
-from .suite.table import headlines, is_ours, timed
+from .suite.table import Headline, headlines, is_ours, ratio, timed
 
-_OURS, _BASE, _OTHER = "#c03a2b", "#777777", "#2c6fbb"
+_OURS, _BASE, _OTHER, _PALE = "#c03a2b", "#777777", "#2c6fbb", "#8aa9c8"
 _SWEEPS = {"swiss_roll": "swiss roll (MLP)", "mnist": "MNIST (U-Net)"}
 _MARKERS = "osD^vP"
 
 
-def draw(result: Figures, folder: Path, name: str) -> Iterator[Path]:
-    """Draws ``NAME-roofline.png`` and ``NAME-batch.png``, written atomically, and yields their paths."""
-    for kind, figure in (("roofline", roofline(result)), ("batch", batch_sizes(result))):
-        path = folder / f"{name}-{kind}.png"
+def draw(results: Mapping[str, Figures], folder: Path) -> Iterator[Path]:
+    """Draws ``NAME-roofline.png`` and ``NAME-batch.png`` of each result, and ``speed.png`` of all of them.
+
+    They are written atomically. Yields their paths.
+    """
+    figures = {"speed": speed(list(results.values()))}
+    for name, result in results.items():
+        figures |= {f"{name}-roofline": roofline(result), f"{name}-batch": batch_sizes(result)}
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
         with atomic_path(path) as temporary, mpl.rc_context({"font.size": 8}):
             figure.savefig(temporary, dpi=130)
         yield path
+
+
+# The README's figures ----------------------------------------------------------------------------------------------
+
+
+def speed(results: Sequence[Figures]) -> Figure:
+    """Draws how many times as fast as the user's loop fastsde and the fastest other provider run each task."""
+    figure = Figure(figsize=(8, 1 + 0.5 * len(summary.TASKS)), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        for place, name in enumerate(summary.TASKS):
+            found = summary.headline(result, name)
+            if found is None:
+                axes.text(1.05, place, "not measured", va="center", color="gray", fontsize=8)
+                continue
+            _bars(axes, found, place)
+        axes.axvline(1, color="black", lw=0.8)
+        axes.set(xscale="log", xlim=(0.8, 400), title=summary.machine(result), xlabel="times as fast as the loop")
+        axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+        axes.spines[["top", "right"]].set_visible(False)
+    tasks = [task.split(":")[0].replace("`", "") for task in summary.TASKS.values()]
+    panels[0].set_yticks(range(len(tasks)), tasks)
+    panels[0].set_ylim(len(tasks) - 0.5, -0.5)  # of all panels; also where there are no bars
+    panels[0].barh([0], [0], color=_OURS, label="fastsde")
+    panels[0].barh([0], [0], color=_PALE, label="fastest other")
+    panels[0].legend(loc="lower right", frameon=False, fontsize=8)
+    return figure
+
+
+def _bars(axes: Any, found: Headline, place: int) -> None:
+    """Draws the fastest provider of each side, one above the other."""
+    base = found.median(found.record["baseline"])
+    for provider, color, offset in ((found.ours, _OURS, -0.2), (found.other, _PALE, 0.2)):
+        if provider is not None:
+            times = base / found.median(provider)
+            label = ratio(times) if provider == found.ours else f"{ratio(times)} {provider.split(',')[0]}"
+            axes.barh(place + offset, times, height=0.38, color=color)
+            axes.text(max(times, 1) * 1.06, place + offset, label, va="center", fontsize=8)
 
 
 # The roofline -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Turns result files into the README's tables, plots and comparisons.
+"""Turns result files into the tables and plots of the documentation, and compares them.
 
 python -m benchmarks.report RESULT.json ...                      the tables, as Markdown
-python -m benchmarks.report RESULT.json ... --readme README.md   writes them between the README's marks
-python -m benchmarks.report RESULT.json ... --plots FOLDER       a roofline and the speed over the batch size of each
+python -m benchmarks.report --update README.md                   writes a document's tables again, between its marks
+python -m benchmarks.report RESULT.json ... --plots FOLDER       a roofline and the speed over the batch size of each,
+                                                                 and the README's figures of all of them
 python -m benchmarks.report OLD.json NEW.json --compare          what became faster or slower from one commit to another
 python -m benchmarks.report OLD.json NEW.json --merge ALL.json   all cases of NEW, and those that only OLD has
 """
@@ -10,7 +11,6 @@ python -m benchmarks.report OLD.json NEW.json --merge ALL.json   all cases of NE
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,12 +19,17 @@ import click
 
 from fastsde.files import atomic_path
 
+from . import summary
 from .suite.case import SPENT
 from .suite.measure import Figures
 from .suite.run import SUBJECTS, write_json
 from .suite.table import TITLES, duration, has_replays, headlines, is_ours, noise, ratio, timed, without_time
 
-_MARK = re.compile(r"(?P<begin><!-- benchmarks:(?P<files>[^>]*)-->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
+# <!-- figures: FILES --> is the README's short table of result files, <!-- benchmarks: FILES --> the tables in full.
+_MARK = re.compile(
+    r"(?P<begin><!-- (?P<kind>figures|benchmarks):(?P<files>[^>]*)-->\n).*?(?P<end><!-- end of (?P=kind) -->)",
+    re.DOTALL,
+)
 
 
 def load(path: Path) -> Figures:
@@ -115,23 +120,28 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def block(paths: Sequence[Path]) -> str:
-    """Returns the text between the marks of the README."""
-    return "\n\n".join(markdown(load(path)) for path in paths)
+def marked_files(text: str) -> dict[str, list[str]]:
+    """Returns the result files that the marks of a document name, relative to its folder, for each kind of table.
+
+    Raises:
+        ValueError: for a document without marks.
+    """
+    found = {each["kind"]: each["files"].split() for each in _MARK.finditer(text)}
+    if not found:
+        raise ValueError("the document must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->")
+    return found
 
 
-def marked_files(readme: str) -> list[str]:
-    """Returns the result files named by the README's marks, relative to its folder."""
-    found = _MARK.search(readme)
-    if found is None:
-        raise ValueError("readme must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->")
-    return found["files"].split()
+def updated(text: str, folder: Path) -> str:
+    """Returns a document with the tables of the result files that its marks name."""
+    marked_files(text)  # raises if there are none
 
+    def section(found: re.Match[str]) -> str:
+        results = [load(folder / name) for name in found["files"].split()]
+        made = summary.table(results) if found["kind"] == "figures" else ["\n\n".join(map(markdown, results))]
+        return "\n".join([found["begin"], *made, "", found["end"]])
 
-def with_tables(readme: str, folder: Path) -> str:
-    """Returns the README with the tables of the result files that its marks name."""
-    made = block([folder / name for name in marked_files(readme)])
-    return _MARK.sub(lambda found: f"{found['begin']}\n{made}\n\n{found['end']}", readme)
+    return _MARK.sub(section, text)
 
 
 _SETTINGS = ("device", "threads", "threads_wait", "torch", "quick")  # results with other settings are hardly comparable
@@ -214,11 +224,13 @@ def merge(before: Figures, after: Figures) -> Figures:
 
 
 @click.command()
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option(
-    "--readme",
-    type=click.Path(path_type=Path, exists=True),
-    help="Write the tables between its marks, <!-- benchmarks: ... --> and <!-- end of benchmarks -->.",
+    "--update",
+    "documents",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Write the tables of this document again, between its marks, which name the result files; repeatable.",
 )
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw plots into this folder.")
 @click.option("--compare", "compares", is_flag=True, help="Compare two files, the older one first.")
@@ -229,9 +241,11 @@ def merge(before: Figures, after: Figures) -> Figures:
     help="Write the cases of the second of two files, and those that only the first one has.",
 )
 def main(
-    results: tuple[Path, ...], readme: Path | None, plots: Path | None, compares: bool, merged: Path | None
+    results: tuple[Path, ...], documents: tuple[Path, ...], plots: Path | None, compares: bool, merged: Path | None
 ) -> None:
     """Turn result files of `fastsde bench` into tables, plots and comparisons; by default tables as Markdown."""
+    if not results and not documents:
+        raise click.UsageError("Missing argument 'RESULTS...' or option '--update'.")
     try:
         loaded = [load(path) for path in results]
         for option, given in (("--compare", compares), ("--merge", merged)):
@@ -241,27 +255,21 @@ def main(
             write_json(merged, merge(*loaded))
         if compares:
             click.echo("\n".join(compare(*loaded)))
-        if readme is not None:
-            _write_readme(readme, results)
+        for document in documents:
+            text = updated(document.read_text(), document.resolve().parent)
+            with atomic_path(document) as temporary:
+                temporary.write_text(text)
         if plots is not None:
             from . import plots as pictures  # matplotlib takes a second to import
 
-            for path, result in zip(results, loaded, strict=True):
-                for written in pictures.draw(result, plots, path.stem):
-                    click.echo(written)
-        if not (compares or readme or plots or merged):
+            for written in pictures.draw(
+                {path.stem: result for path, result in zip(results, loaded, strict=True)}, plots
+            ):
+                click.echo(written)
+        if not (compares or documents or plots or merged):
             click.echo("\n\n".join(map(markdown, loaded)))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _write_readme(readme: Path, results: Sequence[Path]) -> None:
-    folder, text = readme.resolve().parent, readme.read_text()
-    marked_files(text)  # raises if there are no marks
-    names = " ".join(os.path.relpath(path.resolve(), folder) for path in results)
-    text = _MARK.sub(lambda found: f"<!-- benchmarks: {names} -->\n{found['end']}", text)
-    with atomic_path(readme) as temporary:
-        temporary.write_text(with_tables(text, folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Samplers of k-diffusion, as they are and as tables. Needs k-diffusion (pip install k-diffusion)."""
+"""Samplers of k-diffusion, as they are and as tables. Needs k-diffusion (pip install "fastsde[k-diffusion]")."""
 
 import time
 

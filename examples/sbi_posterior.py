@@ -1,4 +1,4 @@
-"""A posterior of sbi by score matching, as it is and with its SDE as a table. Needs sbi (pip install sbi)."""
+"""A posterior of sbi by score matching, as it is and as a table. Needs sbi (pip install "fastsde[sbi]")."""
 
 import sys
 import time

@@ -25,6 +25,7 @@ from . import models
 from .conditions import Condition, from_dicts, to_dicts
 from .factories import Factory, in_words, make
 from .files import atomic_path
+from .models.mlp import with_time
 from .sde import VPSDE, Process, from_dict, to_dict
 from .solvers import PREDICTIONS
 from .validation import check_device, check_instance, check_ints, check_range
@@ -34,6 +35,7 @@ __all__ = ["SHIPPED", "Checkpoint", "load", "read", "save", "write"]
 FORMAT = 1
 RUN_CHECKPOINT = "checkpoint.safetensors"
 SHIPPED = {"swiss-roll": "swiss_roll.safetensors", "mnist": "mnist.safetensors"}
+"""The files of the shipped models by name."""
 _METADATA_KEY = "fastsde"
 
 
@@ -44,8 +46,8 @@ class Checkpoint:
     Args:
         model: called as ``model(x, t, **conditions)``, possibly wrapped in ``torch.compile``, DistributedDataParallel,
             DataParallel or AveragedModel, or in `fastsde.models.Preconditioned`, which is restored on loading. A
-            `fastsde.models.MLP` or `UNet` is saved with its architecture; of any other network the weights are saved,
-            and loading them needs the network.
+            `fastsde.models.MLP` or `fastsde.models.UNet` is saved with its architecture; of any other network the
+            weights are saved, and loading them needs the network.
         sde: the process that the network was trained on.
         prediction: "score", "eps", "x0", "v" or "flow".
         data: the name of the data set, or "".
@@ -120,7 +122,13 @@ class Checkpoint:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON metadata atomically to one safetensors file."""
+    """Writes tensors and JSON metadata atomically to one safetensors file.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: what JSON holds.
+    """
     contiguous, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
@@ -181,7 +189,12 @@ def _load_yourself(function: str) -> str:
 
 
 def save(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a checkpoint to sample from, with its weights in the floating-point ``dtype``.
+    """Writes a checkpoint to sample from, atomically.
+
+    Args:
+        path: the file, which should end in .safetensors.
+        checkpoint: the network and how to sample from it.
+        dtype: the floating-point dtype of the weights in the file.
 
     Raises:
         TypeError: if ``checkpoint`` is not a `Checkpoint`, or ``dtype`` is not floating-point.
@@ -215,8 +228,10 @@ def load(path: str | Path, device: torch.device | str = "cpu", model: Factory | 
     The shipped names are "swiss-roll" and "mnist"; to load a file with such a name, write "./mnist".
 
     Args:
+        path: a file, the folder of a run, or the name of a shipped model.
+        device: where the network is moved.
         model: for a network of your own: a network that the weights are written to, a function that makes it, or the
-            name of such a function (`fastsde.factories.make`).
+            name of such a function, such as "package.module:make".
 
     Raises:
         FileNotFoundError, ValueError: as for `read`, or for a device that cannot be used; for a network of your own
@@ -300,7 +315,7 @@ def _network(path: str | Path, metadata: dict[str, Any], given: Factory | None) 
                 f"{path} holds the weights of a network of your own, {described['class']}: give the function that "
                 f"makes it, as --model {name} or model={name!r} in Python"
             )
-        return models.unwrap(make(given)).eval()
+        return with_time(models.unwrap(make(given))).eval()
     if given is not None:
         raise ValueError(f"model must be None for {path}, which knows its architecture, got {in_words(given)}")
     try:

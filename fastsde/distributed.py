@@ -70,11 +70,17 @@ def sample(
 
     Args:
         sampler: the sampler of this rank, on its own device.
-        model_kwargs, uncond_kwargs, mask, known: as for `fastsde.sample`, for the whole batch of ``n`` on every rank.
+        n: the number of samples of all ranks together.
+        seed: as for `fastsde.sample`; a seed that is to be drawn is rank 0's.
+        first_sample: the global index of the first sample.
+        model_kwargs: as for `fastsde.sample`, for the whole batch of ``n`` on every rank.
+        uncond_kwargs: the same for the unconditional call.
+        mask: as for `fastsde.sample`, for the whole batch.
+        known: as for `fastsde.sample`, for the whole batch.
+        trajectory: m, to return every m-th state too, as for `fastsde.sample`.
         progress: show rank 0's progress as a bar on stderr.
         part: how many samples a rank runs at once. By default the sampler's ``max_batch`` if that is a number, else a
             24th of ``n`` but at least 4; set a smaller one for more than 24 ranks. Another size may round differently.
-        seed, first_sample, trajectory: as for `fastsde.sample`; a seed that is to be drawn is rank 0's.
 
     Returns:
         On rank 0 the samples ``[n, *shape]`` on the CPU, with ``trajectory`` a pair of the samples and the states
@@ -210,6 +216,11 @@ def shard(batch_size: int, rank: int, world: int) -> slice:
     Position i of the global batch has key i wherever it is computed: a rank uses ``sample_keys(seed,
     batch_size)[shard(batch_size, rank, world)]``.
 
+    Args:
+        batch_size: of the global batch.
+        rank: this process's number among all.
+        world: the number of processes.
+
     Raises:
         ValueError: if the batch has fewer samples than there are ranks.
     """
@@ -225,6 +236,11 @@ def loss_weight(batch_size: int, rank: int, world: int) -> float:
 
     DistributedDataParallel averages gradients over the ranks: (1 / world) sum_r w_r grad(mean over shard r) is the
     gradient of the mean over the whole batch for w_r = world |shard r| / batch_size, whatever the shards' lengths.
+
+    Args:
+        batch_size: of the global batch.
+        rank: this process's number among all.
+        world: the number of processes.
     """
     mine = shard(batch_size, rank, world)
     length: int = mine.stop - mine.start

@@ -114,8 +114,21 @@ def decode(
     """Returns the samples of latents ``z`` ``[B, *shape]`` at ``t_max``: `fastsde.sample` from there, without noise.
 
     Args:
+        model: the network, as for `encode`.
+        z: the latents ``[B, *shape]``.
+        solver: as for `encode`; to come back to the samples, the same one.
+        steps: the calls of the network.
         t_end: the time that the samples are at; by default ``sde.t_min``, as in `encode`.
-        model, solver, steps, spacing, model_kwargs, options: as for `encode`.
+        spacing: of the times, see `fastsde.solvers.times.spaced`.
+        model_kwargs: further arguments of the network. What is not given of a checkpoint's conditions is "no
+            condition", rather than drawn.
+        options: of `fastsde.sample`, as for `encode`.
+
+    Returns:
+        The samples ``[B, *shape]``.
+
+    Raises:
+        ValueError, TypeError, NonFiniteError: as for `encode`.
     """
     check_tensor("z", z, floating=True, finite=True)
     network, process, low = _prepared("t_end", model, z, t_end, solver, steps, spacing, options)

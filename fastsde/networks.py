@@ -6,7 +6,6 @@ a standard normal: samples of other untrained networks diverge, and compare noth
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoints import Checkpoint
+from .extras import require
 from .models import Sinusoidal, UNet
 
 __all__ = ["NETWORKS", "DDPMUNet", "FiLM", "Named", "Residual"]
@@ -91,19 +91,15 @@ class DDPMUNet(nn.Module):
     """A U-Net of diffusers with attention at its lowest resolution, 6.5 million weights, for images of 32 x 32.
 
     Raises:
-        ValueError: if diffusers is not installed.
+        ImportError: if diffusers is not installed.
     """
 
     def __init__(self, channels: Sequence[int] = (64, 128, 128), layers: int = 2, side: int = 32) -> None:
         super().__init__()
-        try:
-            diffusers = importlib.import_module("diffusers")
-            build = diffusers.UNet2DModel
-        except (ImportError, AttributeError) as error:
-            raise ValueError("the U-Net is one of diffusers, which is not installed: pip install diffusers") from error
+        diffusers = require("diffusers", extra="diffusers", what="the network ddpm-unet")
         self.shape = (3, side, side)
         above = len(channels) - 1
-        self.unet = build(
+        self.unet = diffusers.UNet2DModel(
             sample_size=side,
             layers_per_block=layers,
             block_out_channels=tuple(channels),

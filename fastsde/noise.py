@@ -39,10 +39,15 @@ __all__ = [
 ]
 
 STREAM_SAMPLING = 0
+"""Sampling: step 0 is the draw from the prior, step k + 1 the noise of row k."""
 STREAM_TRAINING_NOISE = 1
+"""The noise of training; the step is the iteration."""
 STREAM_TRAINING_TIME = 2
+"""The times of training."""
 STREAM_DATA_ORDER = 3
+"""The positions in the data."""
 STREAM_OTHER = 4
+"""Anything else, such as dropped conditions, known values and drawn labels."""
 
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
@@ -54,7 +59,15 @@ _STEP_BITS, _STREAM_BITS = 28, 4
 
 
 def int64_bits(name: str, value: object) -> int:
-    """Returns the int64 with the bits of a value, which must be a uint64."""
+    """Returns the int64 with the bits of a value, which must be a uint64.
+
+    Args:
+        name: of the argument, for the error's message.
+        value: an int in [0, 2^64).
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
     bits = check_int(name, value, 0, 2**64)
     return bits - 2**64 if bits >= 2**63 else bits  # torch.compile cannot take the remainder of a symbolic int
 
@@ -152,17 +165,26 @@ def _elements(lanes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 
 
 def bits(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
-    """Draws raw 32-bit words, as int64 values in [0, 2^32). Arguments and shape as for `normal`."""
+    """Draws raw 32-bit words, as int64 values in [0, 2^32).
+
+    Arguments and shape are those of `normal`.
+    """
     return _elements(_blocks(keys, step, shape, stream), shape)
 
 
 def uniform(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
-    """Draws fp32 uniforms on [0, 1), multiples of 2^-24. Arguments and shape as for `normal`."""
+    """Draws fp32 uniforms on [0, 1), multiples of 2^-24.
+
+    Arguments and shape are those of `normal`.
+    """
     return (bits(keys, step, shape, stream) & 0xFFFFFF).float() * 2.0**-24
 
 
 def signs(keys: Tensor, step: int | Tensor, shape: Sequence[int], stream: int = STREAM_SAMPLING) -> Tensor:
-    """Draws fp32 signs, -1 or 1 (Rademacher), by the lowest bit of each word. Arguments and shape as for `normal`."""
+    """Draws fp32 signs, -1 or 1 (Rademacher), by the lowest bit of each word.
+
+    Arguments and shape are those of `normal`.
+    """
     return 1.0 - 2.0 * (bits(keys, step, shape, stream) & 1).float()
 
 

@@ -28,7 +28,16 @@ __all__ = ["Coefficients", "Objective"]
 
 
 class Coefficients(NamedTuple):
-    """The six numbers of each sample, in the order of a table's columns; all have the same shape."""
+    """The six numbers of each sample, in the order of a table's columns; all have the same shape.
+
+    Attributes:
+        tau: the network's time.
+        u_x: the weight of the data in the network's input.
+        u_z: the weight of the noise in the network's input.
+        w_f: the weight of the network's output in the residual.
+        w_x: the weight of the data in the residual.
+        w_z: the weight of the noise in the residual.
+    """
 
     tau: Tensor
     u_x: Tensor
@@ -55,8 +64,10 @@ class Objective:
         sigma_data: the standard deviation of the data that "edm" scales by.
         times: how training times are drawn: "uniform" on [t_min, t_max], or "lognormal", ln t ~ N(time_mean,
             time_std^2) clamped to these bounds, which for the process of EDM is its distribution of sigma.
-        t_min, t_max: the bounds; ``t_max`` is by default that of the process.
-        time_mean, time_std: the mean and standard deviation of ln t for "lognormal" times.
+        t_min: the smallest time.
+        t_max: the largest time, by default that of the process.
+        time_mean: the mean of ln t for "lognormal" times.
+        time_std: the standard deviation of ln t for "lognormal" times.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, an unknown name, or a value out of range.
@@ -107,7 +118,7 @@ class Objective:
         """Maps fp32 uniforms on [0, 1) to fp32 training times, increasing in u: a step draws one number per sample.
 
         "lognormal" applies the inverse of the normal distribution to u + 2^-25, in float64; "importance" depends on
-        more than this object knows (`fastsde.training.importance`), and is uniform here.
+        the history of the loss, which this object does not know, and is uniform here.
         """
         if self.times != "lognormal":
             return u.mul(self.last_time - self.t_min).add_(self.t_min)

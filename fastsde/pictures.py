@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from torch import Tensor
 
 from . import data, plotting
 from .checkpoints import Checkpoint
 
-__all__ = ["columns", "draw", "has_picture", "save"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["check_installed", "columns", "draw", "has_picture", "save"]
+
+
+def check_installed(shape: Sequence[int]) -> None:
+    """Imports what draws samples of a shape.
+
+    Raises:
+        ImportError: if it is not installed; the message names the extra.
+    """
+    plotting.pillow()
+    if tuple(shape) == (2,):
+        plotting.figures()
 
 
 def has_picture(shape: Sequence[int]) -> bool:

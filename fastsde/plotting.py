@@ -5,27 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
+from .extras import require
 from .files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 __all__ = ["animate_images", "animate_points", "image_grid", "save_gif", "save_image", "scatter"]
 
 ScoreFunction = Callable[[Tensor, float], Tensor]
 
 _DATA_COLOUR, _SAMPLE_COLOUR, _FIELD_COLOUR = "#8a8f98", "#2458c5", "#d2691e"
+_NEEDED = {"extra": "plot", "what": "pictures"}
+
+
+def pillow() -> Any:
+    """Returns ``PIL.Image``."""
+    return require("PIL.Image", **_NEEDED)
+
+
+def figures() -> Any:
+    """Returns ``matplotlib.figure``."""
+    return require("matplotlib.figure", **_NEEDED)
 
 
 def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
-    """Draws samples ``[n, 2]``, next to data ``[m, 2]`` with the same axis limits if given.
+    """Draws samples in the plane, next to data with the same axis limits if given.
+
+    Args:
+        samples: ``[n, 2]``.
+        data: ``[m, 2]``, or None.
+
+    Returns:
+        The picture, a PIL image.
 
     Raises:
         ValueError: for other shapes.
@@ -34,7 +54,7 @@ def scatter(samples: Tensor, data: Tensor | None = None) -> Image.Image:
     if data is not None:
         panels.insert(0, ("data", _points("data", data), _DATA_COLOUR))
     limits = _limits(np.concatenate([points for _, points, _ in panels]))
-    figure = Figure(figsize=(4.5 * len(panels), 4.8), dpi=120)
+    figure = figures().Figure(figsize=(4.5 * len(panels), 4.8), dpi=120)
     figure.subplots_adjust(left=0.08, right=0.97, top=0.93, bottom=0.06, wspace=0.12)
     for axes, (title, points, colour) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_points(axes, points, colour, limits)
@@ -48,6 +68,8 @@ def image_grid(
     """Draws a grid of images ``[n, C, H, W]``, C 1 or 3, with values clamped to ``value_range``.
 
     Args:
+        images: ``[n, C, H, W]``.
+        value_range: the values of black and white.
         columns: images per row; by default as many as make the grid about square.
         scale: pixels of the picture per pixel of an image.
 
@@ -67,14 +89,16 @@ def image_grid(
         top = margin + i // columns * (height + margin)
         left = margin + i % columns * (width + margin)
         canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    library = pillow()
+    picture: Image.Image = library.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), library.Resampling.NEAREST)
 
 
 def animate_points(states: Tensor, times: Sequence[float], score: ScoreFunction | None = None) -> list[Image.Image]:
     """Draws frames of points ``[frames, n, 2]`` on their way from noise to data, with the score field behind them.
 
     Args:
+        states: the points of each frame, as ``trajectory`` of a sampler gives them.
         times: the time of each frame.
         score: ``(x [B, 2], t) -> score [B, 2]``, drawn as arrows in its direction, longer where it is larger.
     """
@@ -90,6 +114,11 @@ def animate_images(
     """Draws frames of image grids ``[frames, n, C, H, W]`` on their way from noise to data.
 
     Each frame is scaled by the wider of its own spread and ``value_range``, so that noise shows as noise.
+
+    Args:
+        states: the images of each frame, as ``trajectory`` of a sampler gives them.
+        value_range: the values of black and white.
+        columns: images per row, as for `image_grid`.
     """
     low, high = value_range
     centre, half = (low + high) / 2, (high - low) / 2
@@ -107,29 +136,38 @@ def save_image(picture: Image.Image, path: str | Path) -> None:
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0) -> None:
-    """Writes frames as an animated GIF that plays for ``seconds``, pauses a second on the last frame, and repeats."""
+    """Writes frames as an animated GIF that plays for ``seconds``, pauses a second on the last frame, and repeats.
+
+    Args:
+        frames: the pictures.
+        path: the file, which should end in .gif.
+        seconds: how long the frames are shown.
+
+    Raises:
+        ValueError: if there are no frames.
+    """
     if not frames:
         raise ValueError("frames must have at least one picture, got none")
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + 1000]
-    palette = [frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for frame in frames]
+    palette = [frame.convert("P", palette=pillow().Palette.ADAPTIVE, colors=64) for frame in frames]
     with atomic_path(path) as temporary:
         palette[0].save(temporary, save_all=True, append_images=palette[1:], duration=durations, loop=0, optimize=True)
 
 
-def _points(name: str, points: Tensor) -> np.ndarray:
+def _points(name: str, points: Tensor) -> np.ndarray[Any, Any]:
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"{name} must have shape [n, 2], got {list(points.shape)}")
     return points.detach().float().cpu().numpy()
 
 
-def _limits(points: np.ndarray) -> tuple[float, float]:
+def _limits(points: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Returns equal limits for both axes, with a margin; one coordinate in a thousand may lie outside."""
     bound = 1.15 * float(np.quantile(np.abs(points), 0.999)) if points.size else 1.0
     return -max(bound, 1e-3), max(bound, 1e-3)
 
 
-def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[float, float]) -> None:
+def _draw_points(axes: Axes, points: np.ndarray[Any, Any], colour: str, limits: tuple[float, float]) -> None:
     axes.scatter(
         points[:, 0], points[:, 1], s=max(1.5, min(9.0, 6000 / max(1, len(points)))), c=colour, lw=0, alpha=0.7
     )
@@ -138,7 +176,7 @@ def _draw_points(axes: Axes, points: np.ndarray, colour: str, limits: tuple[floa
 
 
 def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score: ScoreFunction | None) -> Image.Image:
-    figure = Figure(figsize=(4.5, 4.8), dpi=72)
+    figure = figures().Figure(figsize=(4.5, 4.8), dpi=72)
     figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.06)
     axes = figure.subplots()
     if score is not None:
@@ -156,6 +194,7 @@ def _point_frame(state: Tensor, time: float, limits: tuple[float, float], score:
 
 
 def _render(figure: Figure) -> Image.Image:
-    canvas: Any = FigureCanvasAgg(figure)
+    canvas: Any = require("matplotlib.backends.backend_agg", **_NEEDED).FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy()).convert("RGB")
+    picture: Image.Image = pillow().fromarray(np.asarray(canvas.buffer_rgba()).copy())
+    return picture.convert("RGB")

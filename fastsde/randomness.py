@@ -15,6 +15,7 @@ from .validation import check_int
 __all__ = ["Seed", "generator_of", "preserved", "seed_everywhere", "seed_of", "seeded"]
 
 Seed = int | torch.Generator | None
+"""A seed in [0, 2^64), or what one is drawn from: a generator, or PyTorch's global one for None."""
 
 _MASK = 2**64 - 1
 _logger = logging.getLogger("fastsde")

@@ -48,8 +48,11 @@ __all__ = [
 ]
 
 Model = Callable[..., Tensor]
+"""A network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``."""
 NoiseFunction = Callable[[int, Tensor], Tensor]
+"""``(row, x) -> z``: the noise of a row, of the shape of the state x."""
 RowHook = Callable[[int, float, Tensor], "Tensor | None"]
+"""``(row, time, x) -> None``, called after each row; or it returns a tensor, which replaces the state."""
 
 MOST_ROWS = 2**24  # of data that one uniform tells apart
 
@@ -97,6 +100,8 @@ def solver_step(
     Args:
         slots: the state, m tensors ``[B, *shape]``.
         f: the network's output at ``table.time[row]``, shaped like a slot, of any floating-point dtype.
+        table: the solver.
+        row: the row, from 0.
         z: this row's noise, needed where d is not zero; drawn from ``keys`` if not given.
         keys: int64 ``[B, 2]``.
         f_uncond: the unconditional output, combined as f_uncond + guidance (f - f_uncond).
@@ -237,11 +242,14 @@ def sample(
     Args:
         model: called as ``model(x, t, **model_kwargs)`` with t ``[B]``.
         shape: ``(B, *shape)``.
+        table: the solver.
         keys: int64 ``[B, 2]``, one key per sample.
         x_init: the initial state, instead of the draw of step 0.
         noise_function: ``(row, x) -> z``, instead of the draw of step ``row + 1``.
+        model_kwargs: further arguments of the network.
         guidance: w of classifier-free guidance between ``model_kwargs`` and ``uncond_kwargs`` (Ho & Salimans 2022,
             arXiv:2207.12598), or a `fastsde.Guidance`, or its weights for this batch.
+        uncond_kwargs: the arguments of the unconditional call.
         dtype: the dtype of the state.
         after_row: called as ``after_row(row, time, x)`` with the state after each row. A tensor that it returns
             replaces the state.
@@ -394,7 +402,8 @@ def perturb(
         step: the training iteration.
         coefficients: floating-point ``[B, 6]`` (`fastsde.objective.Objective.table`).
         index: int64 ``[B]``, the rows of ``x_0`` to use.
-        scale, shift: x_0 is replaced by scale x_0 + shift.
+        scale: x_0 is replaced by scale x_0 + shift.
+        shift: see ``scale``.
         z: noise ``[B, *shape]``; drawn if not given.
         dtype: the dtype of x_in; by default that of the computation, fp32 for uint8 data.
     """
@@ -422,7 +431,14 @@ def dsm_loss(
 
     Args:
         f: the network's output at the x_in and tau of `perturb`, ``[B, *shape]``.
-        x_0, keys, step, coefficients, index, scale, shift, z: as for `perturb`.
+        x_0: as for `perturb`.
+        keys: as for `perturb`.
+        step: as for `perturb`.
+        coefficients: as for `perturb`.
+        index: as for `perturb`.
+        scale: as for `perturb`.
+        shift: as for `perturb`.
+        z: as for `perturb`.
 
     Returns:
         The loss, a scalar.
@@ -489,14 +505,22 @@ def train_step(
     """Takes one training step on a batch drawn from ``data`` ``[N, *shape]``.
 
     Args:
+        model: the network.
+        optimizer: of its parameters.
+        data: uint8 or float ``[N, *shape]``.
+        keys: int64 ``[B, 2]``, one key per position in the batch; None if ``draws`` are given and nothing is dropped or
+            flipped.
+        step: the training iteration.
         objective: what the network learns, and at which times; unused if ``draws`` are given.
+        scale: the data are replaced by scale x_0 + shift.
+        shift: see ``scale``.
         conditions: further arguments of the network, ``[N, ...]`` by name.
-        nulls, dropout: the values of "no condition", and the share of samples that get them (`drop_conditions`).
+        nulls: the values of "no condition", by name.
+        dropout: the share of samples that get them (`drop_conditions`).
         flip: whether half of the images are mirrored (`flip_images`).
         autocast: the dtype that the network runs in under ``torch.autocast``, or None.
         clip_norm: the largest norm of the gradient, which is scaled down to it, or None.
         draws: the `training_draws` of this step, if they were drawn ahead.
-        data, keys, step, scale, shift: as for `perturb` and `dsm_loss`.
 
     Returns:
         The loss before the step, a scalar.

@@ -47,6 +47,10 @@ _NETWORK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Sampler:
     """Samples from a score network, any number of times.
 
+    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults. It
+    does not tell how far its rows are from the data, so that known values, measurements and classifier guidance need a
+    named solver.
+
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``; an
             ``nn.Sequential`` is called with ``cat((x, t), -1)`` instead. It stays in its training or evaluation mode.
@@ -56,8 +60,8 @@ class Sampler:
         sde: the process, by default ``VPSDE()``; a checkpoint has its own. Samples start from its prior, even if the
             solver is a `StepTable`.
         solver: one of `fastsde.solvers.SOLVERS`, such as "euler_maruyama", "ddim" or "unipc", or a `StepTable`. Or an
-            adaptive solver, `fastsde.solvers.AdaptiveODE` or `GottaGoFast`, whose tolerances take the place of
-            ``steps``, ``spacing``, ``rho``, ``clip``, ``eta`` and ``solver_options``.
+            adaptive solver, `fastsde.solvers.AdaptiveODE` or `fastsde.solvers.GottaGoFast`, whose tolerances take the
+            place of ``steps``, ``spacing``, ``rho``, ``clip``, ``eta`` and ``solver_options``.
         steps: the rows of the solver's table, that is, calls of the network. The tutorial uses 999.
         t_start: the time to start at, in [0, t_max], where ``x_init`` is the state; by default t_max.
         t_end: the time that the trajectory ends at, in [0, t_start); by default 0, or ``sde.t_min`` with an adaptive
@@ -73,9 +77,9 @@ class Sampler:
         solver_options: more options of the solver's builder in `fastsde.solvers`, such as ``{"order": 3}`` for unipc.
         denoise: the last of the ``steps`` rows gives the predicted x_0, instead of a step to ``t_end``; with an
             adaptive solver, one more call of the network at ``t_end`` does.
-        resamples, jump: RePaint's resampling (arXiv:2201.09865), for a ``mask`` in the call: after every ``jump`` rows
-            the trajectory goes back up by as many, until it has come down ``resamples`` times; the paper uses 10 and
-            10. ``steps`` counts the rows of the way down alone.
+        resamples: how often RePaint (arXiv:2201.09865) comes down each part of the way, for a ``mask`` in the call; 1
+            is without it, the paper uses 10. ``steps`` counts the rows of the way down alone.
+        jump: after how many rows RePaint goes back up, by as many; the paper uses 10.
         prior_std: the standard deviation of the initial draw, by default that of the process's prior.
         dtype: the dtype that the network runs in, by default that of its weights. x is cast to it; t is fp32, or an
             integer if the network accepts nothing else and all times are integers; floating-point arguments keep their
@@ -100,9 +104,14 @@ class Sampler:
             backward pass (Chen et al. 2016, arXiv:1604.06174), so that memory holds the states of all rows but the
             activations of one.
 
-    A `StepTable` fixes the times, the prediction and the solver's options: leave these arguments at their defaults. It
-    does not tell how far its rows are from the data, so that known values, measurements and classifier guidance need a
-    named solver.
+    Attributes:
+        table: the solver's rows, a `StepTable`; of an adaptive solver one call of the network.
+        sample_shape: the shape of one sample.
+        device: where it runs.
+        state_dtype: the dtype of the state and the samples, fp32 or float64.
+        guidance: the `fastsde.Guidance`, or None.
+        max_batch: as given.
+        differentiable: as given.
 
     Raises:
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
@@ -276,7 +285,28 @@ class Sampler:
         callback: RowHook | None = None,
         progress: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Draws ``n`` samples. Arguments and result as for `sample`."""
+        """Draws ``n`` samples. `fastsde.sample` says more about each argument, and what is raised.
+
+        Args:
+            n: the number of samples.
+            seed: in [0, 2^64), or a ``torch.Generator`` or None to draw it from.
+            first_sample: the global index of the first sample.
+            keys: one key per sample, int64 ``[n, 2]``, or one seed per sample, ``[n]``.
+            x_init: the initial state ``[n, *shape]``, instead of a draw from the prior.
+            noise: ``(row, x) -> z``, instead of the noise contract.
+            model_kwargs: further arguments of the network, tensors with the batch first.
+            uncond_kwargs: those of the unconditional call of classifier-free guidance.
+            mask: bool, True where the data are known; broadcasts to ``[n, *shape]``.
+            known: the known data, where ``mask`` is True; broadcasts to ``[n, *shape]``.
+            measurement: a `fastsde.DPS` or `fastsde.PiGDM`.
+            trajectory: m, to return the states after 0, m, 2m, ... rows too.
+            callback: called as ``callback(row, time, x)`` after each row. A tensor that it returns replaces the state.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            The samples ``[n, *shape]``; with ``trajectory`` a pair of the samples and the states
+            ``[steps // m + 1, n, *shape]``.
+        """
         if trajectory is not None:
             check_int("trajectory", trajectory, 1)
         check_bool("progress", progress)
@@ -491,11 +521,21 @@ def sample(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draws samples from a score network by the reverse SDE or the probability flow of a process.
 
-    The same seed gives the same samples up to rounding, however the batch is split, on any device and backend.
+    The same seed gives the same samples up to rounding, however the batch is split, on any device and backend. To draw
+    more than once from a network, build a `Sampler`, which has more to say about what it shares with this function.
 
     Args:
-        model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``.
+        model: the network, called as ``model(x, t, **model_kwargs)`` with x ``[B, *shape]`` and t ``[B]``; or a
+            checkpoint, its file, the folder of a run, or the name of a shipped model.
         shape: ``(B, *shape)``, the batch first.
+        sde: the process, by default ``VPSDE()`` or that of the checkpoint.
+        solver: the name of a solver, one of `fastsde.solvers.SOLVERS`; or a `StepTable` or an adaptive solver.
+        steps: the calls of the network.
+        t_start: the time to start at, by default t_max; below it, ``x_init`` must be given.
+        t_end: the time to end at, by default 0, or ``sde.t_min`` with an adaptive solver.
+        spacing: of the times: "uniform", "karras", "log_snr", "quadratic", "trailing" or "leading".
+        rho: the rho of "karras" spacing, by default 7.
+        prediction: what the network predicts: "score" (the default), "eps", "x0", "v" or "flow".
         seed: in [0, 2^64); or a ``torch.Generator`` or None, to draw it from that generator or PyTorch's global one.
             `Sampler.last_seed` and the logger "fastsde" tell the seed that was drawn.
         first_sample: the global index of the first sample: drawing 10 with first_sample = 90 gives the last ten of
@@ -506,9 +546,20 @@ def sample(
             that time: to start from an image x, draw it with the mean and std of ``sde.marginal_prob(x, t_start)``.
         noise: ``(row, x) -> z`` instead of the noise contract, called after the network in rows that have noise (ddim
             and heun have none). The prior still comes from the contract, unless ``x_init`` is given.
+        clip: the bound of the predicted x_0, for solvers that use it.
+        eta: the share of DDPM's noise in [0, 1], for ddim and euler_ancestral.
+        solver_options: more options of the solver, such as ``{"order": 3}`` for unipc.
+        denoise: the last row gives the predicted x_0, instead of a step to ``t_end``.
+        resamples: how often RePaint comes down each part of the way, for a ``mask``.
+        jump: after how many rows RePaint goes back up.
+        prior_std: the standard deviation of the initial draw, by default that of the process's prior.
+        dtype: the dtype that the network runs in, by default that of its weights.
+        device: by default the network's own; for a function that of ``x_init`` or ``keys``, or PyTorch's default.
         model_kwargs: further arguments of the network: tensors with the batch first, or plain scalars. Without them, a
             checkpoint that was trained with labels draws them, as frequent as in its data, and with vectors has none;
             with a mask, a measurement or classifier guidance it has none, if it can do without.
+        guidance: w of classifier-free guidance, a number or one a sample; or a `fastsde.Guidance` or
+            `fastsde.ClassifierGuidance`.
         uncond_kwargs: the same for the unconditional call of classifier-free guidance.
         mask: bool, True where the data are known; broadcasts to ``[B, *shape]``. After each row, known values with the
             noise of its time are put in there (Song et al. 2021, arXiv:2011.13456, appendix I.2), in slot 0 of the
@@ -517,13 +568,16 @@ def sample(
         known: the data (at t = 0), floating-point; broadcasts to ``[B, *shape]``, and is read only where ``mask`` is
             True.
         measurement: a `fastsde.DPS` or `fastsde.PiGDM`, which draws the samples towards a measurement of them.
+        backend: "auto" (the fastest that can run), "reference", "eager", "graph" or "persistent".
+        compile: True for ``torch.compile``, "openvino", or "auto" for what pays.
+        max_batch: the most samples that run at once, or "auto".
+        differentiable: whether gradients flow to the network's parameters, ``x_init`` and ``model_kwargs``.
         trajectory: m, to return every m-th state too: the states after 0, m, 2m, ... rows; if m divides the steps, the
             last of them are the samples.
         callback: called as ``callback(row, time, x)`` after each row, with the time that the network was called with
-            and the state after the row; with ``max_batch``, for each part of the batch in turn.
+            and the state after the row; with ``max_batch``, for each part of the batch in turn. A tensor that it
+            returns replaces the state.
         progress: show a progress bar on stderr.
-        sde, solver, steps, t_start, t_end, spacing, rho, prediction, clip, eta, solver_options, denoise, resamples,
-        jump, prior_std, dtype, device, guidance, backend, compile, max_batch, differentiable: as for `Sampler`.
 
     Returns:
         The samples ``[B, *shape]``, fp32 (float64 if ``dtype`` is); with ``trajectory`` a pair of the samples and the

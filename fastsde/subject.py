@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 ModelLike = Model | Checkpoint | str | Path
+"""A network, or what has one: a checkpoint, a checkpoint file, the folder of a run, or the name of a shipped model."""
 
 TABLE_DEFAULTS = {
     "t_start": None,

@@ -34,7 +34,14 @@ _joined = itertools.count()
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among all (``rank`` of ``world``) and among those of its machine."""
+    """The place of this process among all (``rank`` of ``world``) and among those of its machine.
+
+    Args:
+        rank: its number among all processes, from 0.
+        world: the number of all processes.
+        local_rank: its number among the processes of its machine.
+        local_world: the number of processes of its machine.
+    """
 
     rank: int = 0
     world: int = 1

@@ -3,7 +3,7 @@
 The truth is the reference in float64; a network that does not accept float64 runs in its own dtype, on a float64 state.
 A backend's error in a dtype may be at most twice that of plain PyTorch in the same dtype, plus a small constant
 (flash-attention's rule); an error is the RMS over all elements of the state after the first row, and again after the
-last. Plain PyTorch is the reference, on a copy of the network that `fastsde.yardstick` calls; it never rounds times,
+last. Plain PyTorch is the reference, on a copy of the network that ``fastsde.yardstick`` calls; it never rounds times,
 and so exposes a backend that does. The constant covers errors that plain PyTorch lacks: those of the normals, since it
 uses the truth's, and a rounding where it happens to have none:
 
@@ -17,7 +17,7 @@ rounding of the state per row.
 
 PyTorch may run fp32 products in TF32, and does so by default for convolutions on a GPU; `machine` reports the setting.
 Whether cuDNN really does so depends on the shape, so the yardstick in float32 is then the larger error of two: that of
-plain PyTorch, and that of plain PyTorch with the factors of its products rounded to TF32 (`fastsde.tf32`).
+plain PyTorch, and that of plain PyTorch with the factors of its products rounded to TF32 (``fastsde.tf32``).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "Difference", "Result", "default_n", "machine", "table", "verify", "write_json"]
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in VERIFIED_DTYPES}
+"""The dtypes that are verified, by name."""
 _REFERENCE = "reference"
 _NORMAL_ERROR = 4e-6  # of the noise contract
 _ROUNDOFF = 2.0**-24  # of fp32
@@ -67,7 +68,13 @@ _ROUNDOFF = 2.0**-24  # of fp32
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a state is from the truth: the largest difference, the RMS, and the allowed RMS, if there is a limit."""
+    """How far a state is from the truth.
+
+    Args:
+        largest: the largest difference.
+        rms: the root mean square.
+        allowed: the largest RMS that is allowed, or None without a limit.
+    """
 
     largest: float
     rms: float
@@ -79,9 +86,12 @@ class Result:
     """The result of one backend in one dtype.
 
     Args:
+        backend: its name.
         dtype: the dtype that the network ran in, such as "float32".
+        compile: whether the network was compiled.
         verdict: "pass", "fail", "unavailable" (it cannot run here), or for the reference "truth" and "yardstick".
-        first_step, whole: the differences after one row and after all rows; None if not finite.
+        first_step: the difference after one row; None if not finite.
+        whole: the difference after all rows; None if not finite.
         reason: why it failed or cannot run.
     """
 
@@ -194,16 +204,22 @@ def verify(
 
     Args:
         model: a shipped model by name, a checkpoint file, the folder of a training run, a `Checkpoint`, or a network;
-            or the name of an untrained network of `fastsde.networks`, by default with conditions if it takes some.
-        sample_shape, sde, prediction: of a network, as for `fastsde.Sampler`; a checkpoint has its own.
+            or an untrained network, "residual", "film" or "ddpm-unet", by default with conditions if it takes some.
+        sample_shape: of a network, as for `fastsde.Sampler`; a checkpoint has its own.
+        sde: the process of a network, by default ``VPSDE()``.
+        prediction: what a network predicts, by default "score".
         n: how many samples; by default 4 images or 256 others, or as many as there are conditions.
+        solver: a name of `fastsde.solvers.SOLVERS` or a `StepTable`.
+        steps: the calls of the network.
+        model_kwargs: further arguments of the network, as for `fastsde.sample`.
+        guidance: as for `fastsde.Sampler`, but for classifier guidance.
+        uncond_kwargs: those of the unconditional call, as for `fastsde.sample`.
+        seed: of the samples, in [0, 2^64).
         device: by default the network's own; for a model that is loaded, CUDA if available, else the CPU.
         dtypes: the network's dtypes, of float32, bfloat16 and float16; by default the first two, on a GPU all three.
         compile: run each backend a second time through ``torch.compile``.
         progress: show on stderr which backend runs, and its progress.
-        solver, steps, guidance: as for `fastsde.Sampler`.
         table_options: t_end, spacing, rho, clip, eta, solver_options and denoise, as for `fastsde.Sampler`.
-        model_kwargs, uncond_kwargs, seed: as for `fastsde.sample`.
 
     Returns:
         First the truth; then for each dtype the reference and every other backend.
@@ -352,7 +368,11 @@ def _label(backend: str, dtype: str, compile: bool) -> str:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Returns the lines of a table of what ran, and below it why something failed or cannot run here."""
+    """Returns the lines of a table of what ran, and below it why something failed or cannot run here.
+
+    Args:
+        results: those of `verify`.
+    """
     compiles = any(result.compile for result in results)
     width = max(len(result.backend) for result in results) + 2
 
@@ -412,7 +432,13 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def write_json(path: str | Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
-    """Writes ``about`` and the results atomically."""
+    """Writes results as JSON, atomically.
+
+    Args:
+        path: the file.
+        results: those of `verify`.
+        about: what else the file says, such as `machine`.
+    """
     document = {**about, "results": [asdict(result) for result in results]}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -27,8 +27,10 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "eager", "graph", "persistent")
 DATASETS = ("swiss-roll", "digits", "mnist")
+"""The names of the data sets."""
 LR_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
+"""What a network may predict: the score, the noise, the data, v = alpha eps - sigma x_0, or flow = eps - x_0."""
 RECIPES = ("default", "tutorial", "ddpm", "edm", "flow")
 SPACINGS = ("uniform", "karras", "log_snr", "quadratic", "trailing", "leading")
 PRECONDITIONINGS = ("none", "edm")
@@ -44,6 +46,7 @@ PROCESSES = tuple(sorted(_FILES, key=lambda name: (name != "vp", name)))
 _SOURCES = [path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent / "solvers").glob("*.py"))]
 _FOUND = [name for text in _SOURCES for name in re.findall(r"^@solver\((?s:.*?)^def (\w+)\(", text, re.MULTILINE)]
 SOLVERS = tuple(sorted(_FOUND, key=lambda name: name != "euler_maruyama"))
+"""The names of the solvers that are tables, the default first."""
 
 # Names of torch.dtype.
 DTYPES = ("float32", "float64", "bfloat16", "float16")

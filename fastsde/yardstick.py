@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .engines.inspection import dtype_of
-from .models.mlp import ConcatTime, is_sequential
+from .models.mlp import with_time
 from .models.unwrap import unwrap
 from .reference import Model
 
@@ -73,8 +73,7 @@ def _first_taken(call: Callable[..., Tensor], ways: list[tuple[bool, bool, bool]
 
 def _called(model: Model) -> Model:
     """Returns the network as a callable ``model(x, t)``."""
-    model = unwrap(model) if isinstance(model, nn.Module) else model
-    return ConcatTime(model) if isinstance(model, nn.Module) and is_sequential(model) else model
+    return with_time(unwrap(model)) if isinstance(model, nn.Module) else model
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

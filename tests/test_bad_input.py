@@ -100,7 +100,7 @@ SAMPLE = [
     ({"sde": VPSDE}, TypeError, "sde must be a process", "the class VPSDE"),
     ({"sde": (0.1, 20.0)}, TypeError, "sde must be a process such as", "tuple"),
     # solver
-    ({"solver": "euler"}, ValueError, f"solver must be one of {NAMES}", "'euler'"),
+    ({"solver": "nobody"}, ValueError, f"solver must be one of {NAMES}", "'nobody'"),
     ({"solver": None}, TypeError, "solver must be a name or a StepTable", "NoneType"),
     ({"solver": solvers.ddim}, TypeError, "solver must be a name or a StepTable", "function"),
     ({"solver": table(), "steps": 5}, ValueError, "StepTable given as solver has 3 rows", "steps=5"),

@@ -533,7 +533,7 @@ def test_a_loop_without_its_package_says_what_to_install(monkeypatch: pytest.Mon
             continue
         record = runner.run_case(make(), CPU, MOST).record
         for figures in record["providers"].values():
-            assert f"pip install {package.replace('_', '-')}" in figures["unavailable"]
+            assert f"pip install 'fastsde[{package.replace('_', '-')}]'" in figures["unavailable"]
         assert not table.headlines(record)
 
 
@@ -556,7 +556,7 @@ def test_a_u_net_without_its_library_is_unavailable_and_fails_no_run(monkeypatch
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (case,) = (each for each in architectures.cases(QUICK) if each.name.startswith("ddpm-unet"))
     record = runner.run_case(case, CPU, MOST).record
-    assert all("pip install diffusers" in figures["unavailable"] for figures in record["providers"].values())
+    assert all("pip install 'fastsde[diffusers]'" in figures["unavailable"] for figures in record["providers"].values())
     assert not list(run._wrong(record))
 
 

@@ -301,7 +301,7 @@ def test_what_openvino_cannot_run_is_refused(
 
 def test_without_openvino_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"not installed: pip install openvino, or use compile=True$"):
+    with pytest.raises(ValueError, match=r"^openvino is not installed; .*'fastsde\[openvino\]', or use compile=True$"):
         Sampler(MLP(), (2,), compile="openvino")
 
 

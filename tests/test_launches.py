@@ -1,4 +1,4 @@
-"""How many launches each engine needs: the table of docs/benchmarks/launches.md (tests/launches.py defines a launch)."""
+"""How many launches each engine needs: docs/benchmarks/launches.md (tests/launches.py defines a launch)."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_the_mlps_are_lowered(name: str) -> None:
 def test_the_u_net_has_its_size_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "diffusers", None)
-        with pytest.raises(ValueError, match="not installed: pip install diffusers"):
+        with pytest.raises(ImportError, match=r"pip install 'fastsde\[diffusers\]'$"):
             NETWORKS["ddpm-unet"].load()
     pytest.importorskip("diffusers", exc_type=ImportError)
     named = NETWORKS["ddpm-unet"]

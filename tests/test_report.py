@@ -1,4 +1,4 @@
-"""Result files as tables, plots and comparisons; the README's table matches the result file that it names."""
+"""Result files as tables, plots and comparisons; the tables of documents match the result files that they name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastsde.benchmarks import plots, report
+from fastsde.benchmarks import plots, report, summary
 from fastsde.benchmarks.suite import run
 from fastsde.benchmarks.suite.plan import Plan
 
@@ -31,12 +31,22 @@ def result() -> dict[str, Any]:
 # The committed figures ----------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_table_is_that_of_its_result_files() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert report.marked_files(readme) == ["benchmarks/results/cpu.json", "benchmarks/results/gpu.json"]
-    assert report.with_tables(readme, ROOT) == readme, (
-        "python -m benchmarks.report benchmarks/results/cpu.json benchmarks/results/gpu.json --readme README.md"
-    )
+@pytest.mark.parametrize(("document", "kind"), [("README.md", "figures"), ("docs/benchmarks/index.md", "benchmarks")])
+def test_the_tables_of_a_document_are_those_of_its_result_files(document: str, kind: str) -> None:
+    path = ROOT / document
+    text = path.read_text()
+    names = [(path.parent / name).resolve() for name in report.marked_files(text)[kind]]
+    assert names == [CPU_FILE, CPU_FILE.with_name("gpu.json")]
+    assert report.updated(text, path.parent) == text, f"python -m benchmarks.report --update {document}"
+
+
+def test_the_number_of_the_readmes_first_line_was_measured() -> None:
+    first = (ROOT / "README.md").read_text().split("\n\n")[1]
+    for name in ("cpu.json", "gpu.json"):
+        found = summary.headline(report.load(CPU_FILE.with_name(name)), "loop-tutorial")
+        assert found is not None
+        speed = found.median(found.record["baseline"]) / found.median(found.ours)
+        assert f"{speed:.0f} times" in first
 
 
 def test_the_committed_figures_of_the_cpu_are_whole_and_meet_their_targets(result: dict[str, Any]) -> None:
@@ -99,23 +109,44 @@ def test_cases_that_were_measured_again_replace_the_old_ones(tmp_path: Path, res
 # The report ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_is_written_between_its_marks(tmp_path: Path, result: dict[str, Any]) -> None:
-    readme, out = tmp_path / "README.md", tmp_path / "figures" / "a.json"
+def test_a_document_is_written_between_its_marks(tmp_path: Path, result: dict[str, Any]) -> None:
+    document, out = tmp_path / "README.md", tmp_path / "figures" / "a.json"
     out.parent.mkdir()
     out.write_text(json.dumps(result))
-    readme.write_text("before\n<!-- benchmarks: gone.json -->\nold\n<!-- end of benchmarks -->\nafter\n")
+    document.write_text(
+        "before\n<!-- benchmarks: figures/a.json -->\nold\n<!-- end of benchmarks -->\nbetween\n"
+        "<!-- figures: figures/a.json figures/a.json -->\n<!-- end of figures -->\nafter\n"
+    )
     for _ in range(2):  # the second changes nothing
-        done = CliRunner().invoke(report.main, [str(out), "--readme", str(readme)])
+        done = CliRunner().invoke(report.main, ["--update", str(document)])
         assert done.exit_code == 0, done.output
-        text = readme.read_text()
+        text = document.read_text()
         assert text.startswith("before\n<!-- benchmarks: figures/a.json -->\n")
-        assert text.endswith("<!-- end of benchmarks -->\nafter\n")
+        assert "<!-- end of benchmarks -->\nbetween\n" in text
+        assert text.endswith("<!-- end of figures -->\nafter\n")
         assert "old" not in text
         assert report.markdown(result) in text
-    assert report.with_tables(text, tmp_path) == text
+        assert "\n".join(summary.table([result, result])) in text
+    assert report.updated(text, tmp_path) == text
     result["cases"][0]["providers"]["fastsde native"]["median_s"] *= 1.5
     out.write_text(json.dumps(result))
-    assert report.with_tables(text, tmp_path) != text
+    assert report.updated(text, tmp_path) != text
+
+
+def test_the_short_table_shows_one_step_of_five_tasks(result: dict[str, Any]) -> None:
+    (record,) = (each for each in result["cases"] if each["name"] == "mnist-20")
+    record["providers"] = {
+        "tutorial's loop, fp32": {"median_s": 3.0, "precision": "fp32"},
+        "fastsde eager compiled, fp32": {"median_s": 1.0, "precision": "fp32"},
+        "fastsde eager, bf16": {"median_s": 0.5, "precision": "bf16"},  # the table is of the default precision
+    }
+    result["cases"] = [record]
+    lines = summary.table([result])
+    assert len(lines) == 2 + len(summary.TASKS)
+    assert lines[0] == "| one step of | 2 cores of an AMD EPYC: PyTorch | 2 cores of an AMD EPYC: fastsde |"
+    (line,) = (line for line in lines if line.startswith(f"| {summary.TASKS['mnist-20']} |"))
+    assert line.endswith("| 12 ms | 4 ms compiled, **3.00x** |")  # 250 steps
+    assert sum("| not measured |  |" in line for line in lines) == len(summary.TASKS) - 1
 
 
 def test_a_table_row_is_of_the_fastest_of_each(result: dict[str, Any]) -> None:
@@ -182,8 +213,8 @@ def test_cases_of_other_sizes_are_not_compared(result: dict[str, Any]) -> None:
 def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:
     done = CliRunner().invoke(report.main, [str(CPU_FILE), "--plots", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    for kind in ("roofline", "batch"):
-        picture = plt.imread(tmp_path / f"cpu-{kind}.png")
+    for name in ("cpu-roofline", "cpu-batch", "speed"):
+        picture = plt.imread(tmp_path / f"{name}.png")
         assert picture.shape[0] > 400
         assert picture.std() > 0.05
     axes = plots.roofline(result).axes[0]
@@ -192,12 +223,12 @@ def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:
     for panel, sizes in ((swiss_roll, [1000, 20_000, 1_000_000]), (mnist, [1, 20, 256, 1000])):
         lines = {line.get_label(): line for line in panel.lines}
         assert list(lines["tutorial's loop, fp32"].get_xdata()) == sizes
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-batch.png", "cpu-roofline.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-batch.png", "cpu-roofline.png", "speed.png"]
 
 
 def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict[str, Any]) -> None:
     result["cases"] = []
-    assert len(list(plots.draw(result, tmp_path, "nothing"))) == 2
+    assert len(list(plots.draw({"nothing": result}, tmp_path))) == 3
 
 
 @pytest.mark.parametrize(
@@ -205,7 +236,7 @@ def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict
     [
         (["{result}", "--compare"], "--compare takes two result files, got 1"),
         (["{other}"], "is not a result file of fastsde bench"),
-        (["{result}", "--readme", "{other}"], "must have the marks"),
+        (["--update", "{other}"], "must have the marks"),
         (["missing.json"], "does not exist"),
         ([], "Missing argument"),
     ],

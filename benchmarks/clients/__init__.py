@@ -1,1 +1,1 @@
-"""Other samplers, each traced and compared with itself: ``python -m benchmarks.clients --out docs/benchmarks/loops.md``."""
+"""Traces the samplers of other packages and compares each with itself: docs/benchmarks/loops.md."""

@@ -160,7 +160,7 @@ def _residual(jax: Any, model: Residual) -> Network:
 
 
 def _sampling(task: Trajectory) -> Scan:
-    return Scan(task, imported("jax", "jax"))
+    return Scan(task, imported("jax", "engines"))
 
 
 def scan(task: Trajectory, proof: Proof) -> Provider:

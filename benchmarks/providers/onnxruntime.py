@@ -18,9 +18,9 @@ def engine(
     network: nn.Module, example: tuple[Tensor, Tensor], precision: str
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Returns a function that runs a network on arrays of the example's shapes, in fp32."""
-    runtime = imported("onnxruntime", "onnxruntime")
+    runtime = imported("onnxruntime", "engines")
     for package in ("onnx", "onnxscript"):  # which the export needs
-        imported(package, package)
+        imported(package, "engines")
     with torch.no_grad():
         program = torch.onnx.export(network, example, dynamo=True, verbose=False)
     options = runtime.SessionOptions()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.engines.openvino import is_installed, library
+from fastsde.extras import missing
 
 from ..suite.case import UnavailableError
 
@@ -49,4 +50,4 @@ def engine(
 def require() -> None:
     """Raises UnavailableError if OpenVINO is not installed."""
     if not is_installed():
-        raise UnavailableError("openvino is not installed: pip install openvino")
+        raise UnavailableError(missing("openvino", extra="engines", what="this provider"))

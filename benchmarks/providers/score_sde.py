@@ -40,7 +40,7 @@ class _Solver:
 
     def __init__(self, task: Flow) -> None:
         self.task, self.evaluations = task, 0
-        self._solve_ivp = imported("scipy.integrate", "scipy").solve_ivp
+        self._solve_ivp = imported("scipy.integrate", "engines").solve_ivp
 
     def calls(self) -> Figures:
         """Returns the network's calls in the last run, for JSON."""

@@ -80,7 +80,7 @@ class Increments:
 
 
 def sdeint(task: Trajectory, precision: str) -> Sdeint:
-    return Sdeint(task, precision, imported("torchsde", "torchsde"))
+    return Sdeint(task, precision, imported("torchsde", "clients"))
 
 
 def prove(proof: Proof, precision: str, run: Sdeint, x: Tensor) -> Figures:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
+
+from fastsde.extras import MissingExtraError, require
 
 from .machine import Work
 from .measure import Figures, Run
@@ -37,11 +38,11 @@ class WrongError(Exception):
     """A provider computes wrong results."""
 
 
-def imported(name: str, package: str) -> Any:
+def imported(name: str, extra: str) -> Any:
     """Imports a module of a library that fastsde does not need, without the library's own warnings.
 
     Args:
-        package: what pip calls the library.
+        extra: the extra of fastsde that installs it.
 
     Raises:
         UnavailableError: if it is not installed.
@@ -49,10 +50,9 @@ def imported(name: str, package: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ImportError as error:
-        lacks = "" if name == package else f", or has no {name}"
-        raise UnavailableError(f"{package} is not installed{lacks}: pip install {package}") from error
+            return require(name, extra=extra, what="this provider")
+    except MissingExtraError as error:
+        raise UnavailableError(str(error)) from error
 
 
 def check(name: str, error: float, bound: float) -> Figures:

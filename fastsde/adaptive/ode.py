@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extras import require
 from ..solvers.adaptive import AdaptiveODE
 from .errors import check_steps, out_of_steps
 
@@ -90,8 +91,4 @@ def integrate(
 
 def _library() -> Any:
     """Returns torchode."""
-    try:
-        import torchode
-    except ImportError as error:
-        raise ImportError("adaptive ODEs need torchode, which is not installed: pip install 'fastsde[ode]'") from error
-    return torchode
+    return require("torchode", extra="ode", what="adaptive ODE solvers")

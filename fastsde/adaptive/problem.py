@@ -18,6 +18,7 @@ from ..validation import check_bool, check_number
 __all__ = ["AdaptiveProblem", "AdaptiveSolver", "make_problem"]
 
 AdaptiveSolver = AdaptiveODE | GottaGoFast
+"""A solver that chooses the steps of each sample."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ def _parsed(value: str) -> bool | int | float | str:
 
 
 _SOLVER = (
-    click.option("--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True),
+    click.option(
+        "--solver", type=click.Choice(SOLVERS), default="euler_maruyama", show_default=True, help="Name of the solver."
+    ),
     click.option("--steps", type=click.IntRange(1), default=999, show_default=True, help="Number of network calls."),
     click.option("--spacing", type=click.Choice(SPACINGS), help="Spacing of the times.  [default: the process's own]"),
     click.option("--rho", type=float, help="Exponent of karras spacing.  [default: 7]"),

@@ -26,7 +26,13 @@ _FLOW: dict[str, Any] = {"solver": "dpm_solver_pp_2m", "steps": 100, "spacing": 
 @click.argument("model")
 @takes_data
 @takes_factory
-@click.option("--solver", type=click.Choice(SOLVERS), default=_FLOW["solver"], show_default=True)
+@click.option(
+    "--solver",
+    type=click.Choice(SOLVERS),
+    default=_FLOW["solver"],
+    show_default=True,
+    help="Name of the solver, one that draws no noise.",
+)
 @click.option(
     "--steps", type=click.IntRange(1), default=_FLOW["steps"], show_default=True, help="Number of network calls."
 )

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 @click.argument("model")
 @takes_data
 @takes_factory
-@click.option("--solver", type=click.Choice(("rk4", "heun", "adaptive")), default="rk4", show_default=True)
+@click.option(
+    "--solver",
+    type=click.Choice(("rk4", "heun", "adaptive")),
+    default="rk4",
+    show_default=True,
+    help="Solver of the probability flow.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Number of network calls.  [default: 100]")
 @click.option("--tolerance", type=float, help="Of the adaptive solver, relative and absolute.  [default: 1e-5]")
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Spacing of the times.  [default: log_snr]")
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
     "--trace", type=click.Choice(TRACES), default="auto", show_default=True, help="auto: exact up to 32 elements."
 )
 @click.option("--probes", type=click.IntRange(1), default=1, show_default=True, help="Of Hutchinson's trace estimate.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of dequantisation and probes.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option("--max-batch", type=click.IntRange(1), default=250, show_default=True, help="Samples that run at once.")

@@ -105,11 +105,11 @@ class Files:
     help="How often --inpaint does each part of the way (RePaint).",
 )
 @click.option("--jump", type=click.IntRange(1), default=10, help="The rows that --resamples goes back up.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the samples.")
 @click.option("--first-sample", type=click.IntRange(0), default=0, help="Global index of the first sample.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype that the network runs in.  [default: float32]")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="How the rows are run.")
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option(
     "--max-batch", callback=_max_batch, help="The most samples that run at once, or auto for the fastest number."
@@ -242,11 +242,13 @@ def _guidance(scale: float | None, interval: tuple[float, float] | None, rescale
 
 def _check(model: str, checkpoint: Checkpoint, files: Files, leads: bool) -> None:
     """Refuses files that could not be written after the work, and reports a run that is not finished."""
+    from .. import pictures
     from ..files import check_writable
-    from ..pictures import has_picture
 
-    if files.draws and not has_picture(checkpoint.shape):
-        raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+    if files.draws:
+        if not pictures.has_picture(checkpoint.shape):
+            raise ValueError(f"samples of shape {list(checkpoint.shape)} have no picture: write them with --save")
+        pictures.check_installed(checkpoint.shape)
     if not leads:
         return
     for path in files.all:

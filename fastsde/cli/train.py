@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     help="Your own data: an .npy, .npz or .safetensors file, or a folder of images, with a subfolder for each class; "
     "or for mnist the folder that holds it.  [default: data]",
 )
-@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), help="[default: runs/DATASET]")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run.  [default: runs/DATASET]",
+)
 @click.option(
     "--model",
     metavar="MODULE:FUNCTION",
@@ -53,10 +58,12 @@ if TYPE_CHECKING:
 @click.option("--workers", type=click.IntRange(0), help="Processes that load data that do not fit into memory.")
 @click.option("--condition-dropout", type=float, help="Share of samples that are trained without label, for guidance.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the whole run, over which a cosine lr falls to zero.")
-@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--batch-size", type=click.IntRange(1), help="Samples in each step.")
 @click.option("--accumulation", type=click.IntRange(1), help="Parts of a batch, one after the other in memory.")
 @click.option("--lr", type=float, help="Learning rate of Adam.")
-@click.option("--lr-schedule", type=click.Choice(LR_SCHEDULES))
+@click.option(
+    "--lr-schedule", type=click.Choice(LR_SCHEDULES), help="How the learning rate changes after it has risen."
+)
 @click.option("--lr-warmup", type=click.IntRange(0), help="Steps in which the learning rate rises.")
 @click.option("--weight-decay", type=float, help="Weight decay of AdamW.")
 @click.option("--clip-norm", type=float, help="The largest norm of the gradient.")
@@ -75,7 +82,7 @@ if TYPE_CHECKING:
     help="Dtype that the network runs in.  [default: bfloat16 for images on a GPU, else float32]",
 )
 @click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
-@click.option("--seed", type=click.IntRange(0))
+@click.option("--seed", type=click.IntRange(0), help="Seed of the weights, the data order, the times and the noise.")
 @click.option("--init", help="Start from the weights of a checkpoint, a run or a shipped model.")
 @click.option(
     "--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints, at least ten seconds apart."

@@ -16,7 +16,7 @@ from .info import version
 @click.argument("model", default="swiss-roll")
 @click.option("-n", type=click.IntRange(1), help="Number of samples.  [default: 256 points, 4 images]")
 @takes_solver
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the samples.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: cuda if available, else cpu]")
 @click.option(
     "--dtype",

@@ -21,9 +21,12 @@ __all__ = ["AcceleratedSampler", "accelerate"]
 class AcceleratedSampler:
     """A sampler that is used as the one that it was made of: ``fast(x, **kwargs)``, ``fast.init``, ``fast.steps``.
 
+    Args:
+        sampler: the one that it is made of.
+        options: of `fastsde.accelerate`.
+
     Attributes:
-        sampler: the one that it was made of.
-        traced: the trace of the last call.
+        traced: the trace of the last call, or None before the first.
     """
 
     def __init__(self, sampler: Any, options: dict[str, Any]) -> None:
@@ -45,7 +48,8 @@ class AcceleratedSampler:
 
         Args:
             shape: ``(B, *shape)``.
-            mean, var: of the data, as for ``init``.
+            mean: of the data, as for ``init``.
+            var: of the data, as for ``init``.
             kwargs: for the network.
         """
         result: Tensor = self._whole(tuple(shape), mean, var, **kwargs)

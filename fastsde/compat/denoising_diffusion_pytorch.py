@@ -23,8 +23,9 @@ _METHODS = ("sample", "p_sample_loop", "ddim_sample", "sample_using_dpmpp")
 class AcceleratedDiffusion:
     """A diffusion that is used as the one that it was made of; ``sample`` and the like run as tables.
 
-    Attributes:
-        diffusion: the one that it was made of.
+    Args:
+        diffusion: the one that it is made of.
+        loops: its methods that run as tables, by name.
     """
 
     def __init__(self, diffusion: nn.Module, loops: dict[str, Accelerated]) -> None:

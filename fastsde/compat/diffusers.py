@@ -147,12 +147,15 @@ def sample(
     Args:
         unet: a network such as UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel, or any other that is called
             as ``unet(x, t)``. It may return an output object with ``sample``, a tuple or a tensor.
-        scheduler, num_inference_steps, set_timesteps, step_kwargs: as for `table`. Integer times stay integers.
+        scheduler: any scheduler that `table` takes. Integer times stay integers.
         shape: ``(B, *shape)`` of the samples; of latents for a latent model.
+        num_inference_steps: of the scheduler's ``set_timesteps``.
         model_kwargs: arguments of the network, such as ``class_labels`` or ``encoder_hidden_states``; tensors have the
             batch first.
         uncond_kwargs: those of them that are others without the condition.
         guidance_scale: w of classifier-free guidance, f = f_uncond + w (f_cond - f_uncond), in one call for both.
+        set_timesteps: more arguments of the scheduler's ``set_timesteps``.
+        step_kwargs: arguments of the scheduler's ``step``, such as ``{"eta": 0.5}``.
         options: seed, first_sample, keys, progress, dtype, device, backend, compile and max_batch, as for
             `fastsde.sample`.
 

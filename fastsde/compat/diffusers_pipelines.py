@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import require
 from ..tracing import Accelerated, Traced, TraceError
 from ..tracing import accelerate as accelerate_loop
 
@@ -50,9 +51,9 @@ def accelerate(pipeline: Any, **options: Any) -> AcceleratedPipeline:
 class AcceleratedPipeline:
     """A pipeline, accelerated (see `accelerate`). Its attributes are the pipeline's own, also when they are set.
 
-    Attributes:
+    Args:
         pipeline: the pipeline itself.
-        traced: the `Traced` of the last call.
+        options: as for `accelerate`.
     """
 
     def __init__(self, pipeline: Any, options: Mapping[str, Any]) -> None:
@@ -74,6 +75,7 @@ class AcceleratedPipeline:
         return f"accelerate({type(self.pipeline).__name__})"
 
     def to(self, *args: Any, **kwargs: Any) -> AcceleratedPipeline:
+        """Moves the pipeline as its own ``to`` does, and returns this one."""
         self.pipeline.to(*args, **kwargs)
         return self
 
@@ -86,10 +88,12 @@ class AcceleratedPipeline:
 
     @property
     def traced(self) -> Traced | None:
+        """The trace of the last call, or None before the first."""
         fast: Accelerated | None = self._fast
         return None if fast is None else fast.traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the pipeline, with its own arguments and result."""
         bound = self.__dict__["__signature__"].bind(*args, **kwargs)
         bound.apply_defaults()
         call = dict(bound.arguments)
@@ -132,9 +136,7 @@ class AcceleratedPipeline:
 
 
 def _image_output() -> Any:
-    from diffusers import ImagePipelineOutput
-
-    return ImagePipelineOutput
+    return require("diffusers", extra="diffusers", what="the output of pipelines").ImagePipelineOutput
 
 
 class _Latents(Exception):  # noqa: N818 (the end of the traced part)

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..extras import require
 from ..tracing import Accelerated
 from ..tracing import accelerate as accelerate_loop
 
@@ -60,8 +61,13 @@ def sample(
         function: as for `accelerate`.
         model: the denoiser, called as ``model(x, sigma, **extra_args)``.
         x: the initial state, already of the first sigma's size.
-        arguments, named: the sampler's own, such as sigmas, extra_args, disable, eta or s_churn.
-        noise, seed, backend, compile, check: as for `fastsde.accelerate`.
+        arguments: the sampler's own, such as sigmas.
+        noise: "contract" for this package's noise, a function of ``seed``; "torch" for PyTorch's generators.
+        seed: of the noise contract, in [0, 2^64).
+        backend: as for `fastsde.sample`.
+        compile: as for `fastsde.sample`.
+        check: whether the first call is compared with the sampler itself, as for `fastsde.accelerate`.
+        named: more arguments of the sampler, such as extra_args, disable, eta or s_churn.
 
     Returns:
         What the sampler returns.
@@ -79,10 +85,7 @@ def sample(
 def _function(function: str | Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, str):
         return function
-    try:
-        from k_diffusion import sampling  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ImportError("the samplers' names need k-diffusion: pip install k-diffusion") from error
+    sampling = require("k_diffusion.sampling", extra="k-diffusion", what="samplers by name")
     names = [name.removeprefix("sample_") for name in vars(sampling) if name.startswith("sample_")]
     name = function.removeprefix("sample_")
     if name not in names:

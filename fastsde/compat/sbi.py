@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import require
 from ..noise import normal, sample_keys
 from ..tracing import Traced, TraceError
 from ..tracing import accelerate as accelerate_loop
@@ -147,8 +148,7 @@ class _Proposals:
         return estimator.from_z(samples) if estimator.compose_enabled else samples
 
     def _draw(self, potential: Any, n: int, ts: Tensor, keep: bool, of_diffuser: dict[str, Any], progress: bool) -> Any:
-        from sbi.samplers.score.diffuser import Diffuser  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
+        Diffuser = require("sbi.samplers.score.diffuser", extra="sbi", what="posteriors by score").Diffuser  # noqa: N806
         with_own = self._noise == "torch"
         diffuser = Diffuser(potential, **{"predictor": "euler_maruyama", **of_diffuser})
         count = n if with_own else len(potential.x_o) + 1  # of the trace: other than the number of observations

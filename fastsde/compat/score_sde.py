@@ -51,7 +51,8 @@ def get_pc_sampler(
         corrector: "langevin", whose steps follow from norms, which need ``replay=True``; "ald", whose steps follow from
             the time; or "none".
         inverse_scaler: applied to the samples, by default nothing.
-        snr, n_steps: of the corrector, the signal-to-noise ratio and the steps per predictor step.
+        snr: the corrector's signal-to-noise ratio.
+        n_steps: the corrector's steps per predictor step.
         probability_flow: the predictor follows the ODE instead of the SDE.
         continuous: the network was trained with continuous times.
         denoise: leave out the last noise.
@@ -108,6 +109,11 @@ def get_sampling_fn(
     Args:
         config: reads ``sampling`` (method, predictor, corrector, snr, n_steps_each, probability_flow, noise_removal),
             ``training.continuous`` and ``device``.
+        sde: as for `get_pc_sampler`.
+        shape: ``(B, *shape)``.
+        inverse_scaler: applied to the samples.
+        eps: the time to stop at.
+        options: of `fastsde.accelerate`: noise, seed, backend, compile, check, replay.
 
     Raises:
         ValueError: for the method "ode", whose solver is adaptive: use "pc" with ``probability_flow``.

@@ -39,12 +39,15 @@ class Discretized:
             self.discrete_sigmas = process.sigma(torch.linspace(0, 1, steps, dtype=torch.float64)).float()
 
     def sde(self, x: Tensor, t: Tensor) -> Pair:
+        """Returns drift ``[B, *shape]`` and diffusion ``[B]`` at times t ``[B]``."""
         return match_dims(self.process.drift_coefficient(t), x) * x, self.process.diffusion(t)
 
     def marginal_prob(self, x: Tensor, t: Tensor) -> Pair:
+        """Returns the mean ``[B, *shape]`` and standard deviation ``[B]`` of x_t for data ``x``."""
         return match_dims(self.process.alpha(t), x) * x, self.process.sigma(t)
 
     def prior_sampling(self, shape: Sequence[int]) -> Tensor:
+        """Draws from the prior with PyTorch's generator, fp32."""
         return self.process.prior_std * torch.randn(*shape, dtype=torch.float32)
 
     def discretize(self, x: Tensor, t: Tensor) -> Pair:

@@ -39,7 +39,14 @@ _CONTRACT_ONLY = ("seed", "first_sample", "keys", "x_init", "max_batch")
 
 
 def adapt(score_network: nn.Module | Model) -> Model:
-    """Adapts the tutorial's network to this package's call: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``."""
+    """Adapts the tutorial's network to this package's call: ``model(x, t)`` with x ``[B, d]`` and t ``[B]``.
+
+    Args:
+        score_network: an ``nn.Sequential`` of ``cat((x, t), -1)``, or a module called with t ``[B, 1]``.
+
+    Raises:
+        TypeError: for what cannot be called.
+    """
     if not callable(score_network):
         raise TypeError(f"score_network must be callable, got {type(score_network).__name__}")
     return ConcatTime(score_network) if isinstance(score_network, nn.Sequential) else _TimeColumn(score_network)

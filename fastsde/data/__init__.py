@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conditions import Condition
+from ..extras import require
 from ..validation import check_int, check_number, check_range
 from ..vocabulary import DATASETS
 from .dataset import Dataset
@@ -44,25 +45,34 @@ DEFAULT_ROOT = Path("data")
 
 
 def swiss_roll(n: int = 1000, noise: float = 1.0, seed: int = 0) -> Dataset:
-    """Draws the tutorial's swiss roll: columns 0 and 2 of ``make_swiss_roll(n, noise)`` over 10. fp32 ``[n, 2]``."""
+    """Draws the tutorial's swiss roll: columns 0 and 2 of scikit-learn's ``make_swiss_roll(n, noise)`` over 10, to the
+    bit. fp32 ``[n, 2]``.
+
+    Args:
+        n: how many points.
+        noise: the standard deviation of the noise, before the division by 10.
+        seed: of the points, in [0, 2^64).
+    """
     check_int("n", n, 1), check_number("noise", noise, "at least 0 and finite", lambda std: 0 <= std < math.inf)
     seed = check_int("seed", seed, 0, 2**64)
-    from sklearn.datasets import make_swiss_roll
-
     # NumPy's legacy generator refuses seeds of more than 32 bits as an int, so they are passed as two words.
     state = np.random.RandomState(seed if seed < 2**32 else [seed & 0xFFFFFFFF, seed >> 32])
-    points, _ = make_swiss_roll(n, noise=noise, random_state=state)
-    return Dataset("swiss-roll", torch.tensor(points[:, [0, 2]] / 10, dtype=torch.float32, device="cpu"))
+    angle = 1.5 * np.pi * (1 + 2 * state.uniform(size=n))
+    state.uniform(size=n)  # scikit-learn's column 1, which is left out
+    points = np.stack((angle * np.cos(angle), angle * np.sin(angle)))
+    points += noise * state.standard_normal(size=(3, n))[[0, 2]]
+    return Dataset("swiss-roll", torch.tensor(points.T / 10, dtype=torch.float32, device="cpu"))
 
 
 def digits(pixel_range: tuple[float, float] = (-1.0, 1.0)) -> Dataset:
     """Loads scikit-learn's 1,797 handwritten 8x8 digits as 28x28 images. uint8 ``[1797, 1, 28, 28]``.
 
     They are scaled bilinearly to 20x20 and padded by 4 pixels, as in MNIST. Their condition "label" is the digit.
-    """
-    from sklearn.datasets import load_digits
 
-    loaded = load_digits()
+    Args:
+        pixel_range: the values that black and white are mapped to.
+    """
+    loaded = require("sklearn.datasets", extra="data", what="the data set digits").load_digits()
     small = torch.tensor(loaded.images, dtype=torch.float32, device="cpu")[:, None] * (255 / 16)
     large = F.interpolate(small, size=(20, 20), mode="bilinear", align_corners=False)
     pixels = F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8)
@@ -81,6 +91,11 @@ def mnist(
 
     Its condition "label" is the digit.
 
+    Args:
+        root: the folder that holds it, or gets it.
+        train: the 60,000 training digits, or the 10,000 test digits.
+        pixel_range: the values that black and white are mapped to.
+
     Raises:
         FileNotFoundError: if the files are missing and cannot be downloaded; the message names the folder.
     """
@@ -89,16 +104,15 @@ def mnist(
 
 def mnist_files(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     """Returns MNIST's pixels uint8 ``[N, 1, 28, 28]`` and labels int64 ``[N]``. Raises as `mnist` does."""
-    from torchvision.datasets import MNIST
-
+    datasets = require("torchvision.datasets", extra="data", what="the data set mnist")
     folder = Path(root) / "MNIST" / "raw"
     made = [path for path in (folder, folder.parent, Path(root)) if not path.exists()]
     try:
         # download=True checks for the files of the full set and creates the folder, so try without it first.
-        files = MNIST(str(root), train=train)
+        files = datasets.MNIST(str(root), train=train)
     except RuntimeError:
         try:
-            files = MNIST(str(root), train=train, download=True)
+            files = datasets.MNIST(str(root), train=train, download=True)
         except (RuntimeError, OSError) as error:
             for path in made:
                 with suppress(OSError):  # torchvision creates it even if the download then fails
@@ -124,6 +138,7 @@ def load(
     """Loads a training set by name, "swiss-roll", "digits" or "mnist", or from a file or folder (`arrays`, `images`).
 
     Args:
+        name: "swiss-roll", "digits" or "mnist"; an .npy, .npz or .safetensors file; or a folder of images.
         size: how many points of the swiss roll (by default 1000), or how many samples from the start of the set.
         root: the folder that holds MNIST.
         pixel_range: the values that black and white are mapped to.

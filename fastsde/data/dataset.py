@@ -27,15 +27,16 @@ class Dataset:
         name: the name of the data set.
         x: a tensor or NumPy array ``[N, *shape]`` of finite numbers. uint8 is kept, bool becomes 0 and 255 in uint8,
             and every floating-point dtype becomes fp32.
-        scale, shift: finite numbers, the scale not 0. By default floats are not changed, and for uint8 both are None
-            until a `fastsde.training.Trainer` maps black and white to its config's ``pixel_range``.
+        scale: a finite number, not 0. By default floats are not changed, and for uint8 it is None until a
+            `fastsde.training.Trainer` maps black and white to its config's ``pixel_range``.
+        shift: a finite number; None as ``scale`` is.
         value_range: black and white as stored in ``x``. By default (0, 255) for uint8; for float images
             ``[N, C, H, W]`` of one or three channels (0, 1) or (-1, 1) if all values lie in it, else the smallest and
             the largest value; None for other data.
         conditions: what a conditional network is also called with, by the name of its argument: labels, integers
             ``[N]`` from 0 on, kept as int64, or vectors, finite floats ``[N, ...]``, kept in fp32.
         described: the number and names of classes, and the values that stand for "no condition", where they differ from
-            what the values of ``conditions`` say (`fastsde.conditions.Condition`).
+            what the values of ``conditions`` say (`fastsde.data.Condition`).
 
     Raises:
         TypeError: for an ``x`` of the wrong type or dtype, or any other argument of the wrong type.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import require
 from ..validation import check_int
 from .dataset import Dataset
 from .streamed import StreamedDataset, in_memory
@@ -76,10 +77,11 @@ def images(folder: str | Path, size: int | None = None) -> Dataset | StreamedDat
     """Loads the images of a folder: uint8 ``[N, C, H, W]``, grey if all of them are, else in colour.
 
     With subfolders, each is a class, in the order of their names, and the condition "label" is its number
-    (as in `torchvision.datasets.ImageFolder`). Images are turned as their EXIF data say, and what is transparent
+    (as in ``torchvision.datasets.ImageFolder``). Images are turned as their EXIF data say, and what is transparent
     becomes white. Hidden files and folders are left out. Images of more than 1 GiB are loaded step by step instead.
 
     Args:
+        folder: the folder.
         size: height and width: the largest square in the middle of each image is cut out and scaled to it, bicubically
             and with antialiasing. By default images are taken as they are, and must all have one size.
 
@@ -175,12 +177,11 @@ def _header(path: str) -> tuple[int, int, bool]:
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """Opens an image, with errors of any kind that name it."""
-    from PIL import Image
-
+    pillow = require("PIL.Image", extra="data", what="images in files")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata
-            with Image.open(path) as image:
+            with pillow.open(path) as image:
                 yield image
     except Exception as error:  # each format has errors of its own
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -40,10 +40,16 @@ class StreamedDataset:
     Args:
         name: the name of the data set.
         source: has ``len`` and ``[i]``.
-        scale, shift, value_range: as for `fastsde.data.Dataset`; by default floats are not changed.
+        scale: as for `fastsde.data.Dataset`; by default floats are not changed.
+        shift: as for `fastsde.data.Dataset`.
+        value_range: black and white as stored in x, as for `fastsde.data.Dataset`.
         described: the conditions. By default those of the first item; the number of classes of a label comes from the
             attribute ``classes`` of the source, as torchvision's data sets have it.
         as_shape: the shape of a sample, where items are stored in another layout (`with_shape`).
+
+    Attributes:
+        shape: the shape of one sample.
+        dtype: uint8 or fp32.
 
     Raises:
         TypeError: for an argument of the wrong type, or items of another form.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import missing
 from ..reference import Model
 from . import openvino
 from .fingerprint import fingerprint
@@ -78,7 +79,7 @@ def unavailable_reason(compiler: str, run: Model, dtype: torch.dtype, device: to
     if device.type != "cpu":
         return f"compile='openvino' needs the CPU, got device {device}; use compile=True"
     if not openvino.is_installed():
-        return "compile='openvino' needs OpenVINO, which is not installed: pip install openvino, or use compile=True"
+        return f"{missing('openvino', **openvino.NEEDED)}, or use compile=True"
     if dtype != torch.float32:
         # In bf16 it would round t as well, and be twice as far from the exact result as PyTorch is.
         instead = "leave compile out" if dtype == torch.float64 else "use compile=True"

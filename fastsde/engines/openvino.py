@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..comparison import is_near, largest
+from ..extras import require
 from ..notices import first_line
 from .fingerprint import fingerprint
 from .inspection import tensors_of
 
-__all__ = ["Exported", "is_installed", "library"]
+__all__ = ["NEEDED", "Exported", "is_installed", "library"]
 
+NEEDED = {"extra": "openvino", "what": "compile='openvino'"}  # arguments of `fastsde.extras.require`
 _CALLS, _BYTES = 8, 1 << 29  # kept per network: one for each batch size, and for other conditions; each has the weights
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _Call = Callable[[list[Tensor]], Tensor]
@@ -56,8 +58,8 @@ def library() -> Any:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         with _quiet():
-            found = importlib.import_module("openvino")
-            importlib.import_module("openvino.tools.ovc")
+            found = require("openvino", **NEEDED)
+            require("openvino.tools.ovc", **NEEDED)
     finally:
         if absent:
             del sys.modules["openvino_telemetry"]

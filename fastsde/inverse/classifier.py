@@ -26,7 +26,7 @@ class ClassifierGuidance(Correction):
         scale: the weight of the gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: for an invalid argument; the message names it.
     """
 
     log_prob: Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ __all__ = ["Change", "Correction", "Point"]
 class Point(NamedTuple):
     """A row's network call, as a correction sees it.
 
-    Args:
+    Attributes:
         x: the network's input ``[B, *shape]``, a leaf that requires a gradient.
         t: the network's times ``[B]``.
         data: the data prediction D of ``x``, with its graph; without one if no correction uses it.
@@ -34,7 +34,12 @@ class Point(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a correction adds in a row: to the score, or to the state after the row (both ``[B, *shape]``)."""
+    """What a correction adds in a row.
+
+    Attributes:
+        score: added to the score, ``[B, *shape]``, or None.
+        state: added to the state after the row, ``[B, *shape]``, or None.
+    """
 
     score: Tensor | None = None
     state: Tensor | None = None

@@ -31,11 +31,12 @@ class DPS(Measurement):
     posterior: what is not measured follows y too far.
 
     Args:
-        operator, y: as for `Measurement`; the operator need not be linear.
+        operator: as for `Measurement`; it need not be linear.
+        y: the measurement, ``[n, ...]``, or ``[...]`` for all samples.
         scale: the length of the steps.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: for an invalid argument; the message names it.
     """
 
     scale: float = 1.0

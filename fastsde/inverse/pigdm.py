@@ -41,8 +41,9 @@ class PiGDM(Measurement):
     r: without the limits some trajectories diverge.
 
     Args:
-        operator, y: as for `Measurement`; an operator that is not linear is linearised in each row, and must be twice
+        operator: as for `Measurement`; one that is not linear is linearised in each row, and must be twice
             differentiable by PyTorch.
+        y: the measurement, ``[n, ...]``, or ``[...]`` for all samples.
         noise_std: the standard deviation of the noise in y. Without noise, H H^T should be regular, or y be a value
             that the operator can take: for a blur, give more than 0.
         data_std: s, the standard deviation of the data. The paper's is 1.
@@ -51,7 +52,7 @@ class PiGDM(Measurement):
             come out the same with any tolerance up to 0.1.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: for an invalid argument; the message names it.
     """
 
     noise_std: float = 0.0

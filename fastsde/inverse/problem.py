@@ -24,6 +24,7 @@ class Problem:
     """Corrections and known values for the rows of a schedule.
 
     Args:
+        schedule: the levels of the rows.
         corrections: prepared for the batch.
         mask: bool ``[B, *shape]``, True where the data are known, or None.
         known: the data ``[B, *shape]`` in the dtype of the state; read only where the mask is True.
@@ -55,6 +56,9 @@ class Problem:
         of step ``row + 1`` in stream 4.
 
         Args:
+            row: the row that was taken.
+            x: the state after it.
+            keys: int64 ``[B, 2]``.
             normal: the function that draws it: `fastsde.ops.normal`, or the reference's.
         """
         if self.mask is None or self.known is None:
@@ -81,7 +85,12 @@ def problem_of(
     Args:
         schedule: that of the rows, or None for a table that has none.
         shape: ``[B, *shape]``.
+        device: that of the state.
         dtype: the dtype of the state.
+        mask: as for `fastsde.sample`.
+        known: as for `fastsde.sample`.
+        classifier: the sampler's `ClassifierGuidance`, or None.
+        measurement: as for `fastsde.sample`.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, or a table without a schedule.

@@ -18,8 +18,11 @@ __all__ = ["Level", "Schedule"]
 class Level(NamedTuple):
     """The network's input x at a row: p(x | x_0) = N(alpha x_0, sigma^2 I).
 
-    Args:
-        p, q: D = p x + q f, the data prediction of the network's output f.
+    Attributes:
+        alpha: the factor of x_0.
+        sigma: the standard deviation of the noise.
+        p: of D = p x + q f, the data prediction of the network's output f.
+        q: of D = p x + q f.
         per_score: what adding 1 to the score adds to f. It is 0 where alpha is 0 in fp32: there x has no information
             about x_0, and f may not determine the score.
     """
@@ -41,6 +44,8 @@ class Schedule:
     """The levels of a named solver's rows.
 
     Args:
+        sde: the process.
+        prediction: what the network predicts.
         table: whose rows call the network at times of the process, and whose state after a row is the network's input
             of the next one, up to the scale of the first.
         t_end: the time after the last row.

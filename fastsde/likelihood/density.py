@@ -99,17 +99,22 @@ def log_prob(
         model: the network, called as ``model(x, t, **model_kwargs)`` and differentiable in x; or a
             `fastsde.checkpoints.Checkpoint`, a file or folder of one, or the name of a shipped model.
         x: the samples ``[B, *shape]``, floating-point, scaled as the network sees them.
+        sde: the process, by default ``VPSDE()``; a checkpoint has its own.
+        prediction: what the network predicts, by default "score"; a checkpoint has its own.
         solver: "rk4", "heun" or another Runge-Kutta method of `fastsde.solvers.REGISTRY`, whose own weights integrate
             the divergence; or a `fastsde.solvers.AdaptiveODE`, whose error norm then includes log p.
         steps: the calls of the network; by default 100. An adaptive solver has none.
         t_start: the time that x is taken to be at, in [0, t_max); by default ``sde.t_min``, the smallest time that
             networks are trained at. (score_sde takes 1e-5, below the times that many networks know.)
-        spacing, rho: the spacing of the times; by default "log_snr", see `fastsde.solvers.times.spaced`.
+        spacing: of the times, by default "log_snr"; see `fastsde.solvers.times.spaced`.
+        rho: the exponent of "karras" spacing.
         trace: the divergence: "exact", at the cost of one backward pass for each element; "hutchinson", an unbiased
             estimate; or "auto", exact up to 32 elements.
         probes: how many random vectors of signs Hutchinson's estimate averages over, each a backward pass. They are
             drawn by the noise contract, and are the same along the whole trajectory of a sample.
-        seed, first_sample, keys: the keys of these draws, as for `fastsde.sample`.
+        seed: of these draws, as for `fastsde.sample`.
+        first_sample: the global index of the first sample.
+        keys: one key or one seed per sample, instead of ``seed``.
         model_kwargs: further arguments of the network, with the batch first, such as labels: the density is then
             conditional. What is not given of a checkpoint's conditions is "no condition".
         dtype: the dtype that the network runs in, by default that of its weights. The state is float64 if that is, else
@@ -118,7 +123,6 @@ def log_prob(
         max_batch: the most samples that run at once.
         compile: run the network and its backward pass through ``torch.compile``.
         progress: show a progress bar on stderr.
-        sde, prediction: as for `fastsde.Sampler`.
 
     Returns:
         log p(x), float64 ``[B]``, without a gradient.
@@ -190,9 +194,10 @@ def bits_per_dim(
     noise contract from the keys of `log_prob`, in step 1 of stream 4.
 
     Args:
+        model: as for `log_prob`.
         images: uint8 ``[B, *shape]``, or floating-point in ``value_range``, of which the nearest levels are taken.
         value_range: black and white as the network sees them; by default a checkpoint's, else (-1, 1).
-        model, options: as for `log_prob`.
+        options: of `log_prob`.
 
     Returns:
         float64 ``[B]``; the mean over a test set is what papers report.

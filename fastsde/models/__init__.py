@@ -39,6 +39,9 @@ class _Fp32(TorchFunctionMode):
 def from_config(config: Mapping[str, Any]) -> nn.Module:
     """Builds the model that ``model.config`` describes, freshly initialized, in fp32 whatever PyTorch's default dtype.
 
+    Args:
+        config: ``{"architecture": "MLP"}`` or ``{"architecture": "UNet"}``, with the arguments of the class.
+
     Raises:
         TypeError, ValueError: for an unknown architecture, or arguments that it does not take.
     """

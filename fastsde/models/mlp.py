@@ -27,7 +27,8 @@ class MLP(nn.Module):
     Args:
         shape: the shape of one sample (``()`` for a plain number), or its length.
         hidden: the widths of the hidden layers.
-        activation: a name in `fastsde.models.activations.ACTIVATIONS`, such as LogSigmoid or SiLU.
+        activation: "LogSigmoid", "SiLU", "ReLU", "LeakyReLU", "ELU", "Tanh", "Sigmoid", "GELU", "GELU_tanh",
+            "Softplus", "Mish", "Sin" or "Identity" (``fastsde.models.activations.ACTIVATIONS``).
         classes: the number of classes, for a network that also takes a ``label``; 0 for none.
         condition: the length of a vector that the network also takes, as ``condition``; 0 for none.
 
@@ -123,6 +124,11 @@ def is_sequential(model: object) -> bool:
         and type(model).forward is nn.Sequential.forward
         and "forward" not in vars(model)
     )
+
+
+def with_time(model: nn.Module) -> nn.Module:
+    """Returns a bare ``nn.Sequential`` as a `ConcatTime` of it, and any other network as it is."""
+    return ConcatTime(model) if is_sequential(model) else model
 
 
 def check_sample_shape(model: object, shape: Sequence[int]) -> None:

@@ -14,6 +14,10 @@ class Sinusoidal(nn.Module):
     """Sines and cosines of a number per sample, at frequencies from ``scale`` down to ``scale / 10,000``.
 
     They are the positional encoding of Vaswani et al. 2017, arXiv:1706.03762, computed in fp32 or finer.
+
+    Args:
+        width: of the embedding, an even number of at least 4.
+        scale: the largest frequency, in radians.
     """
 
     def __init__(self, width: int, scale: float = 1.0) -> None:

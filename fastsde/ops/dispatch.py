@@ -113,7 +113,7 @@ def kernel(name: str, device: torch.device) -> Any:
     """Returns the module of a kernel's launcher for a device that `has_kernels`.
 
     Raises:
-        RuntimeError: if Triton's interpreter is asked for but does not run (see `interpreter_problem`).
+        RuntimeError: if Triton's interpreter is asked for but does not run.
     """
     is_triton = has_triton(device)
     problem = interpreter_problem() if is_triton and device.type == "cpu" else None

@@ -35,6 +35,8 @@ def pack_program(program: Program, device: torch.device, dtype: torch.dtype = to
     """Packs a program for a device's kernel.
 
     Args:
+        program: a small network as instructions (``fastsde.lowering.Program``).
+        device: the device.
         dtype: of the weights on a GPU, fp32 or bf16.
     """
     module = kernel("mlp_sampler", device)
@@ -62,6 +64,7 @@ def launch_mlp_sampler(
 
     Args:
         packed: the result of `pack_program`.
+        table: the solver.
         keys: int64 ``[B, 2]``.
         vectors: the numbers of the program, with the table's rows and B samples.
         x_init: fp32 ``[B, d]`` instead of a draw from the prior.

@@ -46,8 +46,10 @@ def training_times(
     Arguments are not checked.
 
     Args:
+        objective: what the network learns, which says how times are distributed.
         keys: contiguous int64 ``[B, 2]``.
         step: the first step.
+        steps: how many.
         counter: int64, one element on the device, added to the step; only where a kernel runs.
     """
     launcher = None if torch.compiler.is_compiling() else find_kernel("uniform", keys.device)

@@ -45,6 +45,7 @@ class Stepper:
     The device must have kernels. What stays the same from row to row is prepared once. Arguments are not checked.
 
     Args:
+        table: the table.
         x: a contiguous state that gives the shape and the device.
         keys: int64 ``[B, 2]``.
         guidance: the weights, for rows with an unconditional output.
@@ -207,15 +208,22 @@ def counted_step(
     """Takes the step of the row given by a counter on the device: the same launch for every row of a table.
 
     Args:
-        rows: a `device_table`; ``terms`` are those of the whole table.
+        slots: the state.
+        f: the network's output.
+        rows: a `device_table`.
         counter: a `step_counter`, advanced by one.
+        terms: those of the whole table.
         out: where the new slots that are computed are written; each may be an old slot.
         network_input: where the next row's n.s is written, for tables that call the network with more than slot 0.
         time: fp32 ``[B]``, set to the time of the next row.
         status: a `new_status`.
         keys: None if no row of the table has noise.
-        scale, rates, factor: as for the kernel, if there is an ``f_uncond``.
+        f_uncond: the unconditional output, or None.
+        scale: as for the kernel, if there is an ``f_uncond``.
+        rates: as for the kernel, if there is an ``f_uncond``.
+        factor: as for the kernel, if there is an ``f_uncond``.
         sizes: as for the kernel, for a table with Langevin rows.
+        clip: of the table.
     """
     f, f_uncond = contiguous(f, f_uncond)
     kernel("solver_step", f.device).solver_step(

@@ -43,6 +43,7 @@ def _process_in(file: str) -> type[Process]:
 
 
 PROCESSES: dict[str, type[Process]] = {name: _process_in(name) for name in _NAMES}
+"""The classes of the processes by name, the default first."""
 globals().update({kind.__name__: kind for kind in PROCESSES.values()})  # the imports above are for type checkers
 
 

@@ -24,6 +24,8 @@ __all__ = ["CosineVPSDE"]
 class CosineVPSDE(Process):
     """The cosine schedule in continuous time (Nichol & Dhariwal 2021, arXiv:2102.09672).
 
+        alpha(t) = cos(theta(t)) / cos(theta(0)),    sigma^2 = 1 - alpha^2,    theta(t) = pi/2 (t + s) / (1 + s)
+
     Args:
         s: the paper's offset, which keeps beta from being too small near t = 0; at least 0.
         t_max: where sampling starts, in (0, 1]. At 1 alpha is 0 and beta infinite, which the paper avoids by clipping

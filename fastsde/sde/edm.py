@@ -23,6 +23,8 @@ __all__ = ["EDM"]
 class EDM(Process):
     """The process of EDM (Karras et al. 2022, arXiv:2206.00364), from the prior N(0, sigma_max^2 I) at t = sigma_max.
 
+        dx = sqrt(2 t) dw,    alpha(t) = 1,    sigma(t) = t,    t in [0, sigma_max]
+
     Args:
         sigma_min: the lowest noise level that a network is trained at, positive.
         sigma_max: the highest noise level, where samples start.

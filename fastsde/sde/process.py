@@ -43,7 +43,9 @@ def as_time(t: Tensor | float) -> Tensor:
 
 
 class Process(ABC):
-    """A forward process with Gaussian marginals.
+    """A forward process with Gaussian marginals p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I).
+
+        dx = f(t) x dt + g(t) dw,    f = alpha' / alpha,    g^2 = 2 sigma (sigma' - f sigma)
 
     Every function of time takes a float or a tensor of any shape; a float is computed in float64, a tensor in its own
     dtype. A subclass defines ``alpha``, ``sigma`` and their derivatives, and overrides whatever it has a better formula
@@ -118,7 +120,8 @@ class Process(ABC):
         towards ``t``, where g^2 may grow without bound.
 
         Args:
-            t, after: float64 ``[K]``.
+            t: the times before the steps, float64 ``[K]``.
+            after: the times after them, float64 ``[K]``.
 
         Returns:
             scale, weight and variance, float64 ``[K]``.
@@ -141,12 +144,13 @@ class Process(ABC):
     def prior_sampling(
         self, shape: Sequence[int], *, seed: int = 0, keys: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Draws from the prior at ``t_max`` by the noise contract: exactly the x that ``sample`` starts from.
+        """Draws from the prior at ``t_max`` by the noise contract: exactly the x that `fastsde.sample` starts from.
 
         Args:
             shape: ``(B, *shape)``.
             seed: the seed of the draw; ignored if ``keys`` are given.
             keys: ``[B, 2]`` int64, one key per sample (`fastsde.noise`).
+            device: where the keys of a seed are made, and so the draw.
         """
         shape = check_shape("shape", shape)
         if not shape:

@@ -25,7 +25,13 @@ __all__ = ["RectifiedFlow"]
 
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
-    """Rectified flow (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747)."""
+    """Rectified flow (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
+
+        x_t = (1 - t) x_0 + t eps,    dx/dt = eps - x_0,    t in [0, 1]
+
+    Noise is at t = 1, as in every process here; both papers have it at t = 0. There is no reverse SDE at t = 1, where
+    alpha is 0: sample by the probability flow, or by ``ddpm``.
+    """
 
     name: str = field(default="rectified_flow", init=False, repr=False)
 

@@ -22,7 +22,18 @@ __all__ = ["SubVPSDE"]
 
 @dataclass(frozen=True)
 class SubVPSDE(LinearBeta):
-    """The sub-VP SDE with a linear ``beta`` (Song et al. 2021, arXiv:2011.13456); arguments as for `VPSDE`."""
+    """The sub-variance-preserving SDE with a linear beta (Song et al. 2021, arXiv:2011.13456).
+
+        dx = -1/2 beta(t) x dt + sqrt(beta(t) (1 - exp(-2 B(t)))) dw,    t in [0, 1]
+        alpha(t) = exp(-B(t) / 2),    sigma(t) = 1 - exp(-B(t)),    beta and B as for VPSDE
+
+    Args:
+        beta_min: beta at t = 0, at least 0.
+        beta_max: beta at t = 1, positive and at least ``beta_min``.
+
+    Raises:
+        TypeError, ValueError: if the two are not finite numbers or not in that order.
+    """
 
     name: str = field(default="sub_vp", init=False, repr=False)
 

@@ -26,6 +26,9 @@ __all__ = ["VESDE"]
 class VESDE(Process):
     """The variance-exploding SDE (Song et al. 2021, arXiv:2011.13456), from the prior N(0, sigma_max^2 I) at t = 1.
 
+        dx = sigma(t) sqrt(2 log(sigma_max / sigma_min)) dw,    t in [0, 1]
+        alpha(t) = 1,    sigma(t) = sigma_min (sigma_max / sigma_min)^t
+
     Args:
         sigma_min: sigma at t = 0, positive: the noise that remains in samples.
         sigma_max: sigma at t = 1, above ``sigma_min``; about the largest distance between two data points.

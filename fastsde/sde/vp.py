@@ -58,7 +58,10 @@ class LinearBeta(Process):
 
 @dataclass(frozen=True)
 class VPSDE(LinearBeta):
-    """The variance-preserving SDE with a linear ``beta`` (Song et al. 2021, arXiv:2011.13456).
+    """The variance-preserving SDE with a linear beta (Song et al. 2021, arXiv:2011.13456), the default process.
+
+        dx = -1/2 beta(t) x dt + sqrt(beta(t)) dw,    beta(t) = beta_min + (beta_max - beta_min) t,    t in [0, 1]
+        alpha(t) = exp(-B(t) / 2),    sigma(t)^2 = 1 - exp(-B(t)),    B(t) = integral of beta from 0 to t
 
     Every function of time takes a float or a tensor of any shape; a float is computed in float64, a tensor in its own
     dtype.

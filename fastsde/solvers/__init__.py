@@ -18,6 +18,7 @@ from .named import SOLVERS, build
 from .predictor_corrector import predictor_corrector
 from .registry import REGISTRY, Solver, Variant, solver
 from .repaint import repaint
+from .rk4 import rk4
 from .table import MAX_SLOTS, Row, StepTable, row_width
 from .terms import ABSENT, ANY, ONE, Terms
 from .unipc import unipc
@@ -51,6 +52,7 @@ __all__ = [
     "heun",
     "predictor_corrector",
     "repaint",
+    "rk4",
     "row_width",
     "score_form",
     "solver",

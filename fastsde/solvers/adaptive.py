@@ -29,7 +29,8 @@ class AdaptiveODE:
     its batch (Lienen & Guennemann 2022, arXiv:2210.12375).
 
     Args:
-        rtol, atol: the relative and the absolute tolerance; score_sde's are 1e-5 (arXiv:2011.13456, app. D.2).
+        rtol: the relative tolerance; score_sde's is 1e-5 (arXiv:2011.13456, app. D.2).
+        atol: the absolute tolerance; score_sde's is 1e-5.
         method: "dopri5" (Dormand & Prince 1980), SciPy's RK45, or "tsit5" (Tsitouras 2011).
         max_steps: the most steps of a sample, rejected ones included.
 
@@ -68,14 +69,15 @@ class GottaGoFast:
     The paper draws new noise after a rejected attempt, so that small increments are accepted more often. For images
     that hardly matters, since E is a mean over many elements; but with a few elements the samples are wrong, at any
     tolerance: those of N(0.8, 0.5^2) in one dimension have a standard deviation of 0.7. By default the noise of a
-    rejected attempt is therefore kept (`fastsde.adaptive.path.BrownianPath`). Without rejections nothing differs.
+    rejected attempt is therefore kept. Without rejections nothing differs.
 
     Args:
         rtol: the relative tolerance, the paper's eps_rel: 0.01 to 0.05, for more accurate or for faster sampling.
         atol: the absolute tolerance, the paper's eps_abs: one level of the data's range. The default, 2 / 256, is for
             8-bit images on [-1, 1]; images on [0, 1] take half of it.
         h_init: the length of the first step.
-        safety, exponent: of the step size control, the paper's theta and r.
+        safety: of the step size control, the paper's theta.
+        exponent: of the step size control, the paper's r.
         extrapolate: whether x" is accepted, rather than x'.
         keeps_noise: whether the noise of rejected attempts is kept; in the paper it is not.
         norm: of the scaled error over the elements of a sample: "l2", the root mean square, or "linf", the maximum.

@@ -27,11 +27,11 @@ def ddpm(
     (DDPM; Ho et al. 2020, arXiv:2006.11239, eq. 7.)
 
     Args:
-        alpha, sigma: ``[K + 1]``, the factor of x_0 and the standard deviation of the noise, before each row and after
-            the last. The first alpha may be 0 (zero terminal SNR; Lin et al. 2024, arXiv:2305.08891) if the network
-            predicts v, x_0 or flow, and the last sigma may be 0.
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last. The first may be 0 (zero terminal SNR;
+            Lin et al. 2024, arXiv:2305.08891) if the network predicts v, x_0 or flow.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points. The last may be 0.
         time: ``[K]``, the times at which the network is called.
-        prediction: what the network predicts.
+        prediction: what the network predicts, one of `PREDICTIONS`.
         clip: bound of the predicted x_0, or None.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction)
@@ -59,7 +59,15 @@ def ddim(
 ) -> StepTable:
     """DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502, eq. 12 and 16): deterministic at eta = 0, DDPM at eta = 1.
 
-    The direction towards x_t uses the unclipped eps. Arguments are as for `ddpm`, with ``eta`` in [0, 1].
+    The direction towards x_t uses the unclipped eps.
+
+    Args:
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last, as for `ddpm`.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points.
+        time: ``[K]``, the times at which the network is called.
+        prediction: what the network predicts, one of `PREDICTIONS`.
+        eta: the share of the noise, in [0, 1].
+        clip: bound of the predicted x_0, or None.
     """
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=eta == 0)
@@ -85,7 +93,15 @@ def euler_ancestral(
 
     With rho = sigma / alpha (written sigma by Karras et al. 2022, arXiv:2206.00364), the noise is
     rho_up = eta rho' sqrt(1 - rho'^2 / rho^2), and the Euler step goes down to sqrt(rho'^2 - rho_up^2). Without clip
-    this is `ddim` with the same eta; with clip, the direction uses the clipped data, too. Arguments are as for `ddim`.
+    this is `ddim` with the same eta; with clip, the direction uses the clipped data, too.
+
+    Args:
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last, as for `ddpm`.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points.
+        time: ``[K]``, the times at which the network is called.
+        prediction: what the network predicts, one of `PREDICTIONS`.
+        eta: the share of the noise, in [0, 1].
+        clip: bound of the predicted x_0, or None.
     """
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=eta == 0)

@@ -32,10 +32,14 @@ def deis(
     as in diffusers. The state has ``order`` slots.
 
     Args:
-        alpha, sigma, time, prediction, clip: as for `ddim`; the direction uses the unclipped eps.
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last, as for `ddpm`.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points.
+        time: ``[K]``, the times at which the network is called.
+        prediction: what the network predicts, one of `PREDICTIONS`.
         order: 1 (the same as `ddim`), 2 or 3.
         lower_order_final: whether the order decreases to 1 in the last rows. A last row down to sigma = 0, where
             log(rho) is infinite, always has first order.
+        clip: bound of the predicted x_0, or None; the direction uses the unclipped eps.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=True)
     check_order(order, 3)

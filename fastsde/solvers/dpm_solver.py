@@ -28,10 +28,15 @@ def dpm_solver_pp_2m(
 ) -> StepTable:
     """DPM-Solver++ 2M, midpoint form, of the ODE or of the SDE (Lu et al. 2022, arXiv:2211.01095, sec. 4.2, app. B).
 
-    Arguments are as for `ddpm`, and:
+    Args:
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last, as for `ddpm`.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points.
+        time: ``[K]``, the times at which the network is called.
+        prediction: what the network predicts, one of `PREDICTIONS`.
         stochastic: whether to use SDE-DPM-Solver++ 2M, with noise.
         lower_order_final: whether the last row has first order. It always does if the last sigma is 0, since the
             second-order row does not exist there.
+        clip: bound of the predicted x_0, or None.
     """
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=not stochastic)
@@ -76,11 +81,15 @@ def dpm_solver_pp_3m(
     which reduces it to order 1.) The state has three slots.
 
     Args:
-        alpha, sigma, time, prediction, clip: as for `ddpm`.
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last, as for `ddpm`.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points.
+        time: ``[K]``, the times at which the network is called.
+        prediction: what the network predicts, one of `PREDICTIONS`.
         stochastic: whether to use SDE-DPM-Solver++ 3M, with noise.
         lower_order_final: whether the last two rows have order 2 and 1. If the last sigma is 0, the last row always
             has order 1.
         variant: form of the second-order rows, "midpoint" as in `dpm_solver_pp_2m`, or "heun".
+        clip: bound of the predicted x_0, or None.
     """
     check_bool("stochastic", stochastic), check_bool("lower_order_final", lower_order_final)
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=not stochastic)

@@ -51,11 +51,14 @@ def edm_stochastic(
     noise before its first interval.
 
     Args:
-        sde, times, prediction: as for `heun`.
+        sde: the process.
+        times: ``[K + 1]``, decreasing in [0, t_max], or increasing without noise.
+        prediction: what the network predicts, one of `PREDICTIONS`.
         s_churn: S_churn; gamma is min(S_churn / intervals, sqrt(2) - 1) where s_min <= rho <= s_max, else 0. At 0 this
             is Heun's method in rho, the deterministic sampler of EDM's algorithm 1.
-        s_min, s_max: in units of rho. With an infinite s_max, the first interval calls the network beyond the last
-            time of the process, as algorithm 2 does.
+        s_min: the least rho at which noise is added.
+        s_max: the largest rho at which noise is added. If it is infinite, the first interval calls the network beyond
+            the last time of the process, as algorithm 2 does.
         s_noise: S_noise, the standard deviation of the added noise.
         euler_final: whether the last interval is a single Euler row; by default only if it ends at sigma = 0.
     """

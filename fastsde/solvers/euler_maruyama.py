@@ -29,8 +29,8 @@ def euler_maruyama(sde: Process, times: Tensor | Sequence[float], prediction: st
         prediction: what the network predicts, one of `PREDICTIONS`.
 
     Raises:
-        TypeError, ValueError: naming the argument; also for a time at which the process has no reverse SDE, since alpha
-            is 0 and the drift infinite.
+        TypeError, ValueError: for an invalid argument; also for a time at which the process has no reverse SDE, since
+            alpha is 0 and the drift infinite.
     """
     time, after = _steps(sde, times, prediction)
     step, rate = time - after, sde.squared_diffusion(time)
@@ -46,7 +46,14 @@ def exponential_euler_maruyama(sde: Process, times: Tensor | Sequence[float], pr
         x' = alpha'/alpha x + (alpha' integral of alpha d(lambda^2)) score + alpha' sqrt(lambda^2 - lambda'^2) z
 
     On the VP-SDE, with I the integral of beta over the step: x' = e^(I/2) x + 2 (e^(I/2) - 1) score + sqrt(e^I - 1) z.
-    Arguments and errors are as for `euler_maruyama`.
+
+    Args:
+        sde: the process.
+        times: ``[K + 1]``, decreasing in [0, t_max].
+        prediction: what the network predicts, one of `PREDICTIONS`.
+
+    Raises:
+        TypeError, ValueError: as for `euler_maruyama`.
     """
     time, after = _steps(sde, times, prediction)
     scale, weight, variance = sde.exact_step(time, after)

@@ -62,13 +62,20 @@ def build(
     between any times at which the velocity is finite.
 
     Args:
-        t_start: by default the time of the prior.
-        spacing, rho: how the times lie between the two (`fastsde.solvers.times.spaced`); by default the spacing of the
-            process.
-        clip, eta: options of the builder, if it has them.
+        solver: one of `SOLVERS`.
+        sde: the process.
+        steps: the number of rows, that is, of network calls.
+        t_start: the time to start at, by default that of the prior.
+        t_end: the time to end at.
+        spacing: how the times lie between the two (`fastsde.solvers.times.spaced`); by default as the process says.
+        rho: the exponent of "karras" spacing, by default 7.
+        prediction: what the network predicts, one of `PREDICTIONS`.
+        clip: the bound of the predicted x_0, for builders that have it.
+        eta: the share of the noise, for builders that have it.
         solver_options: any options of the builder, by name.
         denoise: whether the last row gives the data prediction, instead of a step to ``t_end``. No other row changes.
-        resamples, jump: how often, and over how many rows, RePaint goes back up (`fastsde.solvers.repaint`).
+        resamples: how often RePaint comes down each part of the way (`fastsde.solvers.repaint`).
+        jump: over how many rows RePaint goes back up.
 
     Raises:
         ValueError: for an unknown solver, prediction, spacing or option, steps below 1, times out of range or order,

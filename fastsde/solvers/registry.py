@@ -43,6 +43,8 @@ class Solver:
     """A registered builder of a `StepTable`.
 
     Args:
+        builder: the function, such as `fastsde.solvers.ddim`.
+        variants: its options and their orders of convergence; the first is without options.
         corrects_at: for a solver whose last row of an interval is at the new time, such as Heun's correction: returns
             whether that row exists for a process, a time and a prediction.
         needs_alpha: whether the solver cannot start a step where alpha is 0, whatever the network predicts.
@@ -64,6 +66,7 @@ class Solver:
 
     @property
     def name(self) -> str:
+        """The name of the builder."""
         return self.builder.__name__
 
     @cached_property
@@ -90,6 +93,7 @@ class Solver:
 
 
 REGISTRY: dict[str, Solver] = {}
+"""The registered solvers by name."""
 
 
 def solver(
@@ -100,7 +104,20 @@ def solver(
     weights: Mapping[int, tuple[float, ...]] | None = None,
     is_affine: bool = True,
 ) -> Callable[[Builder], Builder]:
-    """Registers the decorated builder under its own name; the first variant is the one without options."""
+    """Registers the decorated builder under its own name.
+
+    Args:
+        variants: options of the builder and their orders of convergence; the first one is without options.
+        corrects_at: as for `Solver`.
+        needs_alpha: as for `Solver`.
+        rows_per_interval: as for `Solver`.
+        weights: as for `Solver`.
+        is_affine: as for `Solver`.
+
+    Raises:
+        TypeError: for no variant.
+        ValueError: for the name of another solver.
+    """
 
     if not variants or not all(isinstance(variant, Variant) for variant in variants):
         raise TypeError(f"solver takes one Variant or more, as in @solver(Variant(order)), got {variants}")

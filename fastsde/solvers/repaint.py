@@ -25,6 +25,7 @@ def repaint(table: StepTable, sde: Process, resamples: int, jump: int = 10) -> S
 
     Args:
         table: one slot, with rows that each end at the time of the next one, decreasing times of the process.
+        sde: the process.
         resamples: how often each part of the way is gone down; 1 leaves the table as it is.
         jump: the rows that each way up undoes.
 

@@ -37,6 +37,7 @@ from .terms import Terms, kinds_of, live_terms, named_terms, terms_of, trajector
 __all__ = ["MAX_SLOTS", "Row", "StepTable", "row_width"]
 
 MAX_SLOTS = 8
+"""The most slots that a table has."""
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -72,7 +73,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False, init=False)
 class StepTable:
-    """A solver: K rows, each one network call and one step of m slots (see the module docstring for the equation).
+    """A solver: K rows, each one network call and one step of m slots s[0], ..., s[m - 1].
+
+        f  = model(n.s, time[k])
+        D  = p.s + q f                      clamped to [-clip, clip] if clip is set
+        s' = A s + b f + e D + d z          z: this row's noise
+
+    Slot 0 starts as the draw from the prior, the others as zero, and slot 0 is the result. A Langevin row, which is one
+    whose ``snr`` is above 0, sizes its step by norms (`fastsde.reference.langevin_size`).
 
     ``StepTable(time, a, b, c, d, e, p, q, clip)``, with columns ``[K]``, is the short form for a table of one or two
     slots:
@@ -81,16 +89,23 @@ class StepTable:
         D  = p x + q f                      clamped to [-clip, clip] if clip is set
         x' = a x + b f + e D + c H + d z    H: the D of the previous row, 0 in the first
 
+    All columns are float64 tensors on the CPU; those that are left out are zero.
+
     Args:
-        time: float64 ``[K]``, the times at which the network is called.
-        n: float64 ``[K, m]``, the network's input; by default slot 0.
-        A: float64 ``[K, m, m]``, the weight of each old slot in each new one.
-        p, b, e, d: float64 ``[K, m]``; by default zero.
-        q: float64 ``[K]``; by default zero.
-        snr: float64 ``[K]``, above 0 in Langevin rows, in which b is zero, and e and d of slot 0 are not; by default
-            zero. A table with such rows has no clip.
-        eps_max: float64 ``[K]``, the largest size of a step in Langevin rows; by default the largest number of fp32.
-        clip: bound of D, or None.
+        time: ``[K]``, the times at which the network is called.
+        a: ``[K]``, the weight of x in x'; only in the short form, which needs it.
+        b: ``[K, m]``, or ``[K]`` in the short form: the weight of f.
+        c: ``[K]``, the weight of H; only in the short form.
+        d: ``[K, m]`` or ``[K]``, the weight of the noise.
+        e: ``[K, m]`` or ``[K]``, the weight of D.
+        p: ``[K, m]`` or ``[K]``, the weight of the slots in D.
+        q: ``[K]``, the weight of f in D.
+        clip: the bound of D, or None.
+        n: ``[K, m]``, the network's input; by default slot 0.
+        A: ``[K, m, m]``, the weight of each old slot in each new one.
+        snr: ``[K]``, above 0 in Langevin rows, in which b is zero, and e and d of slot 0 are not. A table with such
+            rows has no clip.
+        eps_max: ``[K]``, the largest size of a step in Langevin rows; by default the largest number of fp32.
 
     Raises:
         TypeError: for a column that is not a float64 tensor.

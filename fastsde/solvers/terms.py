@@ -25,7 +25,12 @@ __all__ = [
     "trajectory_terms_of",
 ]
 
-ABSENT, ONE, ANY = 0, 1, 2  # what a coefficient is known to be: 0, 1, or nothing in particular
+ABSENT = 0
+"""A coefficient that is known to be 0."""
+ONE = 1
+"""A coefficient that is known to be 1."""
+ANY = 2
+"""A coefficient of which nothing is known."""
 Kinds = tuple[int, ...]
 
 
@@ -35,7 +40,11 @@ class Terms:
 
     Args:
         q: ABSENT, ONE or ANY.
-        n, p, b, e, d: the same, one per slot. ``n`` belongs to the next row, whose network input the step computes.
+        n: the same, one per slot; of the next row, whose network input the step computes.
+        p: the same, one per slot.
+        b: the same, one per slot.
+        e: the same, one per slot.
+        d: the same, one per slot.
         A: one tuple per new slot, with one entry per old slot.
         live: whether each new slot is needed.
     """
@@ -51,6 +60,7 @@ class Terms:
 
     @property
     def slots(self) -> int:
+        """The number of slots."""
         return len(self.n)
 
     @cached_property

@@ -31,6 +31,10 @@ def spaced(
             (Lin et al. 2024, arXiv:2305.08891, table 2), where "leading" starts below ``t_start``. If sigma is 0 at
             t_end, the last interval of "karras" and "log_snr" starts at the process's t_min; if alpha is 0 at t_start,
             their first interval ends at sigma / alpha = 80, EDM's largest.
+        sde: the process.
+        intervals: how many.
+        t_start: the first time.
+        t_end: the last time.
         rho: the exponent of "karras", by default 7.
 
     Raises:

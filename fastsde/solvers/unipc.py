@@ -36,11 +36,15 @@ def unipc(
     slots are x_k, y_k and the last order - 1 values of D: order + 1 in all.
 
     Args:
-        alpha, sigma, time, prediction, clip: as for `ddpm`.
+        alpha: ``[K + 1]``, the factor of x_0 before each row and after the last, as for `ddpm`.
+        sigma: ``[K + 1]``, the standard deviation of the noise at the same points.
+        time: ``[K]``, the times at which the network is called.
+        prediction: what the network predicts, one of `PREDICTIONS`.
         order: p of UniPC-p, 1, 2 or 3; with the corrector the order of accuracy is p + 1.
         variant: B(h), "bh1" (h) or "bh2" (e^h - 1).
         lower_order_final: whether the order decreases to 1 in the last rows. A last row down to sigma = 0 always has
             first order.
+        clip: bound of the predicted x_0, or None.
     """
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=True)
     check_order(order, 3)

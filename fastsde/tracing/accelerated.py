@@ -50,6 +50,7 @@ def trace(
 
     Args:
         loop: any sampling loop.
+        args: the arguments of the loop.
         network: the name of its argument that is the network; by default the only one that is an ``nn.Module``.
         modules: networks that the loop holds itself, in a closure, an object or a pipeline; for a method by default the
             one module that its object holds.
@@ -57,6 +58,7 @@ def trace(
             the network's input, if the loop does not draw its own.
         replay: run operations that no table has, such as norms, dynamic thresholding and learned variances, again
             between the rows, instead of refusing them. With a small network that is slower than the loop itself.
+        kwargs: more arguments of the loop.
 
     Returns:
         The traced loop, called as ``traced(network, n, seed=0)``. Its arguments and conditions are those of the trace.
@@ -126,7 +128,12 @@ class _Options:
 
 
 class Accelerated:
-    """A loop, accelerated. It is called as the loop, and returns what the loop returns."""
+    """A loop, accelerated by `accelerate`. It is called as the loop, and returns what the loop returns.
+
+    Attributes:
+        loop: the loop itself.
+        traced: the `Traced` of the last call, or None before the first.
+    """
 
     def __init__(self, loop: Callable[..., Any], options: _Options, known: Any = None) -> None:
         functools.update_wrapper(self, loop)
@@ -317,15 +324,26 @@ def accelerate(loop: Callable[..., Any] | None = None, **options: Any) -> Any:
     itself does not run in later calls: what it prints or stores happens only when it is traced and checked.
 
     Args:
-        loop: any sampling loop.
-        network, modules, state, replay: as for `trace`.
-        noise: "contract" for this package's noise, a function of ``seed``; "torch" for the loop's own draws from
-            PyTorch's generators in the loop's own order: under the same ``torch.manual_seed`` the result is the loop's
-            to rounding.
-        seed: of the noise contract, in [0, 2^64): every call draws the same samples, until `Accelerated.with_options`
-            gives another one.
-        backend, compile, dtype: as for `fastsde.sample`.
-        check: the first call of each trace also runs the loop itself, on a few samples with the same noises.
+        loop: any sampling loop; left out, the result is a decorator.
+
+    Keyword Args:
+        network (str | None): the name of the argument that is the network, as for `trace`.
+        modules (Sequence[nn.Module]): networks that the loop holds itself, as for `trace`.
+        state (str | None): the name of the argument that is the initial state, as for `trace`.
+        noise (str): "contract" (the default) for this package's noise, a function of ``seed``; "torch" for the loop's
+            own draws from PyTorch's generators in the loop's own order: under the same ``torch.manual_seed`` the result
+            is the loop's to rounding.
+        seed (int): of the noise contract, in [0, 2^64), by default 0: every call draws the same samples, until
+            `Accelerated.with_options` gives another one.
+        backend (str): as for `fastsde.sample`, by default "auto".
+        compile (bool | str): as for `fastsde.sample`, by default False.
+        dtype (torch.dtype | None): as for `fastsde.sample`.
+        check (bool): whether the first call of each trace also runs the loop itself, on a few samples with the same
+            noises; by default True.
+        replay (bool): run operations that no table has again between the rows, as for `trace`; by default False.
+
+    Returns:
+        The accelerated loop.
 
     Raises:
         TraceError: in a call, if no table can follow the loop.

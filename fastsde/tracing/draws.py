@@ -119,6 +119,7 @@ class Replay(Uncompiled, TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def left(self) -> int:
+        """How many draws were not used."""
         return len(self._noises) - self._next
 
     def _take(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:

@@ -31,7 +31,14 @@ def user_line() -> str:
 
 
 class TraceError(RuntimeError):  # no TypeError: Python's operators swallow those
-    """The loop does something that no table can: the operation, the reason, the line, and what to do instead."""
+    """The loop does something that no table can.
+
+    Args:
+        operation: what the loop does, such as the name of a PyTorch operation.
+        reason: why no table has it.
+        line: the line of the user's code, as "file.py:12 in function"; by default the innermost one.
+        instead: what to do instead, or None.
+    """
 
     def __init__(self, operation: str, reason: str, line: str | None = None, instead: str | None = None) -> None:
         self.operation, self.reason, self.line = operation, reason, line or user_line()

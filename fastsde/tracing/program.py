@@ -49,7 +49,15 @@ class Program:
 
     Args:
         tape: the tape of the loop.
-        leaves, spec: what the loop returned, with an `Output` for each traced tensor.
+        leaves: what the loop returned, with an ``Output`` for each traced tensor.
+        spec: how the leaves are nested, by PyTorch's pytree.
+
+    Attributes:
+        rows: the rows, of which the first is what comes before the first network call.
+        calls: what the network is given in each call.
+        draws: the normal draws of the loop, in its order.
+        notes: what a user should know, such as a Brownian tree that became independent normals.
+        state: the name of the loop's argument that is the initial state, or None.
     """
 
     def __init__(self, tape: Tape, leaves: list[Any], spec: Any) -> None:

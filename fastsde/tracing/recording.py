@@ -176,9 +176,15 @@ def record(
     """Runs ``loop(*args, **kwargs)`` once on symbols, and returns the program that it is.
 
     Args:
-        network, modules, state, replay: as for `fastsde.trace`.
+        loop: any sampling loop.
+        args: the arguments of the loop.
+        network: as for `fastsde.trace`.
+        modules: as for `fastsde.trace`.
+        state: as for `fastsde.trace`.
         double: every draw is float64, and casts of the state keep that, so that only the algebra is recorded.
+        replay: as for `fastsde.trace`.
         until_read: the first read of the state on the host ends the loop, and what is read is what it returns.
+        kwargs: more arguments of the loop.
     """
     arguments = Arguments.of(signature_of(loop), args, kwargs, network, modules, getattr(loop, "__self__", None))
     return record_call(loop, arguments, state, double=double, replay=replay, until_read=until_read)

@@ -55,7 +55,6 @@ class Traced:
     """A loop that was traced. Call it as ``traced(model, n, seed=0, **options)``.
 
     Attributes:
-        table: the loop as a `StepTable`, or None if it is none: `explain` says why.
         program: its rows.
         engine: what ran it last: a backend, or "rows" for PyTorch.
     """
@@ -73,6 +72,7 @@ class Traced:
 
     @property
     def table(self) -> StepTable | None:
+        """The loop as a table, or None if it is none: `explain` says why."""
         return None if self.tabulated is None else self.tabulated.table
 
     @property

@@ -32,28 +32,37 @@ class TrainConfig:
         pixel_range: what black and white of uint8 images are mapped to (floats are trained on as they are).
         flip: whether each image is mirrored from left to right in half of the steps.
         workers: the processes that load a data set that is not in memory; 0 loads it between the steps.
-        prediction, weighting, preconditioning, sigma_data: what the network learns
-            (`fastsde.objective.Objective`); with ``preconditioning="edm"`` the prediction is "x0".
+        prediction: what the network predicts (`fastsde.objective.Objective`).
+        weighting: of the loss (`fastsde.objective.Objective`).
         condition_dropout: the share of samples whose conditions are replaced by "no condition", which guidance needs;
             for networks that take conditions.
-        steps, batch_size: the number of steps, below 2^28, and of samples in each.
+        steps: the number of steps, below 2^28.
+        batch_size: the samples in each step, of all ranks together.
         accumulation: the parts that a batch is cut into, whose gradients are added: the same step, up to rounding, in
             less memory.
-        lr: Adam's learning rate. It warms up linearly over ``lr_warmup`` steps, and then stays constant, falls along a
-            half cosine to zero at the last step, or falls as the inverse square root of the step (``lr_schedule``
-            "constant", "cosine" or "inverse_sqrt").
+        lr: Adam's learning rate.
+        lr_schedule: "constant"; "cosine", which falls along a half cosine to zero at the last step; or "inverse_sqrt",
+            which falls as the inverse square root of the step.
+        lr_warmup: the steps over which the learning rate first rises, linearly.
         weight_decay: of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); 0 for Adam.
         clip_norm: the largest norm of the gradient, which is scaled down to it, or None.
         ema_decay: the decay of the moving average of the weights, which is sampled from; 0 keeps none. It starts lower,
             at (1 + step) / (10 + step), so that the first weights are forgotten.
-        times, t_min, t_max, time_mean, time_std: how training times are drawn (`fastsde.objective.Objective`).
+        preconditioning: "none" or "edm", with which the prediction is "x0" (`fastsde.objective.Objective`).
+        sigma_data: the standard deviation of the data, for "edm".
+        times: the distribution of the training times: "uniform", "lognormal", or "importance", which follows the
+            history of the loss.
+        t_min: the smallest training time.
+        t_max: the largest training time, by default that of the process.
+        time_mean: the mean of ln t of "lognormal" times.
+        time_std: the standard deviation of ln t of "lognormal" times.
         precision: "fp32" (on a GPU, PyTorch's convolutions then use TF32), or "bf16" for the network under autocast.
         compile: whether the network runs through ``torch.compile``.
         seed: in [0, 2^63), for the weights, the data order, the times and the noise.
         init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
-        checkpoint_every, log_every: steps between checkpoints and between log lines. A checkpoint less than ten seconds
-            after the previous one is skipped, except at the last step and on an interrupt; log lines are written
-            together every two seconds (`fastsde.training.run_folder`).
+        checkpoint_every: steps between checkpoints. One less than ten seconds after the previous one is skipped, except
+            at the last step and on an interrupt.
+        log_every: steps between log lines, which are written together every two seconds.
         sample_every: steps between pictures of samples in the run's folder; 0 for none.
         sde: the process, one of `fastsde.sde.PROCESSES`, so that a checkpoint can hold its name.
 

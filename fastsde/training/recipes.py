@@ -24,6 +24,9 @@ _CONDITIONAL = {**_UNET, "embedding": 48, "classes": 10}  # as many weights as 5
 def default_config(data: str) -> TrainConfig:
     """Returns this package's recipe for a data set, chosen for the quality of the samples.
 
+    Args:
+        data: "swiss-roll", "digits" or "mnist".
+
     Raises:
         ValueError: for an unknown data set.
     """
@@ -46,13 +49,20 @@ def default_config(data: str) -> TrainConfig:
 
 
 def ddpm_config(data: str) -> TrainConfig:
-    """Returns the objective of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14): eps, at uniform times."""
+    """Returns the objective of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14): eps, at uniform times.
+
+    Args:
+        data: "swiss-roll", "digits" or "mnist".
+    """
     return replace(default_config(data), prediction="eps", weighting="sigma2")
 
 
 def edm_config(data: str) -> TrainConfig:
     """Returns the objective of EDM (Karras et al. 2022, arXiv:2206.00364, table 1): its process, preconditioning, loss
     weight and log-normal noise levels.
+
+    Args:
+        data: "swiss-roll", "digits" or "mnist".
     """
     return replace(
         default_config(data),
@@ -67,16 +77,23 @@ def edm_config(data: str) -> TrainConfig:
 
 
 def flow_config(data: str) -> TrainConfig:
-    """Returns flow matching on straight lines (Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, 2209.03003)."""
+    """Returns flow matching on straight lines (Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, 2209.03003).
+
+    Args:
+        data: "swiss-roll", "digits" or "mnist".
+    """
     return replace(default_config(data), sde=RectifiedFlow(), prediction="flow", weighting="target")
 
 
 def config_for(dataset: Dataset | StreamedDataset, data: str, model: str | None = None) -> TrainConfig:
-    """Returns a recipe for data of your own: a `UNet` for images, and an `MLP` for anything else, with its conditions.
+    """Returns a recipe for data of your own, with their conditions.
+
+    The network is a `fastsde.models.UNet` for images, and a `fastsde.models.MLP` for anything else.
 
     Images may be stored as ``[C, H, W]`` or ``[H, W, C]``, of 1, 3 or 4 channels, and in uint8 as ``[H, W]``.
 
     Args:
+        dataset: the data.
         data: the name of the data in the config.
         model: "package.module:make", or "", for a network of your own.
 
@@ -119,7 +136,11 @@ def _image_shape(dataset: Dataset | StreamedDataset) -> list[int]:
 
 
 def tutorial_config(data: str) -> TrainConfig:
-    """Returns the tutorial's recipe: its network, exact objective (score, lambda = sigma^2), Adam at 3e-4, no EMA."""
+    """Returns the tutorial's recipe: its network, exact objective (score, lambda = sigma^2), Adam at 3e-4, no EMA.
+
+    Args:
+        data: "swiss-roll", "digits" or "mnist".
+    """
     config = replace(
         default_config(data),
         model=_MLP if data == "swiss-roll" else _UNET,

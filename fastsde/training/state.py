@@ -16,7 +16,6 @@ from .. import checkpoints, models
 from ..checkpoints import Checkpoint
 from ..conditions import Condition, from_dicts
 from ..factories import make
-from ..models.mlp import is_sequential
 from .config import TrainConfig
 from .importance import ImportanceTimes
 
@@ -42,6 +41,9 @@ def saved_config(checkpoint: str | Path) -> TrainConfig:
 
     A `Trainer` that is given no network imports the function that ``config.model`` names, if it is a string: check that
     of a file that you do not trust.
+
+    Args:
+        checkpoint: the checkpoint of a run's folder.
 
     Raises:
         ValueError: for a checkpoint that no run can resume from.
@@ -86,13 +88,8 @@ def initial_model(config: TrainConfig) -> nn.Module:
 def check_trainable(model: nn.Module) -> None:
     """Raises ValueError for a network that cannot be trained.
 
-    It must be called as ``model(x, t)``, and have parameters to train, all in fp32 and with a shape.
+    It must have parameters to train, all in fp32 and with a shape.
     """
-    if is_sequential(model):
-        raise ValueError(
-            "model must be called as model(x, t), got an nn.Sequential: for layers on cat((x, t), -1), wrap it in a "
-            "fastsde.models.ConcatTime"
-        )
     for name, each in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(each):
             raise ValueError(f"model must have all its shapes, got {name} of a lazy layer: call it once before")

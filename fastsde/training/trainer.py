@@ -24,7 +24,9 @@ from ..distributed import Ranks
 from ..engines.capture import CaptureError
 from ..engines.fetch import Fetch
 from ..engines.inspection import prefers_channels_last
+from ..extras import require
 from ..models import Preconditioned, shape_of, unwrap
+from ..models.mlp import with_time
 from ..notices import warn
 from ..pictures import has_picture
 from ..reference import NonFiniteError
@@ -72,11 +74,10 @@ class Trainer:
     run is the mean of the steps since then. On the CPU a resumed run ends with exactly the weights of an uninterrupted
     one.
 
-    On one GPU the steps are captured as CUDA graphs (`fastsde.training.captured.CapturedSteps`); on the CPU those of a
-    small network are taken by a native kernel (`NativeSteps`), and native kernels compute a `UNet` and its gradients
-    (`fastsde.engines.unet_gradients.NativeUNet`). In a process group (`fastsde.distributed.process_group`) each rank
-    takes its part of every batch, and the first one writes the folder. On a GPU the weights of a network with
-    convolutions are in channels_last; those of a checkpoint are contiguous.
+    On one GPU the steps are captured as CUDA graphs; on the CPU those of a small network are taken by a native kernel,
+    and native kernels compute a `fastsde.models.UNet` and its gradients. In a process group
+    (`fastsde.distributed.process_group`) each rank takes its part of every batch, and the first one writes the folder.
+    On a GPU the weights of a network with convolutions are in channels_last; those of a checkpoint are contiguous.
 
     Args:
         config: the config of the run.
@@ -87,19 +88,30 @@ class Trainer:
             (`fastsde.checkpoints.load`). It stays in its training or evaluation mode; its moving average is in
             evaluation mode. Of a network in ``torch.compile`` or DataParallel the network inside is trained
             (``config.compile`` and a process group do the same). With ``condition_dropout`` it must also take the
-            values of "no condition" (`fastsde.conditions.Condition`), by default one more label.
+            values of "no condition" (`fastsde.data.Condition`), by default one more label.
         device: where to train.
         dataset: the training data; by default loaded by ``config.data``. A `fastsde.data.Dataset`, or any map-style
             data set, such as a ``torch.utils.data.Dataset``, whose items are loaded step by step
-            (`fastsde.data.streamed.StreamedDataset`). For a model of images ``[C, H, W]``, it may also be stored as
+            (`fastsde.data.StreamedDataset`). For a model of images ``[C, H, W]``, it may also be stored as
             ``[N, H, W, C]``, and images of one channel as ``[N, H, W]``.
         data_root: the folder that holds MNIST.
         tensorboard: whether to log to TensorBoard as well, in the run's folder.
         resume: go on from the folder's checkpoint, or start if there is none. Otherwise a folder that has a checkpoint
             is refused, unless that is from before the first step: then the run starts again.
 
+    Attributes:
+        model: the network that is trained.
+        ema: the moving average of its weights, or None.
+        optimizer: Adam or AdamW.
+        dataset: the training data.
+        conditions: what the network is called with besides x and t, by name.
+        step: the number of steps taken.
+        loss: that of the last log line, or None before the first.
+        earlier_steps: of the run that ``config.init`` is from.
+
     Raises:
         FileExistsError: for a folder with a checkpoint and no ``resume``.
+        ImportError: if what ``tensorboard`` or ``config.sample_every`` asks for is not installed.
         TypeError: for an argument of the wrong type.
         ValueError: for a checkpoint of another config, or an incomplete one, a device that cannot be used, or data
             whose shape is not the model's.
@@ -133,7 +145,7 @@ class Trainer:
         resuming = resume and checkpoint.exists()
         if model is not None:
             check_instance("model", model, nn.Module)
-        self.model = unwrap(initial_model(config) if model is None else model)
+        self.model = with_time(unwrap(initial_model(config) if model is None else model))
         start = start_from(self.model, config) if config.init and not resuming else None
         self.model.to(self.device)
         check_trainable(self.model)
@@ -160,6 +172,8 @@ class Trainer:
         self._tensorboard: TensorBoard | None = None
         tensorboard = tensorboard or (resuming and (self.directory / EVENTS).exists())
         self._logs_events = tensorboard and self._here.rank == 0
+        if self._logs_events:
+            require("tensorboard", extra="tensorboard", what="logs for TensorBoard")
         self._samples: Samples | None = None
         if config.sample_every:
             if not has_picture(self.dataset.shape):
@@ -214,6 +228,9 @@ class Trainer:
         """Trains up to ``config.steps`` and returns the result, which the folder's checkpoint then also holds.
 
         On Ctrl-C it finishes the step, saves a checkpoint, and raises KeyboardInterrupt.
+
+        Args:
+            progress: show a progress bar on stderr.
 
         Raises:
             NonFiniteError: if the loss or the weights become NaN or infinite; the last checkpoint is kept.

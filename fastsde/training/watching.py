@@ -35,9 +35,13 @@ class Samples:
         directory: the folder of the run.
         dataset: what vectors as conditions are taken from.
         seed: of the noise.
+
+    Raises:
+        ImportError: if what draws the pictures is not installed.
     """
 
     def __init__(self, directory: Path, dataset: Dataset | StreamedDataset, seed: int) -> None:
+        pictures.check_installed(dataset.shape)
         self._directory, self._dataset, self._seed = directory, dataset, seed
 
     def draw(self, checkpoint: Checkpoint, step: int) -> Any:
@@ -75,15 +79,11 @@ class TensorBoard:
         directory: the folder of the run.
         step: the step that the run goes on from; what was written of later ones is dropped.
 
-    Raises:
-        ValueError: if TensorBoard is not installed.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("tensorboard is not installed: pip install 'fastsde[tensorboard]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(directory / EVENTS), purge_step=step + 1)
 
     def line(self, values: dict[str, Any]) -> None:

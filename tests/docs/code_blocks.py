@@ -1,7 +1,7 @@
 """The code blocks of a Markdown document, and how the tests run them.
 
-The blocks of a document run in order, in one namespace and one folder. A comment in front of a block replaces text of it
-for the tests, such as a number of steps that takes hours::
+The blocks of a document run in order, in one namespace and one folder. A comment in front of a block replaces text of
+it for the tests, such as a number of steps that takes hours::
 
     <!-- in tests: steps=100_000 -> steps=20 -->
 

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Those whose blocks need a library that not everybody has.
-NEEDS = {"docs/guides/loops.md": ("diffusers",)}
+NEEDS = {"docs/guides/loops.md": ("azula", "denoising_diffusion_pytorch", "diffusers", "k_diffusion")}
 
 
 @pytest.mark.slow

@@ -22,9 +22,11 @@ BADGE = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/fast
 LIBRARIES = {"diffusers", "sbi"}
 # What a notebook runs with here instead of its own sizes.
 PARAMETERS: dict[str, dict[str, Any]] = {
+    "diffusers": {"training_steps": 10, "n": 10, "calls": [2, 3], "steps": 3, "batches": [1, 20], "rounds": 1},
     "inpainting": {"steps": 11, "n": 2},
     "likelihood_and_inversion": {"resolution": 16, "n": 50, "calls": 4},
     "mnist": {"steps": 3, "training_steps": 30, "interrupt_after": 60.0},
+    "sbi": {"simulations": 200, "epochs": 2, "n": 100, "steps": 10, "observations": 2},
     "swiss_roll": {"training_steps": 200, "n": 50, "n_distance": 100, "most_calls": 20},
 }
 

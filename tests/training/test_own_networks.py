@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsde import Sampler, checkpoints, noise
+from fastsde import Sampler, checkpoints, noise, sample
 from fastsde.data import Dataset
 from fastsde.distributed import Ranks
 from fastsde.models import MLP
@@ -239,7 +239,6 @@ class FewLabels(Net):
     [
         (PositionalLabel, ValueError, r"model must be callable as model\(x, t, \*\*conditions\), got PositionalLabel"),
         (NeedsOther, ValueError, r"model\(x, t, label=...\) fails|missing a required argument: 'y'"),
-        (lambda: nn.Sequential(nn.Linear(3, 2)), ValueError, "wrap it in a fastsde.models.ConcatTime"),
         (lambda: nn.Identity(), ValueError, "must have parameters to train, got a Identity without any"),
         (lambda: MLP().double(), ValueError, r"parameters in fp32, got net.0.weight in torch.float64"),
         (lambda: MLP().requires_grad_(False), ValueError, "must have parameters to train, got a MLP without any"),
@@ -257,6 +256,22 @@ class FewLabels(Net):
 def test_what_cannot_be_trained_is_named(tmp_path: Path, model: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Trainer(replace(CONFIG, condition_dropout=0.9), tmp_path, model=model(), dataset=DATA).train(progress=False)
+
+
+def test_a_sequential_is_trained_on_points_and_times(tmp_path: Path) -> None:
+    def made() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
+
+    network = made()
+    before = [each.clone() for each in network.parameters()]
+    data = Dataset("mine", torch.randn(64, 2))
+    config = TrainConfig("mine", "", steps=2, batch_size=8, ema_decay=0.0)
+    checkpoint = Trainer(config, tmp_path, model=network, dataset=data).train(progress=False)
+    assert all(not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+    loaded = checkpoints.load(tmp_path, model=made)
+    x = sample(network.eval(), (3, 2), prediction=checkpoint.prediction, steps=4)
+    assert torch.equal(sample(checkpoint, (3, 2), steps=4), x)
+    assert torch.equal(sample(loaded, (3, 2), steps=4), x)
 
 
 def test_lazy_layers_must_have_been_called_once(tmp_path: Path) -> None:
