@@ -33,7 +33,7 @@ data = fastsde.data.Dataset("digits", digits.images[:, None] / 8 - 1, conditions
 options = {"prediction": "v", "weighting": "target", "condition_dropout": 0.1, "clip_norm": 1.0}
 config = TrainConfig("digits", "", steps=steps, batch_size=64, checkpoint_every=100, **options)
 checkpoint = Trainer(config, "runs/own", model=UNet(), dataset=data, resume=True).train()
-x = fastsde.Sampler(checkpoint, solver="ddpm", steps=100, guidance=2.0)(
+x = fastsde.Sampler(checkpoint, solver="dpm_solver_pp_2m", steps=25, guidance=2.0)(
     100, model_kwargs={"label": torch.arange(100) % 10}
 )
 fastsde.plotting.save_image(fastsde.plotting.image_grid(x, (-1, 1), 10, scale=4), "own.png")

@@ -19,12 +19,12 @@ inference.append_simulations(theta, x).train(max_num_epochs=epochs)
 posterior = inference.build_posterior(sample_with="sde")
 
 fast = accelerate(posterior)  # used as the posterior; with noise="torch" it makes sbi's own draws
-options = {"x": torch.tensor([[0.5, -1.0]]), "steps": 200, "show_progress_bars": False}
-fast.sample((2000,), **options)  # traced and checked in the first call
+options = {"x": torch.tensor([[0.5, -1.0]]), "steps": 100, "show_progress_bars": False}
+fast.sample((1000,), **options)  # traced and checked in the first call
 for name, each in (("sbi", posterior), ("as a table", fast)):
     torch.manual_seed(1)
     started = time.perf_counter()
-    found = each.sample((2000,), **options)
+    found = each.sample((1000,), **options)
     seconds = time.perf_counter() - started
     print(f"{name}: {seconds:.2f} s, mean {found.mean(0).tolist()}, std {found.std(0).tolist()}")
 print(fast.explain())
