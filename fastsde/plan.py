@@ -141,6 +141,10 @@ class Planner:
         backend, compile: as for `fastsde.Sampler`.
         times: fp32 ``[K]``, of the table, on the network's device.
         is_adaptive: whether an adaptive solver takes the place of the table.
+
+    Attributes:
+        passed_over: why "auto" did not take "persistent" when it last chose a backend; None if it did, or if
+            "persistent" can run but would be slower.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class Planner:
                 f"an adaptive solver has an engine of its own: backend must be 'auto', or 'reference' for a network "
                 f"in plain PyTorch, got {backend!r}"
             )
+        self.passed_over: str | None = None
         self._compiler, self._chooses = compiler_of(compile), compile == "auto"
         self._compiled: dict[str, Network] = {}  # for compile="auto"
         reason = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
@@ -212,6 +217,8 @@ class Planner:
                 request=request,
                 is_asked_for=not self.is_free,
             )
+            if candidate == "persistent":
+                self.passed_over = reason
             if reason is None and (not self.is_free or candidate != "persistent" or self._pays(request)):
                 return candidate
         raise ValueError(reason)

@@ -230,6 +230,11 @@ class Sampler:
         return self._ran
 
     @property
+    def passed_over(self) -> str | None:
+        """Why ``backend="auto"`` did not run the last call in one launch, or None if it did or need not."""
+        return self._planner.passed_over
+
+    @property
     def network_calls(self) -> Tensor | None:
         """How often the last call ran the network for each sample, int64 ``[n]``, or None before the first.
 
@@ -372,7 +377,10 @@ class Sampler:
         if self._classifier is not None and uncond_kwargs is not None:
             raise ValueError("uncond_kwargs are for classifier-free guidance: leave them out with ClassifierGuidance")
         if (self.guidance is None) != (uncond_kwargs is None):
-            raise ValueError("guidance and uncond_kwargs go together: give both or neither")
+            raise ValueError(
+                "guidance and uncond_kwargs go together: give both or neither; uncond_kwargs is what the network takes "
+                "for no condition, such as {'label': torch.full((n,), classes)}"
+            )
         shape = (n, *self.sample_shape)
         if self._t_start is not None and x_init is None:
             raise ValueError(f"x_init must be given with t_start, as the state at t = {self._t_start:g}, got None")

@@ -360,5 +360,5 @@ def accelerate(loop: Callable[..., Any] | None = None, **options: Any) -> Any:
     if loop is None:
         return lambda own: Accelerated(own, settings)
     if not callable(loop):
-        raise TypeError(f"loop must be callable, got {type(loop).__name__}")
+        raise TypeError(f"loop must be callable, got {type(loop).__name__}: for a method, give object.method")
     return Accelerated(loop.loop if isinstance(loop, Accelerated) else loop, settings)

@@ -17,7 +17,12 @@ _SHOWN = 3  # rows at the beginning; the last one is shown too
 
 
 def explain(
-    name: str, program: Program, tabulated: Tabulated | None, why_no_table: str | None, engine: str | None
+    name: str,
+    program: Program,
+    tabulated: Tabulated | None,
+    why_no_table: str | None,
+    engine: str | None,
+    passed_over: str | None,
 ) -> str:
     """Returns what the loop became, what its network is given, and its first rows and its last one."""
     count = len(program.calls)
@@ -26,6 +31,9 @@ def explain(
     if tabulated is not None:
         ran = "on the fastest backend that can" if engine is None else f"most recently on the backend {engine!r}"
         lines.append(f"It is a table, which the package runs, {ran}.")
+        if passed_over is not None:
+            reason = passed_over.removeprefix("backend 'persistent': ").partition("; use ")[0]
+            lines.append(f"It does not run in one launch: {reason}.")
     else:
         lines.append(f"It is no table, since {why_no_table}: its rows run one by one in PyTorch.")
     operations = sorted({step.operation.name for step in program.operations if step.operation is not None})
@@ -107,7 +115,7 @@ def _sum(value: Value, names: dict[Any, str]) -> str:
         terms.append("each element's own constant")
     elif const != 0:
         terms.append(f"{const:.6g}")
-    return " + ".join(terms) or "0"
+    return " + ".join(terms).replace("+ -", "- ") or "0"
 
 
 def _constant(leaf: Any) -> str:

@@ -68,6 +68,7 @@ class Traced:
         except NotATable as reason:
             self.why_no_table = str(reason)
         self.engine: str | None = None  # that ran it last: the name of a backend, or "rows"
+        self.passed_over: str | None = None  # why not in one launch
         self._samplers: OrderedDict[Any, tuple[Any, Sampler]] = OrderedDict()
 
     @property
@@ -102,7 +103,7 @@ class Traced:
 
     def explain(self) -> str:
         """Returns a listing of the rows, of what the network is given, and of the engine that runs them."""
-        return explain(self.name, self.program, self.tabulated, self.why_no_table, self.engine)
+        return explain(self.name, self.program, self.tabulated, self.why_no_table, self.engine, self.passed_over)
 
     def __repr__(self) -> str:
         what = "no table" if self.table is None else repr(self.table)
@@ -220,7 +221,7 @@ class Traced:
             progress=job.progress,
             **seeds,
         )
-        self.engine = sampler.last_backend
+        self.engine, self.passed_over = sampler.last_backend, sampler.passed_over
         x, states = found if isinstance(found, tuple) else (found, None)
         return self._returned(x, states, job)
 

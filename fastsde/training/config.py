@@ -60,8 +60,8 @@ class TrainConfig:
         compile: whether the network runs through ``torch.compile``.
         seed: in [0, 2^63), for the weights, the data order, the times and the noise.
         init: a checkpoint (a path or the name of a shipped model) whose weights to start from, or "" for fresh ones.
-        checkpoint_every: steps between checkpoints. One less than ten seconds after the previous one is skipped, except
-            at the last step and on an interrupt.
+        checkpoint_every: steps between checkpoints. One that is due less than ten seconds after the previous one waits
+            until then, except at the last step and on an interrupt.
         log_every: steps between log lines, which are written together every two seconds.
         sample_every: steps between pictures of samples in the run's folder; 0 for none.
         sde: the process, one of `fastsde.sde.PROCESSES`, so that a checkpoint can hold its name.

@@ -20,8 +20,8 @@ __all__ = ["CHECKPOINT_SECONDS", "LOG_SECONDS", "RunLog", "is_before_first_step"
 LOG_NAME, LOCK_NAME = "log.jsonl", ".lock"
 # The shortest time between two writes. A step of an MLP takes microseconds, and a checkpoint milliseconds: one every
 # 1000 steps, with a line every 100, would take about as long as the steps. This way they take a hundredth at most. A
-# reader of the log does not notice 2 s, and a run that is killed loses 10 s of work, and the time from then to its next
-# checkpoint.
+# reader of the log does not notice 2 s, and a run that is killed loses 10 s of work, or ``checkpoint_every`` steps if
+# they take longer.
 LOG_SECONDS, CHECKPOINT_SECONDS = 2.0, 10.0
 
 

@@ -288,7 +288,7 @@ class Trainer:
         work = self.work()
         steps = self._steps(work)
         losses: list[Tensor] = []
-        since, stop = self.step, False
+        since, saved_step, stop = self.step, self.step, False
         self._reported = saved = time.monotonic()
         while self.step < config.steps and not stop:
             for count in steps.chunks(self._steps_to_next_stop()):
@@ -312,10 +312,10 @@ class Trainer:
                 self._report(bar, lines, leave=int(isinstance(steps, CapturedSteps)))
                 # All ranks must stop at the same step, or they would wait for each other forever.
                 stop = stop or distributed.any_rank(interrupted())
-            if last or stop or self._is_checkpoint_due(saved):
+            if last or stop or self._is_checkpoint_due(saved, saved_step):
                 self._report(bar, lines)
                 self._save()
-                saved = time.monotonic()
+                saved, saved_step = time.monotonic(), self.step
             if config.sample_every and (self.step % config.sample_every == 0 or last) and not stop:
                 self._draw()
         if stop:
@@ -334,9 +334,10 @@ class Trainer:
             self.importance,
         )
 
-    def _is_checkpoint_due(self, saved: float) -> bool:
+    def _is_checkpoint_due(self, saved: float, saved_step: int) -> bool:
         """Returns whether all ranks save at this step: if it is time by the clock of any of them."""
-        if self.step % self.config.checkpoint_every:
+        every = self.config.checkpoint_every
+        if self.step // every == saved_step // every:
             return False
         return distributed.any_rank(time.monotonic() - saved >= run_folder.CHECKPOINT_SECONDS)
 

@@ -441,6 +441,15 @@ def test_explain_shows_the_rows() -> None:
     assert "It is no table, since its coefficients differ from element to element" in text
 
 
+def test_explain_says_why_a_loop_does_not_run_in_one_launch() -> None:
+    fast = fastsde.accelerate(guided)
+    fast(network(), 4)
+    assert "It does not run in one launch: " in fast.explain()
+    fast = fastsde.accelerate(concatenated)
+    fast(MLP, 65)
+    assert ("one launch" in fast.explain()) == (fast.traced.engine != "persistent")
+
+
 def masked(model: Any, n: int) -> Tensor:
     mask, known = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     x = torch.randn(n, 2)
@@ -470,7 +479,7 @@ def test_what_is_no_table_says_which_options_it_cannot_have() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: fastsde.accelerate(3), "loop must be callable, got int"),
+        (lambda: fastsde.accelerate(3), "loop must be callable, got int: for a method, give object.method"),
         (lambda: fastsde.accelerate(guided, what=1), "accelerate takes network, .*, got 'what'"),
         (lambda: fastsde.accelerate(guided, noise="numpy"), "noise must be 'contract' or 'torch', got 'numpy'"),
         (lambda: fastsde.accelerate(guided, seed=-1), r"seed must be in \[0, 2\^64\), got -1"),

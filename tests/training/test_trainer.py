@@ -11,6 +11,7 @@ import time
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,23 @@ def test_checkpoints_that_come_fast_are_left_out(tmp_path: Path, monkeypatch: py
     assert steps == [0, 60]
     assert lines == [0, 6]  # log lines are written before the checkpoint of their steps
     assert_same(tensors(tmp_path / "each"), tensors(tmp_path / "few"))
+
+
+def test_a_checkpoint_that_comes_too_soon_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, write, report = [], checkpoints.write, Trainer._report
+
+    def counted(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, object]) -> None:
+        steps.append(metadata["record"]["step"])
+        write(path, tensors, metadata)
+
+    def timed(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        report(self, *args, **kwargs)
+        monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", 0.0 if self.step in (10, 30) else math.inf)
+
+    monkeypatch.setattr(checkpoints, "write", counted)
+    monkeypatch.setattr(Trainer, "_report", timed)
+    Trainer(TINY, tmp_path).train(progress=False)
+    assert steps == [0, 30, 60]  # none is due at step 10; that of step 20 is written at step 30
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
