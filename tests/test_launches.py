@@ -18,7 +18,7 @@ from fastsde.training import TrainConfig, Trainer, default_config
 from fastsde.training.captured import CapturedSteps
 from fastsde.training.steps import EagerSteps
 
-DOCS = Path(__file__).parents[1] / "docs" / "launches.md"
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks" / "launches.md"
 # For the tutorial's two networks, with noise in each row. A change that adds a launch must show up here.
 EXPECTED = {
     "row of the MLP, reference": 238,

@@ -83,7 +83,7 @@ def test_the_command_writes_between_marks_and_names_what_is_missing(
 
 
 def test_the_document_has_the_networks_of_the_papers() -> None:
-    text = (ROOT / "docs" / "lowering.md").read_text()
+    text = (ROOT / "docs" / "benchmarks" / "networks.md").read_text()
     assert all(f"| {case.name} |" in text for case in papers.cases())
     rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") == 5]
     assert len(rows) > 30
