@@ -22,8 +22,10 @@ from .train_swiss_roll import rivals
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """Yields one case; on a CPU with a few steps."""
+    """Yields one case; on a CPU with a few steps, and with --quick with a quarter of the batch."""
     config = tutorial_config("mnist")
+    if plan.quick:
+        config = replace(config, batch_size=16)
     load = partial(data.digits, config.pixel_range)
     steps = 100 if plan.has_gpu and not plan.quick else 2 if plan.quick else 5
     default = "TF32" if plan.has_gpu else "fp32"

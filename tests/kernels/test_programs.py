@@ -167,7 +167,7 @@ def test_parts_of_values(triton_device: torch.device, name: str, n: int, precisi
 
 
 @pytest.mark.not_on_cuda
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_programs(triton_device: torch.device, count: int) -> None:
     for _ in range(count):
         seed = random.SystemRandom().randrange(2**32)
