@@ -124,7 +124,10 @@ def marked_files(text: str) -> dict[str, list[str]]:
     """
     found = {each["kind"]: each["files"].split() for each in _MARK.finditer(text)}
     if not found:
-        raise ValueError("the document must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->")
+        raise ValueError(
+            "the document must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->, "
+            "or <!-- figures: FILES --> and <!-- end of figures -->"
+        )
     return found
 
 

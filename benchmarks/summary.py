@@ -36,7 +36,7 @@ def _cells(found: Headline | None) -> tuple[str, str]:
         return "not measured", ""
     steps = found.record.get("rows", 1)  # training is measured by the step
     base, ours = (found.median(name) / steps for name in (found.record["baseline"], found.ours))
-    how = " compiled" * ("compiled" in found.ours)
+    how = " compiled" if "compiled" in found.ours else ""
     return duration(base), f"{duration(ours)}{how}, **{ratio(base / ours)}**"
 
 

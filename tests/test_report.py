@@ -236,7 +236,7 @@ def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict
     [
         (["{result}", "--compare"], "--compare takes two result files, got 1"),
         (["{other}"], "is not a result file of fastsde bench"),
-        (["--update", "{other}"], "must have the marks"),
+        (["--update", "{other}"], "or <!-- figures: FILES --> and <!-- end of figures -->"),
         (["missing.json"], "does not exist"),
         ([], "Missing argument"),
     ],
