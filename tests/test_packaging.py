@@ -157,7 +157,7 @@ def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
     modules = "checkpoints compat data distributed inverse models noise ops plotting reference sde solvers tracing "
     modules += "training verify"
     names = ["NonFiniteError", "Sampler", "StepTable", "__version__", "sample", *modules.split()]
-    names += ["MismatchError", "TraceError", "accelerate", "trace"]
+    names += ["MismatchError", "MissingExtraError", "TraceError", "accelerate", "trace"]
     names += ["ClassifierGuidance", "DPS", "Guidance", "PiGDM", "bits_per_dim", "decode", "encode", "log_prob"]
     names += ["CosineVPSDE", "EDM", "RectifiedFlow", "SubVPSDE", "VESDE", "VPSDE"]
     assert python(code, tmp_path).split() == sorted(names)
