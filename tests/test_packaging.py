@@ -137,9 +137,13 @@ def test_a_script_elsewhere_is_type_checked_against_the_package(tmp_path: Path) 
 
 
 def test_versions_agree() -> None:
-    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared is not None
-    assert declared[1] == fastsde.__version__
+    declared = {
+        "pyproject.toml": r'^version = "(.*)"$',
+        "CITATION.cff": r"^version: (.*)$",
+        "docs/about/citation.md": r"^  version = {(.*)},$",
+    }
+    for name, pattern in declared.items():
+        assert re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE) == [fastsde.__version__], name
 
 
 @pytest.mark.slow
