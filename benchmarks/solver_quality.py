@@ -29,6 +29,7 @@ from fastsde import checkpoints, data
 from fastsde.files import atomic_path
 from fastsde.solvers.named import find
 
+from .plots import save
 from .quality import frechet_distance, judge_digits, sliced_wasserstein, train_classifier
 from .suite.machine import settings
 
@@ -156,7 +157,7 @@ def draw(result: dict[str, Any]) -> Figure:
                     axes.plot(found.keys(), found.values(), marker=marker, ms=3.5, lw=1.2, ls="--", color=f"C{index}")
             axes.axhline(result[subject][floor], color="black", lw=0.8, ls=":", label="fresh data")
             dashed = "" if spacing == "quadratic" else " (dashed: quadratic)"
-            axes.set(xscale="log", yscale="log", xlabel="network calls a sample")
+            axes.set(xscale="log", yscale="log", xlabel="network calls per sample")
             axes.set_title(f"{title}, {spacing} spacing{dashed}")
             axes.set_ylabel(f"{name.replace('_', ' ').replace('frechet', 'Fréchet')} to the data")
             ticks = [tick for tick in (5, 10, 20, 50, 100, 200) if tick <= axes.get_xlim()[1]]
@@ -198,8 +199,7 @@ def main(subjects: tuple[str, ...], root: str | None, out: Path, plot: Path | No
         for subject in subjects or PLANS:
             measure(subject, root or data.DEFAULT_ROOT, result, keep)
     if plot is not None:
-        with atomic_path(plot) as temporary:
-            draw(result).savefig(temporary, dpi=130)
+        save(draw(result), plot, [result])
         click.echo("\n".join(table(result)))
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from fastsde.benchmarks import plots, report, summary
 from fastsde.benchmarks.suite import run
@@ -20,6 +21,7 @@ from fastsde.benchmarks.suite.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 CPU_FILE = ROOT / "benchmarks" / "results" / "cpu.json"
+DRAW_AGAIN = "python -m benchmarks.report benchmarks/results/cpu.json benchmarks/results/gpu.json --plots docs/assets"
 
 
 @pytest.fixture
@@ -224,6 +226,16 @@ def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:
         lines = {line.get_label(): line for line in panel.lines}
         assert list(lines["tutorial's loop, fp32"].get_xdata()) == sizes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-batch.png", "cpu-roofline.png", "speed.png"]
+
+
+def test_the_committed_pictures_are_of_the_committed_figures() -> None:
+    cpu, gpu = (report.load(CPU_FILE.with_name(name)) for name in ("cpu.json", "gpu.json"))
+    shown = {"speed": [cpu, gpu]}
+    for name, result in (("cpu", cpu), ("gpu", gpu)):
+        shown |= {f"{name}-roofline": [result], f"{name}-batch": [result]}
+    for name, results in shown.items():
+        with Image.open(ROOT / "docs" / "assets" / f"{name}.png") as picture:
+            assert picture.info["Source"] == plots.digest(results), f"{name}.png: {DRAW_AGAIN}"
 
 
 def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from fastsde.benchmarks import solver_quality
+from fastsde.benchmarks import plots, solver_quality
 from fastsde.benchmarks.solver_quality import CASES, PANELS, PLANS, calls_of, planned, points, table
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,11 @@ def test_the_guide_recommends_what_is_best_or_close_to_it(result: dict[str, Any]
             if count <= int(calls) and (rival in ("euler_maruyama", "ddpm")) == noise and rival in tuple(CASES)[:7]
         ]
         assert found <= 1.3 * min(rivals), (case, calls, spacing, title)
+
+
+def test_the_committed_plot_is_of_the_committed_figures(result: dict[str, Any]) -> None:
+    with Image.open(ROOT / "docs/assets/solver-quality.png") as picture:
+        assert picture.info["Source"] == plots.digest([result]), "draw it again with --plot-only"
 
 
 @pytest.mark.slow
