@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastsde.benchmarks import plots, solver_quality
-from fastsde.benchmarks.solver_quality import CASES, PANELS, PLANS, calls_of, planned, points, table
+from fastsde.benchmarks.solver_quality import PANELS, PLANS, SHOWN, WITH_NOISE, calls_of, planned, points, table
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/guides/solvers.md").read_text()
@@ -21,7 +21,7 @@ RECOMMENDED = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def result() -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks/results/solver-quality.json").read_text())
 
@@ -51,13 +51,13 @@ def test_the_guide_recommends_what_is_best_or_close_to_it(result: dict[str, Any]
     for case, calls, spacing, figure, title in rows:
         found = points(result, subjects[title], case, spacing)[int(calls)]
         assert f"{found:.{3 if title == 'swiss roll' else 1}f}" == figure
-        noise = case in ("euler_maruyama", "ddpm")  # recommended where noise is wanted, and compared among themselves
+        noise = case in WITH_NOISE  # recommended where noise is wanted, and compared among themselves
         rivals = [
             value
             for rival, spacings in result[subjects[title]]["runs"].items()
             for other in spacings
             for count, value in points(result, subjects[title], rival, other).items()
-            if count <= int(calls) and (rival in ("euler_maruyama", "ddpm")) == noise and rival in tuple(CASES)[:7]
+            if count <= int(calls) and (rival in WITH_NOISE) == noise and rival in SHOWN
         ]
         assert found <= 1.3 * min(rivals), (case, calls, spacing, title)
 
@@ -65,6 +65,15 @@ def test_the_guide_recommends_what_is_best_or_close_to_it(result: dict[str, Any]
 def test_the_committed_plot_is_of_the_committed_figures(result: dict[str, Any]) -> None:
     with Image.open(ROOT / "docs/assets/solver-quality.png") as picture:
         assert picture.info["Source"] == plots.digest([result]), "draw it again with --plot-only"
+
+
+def test_what_was_not_measured_is_left_out(result: dict[str, Any]) -> None:
+    assert len(solver_quality.draw({}).axes) == 2
+    del result["mnist"], result["swiss-roll"]["runs"]["ddim"]
+    assert len(solver_quality.draw(result).axes[0].lines) == len(SHOWN)  # with fresh data, and without ddim
+    lines = table(result)
+    assert [line.count("|") for line in lines] == [8] * len(lines)
+    assert "| `ddim` |  |  |  |  |  |  |" in lines
 
 
 @pytest.mark.slow
