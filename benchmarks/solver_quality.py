@@ -106,20 +106,34 @@ def planned(subject: str) -> Iterator[Run]:
 
 
 def measure(subject: str, root: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Adds to ``result`` every run of a subject that it does not have, and keeps it after each."""
+    """Adds to ``result`` every run of a subject that it does not have, and keeps it after each.
+
+    All figures of a subject are of one commit: if runs are missing, those of another commit are measured again.
+    """
+    if not _missing(result, subject):
+        return
+    machine = settings(torch.device("cpu"))
+    if result.get(subject, {}).get("machine", machine)["commit"] != machine["commit"]:
+        del result[subject]
     judge, about = judge_points() if subject == "swiss-roll" else judge_of_digits(root)
     figures: dict[str, Any] = result.setdefault(subject, {})
-    figures |= {**about, "machine": settings(torch.device("cpu"))}
-    for case, spacing, calls in planned(subject):
+    figures |= {**about, "machine": machine}
+    for case, spacing, calls in _missing(result, subject):
         done = figures.setdefault("runs", {}).setdefault(case, {}).setdefault(spacing, {})
-        if any(str(calls) in each for each in done.values()):
-            continue
         solver, options = CASES[case]
         found = judge(solver=solver, solver_options=options, spacing=spacing, steps=calls)
         for name, value in found.items():
             done.setdefault(name, {})[str(calls)] = round(value, 4)
         click.echo(f"{subject:11}{case:30}{spacing:10}{calls:4}  {found}")
         keep()
+
+
+def _missing(result: dict[str, Any], subject: str) -> list[Run]:
+    return [
+        (case, spacing, calls)
+        for case, spacing, calls in planned(subject)
+        if calls not in points(result, subject, case, spacing)
+    ]
 
 
 # The figure and the table -------------------------------------------------------------------------------------------

@@ -88,6 +88,13 @@ def test_a_small_run_is_measured_kept_and_drawn(tmp_path: Path, monkeypatch: pyt
     kept = json.loads(out.read_text())
     assert set(points(kept, "swiss-roll", "heun", "uniform")) == {1, 3}
     assert kept["swiss-roll"]["machine"]["torch"]
+    other = json.loads(out.read_text())
+    other["swiss-roll"]["machine"]["commit"] = "another"
+    other["swiss-roll"]["runs"]["ddim"]["uniform"]["distance"]["2"] = -1.0
+    del other["swiss-roll"]["runs"]["heun"]
+    out.write_text(json.dumps(other))
+    CliRunner().invoke(solver_quality.main, [*options, str(out)], catch_exceptions=False)
+    assert json.loads(out.read_text()) == kept  # all of it measured again
     whole = ROOT / "benchmarks/results/solver-quality.json"
     plot = tmp_path / "plot.png"
     drawn = CliRunner().invoke(solver_quality.main, ["--plot-only", "--out", str(whole), "--plot", str(plot)])
