@@ -32,6 +32,11 @@ def test_the_results_hold_every_run(result: dict[str, Any]) -> None:
             assert calls in points(result, subject, case, spacing), (subject, case, spacing, calls)
 
 
+def test_the_results_are_of_whole_commits(result: dict[str, Any]) -> None:
+    commits = {subject: result[subject]["machine"]["commit"] for subject in PLANS}
+    assert not [subject for subject, commit in commits.items() if commit.endswith("-dirty")], commits
+
+
 def test_an_interval_of_two_calls_ends_in_one() -> None:
     assert [calls_of("heun", calls) for calls in (5, 8)] == [5, 7]
     assert [calls_of("rk4", calls) for calls in (8, 10)] == [7, 10]
