@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,7 +26,7 @@ _COLUMNS = 10
 
 
 def trajectory(steps: int) -> Figure:
-    """The swiss roll on its way from noise to data: every fifth of the rows."""
+    """The swiss roll on its way from noise to data: after each fifth of the rows."""
     every = steps // 5
     options = {"solver": "dpm_solver_pp_2m", "steps": 5 * every, "spacing": "log_snr"}
     _, states = fastsde.sample("swiss-roll", (2000, 2), trajectory=every, **options)
@@ -129,7 +128,6 @@ def main(out: Path, steps: int | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, (draw, rows) in PICTURES.items():
         figure = draw(steps or rows)
-        FigureCanvasAgg(figure)
         with atomic_path(out / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=100, bbox_inches="tight", facecolor="white")
         click.echo(out / f"{name}.png")

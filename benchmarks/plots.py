@@ -1,7 +1,12 @@
-"""The report's plots: the README's figures, a roofline, and the speed over the batch size."""
+"""The report's plots: the README's figures, a roofline, and the speed over the batch size.
+
+Each has the digest of the figures that it shows in its metadata, so that a test finds a plot of others.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +31,24 @@ def draw(results: Mapping[str, Figures], folder: Path) -> Iterator[Path]:
 
     They are written atomically. Yields their paths.
     """
-    figures = {"speed": speed(list(results.values()))}
+    every = list(results.values())
+    figures = {"speed": (speed(every), every)}
     for name, result in results.items():
-        figures |= {f"{name}-roofline": roofline(result), f"{name}-batch": batch_sizes(result)}
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        with atomic_path(path) as temporary, mpl.rc_context({"font.size": 8}):
-            figure.savefig(temporary, dpi=130)
-        yield path
+        figures |= {f"{name}-roofline": (roofline(result), [result]), f"{name}-batch": (batch_sizes(result), [result])}
+    for name, (figure, shown) in figures.items():
+        save(figure, folder / f"{name}.png", shown)
+        yield folder / f"{name}.png"
+
+
+def save(figure: Figure, path: Path, shown: Sequence[Figures]) -> None:
+    """Writes a plot atomically as PNG, with the digest of the results that it shows as ``Source`` in its metadata."""
+    with atomic_path(path) as temporary, mpl.rc_context({"font.size": 8}):
+        figure.savefig(temporary, dpi=130, metadata={"Source": digest(shown)})
+
+
+def digest(results: Sequence[Figures]) -> str:
+    """Returns the SHA-256 of results, however their files are formatted."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 # The README's figures ----------------------------------------------------------------------------------------------
@@ -107,7 +122,7 @@ def roofline(result: Figures) -> Figure:
     for number, (record, x) in enumerate(zip(records, points, strict=True), 1):
         handles.append(f"{number}  {record['what']}")
         _task(axes, record, x * 1.06 ** (points[: number - 1].count(x)), _flop(record["work"]), number)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP a byte of memory", ylabel="FLOP/s")
+    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP per byte of memory", ylabel="FLOP/s")
     axes.set_title(f"Roofline, {result['device']}")
     for label, color, face in (
         ("fastsde", _OURS, _OURS),
@@ -153,7 +168,7 @@ def batch_sizes(result: Figures) -> Figure:
             marker = _MARKERS[place % len(_MARKERS)]
             axes.plot(sizes, rates, marker=marker, ms=4, color=color, label=name, lw=1.4 if is_ours(name) else 0.8)
         axes.set(
-            xscale="log", yscale="log", xlabel="samples in the batch", ylabel="samples x rows a second", title=title
+            xscale="log", yscale="log", xlabel="samples in the batch", ylabel="samples x rows per second", title=title
         )
         axes.grid(alpha=0.25)
         if names:

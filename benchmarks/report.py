@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -23,7 +23,7 @@ from . import summary
 from .suite.case import SPENT
 from .suite.measure import Figures
 from .suite.run import SUBJECTS, write_json
-from .suite.table import TITLES, duration, has_replays, headlines, is_ours, noise, ratio, timed, without_time
+from .suite.table import TITLES, duration, has_replays, headlines, is_ours, noise, ratio, row, timed, without_time
 
 # <!-- figures: FILES --> is the README's short table of result files, <!-- benchmarks: FILES --> the tables in full.
 _MARK = re.compile(
@@ -71,8 +71,8 @@ def about(result: Figures) -> str:
 
 def markdown(result: Figures) -> str:
     """Returns a paragraph about the machine and a table of all cases."""
-    rows = [row.cells for record in result["cases"] for row in headlines(record)]
-    lines = [about(result) + ".", "", _row(TITLES), _row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(_row, rows)]
+    cells = [each.cells for record in result["cases"] for each in headlines(record)]
+    lines = [about(result) + ".", "", row(TITLES), row([":--"] + ["--:"] * (len(TITLES) - 1)), *map(row, cells)]
     lines += _of_the_host(result["cases"])
     earlier: dict[str, list[str]] = {}
     for record in result["cases"]:
@@ -116,10 +116,6 @@ def _of_the_host(records: Sequence[Figures]) -> list[str]:
     return ["", f"{meaning} A call from Python takes the host, {'; '.join(found)}."]
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def marked_files(text: str) -> dict[str, list[str]]:
     """Returns the result files that the marks of a document name, relative to its folder, for each kind of table.
 
@@ -128,7 +124,10 @@ def marked_files(text: str) -> dict[str, list[str]]:
     """
     found = {each["kind"]: each["files"].split() for each in _MARK.finditer(text)}
     if not found:
-        raise ValueError("the document must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->")
+        raise ValueError(
+            "the document must have the marks <!-- benchmarks: FILES --> and <!-- end of benchmarks -->, "
+            "or <!-- figures: FILES --> and <!-- end of figures -->"
+        )
     return found
 
 

@@ -29,24 +29,19 @@ from fastsde import checkpoints, data
 from fastsde.files import atomic_path
 from fastsde.solvers.named import find
 
+from .plots import save
 from .quality import frechet_distance, judge_digits, sliced_wasserstein, train_classifier
 from .suite.machine import settings
+from .suite.table import row
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {  # by their names in the figure
-    "euler_maruyama": ("euler_maruyama", {}),
-    "ddpm": ("ddpm", {}),
-    "ddim": ("ddim", {}),
-    "heun": ("heun", {}),
-    "dpm_solver_pp_2m": ("dpm_solver_pp_2m", {}),
-    "unipc": ("unipc", {}),
-    "deis": ("deis", {}),
-    "predictor_corrector": ("predictor_corrector", {}),
-    "rk4": ("rk4", {}),
+WITH_NOISE = ("euler_maruyama", "ddpm")
+WITHOUT_NOISE = ("ddim", "heun", "dpm_solver_pp_2m", "unipc", "deis")
+SHOWN = (*WITH_NOISE, *WITHOUT_NOISE)  # in the figure and the table
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the solver and its options
+    **{solver: (solver, {}) for solver in (*SHOWN, "predictor_corrector", "rk4")},
     "dpm_solver_pp_2m, stochastic": ("dpm_solver_pp_2m", {"stochastic": True}),
     "edm_stochastic, s_churn 8": ("edm_stochastic", {"s_churn": 8.0}),
 }
-SHOWN = tuple(CASES)[:7]
-FLOW = SHOWN[2:]  # those without noise
 POINTS, DIGITS, JUDGE_EPOCHS = 10_000, 500, 10
 CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200)
 PLANS: dict[str, tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]] = {  # spacing, cases, calls
@@ -54,13 +49,13 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]] = {  
         ("uniform", tuple(CASES), CALLS),
         ("quadratic", tuple(CASES), CALLS),
         ("log_snr", tuple(CASES), CALLS),
-        ("karras", FLOW, CALLS),
-        ("uniform", ("euler_maruyama", "ddpm", "ddim"), (500, 999)),
+        ("karras", WITHOUT_NOISE, CALLS),
+        ("uniform", (*WITH_NOISE, "ddim"), (500, 999)),
     ),
-    "mnist": (  # half a second a call on two idle cores, so fewer of them
-        ("uniform", SHOWN[:1], CALLS[:7]),
-        ("uniform", SHOWN[1:], CALLS[:5]),
-        ("quadratic", FLOW[2:], (5, 10, 20)),
+    "mnist": (  # 3,700 calls, each 0.15 to 0.3 s on two idle cores
+        ("uniform", SHOWN, (5, 8, 10, 15, 20, 30, 50, 100)),
+        ("quadratic", SHOWN, (5, 8, 10, 15, 20, 30, 50, 100)),
+        ("uniform", WITH_NOISE, (200,)),
     ),
 }
 
@@ -111,20 +106,34 @@ def planned(subject: str) -> Iterator[Run]:
 
 
 def measure(subject: str, root: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Adds to ``result`` every run of a subject that it does not have, and keeps it after each."""
+    """Adds to ``result`` every run of a subject that it does not have, and keeps it after each.
+
+    All figures of a subject are of one commit: if runs are missing, those of another commit are measured again.
+    """
+    if not _missing(result, subject):
+        return
+    machine = settings(torch.device("cpu"))
+    if result.get(subject, {}).get("machine", machine)["commit"] != machine["commit"]:
+        del result[subject]
     judge, about = judge_points() if subject == "swiss-roll" else judge_of_digits(root)
     figures: dict[str, Any] = result.setdefault(subject, {})
-    figures |= {**about, "machine": settings(torch.device("cpu"))}
-    for case, spacing, calls in planned(subject):
+    figures |= {**about, "machine": machine}
+    for case, spacing, calls in _missing(result, subject):
         done = figures.setdefault("runs", {}).setdefault(case, {}).setdefault(spacing, {})
-        if any(str(calls) in each for each in done.values()):
-            continue
         solver, options = CASES[case]
         found = judge(solver=solver, solver_options=options, spacing=spacing, steps=calls)
         for name, value in found.items():
             done.setdefault(name, {})[str(calls)] = round(value, 4)
         click.echo(f"{subject:11}{case:30}{spacing:10}{calls:4}  {found}")
         keep()
+
+
+def _missing(result: dict[str, Any], subject: str) -> list[Run]:
+    return [
+        (case, spacing, calls)
+        for case, spacing, calls in planned(subject)
+        if calls not in points(result, subject, case, spacing)
+    ]
 
 
 # The figure and the table -------------------------------------------------------------------------------------------
@@ -137,46 +146,56 @@ COLUMNS = (5, 10, 20)
 
 
 def points(result: dict[str, Any], subject: str, case: str, spacing: str) -> dict[int, float]:
-    """Returns the figures of a case by the number of calls, in order."""
-    found = result[subject]["runs"][case][spacing][PANELS[subject][0]]
+    """Returns the figures of a case by the number of calls, in order; none if it was not measured."""
+    runs = result.get(subject, {}).get("runs", {}).get(case, {}).get(spacing, {})
+    found = runs.get(PANELS[subject][0], {})
     return {int(calls): value for calls, value in sorted(found.items(), key=lambda item: int(item[0]))}
 
 
 def draw(result: dict[str, Any]) -> Figure:
     """Draws the figures of each solver over its calls, a panel for each model."""
     with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        for axes, (subject, (name, floor, spacing, title)) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-            for index, case in enumerate(SHOWN):
-                found = points(result, subject, case, spacing)
-                marker = "osD^vPX"[index]
-                axes.plot(found.keys(), found.values(), marker=marker, ms=3.5, lw=1.2, color=f"C{index}", label=case)
-                if spacing != "quadratic" and "quadratic" in result[subject]["runs"][case]:
-                    found = points(result, subject, case, "quadratic")
-                    axes.plot(found.keys(), found.values(), marker=marker, ms=3.5, lw=1.2, ls="--", color=f"C{index}")
-            axes.axhline(result[subject][floor], color="black", lw=0.8, ls=":", label="fresh data")
-            dashed = "" if spacing == "quadratic" else " (dashed: quadratic)"
-            axes.set(xscale="log", yscale="log", xlabel="network calls a sample")
-            axes.set_title(f"{title}, {spacing} spacing{dashed}")
-            axes.set_ylabel(f"{name.replace('_', ' ').replace('frechet', 'Fréchet')} to the data")
-            ticks = [tick for tick in (5, 10, 20, 50, 100, 200) if tick <= axes.get_xlim()[1]]
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.minorticks_off()
-            axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=7)
+        figure = Figure(figsize=(9, 4.1), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, subject in zip(panels, PANELS, strict=True):
+            _panel(axes, result, subject)
+        labels = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
+
+
+def _panel(axes: Any, result: dict[str, Any], subject: str) -> None:
+    """Draws the figures of a model: solid lines in the spacing of its panel, and dashed ones in quadratic spacing."""
+    name, floor, spacing, title = PANELS[subject]
+    for index, case in enumerate(SHOWN):
+        style = {"marker": "osD^vPX"[index], "ms": 3.5, "lw": 1.2, "color": f"C{index}"}
+        if found := points(result, subject, case, spacing):
+            axes.plot(found.keys(), found.values(), label=case, **style)
+        if spacing != "quadratic" and (found := points(result, subject, case, "quadratic")):
+            axes.plot(found.keys(), found.values(), ls="--", **style)
+    if subject in result:
+        axes.axhline(result[subject][floor], color="black", lw=0.8, ls=":", label="fresh data")
+    dashed = "" if spacing == "quadratic" else " (dashed: quadratic)"
+    axes.set(xscale="log", yscale="log", xlabel="network calls per sample")
+    axes.set_title(f"{title}, {spacing} spacing{dashed}")
+    axes.set_ylabel(f"{name.replace('_', ' ').replace('frechet', 'Fréchet')} to the data")
+    ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500, 1000) if tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """Returns the Markdown table of docs/guides/solvers.md."""
     heads = [f"{PANELS[subject][3]}, {calls}" for subject in PANELS for calls in COLUMNS]
-    lines = [f"| solver | {' | '.join(heads)} |", f"| --- |{' --: |' * len(heads)}"]
+    lines = [row(["solver", *heads]), row(["---", *["--:"] * len(heads)])]
     for case in SHOWN:
-        cells = []
+        cells = [f"`{case}`"]
         for subject, digits in (("swiss-roll", 3), ("mnist", 1)):
             found = points(result, subject, case, PANELS[subject][2])
-            cells += [f"{found[calls_of(case, calls)]:.{digits}f}" for calls in COLUMNS]
-        lines.append(f"| `{case}` | {' | '.join(cells)} |")
+            figures = [found.get(calls_of(case, calls)) for calls in COLUMNS]
+            cells += ["" if figure is None else f"{figure:.{digits}f}" for figure in figures]
+        lines.append(row(cells))
     return lines
 
 
@@ -198,8 +217,7 @@ def main(subjects: tuple[str, ...], root: str | None, out: Path, plot: Path | No
         for subject in subjects or PLANS:
             measure(subject, root or data.DEFAULT_ROOT, result, keep)
     if plot is not None:
-        with atomic_path(plot) as temporary:
-            draw(result).savefig(temporary, dpi=130)
+        save(draw(result), plot, [result])
         click.echo("\n".join(table(result)))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from .suite.measure import Figures
-from .suite.table import Headline, duration, headlines, ratio
+from .suite.table import Headline, duration, headlines, ratio, row
 
 __all__ = ["TASKS", "headline", "machine", "table"]
 
@@ -22,12 +22,12 @@ TASKS: Mapping[str, str] = {
 def table(results: Sequence[Figures]) -> list[str]:
     """Returns a Markdown table of the time of one step of each task, for each result file."""
     titles = ["one step of", *(f"{machine(result)}: {side}" for result in results for side in ("PyTorch", "fastsde"))]
-    lines = [_row(titles), _row([":--", *["--:"] * (2 * len(results))])]
+    lines = [row(titles), row([":--", *["--:"] * (2 * len(results))])]
     for name, task in TASKS.items():
         cells = [task]
         for result in results:
             cells += _cells(headline(result, name))
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return lines
 
 
@@ -36,13 +36,13 @@ def _cells(found: Headline | None) -> tuple[str, str]:
         return "not measured", ""
     steps = found.record.get("rows", 1)  # training is measured by the step
     base, ours = (found.median(name) / steps for name in (found.record["baseline"], found.ours))
-    how = " compiled" * ("compiled" in found.ours)
+    how = " compiled" if "compiled" in found.ours else ""
     return duration(base), f"{duration(ours)}{how}, **{ratio(base / ours)}**"
 
 
 def headline(result: Figures, name: str) -> Headline | None:
     """Returns a task's figures in the default precision, or None if it was not measured."""
-    found = (row for record in result["cases"] if record["name"] == name for row in headlines(record))
+    found = (each for record in result["cases"] if record["name"] == name for each in headlines(record))
     return next(found, None)
 
 
@@ -50,7 +50,3 @@ def machine(result: Figures) -> str:
     """Returns a machine in few words."""
     device: str = result["device"].removeprefix("NVIDIA ")
     return f"{result['threads']} cores of an {device}" if result["kind"] == "cpu" else device
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -18,6 +18,7 @@ __all__ = [
     "CosineVPSDE",
     "Guidance",
     "MismatchError",
+    "MissingExtraError",
     "NonFiniteError",
     "PiGDM",
     "RectifiedFlow",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from . import tracing as tracing
     from . import training as training
     from . import verify as verify
+    from .extras import MissingExtraError
     from .guidance import Guidance
     from .inverse import DPS, ClassifierGuidance, PiGDM
     from .latents import decode, encode
@@ -88,6 +90,7 @@ else:
         **dict.fromkeys(("EDM", "VESDE", "VPSDE", "CosineVPSDE", "RectifiedFlow", "SubVPSDE"), "sde"),
         **dict.fromkeys(("DPS", "ClassifierGuidance", "PiGDM"), "inverse"),
         "Guidance": "guidance",
+        "MissingExtraError": "extras",
         "NonFiniteError": "reference",
         **dict.fromkeys(("decode", "encode"), "latents"),
         **dict.fromkeys(("bits_per_dim", "log_prob"), "likelihood"),

@@ -57,9 +57,9 @@ def encode(
     (Song et al. 2021, arXiv:2011.13456, section 4.3, "manipulating latent representations"; with ddim the inversion of
     Song, Meng & Ermon 2021, arXiv:2010.02502, section 4.3.) `decode` with the same solver, steps, spacing, conditions
     and time takes them back, up to the errors of the two trajectories. Measured with the defaults on the shipped
-    models: 99 % of the swiss roll within 1e-3, and the farthest of 5,000 points within 1e-2; test digits given their labels within a root mean square of 1e-2 for each of 100
-    digits, and 95 of these within 1e-2 in every pixel; samples of the model within 1e-2 in every pixel. Images unlike
-    the data, and wrong or missing labels, take many more steps.
+    models: 99 % of the swiss roll within 1e-3, and the farthest of 5,000 points within 1e-2; test digits given their
+    labels within a root mean square of 1e-2 for each of 100 digits, and 95 of these within 1e-2 in every pixel; samples
+    of the model within 1e-2 in every pixel. Images unlike the data, and wrong or missing labels, take many more steps.
 
     Args:
         model: the network, called as ``model(x, t, **model_kwargs)``, or whatever else `fastsde.sample` takes.

@@ -169,9 +169,9 @@ class Planner:
         self.passed_over: str | None = None
         self._compiler, self._chooses = compiler_of(compile), compile == "auto"
         self._compiled: dict[str, Network] = {}  # for compile="auto"
-        reason = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
-        if reason is not None:
-            raise ValueError(reason)
+        error = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
+        if error is not None:
+            raise error
 
     @property
     def is_free(self) -> bool:
@@ -237,9 +237,9 @@ class Planner:
         batch = self._batch(backend, request, max_batch)
         network = _suited(self._faster(backend, request, batch, tell), request)
         if network.compiler is not None and not network.is_compiled:
-            reason = network.cannot_be_compiled_by(network.compiler)
-            if reason is not None:
-                warn(f"the network runs uncompiled: {reason}")
+            error = network.cannot_be_compiled_by(network.compiler)
+            if error is not None:
+                warn(f"the network runs uncompiled: {error}")
         tell(network)
         return Plan(backend, network, batch, max_batch == "auto")
 

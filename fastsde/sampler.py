@@ -116,6 +116,7 @@ class Sampler:
     Raises:
         ValueError, TypeError: for an invalid argument; the message names it, the value given and what was expected.
         FileNotFoundError: if the checkpoint does not exist.
+        MissingExtraError: if a library that an argument needs is not installed, such as OpenVINO.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsde
-from fastsde import Sampler, ops
+from fastsde import MissingExtraError, Sampler, ops
 from fastsde.engines import compilers, openvino
 from fastsde.engines.network import Compiled, Network
 from fastsde.models import MLP, ConcatTime, UNet
@@ -295,13 +295,14 @@ def test_what_openvino_cannot_run_is_refused(
     options = {"model": MLP(), "sample_shape": (2,), **options}
     with pytest.raises(ValueError, match=message):
         Sampler(**options, compile="openvino")
-    reason = compilers.unavailable_reason("openvino", MLP(), torch.float32, torch.device("cuda", 0))
-    assert reason == "compile='openvino' needs the CPU, got device cuda:0; use compile=True"
+    error = compilers.unavailable_error("openvino", MLP(), torch.float32, torch.device("cuda", 0))
+    assert str(error) == "compile='openvino' needs the CPU, got device cuda:0; use compile=True"
 
 
 def test_without_openvino_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"^openvino is not installed; .*'fastsde\[openvino\]', or use compile=True$"):
+    message = r"^openvino is not installed; .*'fastsde\[openvino\]', or use compile=True$"
+    with pytest.raises(MissingExtraError, match=message):
         Sampler(MLP(), (2,), compile="openvino")
 
 

@@ -137,9 +137,13 @@ def test_a_script_elsewhere_is_type_checked_against_the_package(tmp_path: Path) 
 
 
 def test_versions_agree() -> None:
-    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared is not None
-    assert declared[1] == fastsde.__version__
+    declared = {
+        "pyproject.toml": r'^version = "(.*)"$',
+        "CITATION.cff": r"^version: (.*)$",
+        "docs/about/citation.md": r"^  version = {(.*)},$",
+    }
+    for name, pattern in declared.items():
+        assert re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE) == [fastsde.__version__], name
 
 
 @pytest.mark.slow
@@ -157,7 +161,7 @@ def test_names_are_imported_when_they_are_asked_for(tmp_path: Path) -> None:
     modules = "checkpoints compat data distributed inverse models noise ops plotting reference sde solvers tracing "
     modules += "training verify"
     names = ["NonFiniteError", "Sampler", "StepTable", "__version__", "sample", *modules.split()]
-    names += ["MismatchError", "TraceError", "accelerate", "trace"]
+    names += ["MismatchError", "MissingExtraError", "TraceError", "accelerate", "trace"]
     names += ["ClassifierGuidance", "DPS", "Guidance", "PiGDM", "bits_per_dim", "decode", "encode", "log_prob"]
     names += ["CosineVPSDE", "EDM", "RectifiedFlow", "SubVPSDE", "VESDE", "VPSDE"]
     assert python(code, tmp_path).split() == sorted(names)

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from fastsde.benchmarks import plots, report, summary
 from fastsde.benchmarks.suite import run
@@ -20,6 +21,7 @@ from fastsde.benchmarks.suite.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 CPU_FILE = ROOT / "benchmarks" / "results" / "cpu.json"
+DRAW_AGAIN = "python -m benchmarks.report benchmarks/results/cpu.json benchmarks/results/gpu.json --plots docs/assets"
 
 
 @pytest.fixture
@@ -226,6 +228,16 @@ def test_the_pictures_are_drawn(tmp_path: Path, result: dict[str, Any]) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-batch.png", "cpu-roofline.png", "speed.png"]
 
 
+def test_the_committed_pictures_are_of_the_committed_figures() -> None:
+    cpu, gpu = (report.load(CPU_FILE.with_name(name)) for name in ("cpu.json", "gpu.json"))
+    shown = {"speed": [cpu, gpu]}
+    for name, result in (("cpu", cpu), ("gpu", gpu)):
+        shown |= {f"{name}-roofline": [result], f"{name}-batch": [result]}
+    for name, results in shown.items():
+        with Image.open(ROOT / "docs" / "assets" / f"{name}.png") as picture:
+            assert picture.info["Source"] == plots.digest(results), f"{name}.png: {DRAW_AGAIN}"
+
+
 def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict[str, Any]) -> None:
     result["cases"] = []
     assert len(list(plots.draw({"nothing": result}, tmp_path))) == 3
@@ -236,7 +248,7 @@ def test_pictures_are_drawn_of_what_little_there_is(tmp_path: Path, result: dict
     [
         (["{result}", "--compare"], "--compare takes two result files, got 1"),
         (["{other}"], "is not a result file of fastsde bench"),
-        (["--update", "{other}"], "must have the marks"),
+        (["--update", "{other}"], "or <!-- figures: FILES --> and <!-- end of figures -->"),
         (["missing.json"], "does not exist"),
         ([], "Missing argument"),
     ],

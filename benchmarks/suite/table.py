@@ -23,6 +23,11 @@ def ratio(value: float) -> str:
     return f"{value:.2f}x" if 0.1 <= value < 9.95 else f"{value:.2g}x" if value < 99.5 else f"{value:,.0f}x"
 
 
+def row(cells: Iterable[str]) -> str:
+    """Returns a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def is_ours(name: str) -> bool:
     return name.startswith("fastsde")
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..extras import missing
+from ..extras import MissingExtraError, missing
 from ..reference import Model
 from . import openvino
 from .fingerprint import fingerprint
 from .inspection import tensors_of
 
-__all__ = ["Compiled", "compiled", "unavailable_reason"]
+__all__ = ["Compiled", "compiled", "unavailable_error"]
 
 
 class Compiled:
@@ -72,20 +72,24 @@ def _why_not_frozen(run: Model, reads_classes: bool = False) -> str | None:
     return None if len(found.places) == len(tensors_of(run)) else "it holds tensors besides parameters and buffers"
 
 
-def unavailable_reason(compiler: str, run: Model, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Returns why a compiler cannot compile a network and what to do instead, or None if it can."""
+def unavailable_error(
+    compiler: str, run: Model, dtype: torch.dtype, device: torch.device
+) -> ValueError | MissingExtraError | None:
+    """Returns an error that says why a compiler cannot compile a network and what to do instead, or None if it can."""
     if compiler != "openvino":
         return None
     if device.type != "cpu":
-        return f"compile='openvino' needs the CPU, got device {device}; use compile=True"
+        return ValueError(f"compile='openvino' needs the CPU, got device {device}; use compile=True")
     if not openvino.is_installed():
-        return f"{missing('openvino', **openvino.NEEDED)}, or use compile=True"
+        return MissingExtraError(f"{missing('openvino', **openvino.NEEDED)}, or use compile=True")
     if dtype != torch.float32:
         # In bf16 it would round t as well, and be twice as far from the exact result as PyTorch is.
         instead = "leave compile out" if dtype == torch.float64 else "use compile=True"
-        return f"compile='openvino' needs a network in float32, got {dtype}; {instead}"
+        return ValueError(f"compile='openvino' needs a network in float32, got {dtype}; {instead}")
     reason = _why_not_frozen(run, reads_classes=True)
-    return None if reason is None else f"compile='openvino' cannot run this model: {reason}; or use compile=True"
+    if reason is None:
+        return None
+    return ValueError(f"compile='openvino' cannot run this model: {reason}; or use compile=True")
 
 
 def compiled(run: Model, compiler: str, device: torch.device, known: Compiled | None) -> Model | None:

@@ -18,7 +18,7 @@ from ..notices import first_line, warn, warn_once
 from ..reference import Model, NonFiniteError
 from .batches import is_out_of_memory
 from .capture import CaptureError
-from .compilers import Compiled, compiled, unavailable_reason
+from .compilers import Compiled, compiled, unavailable_error
 from .derived import Derived, derived, form_of
 from .fingerprint import Fingerprint, fingerprint, modules_of
 from .inspection import check_output, device_of, dtype_of
@@ -229,10 +229,10 @@ class Network:
             known[key] = made
         return made
 
-    def cannot_be_compiled_by(self, compiler: str) -> str | None:
-        """Returns why a compiler cannot compile the network and what to do instead, or None if it can."""
+    def cannot_be_compiled_by(self, compiler: str) -> Exception | None:
+        """Returns an error that says why a compiler cannot compile the network, or None if it can."""
         assert self._run is not None
-        return unavailable_reason(compiler, self._run, self.dtype, self.device)
+        return unavailable_error(compiler, self._run, self.dtype, self.device)
 
     @contextmanager
     def unchanged(self, unless_done: bool = False) -> Iterator[None]:

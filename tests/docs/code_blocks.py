@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from fastsde.cli import main
 
@@ -31,6 +32,8 @@ __all__ = ["LANGUAGES", "Block", "blocks", "run"]
 LANGUAGES = {"python", "sh", "text", "toml", "yaml", "bibtex", "json", "c++"}
 _REPLACE = re.compile(r"<!-- in tests: (.+?) -> (.*?) ?-->")
 _LEAVE_OUT = re.compile(r"<!-- not in tests: (.+?) -->")
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_MEANT = re.compile(r"\bin\s+tests?\b|\btests?:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,54 +45,74 @@ class Block:
     code: str
     left_out: str = ""  # the reason
 
+    @property
+    def is_run(self) -> bool:
+        return not self.left_out and self.language in ("python", "sh")
+
 
 def blocks(document: Path) -> list[Block]:
     """Returns the code blocks of a document.
 
     Raises:
-        ValueError: for a block without a known language, a replacement of text that the block does not have, or a
-            fence that is no block of its own, such as an indented one.
+        ValueError: for a block without a known language, a replacement of text that the block does not have, a comment
+            that is misspelt or not in front of a block, or a fence that is no block of its own, such as an indented
+            one.
     """
-    text = document.read_text()
-    found, comments = [], ""
+    text, comments = document.read_text(), []
+    found: list[Block] = []
     for token in MarkdownIt().parse(text):
-        if token.type == "html_block":
-            comments += token.content
-        elif token.type == "fence":
-            assert token.map is not None
-            line = token.map[0] + 2
-            if token.info.split(" ")[0] not in LANGUAGES:
-                raise ValueError(f"{document}:{line}: the block's language is {token.info!r}, not one of {LANGUAGES}")
-            code = token.content
-            for old, new in _REPLACE.findall(comments):
-                if old not in code:
-                    raise ValueError(f"{document}:{line}: the block does not have {old!r}")
-                code = code.replace(old, new)
-            reason = _LEAVE_OUT.search(comments)
-            found.append(Block(token.info.split(" ")[0], line, code, reason[1] if reason else ""))
-            comments = ""
-        elif token.type.endswith("_open"):
-            comments = ""
+        if token.type == "fence":
+            found.append(_block(document, token, comments))
+            comments = []
+        elif token.type == "html_block":
+            comments += _meant(token)
+        elif comments:
+            break
+        elif token.type == "inline":
+            comments += [comment for child in token.children or () for comment in _meant(child)]
+    if comments:
+        raise ValueError(f"{document} has {comments[0]!r}, which is not in front of a block")
     fences = len(re.findall(r"^\s*```", text, re.MULTILINE))
     if fences != 2 * len(found):
         raise ValueError(f"{document} has {fences} lines with ``` but {len(found)} blocks that can be run")
     return found
 
 
+def _meant(token: Token) -> list[str]:
+    """Returns the comments in HTML that are about the tests, as far as one can tell if they are misspelt."""
+    comments = _COMMENT.findall(token.content) if token.type.startswith("html") else []
+    return [comment for comment in comments if _MEANT.search(comment)]
+
+
+def _block(document: Path, token: Token, comments: list[str]) -> Block:
+    """Returns the block of a fence, changed as the comments in front of it say."""
+    assert token.map is not None
+    language, line, code, reason = token.info.split(" ")[0], token.map[0] + 2, token.content, ""
+    if language not in LANGUAGES:
+        raise ValueError(f"{document}:{line}: the block's language is {token.info!r}, not one of {LANGUAGES}")
+    for comment in comments:
+        if left_out := _LEAVE_OUT.fullmatch(comment):
+            reason = left_out[1]
+        elif replaced := _REPLACE.fullmatch(comment):
+            if replaced[1] not in code:
+                raise ValueError(f"{document}:{line}: the block does not have {replaced[1]!r}")
+            code = code.replace(replaced[1], replaced[2])
+        else:
+            raise ValueError(f"{document}:{line}: {comment!r} is neither a replacement nor a reason to leave it out")
+    return Block(language, line, code, reason)
+
+
 def run(document: Path, folder: Path) -> int:
     """Runs the blocks of a document, which may write into ``folder``, the current one. Returns how many ran."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    ran = 0
-    for block in blocks(document):
-        if block.left_out or block.language not in ("python", "sh"):
-            continue
-        ran += 1
+    to_run = [block for block in blocks(document) if block.is_run]
+    for block in to_run:
         if block.language == "python":
             # Blank lines in front, so that tracebacks name the line of the document.
             exec(compile("\n" * (block.line - 1) + block.code, str(document), "exec"), namespace)
         else:
             _run_in_shell(document, block, folder)
-    return ran
+    return len(to_run)
 
 
 def _run_in_shell(document: Path, block: Block, folder: Path) -> None:

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if not path.is_symlink()]
+DOCUMENTS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES)
+    if any(block.is_run for block in code_blocks.blocks(path))
+]
 # Those whose blocks need a library that not everybody has.
 NEEDS = {"docs/guides/loops.md": ("azula", "denoising_diffusion_pytorch", "diffusers", "k_diffusion")}
 
@@ -74,6 +79,11 @@ def test_a_block_is_left_out_for_a_reason(tmp_path: Path) -> None:
         ("```\nx\n```\n", "the block's language is ''"),
         ("<!-- in tests: 5 -> 6 -->\n```python\nx = 4\n```\n", "the block does not have '5'"),
         ("!!! note\n\n    ```python\n    x = 1\n    ```\n", "has 2 lines with ``` but 0 blocks"),
+        ("<!-- in tests: 5 -> 6 -->\nText.\n\n```python\nx = 5\n```\n", "'<!-- in tests: 5 -> 6 -->', which is not in"),
+        ("Text <!-- not in tests: slow -->\n\n```sh\nls\n```\n", "'<!-- not in tests: slow -->', which is not in"),
+        ("```sh\nls\n```\n\n<!-- not in tests: slow -->\n", "'<!-- not in tests: slow -->', which is not in"),
+        ("<!-- in tests: 5 => 6 -->\n```python\nx = 5\n```\n", "'<!-- in tests: 5 => 6 -->' is neither"),
+        ("<!-- not in test: slow -->\n```sh\nls\n```\n", "'<!-- not in test: slow -->' is neither"),
     ],
 )
 def test_what_would_not_run_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -151,7 +151,7 @@ SNIPPETS: dict[str, Callable[[], object]] = {
     "MissingExtraError: torchode": lambda: _without(
         "torchode", lambda: fastsde.sample("swiss-roll", (4, 2), solver=fastsde.solvers.AdaptiveODE())
     ),
-    "ValueError: openvino": lambda: _without("openvino", lambda: sample(Network(), compile="openvino")),
+    "MissingExtraError: openvino": lambda: _without("openvino", lambda: sample(Network(), compile="openvino")),
 }
 
 
