@@ -74,7 +74,7 @@ def density(steps: int) -> Figure:
     log_p = fastsde.log_prob("swiss-roll", points, steps=steps).reshape(len(axis), -1)
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    image = left.imshow(log_p.T, vmin=-12, origin="lower", extent=(-2, 2, -2, 2))
+    image = left.imshow(log_p.T.numpy(), vmin=-12, origin="lower", extent=(-2, 2, -2, 2))
     figure.colorbar(image, ax=right, label="log p(x) of the model", extend="min")
     right.scatter(*data.swiss_roll(5000, seed=1).x.T, s=2, lw=0, c="#2458c5")
     right.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", title="data")
