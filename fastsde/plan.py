@@ -120,12 +120,14 @@ class Plan(NamedTuple):
         network: the network, possibly compiled.
         batch: how many samples run at once.
         may_shrink: whether the batch may be reduced when memory runs out.
+        passed_over: why "auto" cannot take "persistent"; None if it can, or was not asked.
     """
 
     backend: str
     network: Network
     batch: int
     may_shrink: bool
+    passed_over: str | None = None
 
     def halved(self, left: int) -> Plan:
         """Returns the plan with half as many samples at once, when ``left`` samples remain."""
@@ -141,10 +143,6 @@ class Planner:
         backend, compile: as for `fastsde.Sampler`.
         times: fp32 ``[K]``, of the table, on the network's device.
         is_adaptive: whether an adaptive solver takes the place of the table.
-
-    Attributes:
-        passed_over: why "auto" did not take "persistent" when it last chose a backend; None if it did, or if
-            "persistent" can run but would be slower.
     """
 
     def __init__(
@@ -166,7 +164,6 @@ class Planner:
                 f"an adaptive solver has an engine of its own: backend must be 'auto', or 'reference' for a network "
                 f"in plain PyTorch, got {backend!r}"
             )
-        self.passed_over: str | None = None
         self._compiler, self._chooses = compiler_of(compile), compile == "auto"
         self._compiled: dict[str, Network] = {}  # for compile="auto"
         error = None if self._compiler is None else network.cannot_be_compiled_by(self._compiler)
@@ -193,7 +190,12 @@ class Planner:
         Raises:
             ValueError: if it cannot run.
         """
+        return self._choice(options, request)[0]
+
+    def _choice(self, options: Collection[str], request: Request | None) -> tuple[str, str | None]:
+        """Returns the backend that runs, and why "auto" cannot take "persistent" (`Plan.passed_over`)."""
         network, reason = self._network, None
+        passed_over: str | None = None
         if self._is_adaptive:
             if "differentiable" in options:
                 raise ValueError("differentiable=True needs a solver with rows, got an adaptive one: take a named one")
@@ -201,7 +203,7 @@ class Planner:
             reason = unavailable_reason(kind, network.device, self._state_dtype, compiler=self._compiler)
             if reason is not None:
                 raise ValueError(reason)
-            return "adaptive"
+            return "adaptive", None
         for candidate in _FASTEST_FIRST if self.is_free else (self._backend,):
             if self.is_free and candidate in network.kept.failed:
                 continue
@@ -218,9 +220,9 @@ class Planner:
                 is_asked_for=not self.is_free,
             )
             if candidate == "persistent":
-                self.passed_over = reason
+                passed_over = reason
             if reason is None and (not self.is_free or candidate != "persistent" or self._pays(request)):
-                return candidate
+                return candidate, passed_over
         raise ValueError(reason)
 
     def _pays(self, request: Request | None) -> bool:
@@ -233,7 +235,7 @@ class Planner:
             max_batch: as for `fastsde.Sampler`.
             tell: called with a network before it is compiled.
         """
-        backend = self.backend(request.options, request)
+        backend, passed_over = self._choice(request.options, request)
         batch = self._batch(backend, request, max_batch)
         network = _suited(self._faster(backend, request, batch, tell), request)
         if network.compiler is not None and not network.is_compiled:
@@ -241,7 +243,7 @@ class Planner:
             if error is not None:
                 warn(f"the network runs uncompiled: {error}")
         tell(network)
-        return Plan(backend, network, batch, max_batch == "auto")
+        return Plan(backend, network, batch, max_batch == "auto", passed_over)
 
     def without(self, plan: Plan, request: Request) -> Plan:
         """Returns a new plan for a request whose backend has failed."""

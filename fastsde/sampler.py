@@ -217,6 +217,7 @@ class Sampler:
         self._planner.backend(self._options)  # raises if none can run
 
         self._ran: str | None = None
+        self._passed_over: str | None = None
         self._calls: Tensor | int | None = None  # an int is the number of samples, for which all rows ran
         self._seed: int | None = None
 
@@ -232,8 +233,8 @@ class Sampler:
 
     @property
     def passed_over(self) -> str | None:
-        """Why ``backend="auto"`` did not run the last call in one launch, or None if it did or need not."""
-        return self._planner.passed_over
+        """Why ``backend="auto"`` could not run the last call in one launch, or None if it could."""
+        return self._passed_over
 
     @property
     def network_calls(self) -> Tensor | None:
@@ -452,7 +453,7 @@ class Sampler:
                         raise
                     plan, bar.n = plan.halved(n - first), done
                 else:
-                    self._ran = plan.backend
+                    self._ran, self._passed_over = plan.backend, plan.passed_over
                     if len(drawn) == n:
                         return drawn
                     x = drawn.new_empty(request.shape) if x is None else x

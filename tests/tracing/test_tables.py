@@ -445,6 +445,10 @@ def test_explain_says_why_a_loop_does_not_run_in_one_launch() -> None:
     fast = fastsde.accelerate(guided)
     fast(network(), 4)
     assert "It does not run in one launch: " in fast.explain()
+    sampler = fastsde.Sampler(MLP, (2,), steps=3)
+    sampler(4, callback=lambda row, time, x: None)
+    assert sampler.backend is not None  # that of a call without a callback, which does not change what is said
+    assert "does not support callback" in (sampler.passed_over or "")
     fast = fastsde.accelerate(concatenated)
     fast(MLP, 65)
     assert ("one launch" in fast.explain()) == (fast.traced.engine != "persistent")
