@@ -69,11 +69,7 @@ def ddim(
         eta: the share of the noise, in [0, 1].
         clip: bound of the predicted x_0, or None.
     """
-    check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
-    alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=eta == 0)
-    before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
-    variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
-    noise = eta * variance.sqrt() * after[1] / before[1]
+    time, before, after, noise = _rows(alpha, sigma, time, prediction, eta)
     direction = (after[1] ** 2 - noise**2).clamp(min=0).sqrt()
     r, s = eps_form(*before, prediction)
     data = data_form(*before, prediction)
@@ -103,11 +99,22 @@ def euler_ancestral(
         eta: the share of the noise, in [0, 1].
         clip: bound of the predicted x_0, or None.
     """
+    time, before, after, up = _rows(alpha, sigma, time, prediction, eta)  # up and down are multiplied by alpha'
+    down = (after[1] ** 2 - up**2).clamp(min=0).sqrt()
+    data = data_form(*before, prediction)
+    return table(time, a=down / before[1], d=up, e=after[0] - down * before[0] / before[1], data=data, clip=clip)
+
+
+def _rows(
+    alpha: Tensor | Sequence[float],
+    sigma: Tensor | Sequence[float],
+    time: Tensor | Sequence[float],
+    prediction: str,
+    eta: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """Returns the times, (alpha, sigma) before and after each row, and the std of its noise: eta times that of DDPM."""
     check_number("eta", eta, "in [0, 1]", lambda eta: 0 <= eta <= 1)
     alpha, sigma, time = schedule(alpha, sigma, time, prediction, upwards=eta == 0)
     before, after = (alpha[:-1], sigma[:-1]), (alpha[1:], sigma[1:])
     variance = (before[1] ** 2 - (before[0] / after[0]) ** 2 * after[1] ** 2).clamp(min=0)
-    up = eta * variance.sqrt() * after[1] / before[1]  # up and down are multiplied by alpha'
-    down = (after[1] ** 2 - up**2).clamp(min=0).sqrt()
-    data = data_form(*before, prediction)
-    return table(time, a=down / before[1], d=up, e=after[0] - down * before[0] / before[1], data=data, clip=clip)
+    return time, before, after, eta * variance.sqrt() * after[1] / before[1]

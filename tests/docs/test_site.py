@@ -52,8 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("docs", "tools", "fastsde", "kernels", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("zensical.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
+        shutil.copy(ROOT / name, folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
