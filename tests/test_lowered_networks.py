@@ -60,7 +60,8 @@ def test_networks_written_out_become_what_the_document_says(word: str) -> None:
 def test_the_command_writes_between_marks_and_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "zuko", None)
+    for name in ("zuko", "zuko.flows.continuous"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "fastsde.benchmarks.networks.zuko", raising=False)  # of another test
     monkeypatch.setattr(papers, "cases", lambda: [Case("a network", lambda: Called(Small(nn.Tanh()), (3,)))])
     out = tmp_path / "lowering.md"

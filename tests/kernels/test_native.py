@@ -317,7 +317,7 @@ def test_layers_that_do_not_fit_are_no_program() -> None:
     net = _linears((3, 8), (8, 2))
     net[0].bias = nn.Parameter(torch.ones(1))  # which PyTorch broadcasts
     ours, theirs = (fastsde.sample(ConcatTime(net), (4, 2), steps=2, backend=b) for b in ("persistent", "reference"))
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))  # its small values cancel
 
 
 @pytest.mark.usefixtures("native")
