@@ -109,6 +109,7 @@ def test_a_row_and_what_is_around_all_rows(backend: str, network: str) -> None:
     check({f"row of the {network}, {backend}": row, f"call around its rows, {network}, {backend}": around})
 
 
+@pytest.mark.usefixtures("large_convolution_tiles")
 @pytest.mark.parametrize("network", ["MLP", pytest.param("U-Net", marks=pytest.mark.slow)])
 def test_a_captured_row_and_what_is_around_its_replays(network: str) -> None:
     short, long = calls(network, "graph")
