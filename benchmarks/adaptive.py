@@ -18,7 +18,7 @@ from .suite.machine import Work
 from .suite.measure import Figures
 from .suite.plan import Plan
 from .tasks.flow import SEED, Flow, FlowProof
-from .tasks.networks import mlp_work, unet_work
+from .tasks.networks import mlp_work, small_digits, unet_work
 
 SCORE_SDE = "score_sde's way"
 _CALLS = 100  # of the network, at least, for the limit
@@ -48,8 +48,9 @@ def our_likelihood(task: Flow, **options: Any) -> Callable[[], Tensor]:
 
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields points and digits; with --quick few of them, and a larger tolerance for digits."""
-    roll, digits = partial(checkpoints.load, "swiss-roll"), partial(checkpoints.load, "mnist")
-    quick = {"tolerance": 1e-3} if plan.quick else {}
+    roll = partial(checkpoints.load, "swiss-roll")
+    digits = small_digits if plan.tiny else partial(checkpoints.load, "mnist")
+    quick = {"tolerance": 1e-3} if plan.quick and not plan.tiny else {}
     sampled = (
         ("swiss-roll", Flow(roll, 100 if plan.quick else 1000, plan.device), mlp_work()),
         ("mnist", Flow(digits, 1 if plan.quick else 16, plan.device, **quick), unet_work()),

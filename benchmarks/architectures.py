@@ -23,9 +23,9 @@ _PERSISTENT = "fastsde persistent, fp32"
 
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields the three networks. With --quick there are fewer rows, and two images."""
-    rows = 100 if plan.quick else 999 if plan.has_gpu else 250
-    yield _mlp(plan, "residual", "residual MLP with embeddings", 1000, rows, residual_work(), at_least=4.0)
-    yield _mlp(plan, "film", "MLP with FiLM and conditions", 1000, rows, film_work())
+    n, rows = (400, 10) if plan.tiny else (1000, 100 if plan.quick else 999 if plan.has_gpu else 250)
+    yield _mlp(plan, "residual", "residual MLP with embeddings", n, rows, residual_work(), at_least=4.0)
+    yield _mlp(plan, "film", "MLP with FiLM and conditions", n, rows, film_work())
     yield _unet(plan, *((2, 2) if plan.quick else (8, 100 if plan.has_gpu else 5)))
 
 

@@ -21,8 +21,10 @@ def cases(plan: Plan) -> Iterator[Case]:
     """Yields two batch sizes; with --quick only 4 digits."""
     for n in (4,) if plan.quick else (20, 1000) if plan.has_gpu else (20, 256):
         load = NETWORKS["tutorial-unet"].load
-        sizes = (DIGITS, n, ROWS, plan.device)
-        task = Trajectory(load, *sizes, *unet_work(), kernels=UNET_KERNELS, solver="dpm_solver_pp_2m")
+        rows = 6 if plan.tiny else ROWS
+        task = Trajectory(
+            load, DIGITS, n, rows, plan.device, *unet_work(), kernels=UNET_KERNELS, solver="dpm_solver_pp_2m"
+        )
         proof, precision = ImagesProof(task), sampling.precisions(task)[0]
         multistep = partial(diffusers.dpm_solver, task, precision)
         shows = partial(sampling.as_task, diffusers.dpm_solver_task, task, precision)
@@ -37,6 +39,6 @@ def cases(plan: Plan) -> Iterator[Case]:
             proof,
             subject="few_steps",
             name=f"few-steps-{n}",
-            what=f"DPM-Solver++(2M), U-Net, {n:,} images x {ROWS}",
+            what=f"DPM-Solver++(2M), U-Net, {n:,} images x {rows}",
             providers=providers,
         )

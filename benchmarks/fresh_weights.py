@@ -20,8 +20,8 @@ from .tasks.trajectory import Proof, Trajectory, proof
 
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields the MLP and the U-Net; with --quick only the MLP. All rows take the same time."""
-    rows = 100 if plan.quick else 250
-    points = Trajectory(partial(fresh, MLP), (2,), 1000, rows, plan.device, *mlp_work(), clocks=CLOCKS)
+    n, rows = (100, 20) if plan.tiny else (1000, 100 if plan.quick else 250)
+    points = Trajectory(partial(fresh, MLP), (2,), n, rows, plan.device, *mlp_work(), clocks=CLOCKS)
     shows = proof(points)
     yield _case(points, shows, "fresh-mlp", "untrained MLP", mlp_samplers(points, shows))
     if not plan.quick:

@@ -43,6 +43,10 @@ def cases(plan: Plan) -> Iterator[Case]:
 
     All rows take the same time, so that many points of azula's run a tenth of its thousand.
     """
+    if plan.tiny:
+        yield from (_tutorial(plan, 5, 20), _pipeline(plan, 1, 3), _k_diffusion(plan, 5, 4))
+        yield from (_posterior(plan, 5, 20), _azula(plan, 5, 20, 0.0), _policy(plan, 3))
+        return
     yield _tutorial(plan, 1000, 100 if plan.quick else 999)
     yield _pipeline(plan, *((2, 5) if plan.quick else (8, 20)))
     yield _k_diffusion(plan, *((64, 10) if plan.quick else (512, 50)))

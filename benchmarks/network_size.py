@@ -20,11 +20,11 @@ MLP_WIDTH = 512
 
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields all networks; with --quick only the one that fastsde does not know."""
-    rows = 5 if plan.quick else 100 if plan.has_gpu else 10
+    n, rows = (4, 3) if plan.tiny else (20, 5 if plan.quick else 100 if plan.has_gpu else 10)
     for width, known in ((1, False),) if plan.quick else ((1, False), (1, True), (2, True), (4, True)):
         work = unet_work([width * channels for channels in CHANNELS])
         load = partial(random_unet, width, known)
-        task = Trajectory(load, DIGITS, 20, rows, plan.device, *work, kernels=UNET_KERNELS)
+        task = Trajectory(load, DIGITS, n, rows, plan.device, *work, kernels=UNET_KERNELS)
         name = f"unet-{width}x" if known else "unet-unknown"
         words = f"U-Net of {work[0] / 1e6:,.0f} MFLOP" if known else "U-Net not known to fastsde"
         yield _case(task, name, words, plan.quick)

@@ -25,7 +25,7 @@ CLOCKS = 940  # latency of one row, whose four layers depend on each other
 def cases(plan: Plan) -> Iterator[Case]:
     """Yields all batch sizes; with --quick 1,000 points in a tenth of the rows, the fewest that still give the roll."""
     if plan.quick:
-        yield _case(plan, 1000, 100)
+        yield _case(plan, *((400, 40) if plan.tiny else (1000, 100)))
         return
     for n, rows in _CPU_ROWS.items():
         yield _case(plan, n, 999 if plan.has_gpu else rows)

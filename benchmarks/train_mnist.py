@@ -25,7 +25,8 @@ def cases(plan: Plan) -> Iterator[Case]:
     """Yields one case; on a CPU with a few steps, and with --quick with a quarter of the batch."""
     config = tutorial_config("mnist")
     if plan.quick:
-        config = replace(config, batch_size=16)
+        model = config.model | ({"channels": [16, 32, 32]} if plan.tiny else {})
+        config = replace(config, batch_size=16, model=model)
     load = partial(data.digits, config.pixel_range)
     steps = 100 if plan.has_gpu and not plan.quick else 2 if plan.quick else 5
     default = "TF32" if plan.has_gpu else "fp32"

@@ -20,7 +20,8 @@ from .tasks.recipe import Recipe
 
 def cases(plan: Plan) -> Iterator[Case]:
     config = tutorial_config("swiss-roll")
-    recipe = Recipe(config, partial(data.swiss_roll, 100_000), plan.device, 100 if plan.quick else 500)
+    steps = 20 if plan.tiny else 100 if plan.quick else 500
+    recipe = Recipe(config, partial(data.swiss_roll, 100_000), plan.device, steps)
     targets = []
     if not plan.quick:
         fastest = (

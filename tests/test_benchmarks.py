@@ -32,7 +32,7 @@ from fastsde.benchmarks.suite.case import Case, Provider, Target
 from fastsde.benchmarks.suite.machine import Ceilings, Work
 from fastsde.benchmarks.suite.plan import Plan
 from fastsde.benchmarks.suite.replay import Replay
-from fastsde.benchmarks.tasks import elements, trajectory
+from fastsde.benchmarks.tasks import elements, loop, trajectory
 from fastsde.benchmarks.tasks.loop import tensor_of
 from fastsde.benchmarks.tasks.networks import mlp_work, unet_work
 from fastsde.benchmarks.tasks.recipe import Recipe
@@ -43,7 +43,8 @@ from fastsde.networks import NETWORKS
 from fastsde.training import tutorial_config
 
 CPU = torch.device("cpu")
-QUICK = Plan(CPU, quick=True)
+QUICK, TINY = Plan(CPU, quick=True), Plan(CPU, quick=True, tiny=True)
+CASES = run.cases(TINY)
 MOST = Ceilings("cpu", bytes=1e10, flop={"fp32": 1e11, "bf16": 2e11}, specials=1e10)
 
 
@@ -484,14 +485,20 @@ def test_loops_with_steps_of_their_own_are_proved_number_for_number(monkeypatch:
             own.prove(run, run())
 
 
-LOOPS = {  # with the package that each one needs
-    "tutorial": ("torch", lambda: loops._tutorial(QUICK, 5, 20)),
-    "pipeline": ("diffusers", lambda: loops._pipeline(QUICK, 1, 3)),
-    "policy": ("diffusers", lambda: loops._policy(QUICK, 3)),
-    "k-diffusion": ("k_diffusion", lambda: loops._k_diffusion(QUICK, 5, 4)),
-    "sbi": ("sbi", lambda: loops._posterior(QUICK, 5, 20)),
-    "azula": ("azula", lambda: loops._azula(QUICK, 5, 20, 0.0)),
+PACKAGES = {  # that each loop needs
+    "loop-tutorial": "torch",
+    "loop-diffusers": "diffusers",
+    "loop-k-diffusion": "k_diffusion",
+    "loop-sbi": "sbi",
+    "loop-azula-5": "azula",
+    "loop-policy-3": "diffusers",
 }
+
+
+@pytest.fixture
+def few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures the share of a loop's network three times, however short it is."""
+    monkeypatch.setattr(loop, "_SHARE_S", 0.0)
 
 
 def imported(package: str) -> Any:
@@ -501,11 +508,11 @@ def imported(package: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # from the packages
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.usefixtures("few_measurements")
+@pytest.mark.parametrize("name", PACKAGES)
 def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_is_found_out(name: str) -> None:
-    package, make = LOOPS[name]
-    imported(package)
-    case = make()
+    imported(PACKAGES[name])
+    (case,) = (each for each in CASES if each.name == name)
     base, *own = [each for each in case.providers if not each.compiles]
     assert case.baseline == base.name
     assert case.prepare is not None
@@ -519,7 +526,7 @@ def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_i
         with pytest.raises(cases.WrongError, match="is off by"):
             each.prove(lambda run=run: 1.01 * tensor_of(run()), None)
     torch_noise = [each.prove for each in own if "torch's noise" in each.name]
-    assert torch_noise or package == "k_diffusion"  # which draws nothing
+    assert torch_noise or name == "loop-k-diffusion"  # which draws nothing
     for prove in torch_noise:  # the contract's noise is another
         with pytest.raises(cases.WrongError, match="is off by"):
             prove(own[0].make(), None)
@@ -528,10 +535,11 @@ def test_an_accelerated_loop_is_proved_against_the_loop_itself_and_a_wrong_one_i
 def test_a_loop_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("diffusers", "k_diffusion.sampling", "sbi.neural_nets", "azula.denoise"):
         monkeypatch.setitem(sys.modules, module, None)
-    for package, make in LOOPS.values():
+    for case in run.cases(TINY, ["loops"]):
+        package = PACKAGES[case.name]
         if package == "torch":
             continue
-        record = runner.run_case(make(), CPU, MOST).record
+        record = runner.run_case(case, CPU, MOST).record
         for figures in record["providers"].values():
             assert f"pip install 'fastsde[{package.replace('_', '-')}]'" in figures["unavailable"]
         assert not table.headlines(record)
@@ -695,11 +703,11 @@ def test_a_graph_holds_each_input_as_often_and_what_none_can_hold_is_timed_by_ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", run.cases(QUICK), ids=lambda case: case.name)
+@pytest.mark.usefixtures("few_measurements")
+@pytest.mark.parametrize("case", [each for each in CASES if each.subject != "startup"], ids=lambda case: case.name)
 def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
     """Except for those that take long to compile; diffusers and torchsde only if they are installed."""
-    starts = case.subject == "startup"  # each call is a new process
-    chosen = [each for each in case.providers if not each.compiles and (table.is_ours(each.name) or not starts)]
+    chosen = [each for each in case.providers if not each.compiles]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from the libraries that fastsde is compared with
         record = runner.run_case(replace(case, providers=chosen, rounds=1, calls=1), CPU, MOST).record
@@ -708,8 +716,26 @@ def test_every_provider_of_every_case_proves_itself(case: Case) -> None:
         unavailable = figures.get("unavailable")
         assert any(reason in unavailable for reason in reasons) if unavailable else figures["median_s"] > 0, name
         assert unavailable or name.endswith("again") or figures["parity"]
-    assert starts or record["baseline"] in record["providers"]
+    assert record["baseline"] in record["providers"]
     assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [each for each in CASES if each.subject == "startup"], ids=lambda case: case.name)
+def test_first_calls_prove_themselves(case: Case) -> None:
+    """Each call is a new process, and so there is one of fastsde alone, and no other to time it."""
+    (own,) = (each for each in case.providers if each.is_ours)
+    result = own.make()()
+    assert case.timer is not None
+    assert case.timer(lambda: result) > 0
+    figures = own.prove(lambda: result, result)
+    assert figures["error"] <= figures["allowed"]
+
+
+def test_a_case_with_a_timer_of_its_own_has_those_times() -> None:
+    record = run_case(provider(cases.LOOP, lambda: 3.0), provider("fastsde"), timer=lambda run: run())
+    assert [each["median_s"] for each in record["providers"].values()] == [3.0, 1.0, 3.0]
+    assert not any("first_call_s" in each for each in record["providers"].values())
 
 
 def test_the_whole_suite_has_the_sizes_that_are_promised() -> None:

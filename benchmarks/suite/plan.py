@@ -9,10 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class Plan:
-    """A device, and whether to use small sizes, which take three minutes on two cores."""
+    """A device, and whether to use small sizes.
+
+    Args:
+        quick: small sizes, which take three minutes on two cores.
+        tiny: with ``quick``, the smallest sizes at which providers can be checked. Their times say nothing.
+    """
 
     device: torch.device
     quick: bool = False
+    tiny: bool = False
 
     @property
     def enough_s(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastsde import models
 from fastsde.checkpoints import Checkpoint
+from fastsde.conditions import Condition
 
 Built = TypeVar("Built")
 DIGITS = (1, 28, 28)
@@ -110,6 +111,12 @@ def random_unet(width: int, known: bool = True) -> Checkpoint:
     """Returns an untrained U-Net that is ``width`` times as wide as the tutorial's and predicts v."""
     model: nn.Module = fixed(lambda: models.UNet(channels=[width * each for each in CHANNELS]))
     return Checkpoint(model if known else Unknown(model, DIGITS), prediction="v")
+
+
+def small_digits(device: torch.device) -> Checkpoint:
+    """Returns a small untrained U-Net for digits of 8 x 8 pixels and their labels, which predicts v."""
+    model = fixed(lambda: models.UNet(1, 8, (16, 16), embedding=16, classes=10)).to(device)
+    return Checkpoint(model, prediction="v", conditions={"label": Condition(classes=10, null=10)})
 
 
 def random_mlp(width: int) -> Checkpoint:
