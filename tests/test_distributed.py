@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +28,11 @@ from fastsde.models import MLP
 from fastsde.objective import Objective
 
 RANKS = (1, 2, 3)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 LAST = 2**64 - 20  # global indices wrap after twenty samples
 STEPS, BATCH, LR = 5, 10, 1e-3  # three ranks get 4, 3 and 3 of the batch
+TRAIN = ("train", "swiss-roll", "--batch-size", "10", "--log-every", "5", "--checkpoint-every", "10")
+RUN, RESUMED = "runs/swiss-roll", "runs/resumed"
 
 
 def environment(**values: str) -> dict[str, str]:
@@ -53,7 +57,7 @@ def started(command: list[object], cwd: Path, **values: str) -> Iterator[subproc
 
 
 def torchrun(ranks: int, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments]
+    command = [*TORCHRUN, ranks, *arguments]
     with started(command, cwd) as process:
         stdout, stderr = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
@@ -68,43 +72,36 @@ def errors(stderr: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def rolls(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, subprocess.CompletedProcess[str]]]:
-    """The shipped swiss roll from the command line, on one, two and three ranks."""
-    runs = {}
-    for ranks in RANKS:
-        folder = tmp_path_factory.mktemp(f"roll-{ranks}")
-        result = torchrun(
-            ranks, "-m", "fastsde", "sample", "swiss-roll", "-n", 50, "--steps", 4, "--first-sample", LAST,
-            "--out", "x.png", "--save", "x.npz", "--animate", "x.gif", cwd=folder,
-        )  # fmt: skip
+def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """Three, two and one ranks that ran `work`, and their folders."""
+    runs: dict[int, tuple[Path, subprocess.CompletedProcess[str]]] = {}
+    for ranks in reversed(RANKS):
+        folder = tmp_path_factory.mktemp(f"work-{ranks}")
+        if ranks == 2:  # go on with the run that three have started
+            shutil.copytree(runs[3][0] / RUN, folder / RESUMED)
+        result = torchrun(ranks, Path(__file__).resolve(), "work", cwd=folder)
         assert result.returncode == 0, result.stderr
         runs[ranks] = (folder, result)
     return runs
 
 
-@pytest.fixture(scope="module")
-def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folders in which one, two and three ranks ran `work`."""
-    folders = {}
-    for ranks in RANKS:
-        folders[ranks] = tmp_path_factory.mktemp(f"work-{ranks}")
-        result = torchrun(ranks, Path(__file__).resolve(), "work", cwd=folders[ranks])
-        assert result.returncode == 0, result.stderr
-    return folders
+def of_all(worked, name: str) -> list[Path]:
+    """Returns the paths of a file of one, two and three ranks."""
+    return [worked[ranks][0] / name for ranks in RANKS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.npz", "x.png", "x.gif"])
-def test_the_files_of_the_roll_do_not_depend_on_the_number_of_ranks(rolls, name: str) -> None:
-    one, *others = [(folder / name).read_bytes() for folder, _ in rolls.values()]
+def test_the_files_of_the_roll_do_not_depend_on_the_number_of_ranks(worked, name: str) -> None:
+    one, *others = [path.read_bytes() for path in of_all(worked, name)]
     assert all(other == one for other in others)
 
 
 @pytest.mark.slow
-def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
+def test_the_samples_are_those_of_a_plain_call(worked) -> None:
     model = checkpoints.load("swiss-roll")
     expected = fastsde.sample(model.model, (50, 2), prediction=model.prediction, steps=4, first_sample=LAST)
-    drawn = np.load(rolls[3][0] / "x.npz")["samples"]
+    drawn = np.load(worked[3][0] / "x.npz")["samples"]
     # The same except for the rounding of matrix products, which depends on their size and grows a little in early rows.
     np.testing.assert_allclose(drawn, expected.numpy(), rtol=0, atol=1e-5)
     first = fastsde.sample(model.model, (1, 2), prediction=model.prediction, steps=4, first_sample=0)
@@ -112,26 +109,32 @@ def test_the_samples_are_those_of_a_plain_call(rolls) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_rank_alone_prints_writes_and_shows_progress(rolls) -> None:
-    for ranks, (folder, result) in rolls.items():
-        assert result.stdout == "x.npz\nx.png\nx.gif\n"
-        assert sorted(path.name for path in folder.iterdir()) == ["x.gif", "x.npz", "x.png"]
+def test_the_first_rank_alone_prints_writes_and_shows_progress(worked) -> None:
+    for ranks, (folder, result) in worked.items():
+        checkpoint = "checkpoint.safetensors"
+        trained = [f"{RUN}/{checkpoint}", *([f"{RESUMED}/{checkpoint}"] if ranks == 2 else [])]
+        files = ["x.npz", "x.png", "x.gif", "digits.safetensors", "digits.png"]
+        assert result.stdout.splitlines() == [*files[:3], *trained, *files[3:]]
+        files += ["conditions.safetensors", "weights.safetensors", "runs"]
+        assert sorted(path.name for path in folder.iterdir()) == sorted(files)
         mine = -(-13 // ranks)  # thirteen parts of four samples
-        assert f"{4 * mine}/{4 * mine}" in result.stderr
-        assert result.stderr.count("100%") == 1
+        sampling, training = result.stderr.split(f"{RUN}: 20 steps of batch 10")
+        assert f"{4 * mine}/{4 * mine}" in sampling
+        assert sampling.count("100%") == 1
+        assert training.startswith(f" on {ranks} processes, " if ranks > 1 else ", ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits.safetensors", "digits.png", "conditions.safetensors"])
 def test_what_ranks_draw_does_not_depend_on_their_number(worked, name: str) -> None:
     # Five digits are two parts, so that the third rank has none.
-    one, *others = [(folder / name).read_bytes() for folder in worked.values()]
+    one, *others = [path.read_bytes() for path in of_all(worked, name)]
     assert all(other == one for other in others)
 
 
 @pytest.mark.slow
 def test_conditions_are_dealt_with_their_samples(worked) -> None:
-    drawn = load_file(worked[3] / "conditions.safetensors")
+    drawn = load_file(worked[3][0] / "conditions.safetensors")
     sampler = Sampler(conditioned, (2,), steps=4, guidance=GUIDANCE)
     options = {"model_kwargs": {"c": CONDITIONS, "w": 0.5}, "uncond_kwargs": {"c": 0 * CONDITIONS, "w": 0.5}}
     expected, way = sampler(len(CONDITIONS), seed=3, trajectory=2, **options)
@@ -146,7 +149,7 @@ def test_outside_of_a_group_one_process_draws_the_same(worked) -> None:
         Sampler(conditioned, (2,), steps=4, guidance=GUIDANCE), len(CONDITIONS), seed=3, trajectory=2, part=2,
         model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
     )  # fmt: skip
-    saved = load_file(worked[2] / "conditions.safetensors")
+    saved = load_file(worked[2][0] / "conditions.safetensors")
     assert torch.equal(x, saved["x"])
     assert torch.equal(states, saved["states"])
 
@@ -377,7 +380,7 @@ def test_ranks_train_the_weights_that_one_trains(worked) -> None:
     # In float64. Adam moves a weight by lr m / (sqrt(v) + 1e-8), so that an error of the gradient is multiplied by at
     # most lr / 1e-8 a step, where the gradient is tiny. Sums of some hundred terms of order one in another order differ
     # by some 100 * 1.1e-16, and 5 * 1e-3 / 1e-8 * 1.1e-14 = 6e-9.
-    one, *others = [load_file(folder / "weights.safetensors") for folder in worked.values()]
+    one, *others = [load_file(path) for path in of_all(worked, "weights.safetensors")]
     names = [name.removeprefix("weighted.") for name in one if name.startswith("weighted.")]
 
     def distance(ours: dict[str, Tensor], kind: str) -> float:
@@ -389,39 +392,28 @@ def test_ranks_train_the_weights_that_one_trains(worked) -> None:
     assert distance(others[1], "plain") > 1e-5
 
 
-TRAIN = ("-m", "fastsde", "train", "swiss-roll", "--batch-size", 10, "--log-every", 5, "--checkpoint-every", 10)
-
-
-def logged(folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / "runs/swiss-roll/log.jsonl").read_text().splitlines()]
+def logged(path: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines]
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(tmp_path: Path) -> None:
-    folders = {ranks: tmp_path / str(ranks) for ranks in (1, 3)}
-    for ranks, folder in folders.items():
-        folder.mkdir()
-        result = torchrun(ranks, *TRAIN, "--steps", 20, "--lr-schedule", "constant", cwd=folder)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout == "runs/swiss-roll/checkpoint.safetensors\n"
-        assert (f"20 steps of batch 10 on {ranks} processes" in result.stderr) == (ranks > 1)
+def test_the_command_line_trains_the_same_run_on_any_number_of_ranks(worked) -> None:
     # Gradients are summed in another order, and Adam turns this rounding into at most a share of lr per step.
-    one, three = (logged(folder) for folder in folders.values())
-    assert [step for step, _ in one] == [step for step, _ in three] == [5, 10, 15, 20]
-    assert [loss for _, loss in three] == pytest.approx([loss for _, loss in one], rel=1e-5)
-    weights = [checkpoints.load(folder / "runs/swiss-roll").model.state_dict() for folder in folders.values()]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=20 * 1e-3 * 1e-2)
+    one, *others = [logged(path / "log.jsonl") for path in of_all(worked, RUN)]
+    weights, *of_others = [checkpoints.load(path).model.state_dict() for path in of_all(worked, RUN)]
+    for other, theirs in zip(others, of_others, strict=True):
+        assert [step for step, _ in one] == [step for step, _ in other] == [5, 10, 15, 20]
+        assert [loss for _, loss in other] == pytest.approx([loss for _, loss in one], rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=20 * 1e-3 * 1e-2)
     # Two ranks continue a run that three have started.
-    result = torchrun(2, *TRAIN, "--steps", 30, "--resume", cwd=folders[3])
-    assert result.returncode == 0, result.stderr
-    assert [step for step, _ in logged(folders[3])] == [5, 10, 15, 20, 25, 30]
+    assert [step for step, _ in logged(worked[2][0] / RESUMED / "log.jsonl")] == [5, 10, 15, 20, 25, 30]
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_tells_so_once(tmp_path: Path) -> None:
-    result = torchrun(2, *TRAIN, "--steps", 20, "--lr", 1e30, "--quiet", cwd=tmp_path)
+    result = torchrun(2, "-m", "fastsde", *TRAIN, "--steps", 20, "--lr", 1e30, "--quiet", cwd=tmp_path)
     assert result.returncode != 0
     assert len(errors(result.stderr)) == 1
     assert "try a lower lr" in errors(result.stderr)[0]
@@ -429,9 +421,9 @@ def test_a_run_that_diverges_tells_so_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_while_it_trains_fails_the_job(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *TRAIN]
-    with started([*command, "--steps", 1_000_000], tmp_path) as process:
-        log, end = tmp_path / "runs/swiss-roll/log.jsonl", time.monotonic() + 60
+    command = [*TORCHRUN, 2, "-m", "fastsde", *TRAIN, "--steps", 1_000_000]
+    with started(command, tmp_path) as process:
+        log, end = tmp_path / RUN / "log.jsonl", time.monotonic() + 60
         while not log.exists() and time.monotonic() < end:
             time.sleep(0.1)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -439,12 +431,12 @@ def test_a_rank_that_is_killed_while_it_trains_fails_the_job(tmp_path: Path) -> 
         _, stderr = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "Signal 9 (SIGKILL)" in stderr
-    assert checkpoints.load(tmp_path / "runs/swiss-roll").record["step"] % 10 == 0
+    assert checkpoints.load(tmp_path / RUN).record["step"] % 10 == 0
 
 
 @pytest.mark.slow
 def test_logged_losses_are_those_of_the_whole_batch(worked) -> None:
-    one, *others = [load_file(folder / "weights.safetensors")["losses"] for folder in worked.values()]
+    one, *others = [load_file(path)["losses"] for path in of_all(worked, "weights.safetensors")]
     assert len(one) == STEPS
     for other in others:
         torch.testing.assert_close(other, one, rtol=1e-10, atol=0)  # losses of order one, for weights that close
@@ -488,13 +480,22 @@ def initial_model() -> nn.Module:
     return MLP(2, (16, 16)).double()
 
 
+def command(*arguments: str) -> None:
+    cli.main(arguments, standalone_mode=False)
+
+
 def work() -> None:
-    """Runs everything that does not fail in one group, since starting a group takes seconds."""
+    """Runs everything that does not fail, in a group for each command and one for the rest: starting takes seconds."""
+    roll = ["sample", "swiss-roll", "-n", "50", "--steps", "4", "--first-sample", str(LAST)]
+    command(*roll, "--out", "x.png", "--save", "x.npz", "--animate", "x.gif")
+    command(*TRAIN, "--steps", "20", "--lr-schedule", "constant")
+    if Path(RESUMED).exists():
+        command(*TRAIN, "--steps", "30", "--resume", "--dir", RESUMED)
     with distributed.process_group() as here:
         assert here is not None
         assert torch.get_num_threads() == 1
         digits = ["sample", "mnist", "-n", "5", "--steps", "2", "--solver", "dpm_solver_pp_2m", "--quiet"]
-        cli.main([*digits, "--save", "digits.safetensors", "--out", "digits.png"], standalone_mode=False)
+        command(*digits, "--save", "digits.safetensors", "--out", "digits.png")
         drawn = distributed.sample(
             Sampler(conditioned, (2,), steps=4, guidance=GUIDANCE), len(CONDITIONS), seed=3, trajectory=2, part=2,
             model_kwargs={"c": CONDITIONS, "w": 0.5}, uncond_kwargs={"c": 0 * CONDITIONS, "w": 0.5},
