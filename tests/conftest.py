@@ -38,6 +38,7 @@ def _define_interpreted_kernels() -> None:
 needs_interpreter = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 if needs_interpreter:
     _define_interpreted_kernels()
+    importlib.import_module("fast_interpreter").make_interpreter_fast()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
