@@ -155,6 +155,17 @@ class BatchNorm(nn.Module):
         return self.net(torch.cat((x, t[:, None]), -1))
 
 
+class Repeated(nn.Module):
+    """A layer whose inputs are one unit, several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(functional.silu(self.first(x) + t[:, None]).expand(-1, 3))
+
+
 LOWERED: dict[str, tuple[Any, tuple[int, ...]]] = {
     "residual": (Residual, (2,)),
     "film": (Film, (3,)),
@@ -163,6 +174,7 @@ LOWERED: dict[str, tuple[Any, tuple[int, ...]]] = {
     "fourier": (Fourier, (4,)),
     "functions": (Functions, (3,)),
     "batch norm": (BatchNorm, (3,)),
+    "one unit repeated": (Repeated, (2,)),
     "a function of t alone": (lambda: lambda x, t: t[:, None].expand(len(x), 2).sin(), (2,)),
     "the state": (lambda: lambda x, t: x, (5,)),
     "a number": (lambda: lambda x, t: -x * t, ()),

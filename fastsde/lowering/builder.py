@@ -126,7 +126,11 @@ class Builder:
 
     def run_of_units(self, codes: Tensor) -> Part:
         """Returns all elements of codes ``[batch, ...]`` as neighbouring units."""
-        part = self.part(self.by_row(codes.reshape(self.batch, -1)))
+        return self.units(self.by_row(codes.reshape(self.batch, -1)))
+
+    def units(self, numbers: Tensor) -> Part:
+        """Returns elements as neighbouring units: only elementwise instructions read one unit repeated."""
+        part = self.part(numbers)
         return part if part.step else self.made("Identity", part)
 
     def operand(self, numbers: Tensor) -> Part | Vector:

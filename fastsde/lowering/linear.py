@@ -112,7 +112,7 @@ def _products(
     copies = len(runs) > 4 or any(run.step == 0 for run in runs)
     lengths = [len(numbers)] if copies else [run.length for run in runs]
     first = 0
-    for each in map(builder.part, torch.split(numbers, lengths)):
+    for each in map(builder.units, torch.split(numbers, lengths)):
         own = list(columns[first : first + each.width])
         is_range = own == list(range(own[0], own[0] + len(own)))
         with builder.recorder:

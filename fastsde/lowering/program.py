@@ -45,7 +45,8 @@ class Vector:
 class Instruction:
     """One instruction.
 
-    - "linear": out = W a + b, with matrix ``weight`` ``[out, in]``; b is absent, a vector, or a part of a value.
+    - "linear": out = W a + b, with matrix ``weight`` ``[out, in]``; a has step 1; b is absent, a vector, or a part of
+      a value.
     - an activation's name (`fastsde.models.activations`), or a function's: "exp", "sqrt", "rsqrt", "reciprocal", "abs",
       "cos", "erf", "affine" (p a + q), "clamp" (to [p, q]); p and q are the ``parameters``, and LeakyReLU's slope or
       ELU's alpha is p.
